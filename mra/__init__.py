@@ -1,0 +1,28 @@
+"""Domain-aligned text-based person retrieval: given a sentence, rank a gallery of pedestrian crops.
+
+Read in this order; each file's docstring says what comes before and after.
+
+    config.py             every number: presets, recipes, the command line
+    data/people.py        identities as sets of attributes, and their words
+    data/town.py          the drawn data sets, one source and three targets
+    data/records.py       one record type, a reader for every annotation format
+    data/augment.py       image and box move together
+    data/tokenizer.py     WordPiece and whole-word masking;  data/words.py  EDA, left and right
+    data/batches.py       records to a Batch
+    layers.py             the one attention, the one MLP, one block for each norm order
+    encoders.py           image, text and fusion encoders
+    losses.py             contrastive, matching and masked-word losses as pure functions
+    retriever.py          MRA: the encoders, the heads and the loss terms of one batch
+    ranking.py            two-stage search and its metrics
+    checkpoint.py         what is saved, and resumed
+    training.py           optimiser, schedule and the loop
+    figures.py            pictures for people
+
+Shape letters, the same everywhere (masks end in `_keep`: True = use it):
+
+    B batch      N patches    T caption tokens   P phrase tokens   M masked words
+    D width      E embedding  S keys attended    V vocabulary      H x W pixels
+    Q queries    G gallery images
+
+Paper: "MRA" below is arXiv 2507.10195; its equations and sections are cited where a line implements them.
+"""

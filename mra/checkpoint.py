@@ -1,0 +1,104 @@
+"""What is saved: one safetensors file per checkpoint, its facts as JSON in the file's metadata, written atomically.
+
+`best.safetensors` holds the weights alone, chosen on val; its facts hold the configuration, the vocabulary, the
+metrics, the seed and the versions, so the file is all that evaluate.py or `--init` needs. `last.safetensors`
+also holds the optimiser's state, and is what `--resume` goes on from. No pickle anywhere.
+Before: ranking.py. After: training.py.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mra.config import ModelConfig, UserError
+from mra.data.tokenizer import Tokenizer
+from mra.retriever import Retriever
+
+VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def save(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Write tensors and facts to `path`, complete or not at all."""
+    scratch = path.with_suffix(".tmp")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch,
+              metadata={"mra": json.dumps(facts)})
+    os.replace(scratch, path)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and facts of a checkpoint. Raises UserError for a file that is missing or not one of ours."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint.")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("mra", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {error}.") from error
+    if facts is None:
+        raise UserError(f"{path} holds no configuration: it was not written by train.py.")
+    return tensors, facts
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON to `path`, complete or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by name, a shared one (the tied word decoder) once."""
+    return {name: parameter for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as `optimizer.<kind>.<parameter name>`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"optimizer.{kind}.{names[parameter]}": value
+            for parameter, state in optimizer.state.items() for kind, value in state.items()}
+
+
+def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy weights into the model: every name and shape must agree, or UserError says which does not."""
+    own = weights(model)
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    wrong = sorted(own.keys() ^ given.keys()) or [n for n in own if own[n].shape != given[n].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit this model: {len(wrong)} tensors differ, {wrong[0]} first.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(given[name])
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give every parameter the state that `optimizer_tensors` named after it."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, kind, of = name.split(".", 2)
+            device = "cpu" if kind == "step" and not optimizer.defaults["fused"] else parameters[of].device
+            optimizer.state[parameters[of]][kind] = tensor.to(device)
+
+
+def load_retriever(path: Path, device: torch.device) -> tuple[Retriever, Tokenizer, dict]:
+    """The model, the tokenizer and the facts of a checkpoint."""
+    tensors, facts = load(path)
+    try:
+        model, tokenizer = Retriever(ModelConfig(**facts["model"])), Tokenizer(facts["vocab"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: its facts are incomplete ({error}).") from error
+    restore_weights(model, tensors, path)
+    return model.to(device).eval(), tokenizer, facts
+
+
+def model_facts(model: Retriever, tokenizer: Tokenizer) -> dict:
+    """The part of a checkpoint's facts that `load_retriever` needs."""
+    return {"model": asdict(model.config), "vocab": tokenizer.pieces}

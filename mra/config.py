@@ -1,0 +1,157 @@
+"""Every number of the package: model presets, training recipes, and the command line made from their fields.
+
+Read this after `mra/__init__.py`; next is data/people.py. A configuration is a frozen dataclass; the command
+line is its fields (`batch: int` is `--batch`), a flag that is not a field is an error, and the resolved
+configuration is printed and saved next to the weights.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one sentence, printed without a traceback, exit status 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the retriever. Images are (height, width) pixels, cut in square patches."""
+
+    height: int
+    width: int
+    patch: int
+    image_dim: int
+    image_depth: int
+    image_heads: int
+    text_dim: int
+    text_depth: int      # layers that read words alone
+    fusion_depth: int    # layers that also look at the image
+    text_heads: int
+    embed: int           # width of the contrastive space
+    rerank: int          # candidates that the fusion encoder re-scores for each query
+    dropout: float = 0.1
+    positions: int = 512  # as in BERT, so that its table fits; captions are cut at max_tokens
+    max_tokens: int = 56  # [CLS] and [SEP] included
+    vocab: int = 0        # set from the vocabulary when the model is made
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // self.patch, self.width // self.patch
+
+    @property
+    def patch_count(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+PRESETS = {
+    #                    height width patch  image: dim depth heads  text: dim depth fusion heads  embed rerank
+    "tiny":  ModelConfig(32,    16,   8,            32,  1,    2,          32,  1,    1,     2,      16,    8),
+    "demo":  ModelConfig(64,    32,   8,            128, 4,    4,          128, 2,    2,     4,      128,   32),
+    "small": ModelConfig(192,   96,   16,           384, 12,   6,          384, 3,    3,     6,      256,   128),
+    "base":  ModelConfig(384,   256,  16,           768, 12,   12,         768, 6,    6,     12,     256,   512),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training. Fields that a recipe sets have the paper's values here (section 3)."""
+
+    dataset: str = "icfg"        # cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or a folder of your own
+    preset: str = "demo"         # a row of PRESETS
+    data_root: str = ""          # folder of the real sets; empty: the demo town, which is drawn on first use
+    init: str = ""               # checkpoint to start from, or "none"; empty: pretrain on the demo town first
+    vocab: str = ""              # a WordPiece vocab.txt; empty: the packaged one, learned from the demo captions
+    out: str = ""                # folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>
+    seed: int = 0
+    resume: bool = False         # go on from the last checkpoint in `out`
+    epochs: float = 30           # passes over the image-caption pairs
+    steps: int = 0               # a number of steps instead of epochs; 0: epochs decide
+    batch: int = 40              # pairs of one step and process
+    accumulate: int = 1          # batches whose gradients are added up before a step
+    lr: float = 1e-4             # peak rate of the encoders
+    head_lr: float = 5.0         # the new heads' rate as a multiple of lr
+    warmup: float = 0.1          # share of the steps with a rising rate; it falls linearly to 0 afterwards
+    weight_decay: float = 0.01
+    clip: float = 1.0            # largest gradient norm
+    beta: float = 0.8            # weight of the region losses
+    regions: bool = True         # region losses, where the records have boxes
+    smoothing: float = 0.0       # label smoothing of the contrastive targets
+    eda: float = 0.0             # weight of the augmented caption's ITC and ITM; 0: no such caption
+    erase: float = 0.0           # chance of random erasing
+    fusion_from: float = 0.0     # share of the steps after which ITM, RPM and MLM join
+    evals: int = 10              # evaluations on val, evenly spaced; the best one is kept
+    log_every: int = 20          # steps
+    workers: int = 0             # data loading processes
+    allow_missing: bool = False  # drop records whose image is missing
+    compile: bool = False        # torch.compile the model
+    device: str = ""             # cuda or cpu; empty: cuda where there is one
+
+
+# What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.
+PAPER = {
+    "pretrain": dict(epochs=32, batch=40, lr=5e-5, warmup=0.01, evals=16, workers=8),
+    "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
+    "icfg": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
+    "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
+}
+DEMO = {
+    "pretrain": dict(epochs=12, batch=64, lr=1e-3, head_lr=1.0, warmup=0.05, fusion_from=0.6, evals=3),
+    "finetune": dict(epochs=8, batch=64, lr=5e-4, head_lr=1.0, warmup=0.1, evals=4),
+}
+PRETRAINING_SETS = ("sda", "mals")
+
+
+def recipe(dataset: str, preset: str) -> dict:
+    """The fields that `dataset` sets at `preset` before the command line has its say."""
+    stage = "pretrain" if dataset in PRETRAINING_SETS else dataset
+    if preset in ("tiny", "demo"):
+        return DEMO["pretrain" if stage == "pretrain" else "finetune"]
+    return PAPER.get(stage, PAPER["cuhk"])
+
+
+Config = TypeVar("Config")
+
+
+def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
+          recipe_of: Callable[[Config], dict] = lambda config: {}) -> Config:
+    """Make a configuration from flags: `kind`'s defaults, then `recipe_of` the result, then the flags given.
+
+    Raises UserError for an unknown flag or a value of the wrong type; prints help and exits for --help.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = _refuse
+    for field in dataclasses.fields(kind):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default: {field.default}")
+        else:
+            several = dict(nargs="+") if field.type == tuple[str, ...] else {}
+            parser.add_argument(flag, type=str if several else field.type, help=f"default: {field.default!r}", **several)
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
+    return kind(**{**recipe_of(kind(**given)), **given})
+
+
+def _refuse(message: str):
+    raise UserError(f"{message}; --help lists the flags.")
+
+
+def show(config) -> str:
+    """A configuration as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; a UserError becomes one sentence on standard error and exit status 2."""
+    try:
+        main()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,101 @@
+"""Views of one picture: image and box move together, and a flag tells the words to follow.
+
+Holds the random views of pretraining and fine-tuning, the one of testing, and `box_to_patches`: a region's
+tokens. Paper (MRA): training settings, region encoding. The released code mirrors an image and leaves "left"
+and "right" in its caption as they are; here `View.mirrored` tells the caller to swap them.
+Read before: records.py (image and box). After: words.py, batches.py.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mra.data.records import Box
+
+MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)    # of CLIP, for RGB in 0 .. 1
+STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+CROP_AREA = (0.5, 1.0)          # of the image: half a pedestrian still shows most of what its caption says
+CROP_STRETCH = (3 / 4, 4 / 3)   # the crop's width / height over the image's own
+ERASE_AREA, ERASE_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)     # of the image; height / width (arXiv 1708.04896)
+EDGE = 1e-6                     # of a patch: overlaps below it are rounding
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the model sees of one picture."""
+    image: Tensor               # (3, H, W) normalised
+    box: Box | None             # (cx, cy, w, h), fractions of this view
+    mirrored: bool              # then left and right change places in caption and phrase
+
+
+def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rng: random.Random) -> View:
+    """A random crop that holds all of `box`, resized to `size` = (H, W) and mirrored half of the time."""
+    cx, cy, w, h = box or (0.5, 0.5, 0.0, 0.0)
+    area, stretch = rng.uniform(*CROP_AREA), math.exp(rng.uniform(*map(math.log, CROP_STRETCH)))
+    left, width = _interval(math.sqrt(area * stretch), cx, w, rng)
+    top, height = _interval(math.sqrt(area / stretch), cy, h, rng)
+    mirrored = rng.random() < 0.5
+    if box is not None:
+        cx, cy, w, h = (cx - left) / width, (cy - top) / height, w / width, h / height
+        box = (1 - cx if mirrored else cx, cy, min(w, 1.0), min(h, 1.0))
+    return View(_tensor(image, size, (left, top, left + width, top + height), mirrored), box, mirrored)
+
+
+def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random, erase: float = 0.6) -> View:
+    """The whole image, mirrored half of the time, a rectangle of it set to 0 with probability `erase`."""
+    mirrored, erased = rng.random() < 0.5, rng.random() < erase
+    pixels = _tensor(image, size, None, mirrored)
+    return View(_erase(pixels, rng) if erased else pixels, None, mirrored)
+
+
+def test_view(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The whole image: (3, H, W) normalised."""
+    return _tensor(image, size, None, mirrored=False)
+
+
+def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:
+    """The patches, row by row, that share some area with `box`: (N,) bool, True = use it; never empty."""
+    (cx, cy, w, h), (rows, columns) = box, grid
+    keep = torch.zeros(rows, columns, dtype=torch.bool)                     # (rows, columns)
+    keep[_touched(cy, h, rows), _touched(cx, w, columns)] = True
+    return keep.flatten()                                                   # (N,)
+
+
+def _touched(centre: float, length: float, cells: int) -> slice:
+    first = min(max(math.floor((centre - length / 2) * cells + EDGE), 0), cells - 1)
+    last = math.ceil((centre + length / 2) * cells - EDGE)
+    return slice(first, max(last, first + 1))
+
+
+def _interval(extent: float, centre: float, length: float, rng: random.Random) -> tuple[float, float]:
+    """(start, extent) of a random part of 0 .. 1 that covers the box's `centre` and `length`."""
+    extent = min(max(extent, length), 1.0)
+    low, high = max(0.0, centre + length / 2 - extent), min(centre - length / 2, 1 - extent)
+    return max(rng.uniform(low, high), 0.0), extent
+
+
+def _tensor(image: Image.Image, size: tuple[int, int], crop, mirrored: bool) -> Tensor:
+    """Crop (left, top, right, bottom as fractions), resize bicubic, mirror, normalise."""
+    window = crop and [min(part, 1) * full for part, full in zip(crop, image.size * 2)]
+    pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, window))     # (H, W, 3)
+    scaled = pixels[:, ::-1 if mirrored else 1] * (1 / (255 * STD)) - MEAN / STD        # (H, W, 3)
+    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))            # (3, H, W)
+
+
+def _erase(pixels: Tensor, rng: random.Random) -> Tensor:
+    """Set a random rectangle of (3, H, W) to 0, the mean colour."""
+    _, rows, columns = pixels.shape
+    for _ in range(10):         # draws until one fits
+        area = rng.uniform(*ERASE_AREA) * rows * columns
+        aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < height < rows and 0 < width < columns:
+            top, left = rng.randrange(rows - height + 1), rng.randrange(columns - width + 1)
+            pixels[:, top:top + height, left:left + width] = 0
+            break
+    return pixels

@@ -1,0 +1,158 @@
+"""From records to a Batch: the last stop before the model.
+
+`PairDataset` turns one (epoch, index) into a Sample: the image is augmented and its box moves with it, the
+words follow a mirrored image, are encoded and masked. `collate` pads and stacks. All of a sample's randomness
+comes from (seed, epoch, index), and the order of the samples is a pure function of the seed, so neither the
+number of workers nor a restart changes anything. Before: augment.py, tokenizer.py, words.py. After: retriever.py.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from mra.config import ModelConfig, PRETRAINING_SETS, TrainConfig
+from mra.data.augment import box_to_patches, finetune_view, pretrain_view
+from mra.data.records import RecordSet, open_image
+from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad
+from mra.data.words import clean, eda, swap_left_right
+
+WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image-caption pair, and one of its regions, before padding."""
+
+    image: Tensor                       # (3, H, W)
+    identity: int
+    caption: list[int]                  # (T,) ids
+    masked: list[int]                   # (T,) ids, some replaced
+    labels: list[int]                   # (T,) -100 where not predicted
+    eda: list[int] | None = None        # (T',) ids of an augmented caption
+    region_keep: Tensor | None = None   # (N,)
+    phrase: list[int] | None = None     # (P,) ids
+    phrase_class: int = 0               # equal phrases are one class
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. Every keep mask: True = use it."""
+
+    image: Tensor                       # (B, 3, H, W) normalised
+    identity: Tensor                    # (B,)
+    caption_ids: Tensor                 # (B, T)
+    caption_keep: Tensor                # (B, T)
+    masked_ids: Tensor                  # (B, T) the caption with masked words
+    masked_at: Tensor                   # (B, M) where the masked words stand
+    masked_labels: Tensor               # (B, M) what they were, -100 beyond a caption's own number of them
+    eda_ids: Tensor | None = None       # (B, T') a second, augmented caption
+    eda_keep: Tensor | None = None      # (B, T')
+    region_keep: Tensor | None = None   # (B, N) the patches that the region's box touches
+    phrase_ids: Tensor | None = None    # (B, P)
+    phrase_keep: Tensor | None = None   # (B, P)
+    phrase_class: Tensor | None = None  # (B,)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if x is None else x.to(device, non_blocking=True)
+                       for x in (getattr(self, field.name) for field in fields(self))))
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Image-caption pairs of a RecordSet as Samples, indexed by (epoch, index)."""
+
+    def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
+        self.source, self.tokenizer, self.model, self.train = source, tokenizer, model, train
+        self.pairs = [(r, c) for r, record in enumerate(source.records) for c in range(len(record.captions))]
+        self.with_regions = train.regions and any(record.boxes for record in source.records)
+        self.pretraining = self.with_regions or source.name in PRETRAINING_SETS
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
+        record_index, caption_index = self.pairs[index]
+        record = self.source.records[record_index]
+        region = rng.randrange(len(record.boxes)) if record.boxes else None
+        box = WHOLE_IMAGE if region is None else record.boxes[region]
+        caption = clean(record.captions[caption_index], self.source.name)
+        phrase = caption if region is None else record.phrases[region]
+        size = self.model.height, self.model.width
+        image = open_image(record.path)
+        view = (pretrain_view(image, box, size, rng) if self.pretraining
+                else finetune_view(image, size, rng, self.train.erase))
+        if view.mirrored:
+            caption, phrase = swap_left_right(caption), swap_left_right(phrase)
+        ids = self.encode(caption)
+        masked, labels = mask_words(ids, self.tokenizer, rng)
+        sample = dict(image=view.image, identity=record.identity, caption=ids, masked=masked, labels=labels)
+        if self.train.eda:
+            sample |= dict(eda=self.encode(eda(caption, rng)))
+        if self.with_regions:
+            sample |= dict(region_keep=box_to_patches(view.box, self.model.grid), phrase=self.encode(phrase),
+                           phrase_class=int.from_bytes(hashlib.blake2b(phrase.encode(), digest_size=7).digest()))
+        return Sample(**sample)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, self.model.max_tokens)
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Samples -> Batch; words are padded to the longest of the batch."""
+        def padded(name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
+            sequences = [getattr(sample, name) for sample in samples]
+            return (None, None) if sequences[0] is None else pad(sequences, self.tokenizer.pad_id)
+
+        (caption_ids, caption_keep), (masked_ids, _) = padded("caption"), padded("masked")
+        (eda_ids, eda_keep), (phrase_ids, phrase_keep) = padded("eda"), padded("phrase")
+        masked_at, masked_labels = zip(*(_positions(sample.labels) for sample in samples))
+        regions = samples[0].region_keep is not None
+        return Batch(torch.stack([sample.image for sample in samples]),
+                     torch.tensor([sample.identity for sample in samples]),
+                     caption_ids, caption_keep, masked_ids, torch.tensor(masked_at), torch.tensor(masked_labels),
+                     eda_ids, eda_keep,
+                     torch.stack([sample.region_keep for sample in samples]) if regions else None,
+                     phrase_ids, phrase_keep,
+                     torch.tensor([sample.phrase_class for sample in samples]) if regions else None)
+
+
+def _positions(labels: list[int]) -> tuple[list[int], list[int]]:
+    """Where labels (T,) are set and what they are, filled up to MAX_MASKED with position 0 and -100."""
+    at = [i for i, label in enumerate(labels) if label != -100][:MAX_MASKED]
+    fill = MAX_MASKED - len(at)
+    return at + [0] * fill, [labels[i] for i in at] + [-100] * fill
+
+
+class Order(torch.utils.data.Sampler):
+    """Batches of (epoch, index) from step `start` on: one endless stream of permutations, dealt out by rank.
+
+    Step s of W processes takes positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
+        self.count, self.batch, self.seed, self.start, self.stop = count, batch, seed, start, stop
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        orders: dict[int, list[int]] = {}
+        for step in range(self.start, self.stop):
+            first = (step * self.world + self.rank) * self.batch
+            keys = []
+            for position in range(first, first + self.batch):
+                epoch, place = divmod(position, self.count)
+                if epoch not in orders:
+                    orders = {e: order for e, order in orders.items() if e == epoch - 1}
+                    orders[epoch] = self.permutation(epoch)
+                keys.append((epoch, orders[epoch][place]))
+            yield keys
+
+    def permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**62)
+        return torch.randperm(self.count, generator=generator).tolist()

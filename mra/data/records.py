@@ -1,0 +1,317 @@
+"""One record type and a reader for every annotation format of the field.
+
+Holds `Record`, `load` (one split of CUHK-PEDES, ICFG-PEDES, RSTPReid, SDA, MALS or a user's own folder) and
+`open_image`. All that can be wrong in a file is found while it is read and told in one sentence, so that code
+further on trusts a `Record`. Boxes and phrases are those of the SDA set of the MRA paper.
+Read before: config.py (UserError). After: augment.py, which moves image and box; batches.py, which collates.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import reprlib
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mra.config import UserError
+
+SPLITS = ("train", "val", "test")
+BOX_ROUNDING = 1e-3                 # a box may leave the image by this fraction; it is clipped
+VAL_SHARE, VAL_IMAGES = 0.1, 1000   # a val split made from train: share of the identities, most images
+PIXEL_LIMIT = 50_000_000            # a larger picture is no pedestrian crop and endangers the memory
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
+Box = tuple[float, float, float, float]     # (cx, cy, w, h), fractions of the image
+
+
+_LAYOUTS = {    # images (a level imgs may follow) | raw file, its image key | a file a split | parts
+    "cuhk": ("CUHK-PEDES", ("CUHK-PEDES/reid_raw.json",), "file_path", ("finetune/cuhk_{}.json",), ""),
+    "icfg": ("ICFG-PEDES", ("ICFG-PEDES/ICFG-PEDES.json", "ICFG-PEDES/ICFG_PEDES.json"), "file_path",
+             ("finetune/icfg_{}.json",), ""),
+    "rstp": ("RSTPReid", ("RSTPReid/data_captions.json",), "img_path", ("finetune/rstp_{}.json",), ""),
+    "sda": ("SDA", (), "", ("SDA/finetune/sda_{}.json",), "SDA/sda_*.json"),
+    "mals": ("MALS", (), "", (), "MALS/g_*_attrs.json"),
+}
+DATASETS = tuple(_LAYOUTS)
+_OWN = ("", (), "", ("{}.json", "*_{}.json"), "*.json")     # below the user's folder
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image; its path is proven to lie inside the image root."""
+    path: str
+    captions: tuple[str, ...]
+    identity: int                   # 0 .. K-1 within its RecordSet
+    boxes: tuple[Box, ...] = ()
+    phrases: tuple[str, ...] = ()   # parallel to boxes
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """One split, in the order of its annotation files."""
+    name: str
+    split: str
+    records: tuple[Record, ...]
+
+
+class _Source(NamedTuple):
+    """The annotation files to read for one split, and how."""
+    files: list[Path]
+    images: Path
+    split: str | None               # None: every record names its own
+    carve: bool                     # where no record is of val, hold out training identities
+    keys: tuple[str, str, str] = ("image", "caption", "image_id")
+    grouped: bool = False           # one record a caption: join those of one image
+    boxed: bool = False             # records have boxes and phrases
+
+
+class _Row(NamedTuple):
+    """A checked record of any split."""
+    split: str
+    identity: str
+    path: str
+    missing: bool
+    captions: tuple[str, ...]
+    boxes: tuple[Box, ...]
+    phrases: tuple[str, ...]
+    place: str                      # for messages: file, record number and image
+
+
+def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
+    """Read a split of one of DATASETS under `data_root`, or of the folder `dataset`. Raises UserError.
+
+    A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same
+    ones; train leaves them out. `allow_missing` drops the records whose image is missing.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {shown(split)}: choose one of {', '.join(SPLITS)}")
+    source = _locate(dataset, split, Path(data_root))
+    rows = _choose(_read(source), split, source, say)
+    missing = [row.place for row in rows if row.missing]
+    if missing:
+        told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
+        if not allow_missing or len(missing) == len(rows):
+            raise UserError(f"{told}; complete it, or allow missing images: {'; '.join(missing[:5])}")
+        say(f"{told} and left out")
+        rows = [row for row in rows if not row.missing]
+    ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
+    records = tuple(Record(row.path, row.captions, ids[row.identity], row.boxes, row.phrases) for row in rows)
+    more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
+    say(f"{shown(dataset)} {split}: {len(records)} images, {sum(len(r.captions) for r in records)} captions, "
+        f"{len(ids)} identities, read from {shown(source.files[0])}{more}")
+    return RecordSet(dataset, split, records)
+
+
+def shown(value) -> str:
+    """`value` fit for a terminal: quoted, control characters escaped, cut at 80 (a Path is not)."""
+    text = repr(str(value)) if isinstance(value, (str, Path)) else reprlib.repr(value)
+    return text if len(text) <= 80 or isinstance(value, Path) else text[:80] + "..."
+
+
+def _locate(dataset: str, split: str, root: Path) -> _Source:
+    """The raw file where there is one, else the processed file of the split, else the parts."""
+    base = root if dataset in DATASETS else Path(dataset)
+    name, raw, image_key, processed, parts = _LAYOUTS.get(dataset, _OWN)
+    images, carve = base / name, dataset not in ("cuhk", "rstp")
+    if not images.is_dir():
+        raise UserError(f"no folder {shown(images)}: a data set is one of {', '.join(DATASETS)} or a folder")
+    if files := _files(base, raw):
+        return _Source(files[:1], images, None, carve, (image_key, "captions", "id"))
+    stored = {s: _files(base, [pattern.format(s) for pattern in processed]) for s in SPLITS}
+    carve = carve and not stored["val"]
+    wanted = "train" if carve and split == "val" else split
+    if len(stored[wanted]) > 1:
+        raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")
+    if stored[wanted]:
+        return _Source(stored[wanted], images, wanted, carve, grouped=wanted == "train")
+    mixed = dataset == "sda" or not any(stored.values())
+    if wanted == "train" and parts and mixed and (files := _files(base, [parts])):
+        return _Source(files, images, "train", carve, boxed=dataset != "mals")
+    sought = [*raw[:1], *(pattern.format(wanted) for pattern in processed), *[parts] * (wanted == "train")]
+    hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
+    raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no "
+                    f"{' or '.join(filter(None, sought)) or 'file of it'}"
+                    + hint * (images / "caption_all.json").is_file())
+
+
+def _files(base: Path, patterns: Iterable[str]) -> list[Path]:
+    """Sorted as people count: part_2 before part_10."""
+    found = (file for pattern in patterns for file in base.glob(pattern) if not file.name.startswith("."))
+    return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
+
+
+def _read(source: _Source) -> list[_Row]:
+    """All records of all files, of every split they hold."""
+    images, rows = _Images(source.images), []
+    for file in source.files:
+        name = shown(file)
+        for number, item in enumerate(_json_list(file)):
+            image = item.get(source.keys[0]) if isinstance(item, dict) else None
+            place = f"{name}, record {number} (the first is 0), image {shown(image)}"
+            try:
+                rows.append(_row(item, source, images, place))
+            except ValueError as error:
+                raise UserError(f"{place}: {error}") from None
+    return _grouped(rows) if source.grouped else rows
+
+
+def _json_list(file: Path) -> list:
+    try:
+        items = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{shown(file)} cannot be read as JSON; is it cut short? ({error})") from None
+    if not isinstance(items, list) or not items:
+        raise UserError(f"{shown(file)} must hold a list of records and holds {shown(items)}")
+    return items
+
+
+def _row(item, source: _Source, images: "_Images", place: str) -> _Row:
+    """Check one record. Raises ValueError saying what is wrong with it."""
+    if not isinstance(item, dict):
+        raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
+    image_key, captions_key, identity_key = source.keys
+    image, captions = _field(item, image_key, str), _field(item, captions_key, str, list)
+    identity = str(_field(item, identity_key, int, str))
+    split = source.split or _field(item, "split", str)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
+    captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
+    boxes = tuple(map(_box, _field(item, "boxes", list))) if source.boxed else ()
+    phrases = _texts(_field(item, "phrases", list), "phrase") if source.boxed else ()
+    if not captions or len(boxes) != len(phrases):
+        raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
+    path = images.find(image)
+    return _Row(split, identity, path or image, path is None, captions, boxes, phrases, place)
+
+
+def _field(item: dict, key: str, *kinds: type):
+    if key not in item:
+        raise ValueError(f"the field {key!r} is missing")
+    if type(item[key]) not in kinds:
+        raise ValueError(f"the field {key!r} has the wrong type: {shown(item[key])}")
+    return item[key]
+
+
+def _texts(values: list, kind: str) -> tuple[str, ...]:
+    """Stripped; half of a surrogate pair, which no file can hold, becomes a question mark."""
+    for value in values:
+        if not isinstance(value, str) or not any(map(str.isalnum, value)):
+            raise ValueError(f"a {kind} is empty or not text: {shown(value)}")
+    return tuple(value.strip().encode(errors="replace").decode() for value in values)
+
+
+def _box(value) -> Box:
+    """Check a box, and clip what rounding put outside the image."""
+    if not (isinstance(value, list) and len(value) == 4
+            and all(type(x) in (int, float) and abs(x) <= 2 for x in value)):
+        raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
+    cx, cy, w, h = value
+    edges = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+    left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in edges)
+    if left >= right or top >= bottom or min(edges) < -BOX_ROUNDING or max(edges) > 1 + BOX_ROUNDING:
+        raise ValueError(f"the box {shown(value)} is empty or leaves the image (cx, cy, w, h)")
+    return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+
+
+def _grouped(rows: list[_Row]) -> list[_Row]:
+    """One row an image, where the file has one a caption."""
+    joined = {}
+    for row in rows:
+        before = joined.setdefault(row.path, row)
+        if before.identity != row.identity:
+            raise UserError(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
+        if before is not row:
+            joined[row.path] = before._replace(captions=before.captions + row.captions)
+    return list(joined.values())
+
+
+def _choose(rows: list[_Row], split: str, source: _Source, say) -> list[_Row]:
+    chosen = [row for row in rows if row.split == split]
+    if source.carve and split != "test" and all(row.split != "val" for row in rows):
+        train = [row for row in rows if row.split == "train"]
+        held = _held_out(Counter(row.identity for row in train))
+        chosen = [row for row in train if (row.identity in held) == (split == "val")]
+        say(f"without a val split: {len(held)} training identities, the same each time, are held out as val")
+    if not chosen:
+        raise UserError(f"{shown(source.files[0])} has no record for the split {split}")
+    return chosen
+
+
+def _held_out(images: Counter) -> set[str]:
+    """Identities for val, out of {identity: images}; they depend on nothing else."""
+    held, count = set(), 0
+    for identity in random.Random(0).sample(sorted(images), math.ceil(VAL_SHARE * (len(images) - 1))):
+        if count + images[identity] <= VAL_IMAGES:
+            held.add(identity)
+            count += images[identity]
+    return held
+
+
+class _Images:
+    """Finds images by listing each folder once: asking the disk for each of 1.2 M files takes minutes."""
+
+    def __init__(self, folder: Path):
+        self.roots = (f"{folder}/imgs/", f"{folder}/")
+        self.inside = tuple(os.path.join(os.path.realpath(root), "") for root in self.roots)
+        self.listed = {}
+
+    def find(self, image: str) -> str | None:
+        """The path of `image`; None if missing. Raises ValueError if it lies outside."""
+        if not image or os.path.isabs(image) or "\\" in image or ".." in image.split("/"):
+            raise ValueError("the path is empty or leads out of the image folder")
+        for root in self.roots:
+            folder, _, name = (root + image).rpartition("/")
+            if folder not in self.listed:
+                self.listed[folder] = self._list(folder)
+            if self.listed[folder].get(name):
+                raise ValueError("a symbolic link leads out of the image folder")
+            if name in self.listed[folder]:
+                return root + image
+        return None
+
+    def _list(self, folder: str) -> dict[str, bool]:
+        """{file name: does a symbolic link lead out of the image folder}; empty for what is no folder"""
+        try:
+            away = self._leads_out(folder)
+            with os.scandir(folder) as entries:
+                return {entry.name: away or entry.is_symlink() and self._leads_out(entry.path)
+                        for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry)}
+        except (OSError, ValueError):
+            return {}
+
+    def _leads_out(self, path: str) -> bool:
+        return not os.path.join(os.path.realpath(path), "").startswith(self.inside)
+
+
+def open_image(path) -> Image.Image:
+    """The first frame as RGB, upright, on white where transparent. Raises UserError naming the file."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), \
+                Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            image.load()
+            with suppress(Exception):       # broken EXIF does not spoil the pixels
+                image = ImageOps.exif_transpose(image)
+            return _rgb(image)
+    except Exception as error:      # decoders raise almost every type on broken data
+        raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):      # 16 bits, which convert() would clip
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

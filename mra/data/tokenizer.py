@@ -1,0 +1,136 @@
+"""WordPiece: captions to ids and back, and the masking of whole words (paper section 3, L_MLM).
+
+The ids are those of BERT's uncased tokenizer for the same vocabulary file. The small vocab.txt of
+this package spells every ASCII word; `python -m mra.data.tokenizer` learns it anew from the town's captions.
+Before: words.py (what happens to a caption earlier). After: batches.py (pads and stacks).
+"""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer as Engine, models, normalizers, pre_tokenizers, trainers
+
+from mra.config import UserError
+from mra.data.people import VIEWS, describe, sample_person
+from mra.data.words import LEXICON
+
+VOCAB_FILE = Path(__file__).with_name("vocab.txt")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_WORDS = 56       # a caption is cut here before it is split into pieces
+MASK_RATE = 0.25     # share of a caption's pieces to predict ...
+MAX_MASKED = 10      # ... and at most so many
+SPAN_RATE = 0.2      # share of the picked words that grow to 2 or 3 words
+
+
+class Tokenizer:
+    """Ids of a caption under a vocabulary of V pieces: a piece's place in the list is its id."""
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = pieces
+        ids = {piece: i for i, piece in enumerate(self.pieces)}
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[piece] for piece in SPECIAL)
+        self.starts_word = np.array([not piece.startswith("##") for piece in self.pieces])          # (V,)
+        self.is_special = np.array([len(p) > 2 and p[0] + p[-1] == "[]" for p in self.pieces])      # (V,)
+        self.ordinary_ids = np.flatnonzero(~self.is_special).tolist()    # without BERT's "[unused7]" too
+        self.engine = _engine(ids)
+
+    @staticmethod
+    def read(vocab_file: Path = VOCAB_FILE) -> "Tokenizer":
+        """Read a BERT vocabulary file, one piece a line. Raises UserError when it is not one."""
+        return Tokenizer(_read_pieces(vocab_file))
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, text: str, max_tokens: int = 56) -> list[int]:
+        """[CLS] pieces [SEP] of the first 56 words, at most `max_tokens` >= 2 ids. "[SEP]" is plain text."""
+        text = text.encode("utf-8", "ignore").decode()                   # lone surrogates go, as in BERT
+        words = text.split(maxsplit=MAX_WORDS)
+        text = text if len(words) <= MAX_WORDS else " ".join(words[:MAX_WORDS])
+        return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
+
+    def words(self, ids: list[int]) -> list[str]:
+        """Whole words, their pieces joined; [PAD], [CLS] and [SEP] are left out."""
+        pieces = [self.pieces[i] for i in ids if i not in (self.pad_id, self.cls_id, self.sep_id)]
+        return " ".join(pieces).replace(" ##", "").split()
+
+
+def pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B id lists -> ids (B, T) int64 and keep (B, T) bool, True = a real token; T = the longest list."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    width = int(lengths.max())
+    padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in sequences])
+    return padded, torch.arange(width) < lengths[:, None]
+
+
+def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Masked ids and labels, -100 where nothing is predicted (paper section 3). Special ids are never picked.
+
+    Whole words, 25 % of the pieces and 10 at most; at least one word, unless all have more than 10 pieces.
+    As in BERT's whole-word masking each piece draws for itself: 80 % [MASK], 10 % a random piece, 10 % kept.
+    """
+    words = np.split(np.arange(len(ids)), 1 + np.flatnonzero(tokenizer.starts_word[ids[1:]]))
+    words = [word.tolist() for word in words if not tokenizer.is_special[ids[word[0]]]]    # their positions
+    masked, labels = list(ids), [-100] * len(ids)
+    for i in _pick(words, rng):
+        labels[i], fate = ids[i], rng.random()
+        if fate < 0.9:
+            masked[i] = tokenizer.mask_id if fate < 0.8 else rng.choice(tokenizer.ordinary_ids)
+    return masked, labels
+
+
+def _pick(words: list[list[int]], rng: random.Random) -> list[int]:
+    """Positions to predict: words in random order while they fit the budget; the first may exceed it."""
+    budget = min(MAX_MASKED, max(1, round(MASK_RATE * sum(map(len, words)))))
+    picked: set[int] = set()
+    for start in rng.sample(range(len(words)), len(words)):
+        length = rng.choice((2, 3)) if rng.random() < SPAN_RATE else 1
+        for word in words[start:start + length] if words[start][0] not in picked else ():
+            grown = picked.union(word)
+            if len(grown) > (budget if picked else MAX_MASKED):
+                break
+            picked = grown
+    return sorted(picked)
+
+
+def _read_pieces(vocab_file: Path) -> list[str]:
+    try:
+        pieces = Path(vocab_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{vocab_file}: no readable UTF-8 vocabulary ({error}); give a vocab.txt") from None
+    if missing := [piece for piece in SPECIAL if piece not in pieces]:
+        raise UserError(f"{vocab_file}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
+    if repeated := [piece for piece, count in Counter(pieces).items() if count > 1]:
+        raise UserError(f"{vocab_file}: {repeated[0]!r} stands on more than one line; keep one of them")
+    return pieces
+
+
+def _engine(ids: dict[str, int]) -> Engine:
+    """WordPiece after BERT's normaliser (lower case, no accents) and splitter (spaces, punctuation, CJK)."""
+    engine = Engine(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    engine.normalizer, engine.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return engine
+
+
+def learn_pieces(captions: int = 20_000, size: int = 1500) -> list[str]:
+    """At most `size` pieces from the town's captions and the lexicon; they can spell every ASCII word."""
+    rng, texts = random.Random(0), [LEXICON]
+    for person in (sample_person(rng) for _ in range(captions)):
+        parts = "person hair headgear upper inner logo lower shoes bag carried".split()
+        worn = [part for part in parts if getattr(person, part + "_colour", True)]
+        boxes = {part: (rng.random(), 0.5, 0.5, 0.5) for part in worn}
+        texts.append(describe(person, rng.choice(list(VIEWS)), boxes, rng).caption)
+    characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    # These get fixed ids; left to the trainer the order of "##" letters, and so ties, would differ by run.
+    fixed = [*SPECIAL, *characters, *"‘’“”–—…", *("##" + letter for letter in characters if letter.isalnum())]
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=fixed, show_progress=False)
+    engine = _engine({"[UNK]": 0})
+    engine.train_from_iterator(texts, trainer)
+    return sorted(engine.get_vocab(), key=engine.token_to_id)
+
+
+if __name__ == "__main__":
+    VOCAB_FILE.write_text("\n".join(learn_pieces()) + "\n", encoding="utf-8")

@@ -1,0 +1,145 @@
+"""What may be done to a caption without an image in sight: cleaning, left <-> right, and EDA.
+
+EDA (Wei & Zou, EMNLP 2019) makes a caption's variants by synonym replacement, random insertion of a synonym,
+random swap and random deletion. It feeds the second positive of fine-tuning and the prompts of the diffusion
+(paper sections 2 and 3). The synonyms come from the small lexicon of clothing and appearance below instead of
+WordNet; it holds no stop words, and a colour is only ever exchanged for another name of the same colour.
+Before: records.py (captions). After: tokenizer.py (ids), augment.py (mirrors the image).
+"""
+
+import random
+import re
+from collections.abc import Callable
+
+# One group of interchangeable terms between semicolons; a term stands in one group only.
+LEXICON = """
+t-shirt, tee shirt, tee; button-up shirt, button-down shirt, dress shirt;
+tank top, vest top, sleeveless shirt; short-sleeved, short sleeved, short-sleeve, short sleeve;
+long-sleeved, long sleeved, long-sleeve, long sleeve; sweater, pullover, jumper, knit sweater;
+hoodie, hooded sweatshirt, hooded sweater; sweatshirt, sweat shirt; jacket, short coat;
+coat, topcoat, overcoat; blazer, suit jacket, sport coat; cardigan, button-up sweater;
+down jacket, puffer jacket, puffer coat, padded jacket; raincoat, rain jacket, waterproof coat;
+vest, waistcoat, gilet; polo shirt, polo, collared shirt; suit, two-piece suit, business suit;
+dress, gown, frock; trousers, pants, slacks; jeans, denim pants, denim trousers, denims;
+shorts, short pants, short trousers; leggings, tights; sweatpants, track pants, jogging pants, joggers;
+capris, capri pants, cropped pants; miniskirt, mini skirt, short skirt; long skirt, maxi skirt;
+clothes, clothing, garments, attire; outfit, ensemble; shoes, footwear;
+sneakers, trainers, sports shoes, running shoes; dress shoes, formal shoes, leather shoes;
+sandals, open shoes; flip-flops, flip flops, beach slippers; high heels, heels, high-heeled shoes;
+backpack, rucksack, knapsack, bookbag; handbag, purse, hand bag; waist bag, belt bag, bum bag; bag, sack;
+tote bag, tote, shopper bag; shoulder bag, messenger bag, crossbody bag, satchel;
+shopping bag, carrier bag, grocery bag; plastic bag, plastic sack; briefcase, document case;
+suitcase, trolley case, rolling case; wallet, billfold; cap, baseball cap, peaked cap;
+beanie, knit cap, knitted cap, woolly hat; glasses, eyeglasses, spectacles; sunglasses, dark glasses;
+scarf, neck scarf, neckerchief; tie, necktie; belt, waist belt; watch, wristwatch; headphones, earphones;
+phone, cell phone, cellphone, mobile phone, smartphone; mask, face mask; bracelet, wristband, bangle;
+jewelry, jewellery; zipper, zip; logo, emblem; navy, navy blue, dark blue, deep blue;
+light blue, pale blue, sky blue, baby blue; gray, grey;
+dark gray, dark grey, charcoal, charcoal gray, charcoal grey; light gray, light grey, pale gray, pale grey;
+dark red, deep red, maroon, burgundy, wine red; dark green, deep green, forest green; light green, pale green;
+dark brown, deep brown, chocolate brown; light brown, pale brown; beige, sand-colored; purple, violet;
+light purple, pale purple, lavender, lilac; dark purple, deep purple; light pink, pale pink;
+bright pink, hot pink, fuchsia; light yellow, pale yellow; bright yellow, vivid yellow; bright red, vivid red;
+cream, off-white, off white, ivory; black, jet black; white, snow white; gold, golden; bright, vivid;
+colorful, multicolored, multi-colored, multicoloured; dark-colored, dark-coloured;
+light-colored, light-coloured; striped, stripy; plaid, checkered, checked, tartan;
+polka dot, polka-dot, dotted; floral, flowery; short hair, cropped hair, short-cut hair;
+long hair, lengthy hair, flowing hair; ponytail, pony tail; hair bun, bun, hair knot; bald, hairless;
+blond, blonde; bangs, fringe; braid, plait; braids, plaits; patterned, printed; curly, curled;
+haircut, hairstyle, hairdo; beard, facial hair; man, guy, gentleman, fellow; men, guys, gentlemen, fellows;
+woman, lady; women, ladies; boy, lad; girl, lass; person, individual; child, kid, youngster;
+pedestrian, passer-by; teenager, teen, adolescent; slim, slender, thin; stocky, heavyset, sturdy, stout;
+plump, overweight, chubby; young, youthful; old, elderly; middle-aged, middle aged; big, large; small, little;
+tight, tight-fitting, close-fitting; loose, baggy, loose-fitting; casual, informal; knee-length, knee length;
+wearing, dressed in, clad in; wears, is wearing, is dressed in, is clad in; dressed, clothed;
+carrying, toting; is carrying, carries, totes; holding, gripping, clutching, grasping;
+holds, grips, clutches, grasps; walking, strolling, striding; walks, strolls, strides;
+looking, gazing, glancing; talking, speaking, chatting; pulling, dragging, tugging;
+picture, photo, photograph, image
+"""
+
+GROUPS = [tuple(" ".join(term.split()) for term in group.split(",")) for group in LEXICON.split(";")]
+SYNONYMS = {term: tuple(other for other in group if other != term) for group in GROUPS for term in group}
+# The longest term wins, so "dark blue" is never read as "blue", nor "t-shirt" as "shirt".
+TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
+    re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
+SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|wards?|most)?\b)")
+SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+OTHER_SIDE = SIDES | {right: left for left, right in SIDES.items()}
+
+
+def clean(caption: str, dataset: str) -> str:
+    """ICFG-PEDES, RSTPReid: lower case, a run of anything outside a-z and 0-9 is one space. Others: as is."""
+    if dataset not in ("icfg", "rstp"):
+        return caption
+    return re.sub(r"[^a-z0-9]+", " ", caption.lower()).strip()
+
+
+def swap_left_right(text: str) -> str:
+    """The caption of the mirrored image; "Left-hand" becomes "Right-hand". Twice gives the original."""
+    return SIDE.sub(lambda found: OTHER_SIDE[found[0]], text)
+
+
+def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
+    """One variant of a caption by one of the four operations, at random; alpha = share of words changed."""
+    return _apply(rng.choice(OPERATIONS), text, rng, alpha)
+
+
+def eda_all(text: str, rng: random.Random, alpha: float = 0.5, count: int = 19) -> list[str]:
+    """`count` variants of a caption, the four operations in turn (paper section 2: 19 and the original)."""
+    return [_apply(OPERATIONS[i % len(OPERATIONS)], text, rng, alpha) for i in range(count)]
+
+
+def _apply(operation: Callable[..., str], text: str, rng: random.Random, alpha: float) -> str:
+    """Never empty, unless the text is blank: that comes back as it is."""
+    return operation(text, rng, alpha) if text.strip() else text
+
+
+def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
+    """Up to alpha x words terms of the lexicon give way to a synonym; letter case and punctuation stay."""
+    found = list(TERM.finditer(text))
+    chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
+    for term in sorted(chosen, key=lambda match: match.start(), reverse=True):
+        text = text[:term.start()] + _cased(_synonym(term, rng), term[0]) + text[term.end():]
+    return text
+
+
+def insert_synonyms(text: str, rng: random.Random, alpha: float) -> str:
+    """alpha x words times, a synonym of a random term of the text is put at a random place."""
+    found, words = list(TERM.finditer(text)), text.split()
+    for _ in range(_changes(text, alpha) if found else 0):
+        words.insert(rng.randint(0, len(words)), _synonym(rng.choice(found), rng))
+    return " ".join(words)
+
+
+def swap_words(text: str, rng: random.Random, alpha: float) -> str:
+    """alpha x words times, two random words change places."""
+    words = text.split()
+    for _ in range(_changes(text, alpha) if len(words) > 1 else 0):
+        i, j = rng.sample(range(len(words)), 2)
+        words[i], words[j] = words[j], words[i]
+    return " ".join(words)
+
+
+def delete_words(text: str, rng: random.Random, alpha: float) -> str:
+    """Each word goes with probability alpha; when all would go, one at random stays."""
+    words = text.split()
+    return " ".join(word for word in words if rng.random() >= alpha) or rng.choice(words)
+
+
+OPERATIONS = replace_synonyms, insert_synonyms, swap_words, delete_words
+
+
+def _changes(text: str, alpha: float) -> int:
+    return max(1, int(alpha * len(text.split())))
+
+
+def _synonym(term: re.Match, rng: random.Random) -> str:
+    return rng.choice(SYNONYMS[" ".join(term[0].lower().split())])
+
+
+def _cased(word: str, like: str) -> str:
+    """`word` in capitals or with a capital where `like` has them."""
+    if like.isupper():
+        return word.upper()
+    return word[0].upper() + word[1:] if like[0].isupper() else word

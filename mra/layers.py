@@ -1,0 +1,82 @@
+"""The transformer parts that every encoder is made of: one attention, one MLP, one block for each norm order.
+
+Before: config.py. After: encoders.py, which stacks these blocks into image, text and fusion encoders.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017): self-attention, or cross-attention to a `memory`.
+
+    The keys and values of a context are computed by `memory` on their own, so that passes which look at the
+    same image (matched, mismatched, masked words) share them.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.to_query = nn.Linear(dim, dim)
+        self.to_memory = nn.Linear(context_dim or dim, 2 * dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def memory(self, context: Tensor) -> Tensor:
+        """Keys and values of a context (B, S, D) as one tensor (B, 2, heads, S, D / heads)."""
+        batch, length, _ = context.shape
+        return self.to_memory(context).view(batch, length, 2, self.heads, -1).permute(0, 2, 3, 1, 4)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Attend from x (B, T, D) to itself or to `memory`; keep (B, S), True = may be attended to."""
+        batch, length, dim = x.shape
+        query = self.to_query(x).view(batch, length, self.heads, -1).transpose(1, 2)   # (B, heads, T, D/heads)
+        key, value = (self.memory(x) if memory is None else memory).unbind(1)          # (B, heads, S, D/heads)
+        mask = None if keep is None else keep[:, None, None, :]                        # (B, 1, 1, S)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)      # (B, heads, T, D/heads)
+        return self.to_out(mixed.transpose(1, 2).reshape(batch, length, dim))          # (B, T, D)
+
+
+class MLP(nn.Sequential):
+    """Two linear maps with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class PreNormBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the block of a vision transformer."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, eps: float = 1e-6):
+        super().__init__()
+        self.attention_norm, self.attention = nn.LayerNorm(dim, eps), Attention(dim, heads)
+        self.mlp_norm, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, 4 * dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class PostNormBlock(nn.Module):
+    """norm(x + attention(x)), with `context_dim` norm(x + cross-attention), norm(x + mlp(x)): BERT's block.
+
+    With `at` (B, M) only those positions are computed and returned, (B, M, D): all that a last layer owes.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None, eps: float = 1e-12):
+        super().__init__()
+        self.attention, self.attention_norm = Attention(dim, heads), nn.LayerNorm(dim, eps)
+        if context_dim:
+            self.cross, self.cross_norm = Attention(dim, heads, context_dim), nn.LayerNorm(dim, eps)
+        self.mlp, self.mlp_norm = MLP(dim, 4 * dim), nn.LayerNorm(dim, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, keep: Tensor, memory: Tensor | None = None,
+                memory_keep: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        words = self.attention.memory(x)
+        if at is not None:
+            x = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))                     # (B, M, D)
+        x = self.attention_norm(x + self.dropout(self.attention(x, words, keep)))
+        if memory is not None:
+            x = self.cross_norm(x + self.dropout(self.cross(x, memory, memory_keep)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))

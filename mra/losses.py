@@ -1,0 +1,63 @@
+"""The losses of MRA (section 3) as pure functions of tensors: contrastive, matching, masked words.
+
+Image-text (ITC, ITM) and region-phrase (RPC, RPM) losses are the same two functions, called on whole images
+and captions or on regions and phrases. Before: encoders.py. After: retriever.py, which calls them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_targets(ids: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Row-normalised targets (B, B): every pair of equal ids (B,) is a positive.
+
+    target = (1 - smoothing) * same / sum(same) + smoothing / B
+    """
+    same = (ids[:, None] == ids[None, :]).float()                            # (B, B)
+    return (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(ids)
+
+
+def contrastive(image_features: Tensor, text_features: Tensor, temperature: Tensor | float, ids: Tensor,
+                smoothing: float = 0.0) -> Tensor:
+    """Image-text (or region-phrase) contrastive loss with multi-positive soft targets; a scalar.
+
+    L = -1/2 E[sum_j target_ij log S_I2T(i, j) + sum_j target_ij log S_T2I(i, j)]   (MRA section 3)
+
+    image_features, text_features (B, E) of unit length; ids (B,): equal ids are positives.
+    """
+    logits = (image_features @ text_features.T).float() / temperature        # (B, B)
+    targets = soft_targets(ids, smoothing)
+    image_to_text = (targets * logits.log_softmax(1)).sum(1).mean()
+    text_to_image = (targets * logits.T.log_softmax(1)).sum(1).mean()
+    return -(image_to_text + text_to_image) / 2
+
+
+def hard_negatives(similarity: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of similarity (B, B), already divided by the temperature, one column of another id.
+
+    Drawn in proportion to the contrastive similarity, exp(similarity). Returns the columns (B,) and
+    exists (B,): False where the batch holds no other id, and the column must not be used.
+    """
+    other = ids[:, None] != ids[None, :]                                     # (B, B)
+    exists = other.any(1)                                                    # (B,)
+    allowed = other | ~exists[:, None]                                       # a row without negatives: anything
+    weights = similarity.float().masked_fill(~allowed, -torch.inf).softmax(1)
+    return torch.multinomial(weights, 1).squeeze(1), exists
+
+
+def matching(logits: Tensor, matched: Tensor) -> Tensor:
+    """Cross-entropy of each pair's matching logits (M, 2) [mismatched, matched] against matched (M,) bool; (M,)."""
+    return F.cross_entropy(logits.float(), matched.long(), reduction="none")
+
+
+def masked_words(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (B, M) of the words at masked positions, logits (B, M, V); 0 where labels (B, M) are -100."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100,
+                           reduction="none").view_as(labels)
+
+
+def total(terms: dict[str, Tensor], beta: float) -> Tensor:
+    """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM), each term present in `terms` once (MRA section 3)."""
+    weights = {"itc": 1.0, "itm": 1.0, "mlm": 1.0, "rpc": beta, "rpm": beta}
+    return sum(weights[name] * term for name, term in terms.items())

@@ -1,0 +1,178 @@
+"""Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k.
+
+MRA section 3, inference, with one departure: the score of a pair depends on that pair alone (matching logit +
+weight x cosine similarity), where the paper normalises over the whole score matrix, so that a query's order
+depends on which other queries are asked. `published_order` is the paper's way. Both stages average over the
+image and its mirror image; the words of the mirrored pass have left and right swapped.
+Before: retriever.py. After: checkpoint.py, training.py; evaluate.py is the script.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mra.config import ModelConfig
+from mra.data.augment import test_view
+from mra.data.records import open_image
+from mra.data.tokenizer import Tokenizer, pad
+from mra.data.words import swap_left_right
+from mra.retriever import Retriever
+
+WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity beside the matching logit
+
+
+def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
+    """R@1, R@5, R@10, mAP and mINP in percent from scores (Q, G), the highest first; equal scores keep their order.
+
+    query_ids (Q,), gallery_ids (G,). A query without a match in the gallery is left out of every mean; nan
+    where no query has one. mINP = number of matches / rank of the last one (Ye et al. 2021).
+    """
+    return order_metrics(scores.argsort(dim=1, descending=True, stable=True), query_ids, gallery_ids)
+
+
+def order_metrics(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
+    """The metrics of `retrieval_metrics` from order (Q, G): for each query the gallery's indices, best first."""
+    rows = []
+    for ids, ranked in zip(query_ids.split(512), order.split(512)):                # bounded memory for large Q x G
+        hit = gallery_ids[ranked] == ids[:, None]                                  # (q, G)
+        hit = hit[hit.any(1)].double()
+        found = hit.cumsum(1)                                                      # hits among the first r
+        rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)                # (G,)
+        matches = found[:, -1]
+        last = (hit * rank).amax(1) if len(hit) else matches
+        rows.append(torch.stack([*(found[:, min(k, len(rank)) - 1].clamp(max=1) for k in (1, 5, 10)),
+                                 (found / rank * hit).sum(1) / matches, matches / last], 1))
+    means = 100 * torch.cat(rows).mean(0)
+    return dict(zip(("R@1", "R@5", "R@10", "mAP", "mINP"), means.tolist()))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What two stages found, on the CPU: cosine similarity (Q, G); candidates (Q, k), their matching logits (Q, k)."""
+
+    similarity: Tensor
+    candidates: Tensor
+    logits: Tensor
+
+    def first_order(self) -> Tensor:
+        """Gallery indices (Q, G) by similarity alone."""
+        return self.similarity.argsort(dim=1, descending=True, stable=True)
+
+    def order(self, weight: float) -> Tensor:
+        """Gallery indices (Q, G): candidates by logit + weight * similarity, then the others by similarity."""
+        score = self.logits + weight * self.similarity.gather(1, self.candidates)
+        best = self.candidates.gather(1, score.argsort(dim=1, descending=True, stable=True))
+        return torch.cat([best, self.first_order()[:, best.shape[1]:]], 1)
+
+    def published_order(self, weight: float = 0.002) -> Tensor:
+        """The paper's fusion: both scores min-max normalised over the whole matrix, then matching + weight * similarity.
+
+        The rest of the gallery gets the query's lowest matching score. Evaluated on W processes, the released
+        code weighs the similarity W times more against a compressed matching term.
+        """
+        matching = self.logits.amin(1, keepdim=True).expand(self.similarity.shape).clone()
+        matching.scatter_(1, self.candidates, self.logits)
+        scores = _min_max(matching) + weight * _min_max(self.similarity)
+        return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def _min_max(x: Tensor) -> Tensor:
+    return (x - x.min()) / (x.max() - x.min()).clamp(min=1e-12)
+
+
+def choose_weight(search: Search, query_ids: Tensor, gallery_ids: Tensor) -> float:
+    """The similarity weight of WEIGHTS with the highest R@1, then mAP; to be called on val only."""
+    def quality(weight: float) -> tuple[float, float]:
+        metrics = order_metrics(search.order(weight), query_ids, gallery_ids)
+        return metrics["R@1"], metrics["mAP"]
+    return max(WEIGHTS, key=quality)
+
+
+class Images(torch.utils.data.Dataset):
+    """Image files as model input (3, H, W)."""
+
+    def __init__(self, paths: list[str], config: ModelConfig):
+        self.paths, self.size = paths, (config.height, config.width)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return test_view(open_image(self.paths[index]), self.size)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Queries, encoded: word tokens (Q, T, D), their keep (Q, T), unit features (Q, E)."""
+
+    tokens: Tensor
+    keep: Tensor
+    features: Tensor
+
+
+@torch.inference_mode()
+def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256) -> Words:
+    """Encode sentences with the text encoder; they are padded to the longest of all."""
+    device = next(model.parameters()).device
+    ids, keep = pad([tokenizer.encode(caption, model.config.max_tokens) for caption in captions], tokenizer.pad_id)
+    tokens, features = zip(*(model.encode_text(i.to(device), k.to(device))
+                             for i, k in zip(ids.split(batch), keep.split(batch))))
+    return Words(torch.cat(tokens), keep.to(device), torch.cat(features))
+
+
+@torch.inference_mode()
+def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int, workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit features (G, E) of the images and of their mirror images."""
+    device = next(model.parameters()).device
+    loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
+    pairs = [(model.encode_image(x)[1], model.encode_image(x.flip(-1))[1]) for x in (b.to(device) for b in loader)]
+    plain, mirrored = zip(*pairs)
+    return torch.cat(plain), torch.cat(mirrored)
+
+
+@torch.inference_mode()
+def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries: Words, candidates: Tensor,
+                     mirrored: bool, batch: int, pairs: int = 1024, workers: int = 0) -> Tensor:
+    """Matching logits (Q, k), [matched] - [mismatched], of each query with its candidates (Q, k).
+
+    Image by image: a gallery image's keys and values are computed once for all queries that ask for it, so no
+    tokens of the gallery are held in memory.
+    """
+    device = candidates.device
+    logits = torch.zeros(candidates.numel(), device=device)
+    lengths = queries.keep.sum(1)                                                  # (Q,)
+    loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
+    for start, image in zip(range(0, len(images), batch), loader):
+        place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)
+        image = image.to(device)
+        tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
+        memories = model.fusion_encoder.memories(tokens)
+        query = place // candidates.shape[1]                                       # (pairs of this batch,)
+        by_length = lengths[query].argsort(stable=True)                            # alike lengths side by side
+        for some in place[by_length].split(pairs):
+            query = some // candidates.shape[1]
+            own = candidates.flatten()[some] - start
+            longest = int(lengths[query].max())
+            pair = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
+                               [memory[own] for memory in memories])               # (pairs, 2)
+            logits[some] = (pair[:, 1] - pair[:, 0]).float()
+    return logits.view(candidates.shape)
+
+
+@torch.inference_mode()
+def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], k: int,
+           mirror: bool = True, batch: int = 64, workers: int = 0) -> Search:
+    """Rank the gallery `paths` for every caption: by similarity, and the first k (at most G, 0: none) by matching."""
+    images = Images(paths, model.config)
+    passes = [encode_queries(model, tokenizer, captions)]
+    features = encode_gallery(model, images, batch, workers)
+    if mirror:
+        passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
+    similarity = sum(words.features @ gallery.T for words, gallery in zip(passes, features)) / len(passes)
+    candidates = similarity.topk(min(k, len(paths)), 1).indices                    # (Q, k)
+    if k == 0:
+        return Search(similarity.float().cpu(), candidates.cpu(), similarity[:, :0].cpu())
+    logits = sum(match_candidates(model, images, words, candidates, mirrored=bool(i), batch=batch, workers=workers)
+                 for i, words in enumerate(passes)) / len(passes)
+    return Search(similarity.float().cpu(), candidates.cpu(), logits.cpu())

@@ -1,0 +1,154 @@
+"""MRA, multi-granularity relation alignment (section 3): encoders, heads, and the loss terms of one batch.
+
+`forward` names the stages of the paper's figure. Whole images with captions and regions with phrases go
+through the same `align`: a region is the mean of the tokens whose patches its box touches, followed by those
+tokens. That mean is what the region-phrase contrastive loss compares, and the fusion encoder sees it too (in
+the released code it does neither). Before: losses.py, data/batches.py. After: training.py, ranking.py.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mra import losses
+from mra.config import ModelConfig
+from mra.data.batches import Batch
+from mra.encoders import FusionEncoder, ImageEncoder, TextEncoder
+
+
+class WordHead(nn.Module):
+    """Fused tokens (..., D) -> scores of every word piece (..., V); the decoder is the word embedding itself."""
+
+    def __init__(self, dim: int, words: nn.Embedding):
+        super().__init__()
+        self.transform = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, 1e-12))
+        self.decoder = nn.Linear(dim, words.num_embeddings)
+        self.decoder.weight = words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform(x))
+
+
+class Retriever(nn.Module):
+    """Image and text encoders with a shared contrastive space, and a fusion encoder that judges pairs."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config)
+        self.text_encoder = TextEncoder(config)
+        self.fusion_encoder = FusionEncoder(config)
+        self.image_projection = nn.Linear(config.image_dim, config.embed)
+        self.text_projection = nn.Linear(config.text_dim, config.embed)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        dim = config.text_dim
+        self.matching_head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(),
+                                           nn.Linear(2 * dim, 2))
+        self.word_head = WordHead(dim, self.text_encoder.words)
+        self.apply(_initialise)
+        for table in (self.image_encoder.whole, self.image_encoder.positions):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, 3, H, W) -> tokens (B, 1+N, D) and unit features (B, E)."""
+        tokens = self.image_encoder(image)
+        return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def encode_text(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E)."""
+        tokens = self.text_encoder(ids, keep)
+        return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
+
+    def match(self, text: Tensor, keep: Tensor, memories: list[Tensor], image_keep: Tensor | None = None) -> Tensor:
+        """Matching logits (B, 2) of text tokens (B, T, D) with image memories, pair by pair."""
+        first = torch.zeros(len(text), 1, dtype=torch.long, device=text.device)          # [CLS] alone
+        return self.matching_head(self.fusion_encoder(text, keep, first, memories, image_keep)[:, 0])
+
+    def forward(self, batch: Batch, fuse: bool = True, smoothing: float = 0.0, eda: float = 0.0) -> dict[str, Tensor]:
+        """The loss terms of one batch by name: itc; with `fuse` itm and mlm; with regions rpc and rpm."""
+        image, feature = self.encode_image(batch.image)                      # (B, 1+N, D), (B, E)
+        memories = self.fusion_encoder.memories(image) if fuse else None
+        terms = self.align(image, feature, memories, None, batch.caption_ids, batch.caption_keep,
+                           batch.identity, smoothing)
+        if batch.eda_ids is not None:
+            again = self.align(image, feature, memories, None, batch.eda_ids, batch.eda_keep, batch.identity, smoothing)
+            terms = {name: term + eda * again[name] for name, term in terms.items()}
+        if fuse:
+            terms["mlm"] = self.predict_words(batch, memories)
+        if batch.region_keep is not None:
+            region, region_keep = pool_region(image, batch.region_keep)      # (B, 1+N, D), (B, 1+N)
+            feature = F.normalize(self.image_projection(region[:, 0]), dim=-1)
+            memories = self.fusion_encoder.memories(region) if fuse else None
+            aligned = self.align(region, feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
+                                 batch.phrase_class, smoothing)
+            terms |= {f"rp{name[-1]}": term for name, term in aligned.items()}
+        return terms
+
+    def align(self, image: Tensor, feature: Tensor, memories: list[Tensor] | None, image_keep: Tensor | None,
+              ids: Tensor, keep: Tensor, classes: Tensor, smoothing: float) -> dict[str, Tensor]:
+        """Contrastive and, given memories, matching loss of images with captions, or of regions with phrases."""
+        text, text_feature = self.encode_text(ids, keep)                     # (B, T, D), (B, E)
+        terms = {"itc": losses.contrastive(gathered(feature), gathered(text_feature), self.temperature,
+                                           gathered(classes), smoothing)}
+        if memories is not None:
+            similarity = (feature @ text_feature.T).detach() / self.temperature.detach()      # (B, B)
+            terms["itm"] = self.matching_loss(similarity, memories, image_keep, text, keep, classes)
+        return terms
+
+    def matching_loss(self, similarity: Tensor, memories: list[Tensor], image_keep: Tensor | None, text: Tensor,
+                      keep: Tensor, classes: Tensor) -> Tensor:
+        """Matching loss of B matched pairs, B images with a wrong text and B texts with a wrong image."""
+        wrong_text, text_exists = losses.hard_negatives(similarity, classes)             # (B,), (B,)
+        wrong_image, image_exists = losses.hard_negatives(similarity.T, classes)
+        own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
+        images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])      # (3B,)
+        matched, counts = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])
+        logits = self.match(text[texts], keep[texts], [memory[images] for memory in memories],
+                            None if image_keep is None else image_keep[images])          # (3B, 2)
+        return mean_over_processes(losses.matching(logits, matched), counts)
+
+    def predict_words(self, batch: Batch, memories: list[Tensor]) -> Tensor:
+        """Masked-word loss: the masked caption, fused with its image, names its masked words."""
+        text = self.text_encoder(batch.masked_ids, batch.caption_keep)                   # (B, T, D)
+        fused = self.fusion_encoder(text, batch.caption_keep, batch.masked_at, memories)     # (B, M, D)
+        logits = self.word_head(fused)                                                   # (B, M, V)
+        return mean_over_processes(losses.masked_words(logits, batch.masked_labels), batch.masked_labels >= 0)
+
+
+def pool_region(image: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D) and their keep (B, 1+N).
+
+    Token 0 becomes the mean of the region's patches and is always kept (MRA section 3; the released code
+    hides it from cross-attention).
+    """
+    weights = region_keep.to(image.dtype) / region_keep.sum(1, keepdim=True)             # (B, N)
+    mean = torch.einsum("bn,bnd->bd", weights, image[:, 1:])                             # (B, D)
+    keep = torch.cat([torch.ones_like(region_keep[:, :1]), region_keep], 1)              # (B, 1+N)
+    return torch.cat([mean[:, None], image[:, 1:]], 1), keep
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x (B, ...) of all processes, in rank order (W * B, ...), with gradients; x itself in a single process."""
+    if not dist.is_initialized():
+        return x
+    return torch.cat(dist.nn.functional.all_gather(x.contiguous()))
+
+
+def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:
+    """Mean of the values where counts is True, such that averaging it over processes gives the joint mean."""
+    total, count = (values * counts).sum(), counts.sum().float()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        total = total * dist.get_world_size()
+    return total / count.clamp(min=1)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Normal weights of 0.02 at width 768 and proportionally wider below, as BERT and ViT; zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        dim = module.embedding_dim if isinstance(module, nn.Embedding) else module.weight[0].numel()
+        nn.init.trunc_normal_(module.weight, std=0.02 * (768 / dim) ** 0.5)
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,144 @@
+"""The parts of a training run that train.py puts together: processes, optimiser, schedule, log, validation.
+
+Before: checkpoint.py. After: train.py, which reads from top to bottom.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mra import ranking
+from mra.config import TrainConfig, UserError
+from mra.data.records import RecordSet
+from mra.data.tokenizer import Tokenizer
+from mra.data.words import clean
+from mra.retriever import Retriever
+
+NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
+
+
+def start_processes() -> tuple[int, int]:
+    """Join torchrun's processes, if it started this one; returns (rank, number of processes)."""
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that was asked for, or cuda where there is one; says which when nothing was asked for."""
+    if name not in ("", "cpu", "cuda"):
+        raise UserError(f"--device {name}: give cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; leave the flag out to run on the CPU.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def make_optimizer(model: Retriever, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over four groups: encoders and new heads, each with weight decay (matrices) and without (the rest)."""
+    groups = {(head, decay): [] for head in (False, True) for decay in (False, True)}
+    for name, parameter in model.named_parameters():
+        groups[name.startswith(NEW_HEADS), parameter.ndim >= 2].append(parameter)
+    return torch.optim.AdamW(
+        [dict(params=parameters, peak=config.lr * (config.head_lr if head else 1),
+              weight_decay=config.weight_decay if decay else 0.0) for (head, decay), parameters in groups.items()],
+        lr=config.lr, betas=(0.9, 0.98), fused=True)
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate at a step: a linear rise over the first `warmup` of the steps, then a linear fall."""
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lengths of a run, from its configuration and the number of pairs."""
+
+    steps: int
+    fusion_from: int     # first step with ITM, RPM and MLM
+    evals: frozenset[int]  # step counts after which val is evaluated; the last step is one
+
+    @staticmethod
+    def of(config: TrainConfig, pairs: int, world: int) -> "Plan":
+        steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
+        evals = frozenset(round(steps * (i + 1) / config.evals) for i in range(config.evals)) - {0} | {steps}
+        return Plan(steps, round(config.fusion_from * steps), evals)
+
+
+@dataclass
+class Log:
+    """Loss terms of the steps since the last line; a line of progress and of log.jsonl every `every` steps."""
+
+    path: Path
+    plan: Plan
+    images: int          # of one step, all processes
+    quiet: bool
+    terms: list[dict[str, Tensor]] = field(default_factory=list)
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        self.terms.append({name: term.detach() for name, term in terms.items()})
+
+    def flush(self, step: int, rate: float) -> None:
+        """Write the means of the steps up to `step`. Raises UserError if a term of one of them is not finite."""
+        for back, terms in enumerate(reversed(self.terms)):
+            for name, term in terms.items():
+                if not term.isfinite():
+                    raise UserError(f"{name} is {term.item()} at step {step - back}; the checkpoints before it are kept. "
+                                    "Try a smaller --lr.")
+        seconds = (time.perf_counter() - self.since) / len(self.terms)
+        means = {name: round(torch.stack([t[name] for t in self.terms if name in t]).mean().item(), 4)
+                 for name in self.terms[-1]}
+        self.write({"step": step, **means, "lr": rate, "images_per_second": round(self.images / seconds, 1)})
+        if not self.quiet:
+            left = seconds * (self.plan.steps - step)
+            print(f"step {step}/{self.plan.steps}  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+                  + f"  lr {rate:.1e}  {self.images / seconds:.0f} images/s  {left / 60:.1f} min left", flush=True)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the steps so far, and the time that something else took."""
+        self.terms, self.since = [], time.perf_counter()
+
+    def write(self, line: dict) -> None:
+        if not self.quiet:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]:
+    """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query."""
+    captions = [clean(caption, source.name) for record in source.records for caption in record.captions]
+    query_ids = torch.tensor([record.identity for record in source.records for _ in record.captions])
+    return captions, query_ids, [record.path for record in source.records], torch.tensor(
+        [record.identity for record in source.records])
+
+
+def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, batch: int = 64) -> dict:
+    """R@1 and mAP on val by embeddings and, when the fusion encoder is trained, re-ranked with the best weight.
+
+    `quality` is what checkpoints are compared by: (R@1, mAP) of the last stage. No mirror pass, to save time.
+    """
+    captions, query_ids, paths, gallery_ids = queries_of(val)
+    model.eval()
+    found = ranking.search(model, tokenizer, captions, paths, model.config.rerank if fused else 0, False, batch)
+    embedded = ranking.order_metrics(found.first_order(), query_ids, gallery_ids)
+    result = {"embeddings": embedded, "quality": (embedded["R@1"], embedded["mAP"])}
+    if fused:
+        weight = ranking.choose_weight(found, query_ids, gallery_ids)
+        reranked = ranking.order_metrics(found.order(weight), query_ids, gallery_ids)
+        result |= {"reranked": reranked, "weight": weight, "quality": (reranked["R@1"], reranked["mAP"])}
+    return result
