@@ -22,15 +22,13 @@ from mra.data import records, town
 from mra.data.batches import Order, PairDataset
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever
-from mra.training import Log, Plan, choose_device, make_optimizer, schedule, start_processes, validate
+from mra.training import Log, Plan, choose_device, choose_precision, make_optimizer, schedule, start_processes, validate
 
 
 def main() -> None:
     config = parse(TrainConfig, __doc__, recipe_of=lambda given: recipe(given.dataset, given.preset))
-    if config.preset not in PRESETS:
-        raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}.")
-    pretraining = config.dataset in PRETRAINING_SETS
-    if config.init or pretraining:
+    check(config)
+    if config.init or config.dataset in PRETRAINING_SETS:
         train(config)
     elif config.data_root:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
@@ -42,49 +40,50 @@ def pretrain(config: TrainConfig) -> Path:
     """The checkpoint that a demo fine-tuning starts from; made first unless it is there already."""
     adapted = Path("out/sda") / config.dataset
     source = str(adapted) if (adapted / "report.json").exists() else "sda"
-    print(f"No --init: pretraining on {f'the pairs adapted to {config.dataset}' if source != 'sda' else 'source pairs'} first.")
-    stage = TrainConfig(**recipe("sda", config.preset) | dict(
-        dataset=source, preset=config.preset, seed=config.seed, device=config.device, resume=config.resume,
-        compile=config.compile, vocab=config.vocab))
-    return train(stage)
+    print(f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
+    shared = {name: getattr(config, name) for name in
+              ("preset", "seed", "device", "resume", "compile", "precision", "vocab", "regions", "workers")}
+    return train(TrainConfig(**recipe("sda", config.preset) | shared | {"dataset": source}))
 
 
 def train(config: TrainConfig) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
     started = time.perf_counter()
     device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
     rank, world = start_processes()
-    name = Path(config.dataset).name if config.dataset in records.DATASETS else f"adapted-{Path(config.dataset).name}"
-    config = dataclasses.replace(config, out=config.out or f"out/{name}-{config.preset}-s{config.seed}")
+    config = dataclasses.replace(config, out=config.out or f"out/{config.dataset.replace('out/', '').replace('/', '-')}"
+                                 f"-{config.preset}-s{config.seed}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        print(f"{show(config)}\nTraining on {device}, {world} process(es).")
+    say = print if rank == 0 else (lambda *_: None)
+    say(f"{show(config)}\nTraining on {device} in {precision}, {world} process(es).")
 
     # ---- data
-    root = town.ready(config, rank) if not config.data_root else Path(config.data_root)
-    train_set = records.load(config.dataset, "train", root, config.allow_missing)
-    val_set = records.load(config.dataset, "val", root, config.allow_missing)
+    root = Path(config.data_root) if config.data_root else town.ready(config.dataset, config.preset == "tiny", say)
+    train_set = records.load(config.dataset, "train", root, config.allow_missing, say)
+    val_set = records.load(config.dataset, "val", root, config.allow_missing, say)
 
     # ---- model, optimiser
     torch.manual_seed(config.seed)
+    pretrained_on = "nothing"
     if config.init in ("", "none"):
-        tokenizer = Tokenizer.read(Path(config.vocab) if config.vocab else VOCAB_FILE)
+        tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
         model = Retriever(dataclasses.replace(PRESETS[config.preset], vocab=len(tokenizer))).to(device)
-        print("Starting from random weights.")
+        say("Starting from random weights.")
     else:
-        model, tokenizer, _ = checkpoint.load_retriever(Path(config.init), device)
+        model, tokenizer, earlier = checkpoint.load_retriever(Path(config.init), device)
+        pretrained_on = earlier["train"]["dataset"]
+        say(f"Starting from {config.init}, trained on {pretrained_on}.")
     optimizer = make_optimizer(model, config)
     dataset = PairDataset(train_set, tokenizer, model.config, config)
     plan = Plan.of(config, len(dataset), world)
-    first, best = 0, None
-    facts = checkpoint.model_facts(model, tokenizer) | {"train": dataclasses.asdict(config)}
-    if config.resume and (out / "last.safetensors").exists():
-        tensors, saved = checkpoint.load(out / "last.safetensors")
-        checkpoint.restore_weights(model, tensors, out / "last.safetensors")
-        checkpoint.restore_optimizer(model, optimizer, tensors)
-        first, best = saved["step"], saved["best"]
-        print(f"Resuming after step {first}.")
+    facts = checkpoint.model_facts(model, tokenizer) | {
+        "train": dataclasses.asdict(config), "precision": precision, "pretrained_on": pretrained_on,
+        "processes": world, "versions": checkpoint.VERSIONS}
+    first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
+    if first:
+        say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
     step_model = torch.compile(model) if config.compile else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
@@ -105,7 +104,7 @@ def train(config: TrainConfig) -> Path:
         # --------------------------------------------------------------------------------------------------------
         for _ in range(config.accumulate):
             batch = next(loader).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 terms = step_model(batch, fuse, config.smoothing, config.eda)
                 loss = losses.total(terms, config.beta)
             (loss / config.accumulate).backward()
@@ -121,7 +120,7 @@ def train(config: TrainConfig) -> Path:
             result = validate(model, tokenizer, val_set, fuse)
             log.write({"step": step + 1, "val": result})
             print(f"val at step {step + 1}: " + describe(result))
-            state = facts | {"step": step + 1, "val": result, "versions": checkpoint.VERSIONS,
+            state = facts | {"step": step + 1, "val": result,
                              "seconds": round(time.perf_counter() - started, 1)}
             if best is None or result["quality"] >= best["quality"]:
                 best = result
@@ -130,8 +129,22 @@ def train(config: TrainConfig) -> Path:
                             checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer),
                             state | {"best": best})
             log.restart()
-    print(f"Best on val: {describe(best)}\nWrote {out / 'best.safetensors'} after {time.perf_counter() - started:.0f} s.")
+    if rank == 0:
+        print(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after {time.perf_counter() - started:.0f} s.")
     return out / "best.safetensors"
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for values that no run can use."""
+    if config.preset not in PRESETS:
+        raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}.")
+    for name, low, high in (("batch", 1, 1e6), ("accumulate", 1, 1e6), ("steps", 0, 1e9), ("evals", 1, 1e6), ("lr", 0, 10),
+                            ("log_every", 1, 1e9), ("workers", 0, 256), ("warmup", 0, 1), ("fusion_from", 0, 1),
+                            ("smoothing", 0, 1), ("erase", 0, 1), ("eda", 0, 1e3), ("beta", 0, 1e3), ("clip", 1e-9, 1e9)):
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
+    if config.epochs <= 0 and not config.steps:
+        raise UserError(f"--epochs {config.epochs}: give a number above 0.")
 
 
 def describe(result: dict) -> str:

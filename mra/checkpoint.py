@@ -88,6 +88,28 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             optimizer.state[parameters[of]][kind] = tensor.to(device)
 
 
+MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile"}    # between a run and its continuation
+
+
+def resume(out: Path, model: Retriever, optimizer: torch.optim.Optimizer, facts: dict) -> tuple[int, dict | None]:
+    """Continue `out`'s last checkpoint, if there is one: the number of steps done, and the best result on val.
+
+    Raises UserError when that checkpoint belongs to a run with another configuration.
+    """
+    path = out / "last.safetensors"
+    if not path.exists():
+        return 0, None
+    tensors, saved = load(path)
+    now, then = ({k: v for k, v in f["train"].items() if k not in MAY_DIFFER} for f in (facts, saved))
+    changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+    if changed:
+        raise UserError(f"{path} was trained with another --{changed[0].replace('_', '-')}; give another --out, or "
+                        "--no-resume to overwrite it.")
+    restore_weights(model, tensors, path)
+    restore_optimizer(model, optimizer, tensors)
+    return saved["step"], saved["best"]
+
+
 def load_retriever(path: Path, device: torch.device) -> tuple[Retriever, Tokenizer, dict]:
     """The model, the tokenizer and the facts of a checkpoint."""
     tensors, facts = load(path)

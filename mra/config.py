@@ -69,7 +69,7 @@ class TrainConfig:
     vocab: str = ""              # a WordPiece vocab.txt; empty: the packaged one, learned from the demo captions
     out: str = ""                # folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>
     seed: int = 0
-    resume: bool = False         # go on from the last checkpoint in `out`
+    resume: bool = True          # go on from the last checkpoint in `out`; --no-resume starts over
     epochs: float = 30           # passes over the image-caption pairs
     steps: int = 0               # a number of steps instead of epochs; 0: epochs decide
     batch: int = 40              # pairs of one step and process
@@ -90,6 +90,7 @@ class TrainConfig:
     workers: int = 0             # data loading processes
     allow_missing: bool = False  # drop records whose image is missing
     compile: bool = False        # torch.compile the model
+    precision: str = ""          # float32 or bf16 (autocast); empty: bf16 where the device computes in it
     device: str = ""             # cuda or cpu; empty: cuda where there is one
 
 

@@ -3,6 +3,7 @@
 Before: config.py. After: encoders.py, which stacks these blocks into image, text and fusion encoders.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,8 +33,16 @@ class Attention(nn.Module):
         query = self.to_query(x).view(batch, length, self.heads, -1).transpose(1, 2)   # (B, heads, T, D/heads)
         key, value = (self.memory(x) if memory is None else memory).unbind(1)          # (B, heads, S, D/heads)
         mask = None if keep is None else keep[:, None, None, :]                        # (B, 1, 1, S)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)      # (B, heads, T, D/heads)
+        mixed = attend(query, key, value, mask)                                        # (B, heads, T, D/heads)
         return self.to_out(mixed.transpose(1, 2).reshape(batch, length, dim))          # (B, T, D)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's attention; on the CPU in float32, since its bfloat16 backward pass takes five times as long there."""
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
 
 
 class MLP(nn.Sequential):

@@ -80,7 +80,7 @@ class Retriever(nn.Module):
         if batch.region_keep is not None:
             region, region_keep = pool_region(image, batch.region_keep)      # (B, 1+N, D), (B, 1+N)
             feature = F.normalize(self.image_projection(region[:, 0]), dim=-1)
-            memories = self.fusion_encoder.memories(region) if fuse else None
+            memories = self.fusion_encoder.memories(region)
             aligned = self.align(region, feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
                                  batch.phrase_class, smoothing)
             terms |= {f"rp{name[-1]}": term for name, term in aligned.items()}

@@ -46,6 +46,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision that was asked for, or bf16 where the device has instructions for it, else float32."""
+    if name not in ("", "float32", "bf16"):
+        raise UserError(f"--precision {name}: give float32 or bf16.")
+    able = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return name or ("bf16" if able else "float32")
+
+
 def make_optimizer(model: Retriever, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over four groups: encoders and new heads, each with weight decay (matrices) and without (the rest)."""
     groups = {(head, decay): [] for head in (False, True) for decay in (False, True)}

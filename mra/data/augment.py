@@ -91,9 +91,8 @@ def _erase(pixels: Tensor, rng: random.Random) -> Tensor:
     """Set a random rectangle of (3, H, W) to 0, the mean colour."""
     _, rows, columns = pixels.shape
     for _ in range(10):         # draws until one fits
-        area = rng.uniform(*ERASE_AREA) * rows * columns
-        aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
-        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        area, aspect = rng.uniform(*ERASE_AREA), math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
+        height, width = (round(math.sqrt(area * rows * columns * x)) for x in (aspect, 1 / aspect))
         if 0 < height < rows and 0 < width < columns:
             top, left = rng.randrange(rows - height + 1), rng.randrange(columns - width + 1)
             pixels[:, top:top + height, left:left + width] = 0

@@ -1,17 +1,18 @@
 """Who lives in the demo town, and what people write about them.
 
-An identity is a `Person`: about 40 bits of attributes. `describe` is an annotator: from the parts that a picture
-shows it writes a caption of 15 to 40 words and names some of its phrases with their boxes, as the SDA set of the
-MRA paper does. No word is untrue or about something hidden. "left" and "right" are those of the picture, so that
-a mirrored picture swaps the words. One person seen from the front, by hand:
+An identity is a `Person`: about 40 bits of attributes. `describe` is an annotator: from the parts that a
+picture shows it writes a caption of 15 to 40 words and names some of its phrases with their boxes, as the SDA
+set of the MRA paper does. No word is untrue or about something hidden. "left" and "right" are those of the
+picture, so that a mirrored picture swaps the words. One person seen from the front, by hand; the annotator is
+random.Random(136874):
 
-    person   woman, slim, long blond hair, open red jacket over white, black jeans, white sneakers, green handbag
-    boxes    person (.50 .52 .40 .90), hair (.50 .14 .18 .20), upper (.50 .32 .34 .32), inner (.50 .31 .08 .26),
-             lower (.50 .67 .28 .40), shoes (.50 .93 .30 .08), bag (.64 .55 .12 .12), each cx cy w h
+    person   slim woman, long blond hair, red jacket over white, black jeans, white sneakers, green handbag
+    boxes    cx cy w h: person .50 .52 .40 .90, hair .50 .14 .18 .20, upper .50 .32 .34 .32,
+             inner .50 .31 .08 .26, lower .50 .67 .28 .40, shoes .50 .93 .30 .08, bag .64 .55 .12 .12
     phrases  "a slim woman" (person), "long blond hair" (hair), "an open red jacket over a white top" (upper),
              "black jeans" (lower), "white sneakers" (shoes), "a green handbag in the right hand" (bag)
-    caption  "a slim woman with long blond hair wears an open red jacket over a white top, black jeans and white
-             sneakers. she is carrying a green handbag in the right hand."
+    caption  "a slim woman with long blond hair wears an open red jacket over a white top, black jeans and
+             white sneakers. she is carrying a green handbag in the right hand."
 
 Before: config.py. After: town.py, which draws the person and writes the sets.
 """
@@ -23,45 +24,51 @@ from dataclasses import dataclass, replace
 Box = tuple[float, float, float, float]    # (cx, cy, w, h), fractions of the image
 
 # A value and the names that annotators have for it; no name stands for two values.
-COLOURS = {"black": ("black",), "white": ("white",), "grey": ("grey", "gray"), "red": ("red", "crimson", "bright red"),
-           "blue": ("blue",), "navy": ("navy", "dark blue", "navy blue"), "green": ("green",), "yellow": ("yellow",),
-           "orange": ("orange",), "purple": ("purple", "violet"), "pink": ("pink",), "brown": ("brown",)}
+COLOURS = {"black": ("black",), "white": ("white",), "grey": ("grey", "gray"), "blue": ("blue",),
+           "red": ("red", "crimson", "bright red"), "navy": ("navy", "dark blue", "navy blue"),
+           "green": ("green",), "yellow": ("yellow",), "orange": ("orange",), "purple": ("purple", "violet"),
+           "pink": ("pink",), "brown": ("brown",)}
 HAIR_COLOURS = {"black": ("black",), "brown": ("brown",), "blond": ("blond",), "grey": ("grey", "gray"),
                 "red": ("red", "ginger")}
 HAIR = {"short": ("short {} hair", "{} short hair"), "long": ("long {} hair", "{} long hair"),
         "ponytail": ("a {} ponytail", "{} hair in a ponytail")}
-HEADGEAR = {"cap": ("cap", "baseball cap"), "beanie": ("beanie", "knitted cap"), "hat": ("hat", "brimmed hat")}
+HEADGEAR = {"cap": ("cap", "baseball cap"), "beanie": ("beanie", "knitted cap"), "hat": ("hat", "felt hat")}
 UPPERS = {"t-shirt": ("t-shirt", "tee"), "shirt": ("shirt", "button-up shirt", "dress shirt"),
           "sweater": ("sweater", "pullover", "jumper"), "hoodie": ("hoodie", "hooded sweatshirt"),
-          "jacket": ("jacket", "short coat"), "coat": ("long coat", "overcoat"), "vest": ("padded vest", "gilet"),
-          "tank top": ("tank top", "sleeveless shirt")}
+          "jacket": ("jacket", "short coat"), "coat": ("long coat", "overcoat"),
+          "vest": ("padded vest", "gilet"), "tank top": ("tank top", "sleeveless shirt")}
 PATTERNS = {"plain": ("{0} {2}",), "striped": ("{0} and {1} striped {2}", "{0} {2} with {1} stripes"),
             "checked": ("{0} and {1} checked {2}", "{0} {2} with {1} checks"),
             "two-tone": ("{2} that is {0} above and {1} below", "{0} {2} with a lower half in {1}"),
             "logo": ("{0} {2} with a logo in {1}", "{0} {2} with a print in {1}")}
-LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"), "shorts": ("shorts",),
-          "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"), "long skirt": ("long skirt",)}
+LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"),
+          "shorts": ("shorts",), "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"),
+          "long skirt": ("long skirt",)}
 SHOES = {"sneakers": ("sneakers", "trainers", "running shoes"), "boots": ("boots", "high boots"),
          "shoes": ("leather shoes", "dress shoes")}
 BAGS = {"backpack": ("backpack", "rucksack"), "shoulder bag": ("shoulder bag", "messenger bag"),
         "handbag": ("handbag", "purse"), "waist bag": ("waist bag", "belt bag")}
-CARRIED = {"umbrella": ("umbrella", "closed umbrella"), "suitcase": ("suitcase", "rolling case"), "book": ("book",),
-           "shopping bag": ("shopping bag", "carrier bag"), "skateboard": ("skateboard",)}
+CARRIED = {"umbrella": ("umbrella", "closed umbrella"), "suitcase": ("suitcase", "rolling case"),
+           "shopping bag": ("shopping bag", "carrier bag"), "book": ("book",), "skateboard": ("skateboard",)}
 GENDERS = {"woman": ("woman", "lady", "female pedestrian"), "man": ("man", "guy", "male pedestrian")}
 BUILDS = {"slim": ("slim", "thin"), "average": ("",), "heavy": ("stout", "heavyset")}
 VIEWS = {"front": ("walking towards the camera", "seen from the front", "facing the camera"),
          "back": ("seen from behind", "walking away from the camera", "shown with the back to the camera"),
          "left": ("walking to the left", "facing left", "seen from the side walking left"),
          "right": ("walking to the right", "facing right", "seen from the side walking right")}
-OPENING = ("jacket", "coat")     # may be worn open over something else; a vest always shows the sleeves under it
+OPENING = ("jacket", "coat")     # may be worn open over something; a vest always shows the sleeves under it
 WOMENS = ("leggings", "skirt", "long skirt")
 TWINS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "lower": ("trousers", "shorts", *WOMENS),
          "upper": ("t-shirt", "shirt", "sweater", "hoodie", "tank top")}
 TEMPLATES = (               # [...] is left out when what it would tell is not told
-    "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.][ {she} is {view}.]",
-    "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}][, carrying {bag+carried}].",
-    "{person} is wearing {upper+lower+shoes}[, has {headgear+hair}][ and carries {bag+carried}].[ {she} is {view}.]",
-    "this is {person}[ {view}].[ {she} has {bag+carried+hair}.] {her} clothes are {headgear+upper+lower+shoes}.")
+    "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.]"
+    "[ {she} is {view}.]",
+    "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}]"
+    "[, carrying {bag+carried}].",
+    "{person} is wearing {upper+lower+shoes}[, has {headgear+hair}][ and carries {bag+carried}]."
+    "[ {she} is {view}.]",
+    "this is {person}[ {view}].[ {she} has {bag+carried+hair}.]"
+    " {her} clothes are {headgear+upper+lower+shoes}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +117,18 @@ def sample_person(rng: random.Random) -> Person:
     inner = colour(upper_colour) if upper == "vest" or upper in OPENING and rng.random() < 0.6 else ""
     weights = (1, 0, 0, 0, 0) if upper == "vest" else (4, 2, 2, 2, 0 if inner else 1.5)
     pattern = rng.choices(list(PATTERNS), weights)[0]
+    hairs = list(HAIR) if gender == "woman" else ("short", "short", "long")
+    lowers = [kind for kind in LOWERS if gender == "woman" or kind not in WOMENS]
     return Person(
-        gender, rng.choice(list(BUILDS)), rng.choice(list(HAIR) if gender == "woman" else ("short", "short", "long")),
-        rng.choice(list(HAIR_COLOURS)), *maybe(0.4, HEADGEAR), upper, upper_colour, pattern,
-        "" if pattern == "plain" else colour(upper_colour), inner,
-        rng.choice([kind for kind in LOWERS if gender == "woman" or kind not in WOMENS]), colour(),
-        rng.choice(list(SHOES)), colour(), *maybe(0.65, BAGS), rng.choice(("left", "right")), *maybe(0.45, CARRIED),
-        rng.randrange(4))
+        gender, rng.choice(list(BUILDS)), rng.choice(hairs), rng.choice(list(HAIR_COLOURS)),
+        *maybe(0.4, HEADGEAR), upper, upper_colour, pattern,
+        "" if pattern == "plain" else colour(upper_colour), inner, rng.choice(lowers), colour(),
+        rng.choice(list(SHOES)), colour(), *maybe(0.65, BAGS), rng.choice(("left", "right")),
+        *maybe(0.45, CARRIED), rng.randrange(4))
 
 
 def twin_of(person: Person, rng: random.Random) -> Person:
-    """Somebody who differs in one attribute only: the colour or the type of the upper or the lower garment."""
+    """Somebody who differs in one attribute only: colour or type of the upper or the lower garment."""
     name = rng.choice([name for name, values in TWINS.items() if getattr(person, name) in values])
     taken = {getattr(person, name), *(WOMENS if person.gender == "man" else ())}
     taken |= {person.pattern_colour, person.inner_colour} if name == "upper_colour" else set()
@@ -131,20 +139,21 @@ def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
     """One annotator's words on a picture: `view` front, back, left or right; `boxes` the parts to be seen,
     always with "person", "upper" and "lower"."""
     texts = {part: text for part, text in _phrases(person, view, boxes, rng).items() if part in boxes}
-    optional = rng.sample([part for part in texts if part not in ("person", "upper", "lower")], len(texts) - 3)
+    always = {"person", "upper", "lower"}
+    optional = rng.sample([part for part in texts if part not in always], len(texts) - 3)
     template, view_text = rng.choice(TEMPLATES), rng.choice(VIEWS[view]) if rng.random() < 0.5 else ""
-    kept = {part for part in optional if rng.random() < 0.9}
-    tries = [(kept, view_text), (set(optional), rng.choice(VIEWS[view]))]
-    tries += [(set(optional[i:]), "") for i in range(len(optional))]
-    for kept, view_text in tries:
-        told = {part: text for part, text in texts.items() if part in kept or part in ("person", "upper", "lower")}
+    tries = [([part for part in optional if rng.random() < 0.9], view_text)]
+    tries.append((optional, rng.choice(VIEWS[view])))
+    for kept, view_text in tries + [(optional[i:], "") for i in range(len(optional))]:
+        told = {part: text for part, text in texts.items() if part in always or part in kept}
         caption = _compose(template, told, view_text, person.gender)
         if 15 <= len(caption.split()) <= 40:
             break
     else:
         caption += " this is a crop from a camera image."
-    spare = rng.sample([part for part in told if part not in ("upper", "lower")], min(len(told) - 2, rng.randint(2, 4)))
-    chosen = sorted({"upper", "lower", *spare}, key=lambda part: (caption.index(told[part]), part))
+    others = [part for part in told if part not in ("upper", "lower")]
+    chosen = {"upper", "lower", *rng.sample(others, min(len(others), rng.randint(2, 4)))}
+    chosen = sorted(chosen, key=lambda part: (caption.index(told[part]), part))
     return Words(caption, tuple(told[part] for part in chosen), tuple(boxes[part] for part in chosen))
 
 
@@ -156,7 +165,8 @@ def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
         return text if part == "shoes" or part == "lower" and "skirt" not in kind else _a(text)
 
     build = rng.choice(BUILDS[person.build]) if rng.random() < 0.6 else ""
-    hair = "{} hair tied back" if person.hair == "ponytail" and view == "front" else rng.choice(HAIR[person.hair])
+    tied = person.hair == "ponytail" and view == "front"
+    hair = "{} hair tied back" if tied else rng.choice(HAIR[person.hair])
     texts = {"person": _a(f"{build} {rng.choice(GENDERS[person.gender])}".strip()),
              "hair": hair.format(rng.choice(HAIR_COLOURS[person.hair_colour])),
              "headgear": named("headgear", HEADGEAR), "upper": _upper(person, boxes, rng),

@@ -32,7 +32,6 @@ PIXEL_LIMIT = 50_000_000            # a larger picture is no pedestrian crop and
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 Box = tuple[float, float, float, float]     # (cx, cy, w, h), fractions of the image
 
-
 _LAYOUTS = {    # images (a level imgs may follow) | raw file, its image key | a file a split | parts
     "cuhk": ("CUHK-PEDES", ("CUHK-PEDES/reid_raw.json",), "file_path", ("finetune/cuhk_{}.json",), ""),
     "icfg": ("ICFG-PEDES", ("ICFG-PEDES/ICFG-PEDES.json", "ICFG-PEDES/ICFG_PEDES.json"), "file_path",
@@ -100,7 +99,7 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     if missing:
         told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
         if not allow_missing or len(missing) == len(rows):
-            raise UserError(f"{told}; complete it, or allow missing images: {'; '.join(missing[:5])}")
+            raise UserError(f"{told}; complete it or add --allow-missing: {'; '.join(missing[:5])}")
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}

@@ -2,8 +2,8 @@
 
 No real set may be shipped, so the package draws its own: one source with the look of synthetic data (SDA) and
 three targets (CUHK-PEDES, ICFG-PEDES, RSTPReid), each with cameras of its own, that differ from it in light,
-colour and viewpoint: the domain gap of the MRA paper. Every strength stands in the table DOMAINS. `render` is a
-pure function, so the same person in the same pose can be drawn in any domain.
+colour and viewpoint: the domain gap of the MRA paper. Every strength stands in the table DOMAINS. `render` is
+a pure function, so the same person in the same pose can be drawn in any domain.
 Before: people.py (who is drawn, what is written). After: records.py, which reads the sets back.
 """
 
@@ -15,8 +15,10 @@ import multiprocessing
 import os
 import random
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,27 +27,37 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from mra.config import UserError
-from mra.data.people import COLOURS, HAIR_COLOURS, Box, Person, Words, describe, sample_person, twin_of
+from mra.data.people import Box, Person, Words, describe, sample_person, twin_of
 
 VERSION = 1                     # of the drawing: sets of another version are drawn again
 HEIGHT, WIDTH, SCALE = 192, 96, 4      # pixels of a file; the figure is drawn SCALE times as large
 PARTS = ("hair", "headgear", "upper", "inner", "logo", "lower", "shoes", "bag", "carried")
+PAINT = {"": (0, 0, 0), "black": (30, 30, 34), "white": (240, 240, 236), "grey": (134, 136, 140),
+         "red": (206, 30, 38), "blue": (48, 112, 222), "navy": (28, 36, 104), "green": (34, 140, 62),
+         "yellow": (244, 208, 40), "orange": (242, 124, 24), "purple": (122, 52, 160),
+         "pink": (244, 138, 180), "brown": (112, 66, 34)}
+HAIR_PAINT = {"black": (26, 22, 24), "brown": (92, 54, 28), "blond": (232, 196, 108), "grey": (168, 168, 172),
+              "red": (172, 70, 24)}
 SKINS = ((246, 212, 188), (222, 176, 140), (166, 114, 80), (104, 68, 50))
-NOTE = "Drawn by mra/data/town.py: these are computer drawings of people who do not exist, not photographs.\n"
+STOUT = {"slim": 0.84, "average": 1.0, "heavy": 1.24}
+FLAT, OPEN, ROUND = (0, 0), (1, 0), (1, 1)     # the ends of a stroke
+NOTE = "computer drawings of people who do not exist, not photographs"
 
 
 @dataclass(frozen=True)
 class Domain:
-    """How a set looks. Each strength is 0 where it does nothing; all are multiplied by `strength`."""
+    """How a set looks. From exposure on: strengths, 0 where they do nothing, all times `strength`."""
     cameras: int
     scene: str                  # plain, campus, street or hall
     views: tuple[float, float, float, float]    # chances of front, back, left, right
-    strength: float = 1.0       # of everything below
+    strength: float = 1.0
     spread: float = 0.0         # how much cameras differ: a strength v varies by v * spread
+    light: float = 0.0          # of a camera: where the light comes from, -1 left to 1 right
     exposure: float = 0.0       # stops; > 0 is brighter
     gamma: float = 0.0          # log2 of the exponent; > 0 is darker in the middle
     saturation: float = 0.0     # log2 of the factor
-    cast: tuple[float, float, float] = (0.0, 0.0, 0.0)    # white balance: stops of red, green, blue
+    red: float = 0.0            # white balance: stops of red, and of blue
+    blue: float = 0.0
     haze: float = 0.0           # black level, as a share of white
     relief: float = 0.0         # how dark the side away from the light is
     shadow: float = 0.0         # how dark the shadow on the ground is
@@ -60,25 +72,17 @@ class Domain:
 
 
 DOMAINS = {
-    "source": Domain(6, "plain", (0.7, 0.1, 0.1, 0.1), 1.0, 0.3, relief=0.5, shadow=0.2, saturation=0.1, jpeg=3,
-                     distance=0.06, crop=0.01),
-    "cuhk": Domain(5, "campus", (0.3, 0.3, 0.2, 0.2), 1.0, 0.4, exposure=0.5, gamma=-0.3, saturation=-0.5,
-                   cast=(0.2, 0.0, -0.5), haze=0.10, relief=0.7, shadow=0.5, noise=0.02, blur=0.6, jpeg=30,
-                   height=0.15, distance=0.12, crop=0.06, occlusion=0.2),
-    "icfg": Domain(6, "street", (0.2, 0.4, 0.2, 0.2), 1.0, 0.4, exposure=-0.9, gamma=0.25, saturation=-0.3,
-                   cast=(-0.5, -0.1, 0.4), haze=0.02, relief=0.8, shadow=0.6, noise=0.03, blur=0.7, jpeg=25,
-                   height=0.55, distance=0.16, crop=0.03, occlusion=0.2),
-    "rstp": Domain(7, "hall", (0.25, 0.25, 0.25, 0.25), 1.0, 0.5, exposure=-0.3, gamma=-0.2, saturation=-0.9,
-                   cast=(-0.2, 0.25, -0.3), haze=0.16, relief=0.5, shadow=0.3, noise=0.03, blur=0.5, motion=3.0,
-                   jpeg=35, height=0.3, distance=0.2, crop=0.04, occlusion=0.25),
-}
-
-
-@dataclass(frozen=True)
-class Camera:
-    """One camera of a domain: its strengths after the spread, its scenes, where its light comes from."""
-    domain: Domain
-    light: float                # -1 left to 1 right, in the picture
+    "source": Domain(6, "plain", (0.7, 0.1, 0.1, 0.1), spread=0.3, saturation=0.1, relief=0.5, shadow=0.2,
+                     jpeg=3, distance=0.06, crop=0.01),
+    "cuhk": Domain(5, "campus", (0.3, 0.3, 0.2, 0.2), 0.8, spread=0.4, exposure=0.5, gamma=-0.3,
+                   saturation=-0.5, red=0.2, blue=-0.5, haze=0.10, relief=0.7, shadow=0.5, noise=0.02,
+                   blur=0.6, jpeg=30, height=0.15, distance=0.12, crop=0.06, occlusion=0.2),
+    "icfg": Domain(6, "street", (0.2, 0.4, 0.2, 0.2), 0.5, spread=0.4, exposure=-0.9, gamma=0.25,
+                   saturation=-0.3, red=-0.4, blue=0.5, haze=0.02, relief=0.8, shadow=0.6, noise=0.03,
+                   blur=0.7, jpeg=25, height=0.55, distance=0.16, crop=0.03, occlusion=0.2),
+    "rstp": Domain(7, "hall", (0.25, 0.25, 0.25, 0.25), 0.65, spread=0.5, exposure=-0.2, gamma=-0.2,
+                   saturation=-0.9, red=-0.45, blue=-0.5, haze=0.16, relief=0.5, shadow=0.3, noise=0.03,
+                   blur=0.5, motion=3.0, jpeg=35, height=0.3, distance=0.2, crop=0.04, occlusion=0.25)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,409 +97,355 @@ class Pose:
 
 
 class Picture(NamedTuple):
-    """A drawn image, (HEIGHT, WIDTH) RGB, and the visible parts' boxes; "person" is all of them."""
+    """An image, (HEIGHT, WIDTH) RGB, and the boxes of what it shows: of PARTS, and "person" for the whole."""
     image: Image.Image
     boxes: dict[str, Box]
 
 
+class Stroke(NamedTuple):
+    """A limb or anything like one, in body coordinates (see Figure).
+
+    rows: (x, y, z, half its width[, half its depth]). With s from -1 to 1 across and t from 0 to 1 along it,
+    bands (s0, s1, t0, t1, colour) are the patches of a pattern, folds (s0, t0, s1, t1) are dark creases.
+    """
+    part: str
+    colour: tuple[int, int, int]
+    rows: list
+    ends: tuple[int, int] = FLAT
+    bands: list = []
+    folds: list = []
+
+
+Groups = Iterator[tuple[float, list[Stroke]]]      # strokes that lie on each other, with how near they are
+
+
 @lru_cache(maxsize=64)
-def camera_of(domain: str, camera: int) -> Camera:
-    """Camera number `camera` of a domain: a pure function of the table."""
+def camera_of(domain: str, camera: int) -> Domain:
+    """The domain as its camera number `camera` sees it: a pure function of the table."""
     base, rng = DOMAINS[domain], random.Random(f"{domain}/{camera}")
-
-    def vary(value: float, more: float = 0.0) -> float:
-        return base.strength * (value * (1 + base.spread * rng.uniform(-1, 1)) + more * rng.uniform(-1, 1))
-
-    strengths = {field.name: vary(getattr(base, field.name)) for field in fields(Domain)[5:] if field.name != "cast"}
-    cast = tuple(vary(value, 0.15 * base.spread) for value in base.cast)
-    return Camera(replace(base, cast=cast, **strengths), rng.choice((-1, 1)) * rng.uniform(0.4, 1))
+    names = [field.name for field in dataclasses.fields(Domain)[6:]]
+    factors = [base.strength * (1 + base.spread * rng.uniform(-1, 1)) for _ in names]
+    strengths = {name: getattr(base, name) * factor for name, factor in zip(names, factors)}
+    return replace(base, light=rng.choice((-1, 1)) * rng.uniform(0.4, 1), **strengths)
 
 
 class Figure:
     """A person being drawn: colour, light and part number, each SCALE times the image.
 
-    Coordinates are those of the body: x to the person's left, y down from 0 (head) to 1 (soles), z forward.
+    Body coordinates: x to the person's left, y down from 0 (head) to 1 (soles), z forward.
     """
 
-    def __init__(self, pose: Pose, camera: Camera, rng: random.Random):
-        size, cam = (WIDTH * SCALE, HEIGHT * SCALE), camera.domain
-        self.colour, self.light, self.part = (Image.new(mode, size) for mode in ("RGB", "L", "L"))
+    def __init__(self, pose: Pose, cam: Domain, rng: random.Random):
+        size = WIDTH * SCALE, HEIGHT * SCALE
+        self.colour, self.light, self.part = (Image.new(mode, size, fill) for mode, fill in
+                                              (("RGB", 0), ("L", 200), ("L", 0)))
         self.pens = [ImageDraw.Draw(image) for image in (self.colour, self.light, self.part)]
         self.sin, self.cos = math.sin(math.radians(pose.yaw)), math.cos(math.radians(pose.yaw))
         self.tall = 0.90 - cam.distance * rng.uniform(0.3, 1)
         self.left = 0.5 * WIDTH / HEIGHT + cam.crop * rng.uniform(-1, 1)
         self.top = (1 - self.tall) * rng.uniform(0.5, 0.75) + cam.crop * rng.uniform(-1, 1)
-        self.high, self.relief, self.lit = cam.height, cam.relief, camera.light
-
-    def place(self, x, y, z) -> np.ndarray:
-        """Body -> pixels of the large image, (K, 2), and the local scale (K, 1): parts near the camera are larger."""
-        flat_x, near = x * self.cos + z * self.sin, z * self.cos - x * self.sin
-        y = y + 0.3 * self.high * near
-        zoom = 1 + self.high * (0.5 - y)
-        where = np.stack([self.left + flat_x * zoom * self.tall,
-                          self.top + (y + self.high * (0.5 * y - 0.5 * y * y)) * self.tall], -1)
-        return where * HEIGHT * SCALE, (zoom * self.tall * HEIGHT * SCALE)[:, None]
-
-    def tube(self, rows, colour, part: str, bands=(), folds=(), ends=(1, 1), shaded: bool = True) -> None:
-        """A limb or anything like one: `rows` of (x, y, z, half its width), `ends` 1 where it is round.
-
-        s runs from -1 to 1 across, t from 0 to 1 along: bands (s0, s1, t0, t1, colour) are a pattern's patches,
-        folds (s0, t0, s1, t1) dark creases.
-        """
-        rows = np.asarray(rows, float)
-        t = np.linspace(0, 1, 11)
-        x, y, z, half = (np.interp(t, np.linspace(0, 1, len(rows)), column) for column in rows.T)
-        centre, scale = self.place(x, y, z)
-        along = np.gradient(centre, axis=0) + (0, 1e-3)
-        along /= np.linalg.norm(along, axis=1, keepdims=True)
-        across = np.stack([along[:, 1], -along[:, 0]], -1) * half[:, None] * scale
-        radius = np.linalg.norm(across, axis=1, keepdims=True)
-        for i, end, sign in ((0, ends[0], -1), (-1, ends[1], 1)):
-            tip = centre[i] + np.outer((.5, .85, 1), sign * end * radius[i] * along[i]) * 0.8
-            caps = across[i] * np.array((.86, .5, .1))[:, None]
-            if end:
-                parts = (tip[::-1], centre), (caps[::-1], across), (-.001 * np.arange(3, 0, -1), t)
-                if sign > 0:
-                    parts = (centre, tip), (across, caps), (t, 1 + .001 * np.arange(1, 4))
-                centre, across, t = (np.concatenate(part) for part in parts)
-
-        def points(s, at) -> list[tuple[float, float]]:
-            return list(zip(*(np.interp(at, t, centre[:, i]) + s * np.interp(at, t, across[:, i]) for i in (0, 1))))
-
-        def outline(s0: float, s1: float, t0: float = -1, t1: float = 2) -> list[tuple[float, float]]:
-            at = np.concatenate([[max(t0, t[0])], t[(t > t0) & (t < t1)], [min(t1, t[-1])]])
-            return points(s0, at) + points(s1, at)[::-1]
-
-        whole = outline(-1, 1)
-        self.pens[0].polygon(whole, colour)
-        self.pens[2].polygon(whole, 255 if part == "person" else PARTS.index(part) + 1)
-        for s0, s1, t0, t1, patch in bands:
-            self.pens[0].polygon(outline(s0, s1, t0, t1), patch)
-        if shaded:
-            for level, half, shift in ((0.5, 1, 0), (0.8, 0.86, 0.08), (1, 0.62, 0.22), (1.12, 0.28, 0.34)):
-                s0, s1 = max(-1, self.lit * shift - half), min(1, self.lit * shift + half)
-                self.pens[1].polygon(outline(s0, s1), int(200 * (1 + self.relief * (level - 1))))
-        for s0, t0, s1, t1 in folds:
-            self.pens[1].line(points(np.array((s0, s1)), np.array((t0, t1))), int(200 - 110 * self.relief), 4)
-
-    def wide(self, side: float, deep: float) -> float:
-        """Half the width seen of something with half-axes `side` and `deep`."""
-        return math.hypot(side * self.cos, deep * self.sin)
+        self.high, self.relief, self.lit = cam.height, cam.relief, cam.light
 
     def near(self, x: float, z: float) -> float:
         return z * self.cos - x * self.sin
 
+    def draw(self, stroke: Stroke) -> None:
+        centre, across = self._shape(stroke)
+        t = (np.arange(len(centre)) - 3 * stroke.ends[0]) / 10
 
-def rgb(colour: str, factor: float = 1.0) -> tuple[int, int, int]:
-    """A named colour; its accent with factor < 1: darker, or lighter where it is dark."""
-    values = np.array(COLOURS[colour], float)
-    values = values * factor if values.max() > 90 else values + 150 * (1 - factor)
-    return tuple(int(v) for v in values)
+        def points(s, at) -> list[tuple[float, float]]:
+            return list(zip(*(np.interp(at, t, mid) + s * np.interp(at, t, side)
+                              for mid, side in zip(centre.T, across.T))))
+
+        def patch(s0: float, s1: float, t0: float = -1, t1: float = 2) -> list[tuple[float, float]]:
+            at = np.concatenate([[max(t0, t[0])], t[(t > t0) & (t < t1)], [min(t1, t[-1])]])
+            return points(s0, at) + points(s1, at)[::-1]
+
+        colour, light, part = self.pens
+        colour.polygon(patch(-1, 1), stroke.colour)
+        part.polygon(patch(-1, 1), 255 if stroke.part == "person" else PARTS.index(stroke.part) + 1)
+        for *where, paint in stroke.bands:
+            colour.polygon(patch(*where), paint)
+        for level, half, shift in ((0.5, 1, 0), (0.8, 0.86, 0.08), (1, 0.62, 0.22), (1.12, 0.28, 0.34)):
+            s0, s1 = max(-1, self.lit * shift - half), min(1, self.lit * shift + half)
+            light.polygon(patch(s0, s1), int(200 * (1 + self.relief * (level - 1))))
+        for s0, t0, s1, t1 in stroke.folds:
+            light.line(points(np.array((s0, s1)), np.array((t0, t1))), int(200 - 110 * self.relief), 4)
+
+    def _shape(self, stroke: Stroke) -> tuple[np.ndarray, np.ndarray]:
+        """Centre line of a stroke and the vector to one side, (K, 2) pixels each; higher up is larger."""
+        rows = np.asarray(stroke.rows, float)
+        at = np.linspace(0, 1, 11)
+        x, y, z, side, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i])
+                               for i in (0, 1, 2, 3, -1))
+        y = y + 0.3 * self.high * self.near(x, z)
+        zoom = (1 + self.high * (0.5 - y)) * self.tall * HEIGHT * SCALE
+        centre = np.stack([self.left * HEIGHT * SCALE + (x * self.cos + z * self.sin) * zoom,
+                           (self.top + (y + self.high * 0.5 * y * (1 - y)) * self.tall) * HEIGHT * SCALE], -1)
+        along = np.gradient(centre, axis=0) + (0, 1e-3)
+        along *= (np.hypot(side * self.cos, deep * self.sin) * zoom / np.hypot(*along.T))[:, None]
+        across = np.stack([along[:, 1], -along[:, 0]], -1)
+        for end, sign in zip(stroke.ends[::-1], (1, -1)):       # a round end is three points more
+            if end:
+                centre = np.concatenate([centre, centre[-1] + sign * np.outer((.4, .68, .8), along[-1])])
+                across = np.concatenate([across, np.outer((.86, .5, .1), across[-1])])
+            centre, across, along = centre[::-1], across[::-1], along[::-1]
+        return centre, across
 
 
-def draw(figure: Figure, person: Person, pose: Pose) -> None:
+def paint(colour: str, factor: float = 1.0) -> tuple[int, int, int]:
+    """A named colour; with factor < 1 its accent: darker, or lighter where it is dark."""
+    values = PAINT[colour]
+    return tuple(int(v * factor if max(values) > 90 else v + 120 * (1 - factor)) for v in values)
+
+
+def strokes(figure: Figure, person: Person, pose: Pose) -> Iterator[Stroke]:
     """The whole person, from the farthest part to the nearest."""
-    strokes = [*_legs(figure, person, pose), *_torso(figure, person), *_arms(figure, person, pose),
-               *_head(figure, person), *_bag(figure, person), *_carried(figure, person)]
-    for _, rows, colour, part, options in sorted(strokes, key=lambda stroke: stroke[0]):
-        figure.tube(rows, colour, part, **options)
+    groups = [*_legs(figure, person, pose), *_arms(figure, person, pose)]
+    for part in (_torso, _head, _headgear, _bag, _carried):
+        groups += part(figure, person)
+    for _, group in sorted(groups, key=lambda group: group[0]):
+        yield from group
 
 
-def _stroke(depth: float, rows, colour, part: str, **options) -> tuple:
-    return depth, rows, colour, part, options
-
-
-def _stout(person: Person) -> float:
-    return {"slim": 0.84, "average": 1.0, "heavy": 1.24}[person.build]
-
-
-def _legs(figure: Figure, person: Person, pose: Pose) -> list[tuple]:
-    colour, strokes, stout = rgb(person.lower_colour), [], _stout(person)
+def _legs(figure: Figure, person: Person, pose: Pose) -> Groups:
+    cloth, shoe, stout = paint(person.lower_colour), paint(person.shoes_colour), STOUT[person.build]
     widths = {"trousers": (.070, .056, .050), "jeans": (.064, .046, .038), "leggings": (.054, .037, .025),
               "shorts": (.068, .068)}.get(person.lower)
+    worn = [(-.4, .5, .12, .42, paint(person.lower_colour, .85)),
+            (-1, 1, .92, 2, paint(person.lower_colour, .6))] * (person.lower == "jeans")
+    sole = [(-1, -.45, -1, 2, paint("grey" if person.shoes_colour == "white" else "white"))]
+    sole = sole * (person.shoes == "sneakers")
     for side in (1, -1):
-        angle = 0.42 * math.sin(pose.phase) * side
-        shin = angle - 0.1 - max(0.0, -angle) * 0.7
+        thigh = 0.42 * math.sin(pose.phase) * side
+        shin = thigh - 0.1 - max(0.0, -thigh) * 0.7
         hip = np.array((side * .052, .48, 0))
-        knee = hip + (side * .004, .240 * math.cos(angle), .240 * math.sin(angle))
+        knee = hip + (side * .004, .240 * math.cos(thigh), .240 * math.sin(thigh))
         ankle = knee + (0, .230 * math.cos(shin), .230 * math.sin(shin))
-        depth = -10 + figure.near(side * .05, knee[2])
-
-        def limb(stops, sizes) -> list:
-            return [(*stop, size * stout) for stop, size in zip(stops, sizes)]
-
-        strokes.append(_stroke(depth, limb((hip, knee, ankle), (.05, .042, .026)), SKINS[person.skin], "person"))
-        if widths:
-            stops = (hip, hip * .08 + knee * .92) if person.lower == "shorts" else (hip, knee, ankle)
-            worn = [(-.4, .5, .12, .42, rgb(person.lower_colour, .72)), (-1, 1, .92, 2, rgb(person.lower_colour, .6))]
-            folds = [(-1, .46, .1, .52), (1, .5, -.1, .56), (-.9, .9, .2, .94), (side, .04, -side * .5, .14)]
-            strokes.append(_stroke(depth + .001, limb(stops, widths), colour, "lower", ends=(1, 0),
-                                   folds=folds, bands=worn if person.lower == "jeans" else ()))
-        over = .002 if person.shoes == "boots" else .0005
+        heel, toe = ankle + (0, .008, -.015), ankle + (side * .008, .030, .075)
+        stops = (hip, knee * .9 + ankle * .1) if person.lower == "shorts" else (hip, knee, ankle)
+        folds = [(-1, .46, .1, .52), (1, .5, -.1, .56), (-.9, .9, .2, .94), (side, .04, -side * .5, .14)]
+        bare = _limb((hip, knee, ankle), (.05, .042, .026), stout)
+        leg = [Stroke("lower", cloth, _limb(stops, widths, stout), OPEN, worn, folds)] if widths else []
+        foot = [Stroke("shoes", shoe, _limb((heel, toe), (.030, .031)), ROUND, sole)]
         if person.shoes == "boots":
-            strokes.append(_stroke(depth + .0015, limb((knee * .55 + ankle * .45, ankle), (.046, .038)),
-                                   rgb(person.shoes_colour), "shoes", ends=(0, 1)))
-        sole = [(-1, -.45, -1, 2, (250, 250, 250) if person.shoes_colour != "white" else (150, 150, 155))]
-        foot = [(*(ankle + (0, .008, -.015)), .030), (*(ankle + (side * .008, .030, .075)), .031)]
-        strokes.append(_stroke(depth + over, foot, rgb(person.shoes_colour), "shoes",
-                               bands=sole if person.shoes == "sneakers" else ()))
-    if widths:
-        seat = [(0, .46, 0, figure.wide(.092, .075) * stout), (0, .56, 0, figure.wide(.062, .066) * stout)]
-        strokes.append(_stroke(-9.85, seat, colour, "lower", ends=(0, 1), shaded=figure.cos ** 2 < .3))
-    else:
-        end, flare = (.70, .135) if person.lower == "skirt" else (.90, .16)
-        rows = [(0, .46, 0, figure.wide(.088, .07) * stout), (0, end, 0, figure.wide(flare, flare * .9))]
-        folds = [(s * .8, .2, s, 1) for s in (-.7, -.35, 0, .35, .7)]
-        strokes.append(_stroke(-5, rows, colour, "lower", folds=folds, ends=(0, 0)))
-    return strokes
+            shaft = _limb((knee * .55 + ankle * .45, ankle), (.046, .038), stout)
+            leg, foot = foot, [*leg, Stroke("shoes", shoe, shaft, (0, 1))]
+        skin = Stroke("person", SKINS[person.skin], bare, ROUND)
+        yield -10 + figure.near(side * .05, knee[2]), [skin, *foot, *leg]
+    flare, hem = {"skirt": (.135, .70), "long skirt": (.16, .90)}.get(person.lower, (.062, .56))
+    rows = [(0, .46, 0, .09 * stout, .075 * stout), (0, hem, 0, flare, flare * .9)]
+    pleats = [(s * .8, .2, s, 1) for s in (-.7, -.35, 0, .35, .7)] * ("skirt" in person.lower)
+    yield -5, [Stroke("lower", cloth, rows, FLAT, folds=pleats)]
+
+
+def _limb(stops, widths, stout: float = 1.0) -> list:
+    return [(*stop, width * stout) for stop, width in zip(stops, widths)]
 
 
 def _pattern(person: Person) -> list[tuple]:
-    """The patches of the upper garment's pattern, torso and sleeves alike; coarse enough for a small image."""
-    second = rgb(person.pattern_colour) if person.pattern_colour else None
-    rows = [(-1, 1, t, t + .11, second) for t in np.arange(.08, 1, .22)]
-    columns = [(s, s + .24, -1, 2, second) for s in (-.8, -.12, .56)]
-    return {"striped": rows, "checked": columns + [(a, b, t, t + .07, c) for a, b, t, _, c in rows],
+    """The patches of the upper garment's pattern, on torso and sleeves; coarse enough for a small image."""
+    second = PAINT[person.pattern_colour]
+    checks = [(s, s + .24, -1, 2, second) for s in (-.8, -.12, .56)]
+    checks += [(-1, 1, t, t + .07, second) for t in (.08, .30, .52, .74, .96)]
+    return {"striped": [(-1, 1, t, t + .11, second) for t in (.08, .30, .52, .74, .96)], "checked": checks,
             "two-tone": [(-1, 1, .5, 2, second)]}.get(person.pattern, [])
 
 
-def _torso(figure: Figure, person: Person) -> list[tuple]:
-    stout, front = _stout(person), figure.cos > .3
+def _torso(figure: Figure, person: Person) -> Groups:
+    colour, dark = paint(person.upper_colour), paint(person.upper_colour, .6)
+    stout, front = STOUT[person.build], figure.cos > .3
     shoulder, waist = (.104, .090) if person.gender == "man" else (.092, .076)
-    hem = .65 if person.upper == "coat" else .53
-    ys = (.158, .172, .20, .30, .42, .50, hem)
-    sides = (.046, .070, shoulder, shoulder, waist, .096, .120 if person.upper == "coat" else .098)
-    rows = [(0, y, 0, figure.wide(side, .074) * (1 if i < 3 else stout)) for i, (y, side) in enumerate(zip(ys, sides))]
-    dark = rgb(person.upper_colour, .6)
-    details = {"jacket": [(-.05, .05, -1, 2, dark)] * front + [(-1, 1, .92, 2, dark)],
-               "coat": [(-.04, .04, -1, 2, dark)] * front + [(-1, 1, .62, .66, dark)],
-               "shirt": [(-.05, .05, -1, 2, rgb(person.upper_colour, .8))] * front, "sweater": [(-1, 1, .9, 2, dark)],
-               "vest": [(-1, 1, t, t + .03, dark) for t in (.2, .4, .6, .8)] + [(-.05, .05, -1, 2, dark)] * front,
-               "hoodie": [(-.5, .5, .68, .88, dark)] * front}.get(person.upper, [])
-    strokes = [_stroke(-.001, [(0, .11, .005, .034), (0, .19, 0, .036)], SKINS[person.skin], "person"),
-               _stroke(0, rows, rgb(person.upper_colour), "upper", ends=(0, 0), bands=_pattern(person) + details,
-                       folds=[(-.8, .62, -.1, .70), (.85, .58, .2, .68), (-.7, .84, .1, .80), (.9, .3, .5, .42)])]
-    if person.upper == "hoodie":
-        hood = [(0, .125, -.035, figure.wide(.06, .03)), (0, .215, -.06, figure.wide(.085, .035))]
-        strokes.append(_stroke(figure.near(0, -.05), hood, rgb(person.upper_colour, .85), "upper"))
-    if person.upper == "shirt" and front:
-        strokes += [_stroke(.2, [(side * .008, .168, .05, .004), (side * .05, .20, .06, .018)],
-                            rgb(person.upper_colour, .8), "upper", ends=(0, 0)) for side in (1, -1)]
+    hem, wide = (.63, .120) if person.upper == "coat" else (.53, .098)
+    rows = [(0, .158, 0, .046, .05), (0, .172, 0, .070, .06), (0, .20, 0, shoulder, .074)]
+    rows += [(0, y, 0, side * stout, .074 * stout)
+             for y, side in ((.30, shoulder), (.42, waist), (.50, .096), (hem, wide))]
+    middle = [(-.05, .05, -1, 2, dark)] * front
+    details = {"jacket": [*middle, (-1, 1, .92, 2, dark)], "coat": [*middle, (-1, 1, .62, .66, dark)],
+               "vest": [*middle, *((-1, 1, t, t + .03, dark) for t in (.2, .4, .6, .8))], "shirt": middle,
+               "sweater": [(-1, 1, .9, 2, dark)], "hoodie": [(-.5, .5, .68, .88, dark)] * front,
+               }.get(person.upper, [])
+    folds = [(-.8, .62, -.1, .70), (.85, .58, .2, .68), (-.7, .84, .1, .80), (.9, .3, .5, .42)]
+    group = [Stroke("person", SKINS[person.skin], [(0, .11, .005, .034), (0, .19, 0, .036)]),
+             Stroke("upper", colour, rows, FLAT, _pattern(person) + details, folds)]
     if person.inner_colour and person.upper != "vest" and front:
-        strokes.append(_stroke(.19, [(0, .165, .05, .034), (0, .20, .05, .046), (0, hem, .05, .050)],
-                               rgb(person.inner_colour), "inner", ends=(0, 0)))
+        inner = [(0, .160, .05, .034), (0, .20, .05, .046), (0, hem, .05, .050)]
+        group.append(Stroke("inner", PAINT[person.inner_colour], inner))
     if person.pattern == "logo" and front:
-        strokes.append(_stroke(.19, [(0, .25, .06, .048), (0, .35, .06, .048)],
-                               rgb(person.pattern_colour), "logo", ends=(0, 0)))
-    return strokes
+        group.append(Stroke("logo", PAINT[person.pattern_colour], [(0, .25, .06, .048), (0, .35, .06, .048)]))
+    yield 0, group
+    if person.upper == "hoodie":
+        hood = [(0, .125, -.035, .06, .03), (0, .215, -.06, .085, .035)]
+        yield figure.near(0, -.05), [Stroke("upper", paint(person.upper_colour, .85), hood, ROUND)]
 
 
-def _hand(pose_phase: float, side: int, still: bool) -> np.ndarray:
-    """Shoulder, elbow and hand, (3, 3); an arm that carries hangs straight."""
-    angle = 0.0 if still else -0.5 * math.sin(pose_phase) * side
-    shoulder = np.array((side * .096, .200, 0))
-    elbow = shoulder + (side * .024, .155 * math.cos(angle), .155 * math.sin(angle))
-    bend = angle + (0.05 if still else 0.35)
-    return np.stack([shoulder, elbow, elbow + (side * .002, .150 * math.cos(bend), .150 * math.sin(bend))])
-
-
-def _sides(person: Person) -> tuple[int, int]:
-    """Which side the bag is on and which hand carries: 1 is the person's left."""
-    return (1, -1) if person.bag_side == "left" else (-1, 1)
-
-
-def _arms(figure: Figure, person: Person, pose: Pose) -> list[tuple]:
-    stout, strokes, (bag, carry) = _stout(person), [], _sides(person)
+def _arms(figure: Figure, person: Person, pose: Pose) -> Groups:
+    stout, skin = (STOUT[person.build] + 1) / 2, SKINS[person.skin]
+    part, colour = "upper", person.upper_colour
+    if person.upper == "vest":
+        part, colour = "inner", person.inner_colour
+    loose = .042 if person.upper in ("coat", "jacket", "hoodie") else .037
     for side in (1, -1):
-        still = person.bag == "handbag" and side == bag or bool(person.carried) and side == carry
-        joints = _hand(pose.phase, side, still)
-        depth = figure.near(side * .14, joints[2][2]) + .02
-
-        def limb(stops, sizes) -> list:
-            return [(*stop, size * (stout + 1) / 2) for stop, size in zip(stops, sizes)]
-
-        strokes += [_stroke(depth, limb(joints, (.034, .029, .023)), SKINS[person.skin], "person"),
-                    _stroke(depth + .001, [(*joints[2], .02), (*(joints[2] + (0, .035, .006)), .022)],
-                            SKINS[person.skin], "person")]
-        colour, part, pattern = rgb(person.upper_colour), "upper", _pattern(person)
-        if person.upper == "vest":
-            colour, part = rgb(person.inner_colour), "inner"
+        beside_bag = (person.bag_side == "left") == (side > 0)
+        still = person.bag == "handbag" if beside_bag else bool(person.carried)
+        swing = 0.0 if still else -0.5 * math.sin(pose.phase) * side
+        bend = swing + (0.05 if still else 0.35)
+        shoulder = np.array((side * .096, .200, 0))
+        elbow = shoulder + (side * .024, .155 * math.cos(swing), .155 * math.sin(swing))
+        wrist = elbow + (side * .002, .150 * math.cos(bend), .150 * math.sin(bend))
+        arm = [Stroke("person", skin, _limb((shoulder, elbow, wrist), (.034, .029, .023), stout), ROUND),
+               Stroke("person", skin, [(*wrist, .02), (*(wrist + (0, .035, .006)), .022)], ROUND)]
         if person.upper == "t-shirt":
-            strokes.append(_stroke(depth + .002, limb((joints[0], joints[1] * .8 + joints[0] * .2), (.038, .042)),
-                                   colour, part, ends=(1, 0), bands=pattern))
+            sleeve = _limb((shoulder, elbow * .8 + shoulder * .2), (.038, .042), stout)
+            arm.append(Stroke("upper", PAINT[colour], sleeve, OPEN, _pattern(person)))
         elif person.upper != "tank top":
-            loose = {"coat": .043, "jacket": .042, "hoodie": .042}.get(person.upper, .037)
-            strokes.append(_stroke(depth + .002, limb(joints, (loose, loose * .95, loose * .8)), colour, part,
-                                   ends=(1, 0), folds=[(-.9, .45, .4, .52), (.9, .5, 0, .56)], bands=pattern if person.pattern != "two-tone" else ()))
-    return strokes
+            sleeve = _limb((shoulder, elbow, wrist), (loose, loose * .95, loose * .8), stout)
+            pattern = _pattern(person) * (person.pattern != "two-tone")
+            folds = [(-.9, .45, .4, .52), (.9, .5, 0, .56)]
+            arm.append(Stroke(part, PAINT[colour], sleeve, OPEN, pattern, folds))
+        yield figure.near(side * .14, wrist[2]) + .02, arm
 
 
-def _egg(figure: Figure, top: float, bottom: float, z: float, side: float, deep: float, whole: bool = True) -> list:
+def _egg(top: float, bottom: float, z: float, side: float, deep: float, whole: bool = True) -> list:
     """An upright oval, or the upper half of one."""
     t = np.linspace(0, 1, 11)
     w = (1 - np.abs(2 * t - 1 if whole else 1 - t) ** 2.3) ** (1 / 2.3)
-    return [(0, top + (bottom - top) * u, z, figure.wide(side, deep) * v) for u, v in zip(t, w)]
+    return [(0, top + (bottom - top) * u, z, side * v, deep * v) for u, v in zip(t, w)]
 
 
-def _head(figure: Figure, person: Person) -> list[tuple]:
-    hair, skin, flat = HAIR_COLOURS[person.hair_colour], SKINS[person.skin], {"ends": (0, 0)}
-    strokes = [_stroke(.30, _egg(figure, 0, .160, .004, .055, .060), skin, "person", **flat),
-               _stroke(.31, _egg(figure, -.014, .128, -.014, .066, .062), hair, "hair", **flat)]
-    if figure.cos > -.35:
-        strokes.append(_stroke(.32, _egg(figure, .028, .162, .026, .051, .038), skin, "person", **flat))
-        strokes += [_stroke(.33, [(x, .080, .054, .006), (x, .090, .054, .006)], (40, 30, 30), "person", shaded=False)
-                    for x in (-.020, .020) if figure.near(x, .054) > .012]
-        strokes.append(_stroke(.33, [(0, .128, .054, .014 * max(figure.cos, .3)), (0, .132, .054, .008)], (170, 84, 80),
-                               "person", ends=(0, 0), shaded=False))
+def _head(figure: Figure, person: Person) -> Groups:
+    hair, skin = HAIR_PAINT[person.hair_colour], SKINS[person.skin]
+    face = [Stroke("person", skin, _egg(.028, .162, .026, .051, .038)),
+            Stroke("person", (170, 84, 80), [(0, .128, .054, .014, .004), (0, .132, .054, .008, .003)]),
+            *(Stroke("person", (40, 30, 30), [(x, .080, .054, .006), (x, .090, .054, .006)], ROUND)
+              for x in (-.020, .020) if figure.near(x, .054) > .012)]
+    yield 3, [Stroke("person", skin, _egg(0, .160, .004, .055, .060)),
+              Stroke("hair", hair, _egg(-.014, .128, -.014, .066, .062)), *face * (figure.cos > -.35)]
     if person.hair == "long":
-        strokes.append(_stroke(figure.near(0, -.1) * 3, [(0, .03, -.030, figure.wide(.060, .04)),
-                       (0, .15, -.045, figure.wide(.074, .04)), (0, .27, -.05, figure.wide(.066, .03))], hair, "hair"))
-        strokes += [_stroke(.29 + .1 * (figure.near(x, .02) > 0), [(x * .85, .06, .0, .014), (x * 1.05, .16, .02, .018),
-                    (x * 1.1, .25, .04, .012)], hair, "hair") for x in (-.060, .060)]
+        fall = [(0, .03, -.030, .060, .04), (0, .15, -.045, .074, .04), (0, .27, -.05, .066, .03)]
+        yield figure.near(0, -3.5), [Stroke("hair", hair, fall, ROUND)]
+        for x in (-.060, .060):
+            lock = [(x * .85, .06, -.02, .014), (x * 1.05, .16, -.01, .018), (x * 1.1, .25, .01, .012)]
+            yield 2.9 + .2 * (figure.near(x, .02) > 0), [Stroke("hair", hair, lock, ROUND)]
     if person.hair == "ponytail":
-        strokes.append(_stroke(.28 - figure.cos * .1 if figure.cos > 0 else .34, [(0, .04, -.065, .018),
-                               (0, .10, -.10, .030), (0, .23, -.085, .014)], hair, "hair"))
-    return strokes + _headgear(figure, person)
+        tail = [(0, .04, -.065, .018), (0, .10, -.10, .030), (0, .23, -.085, .014)]
+        yield 2.8 if figure.cos > 0 else 3.1, [Stroke("hair", hair, tail, ROUND)]
 
 
-def _headgear(figure: Figure, person: Person) -> list[tuple]:
+def _headgear(figure: Figure, person: Person) -> Groups:
     if not person.headgear:
-        return []
-    colour, dark, flat = rgb(person.headgear_colour), rgb(person.headgear_colour, .7), {"ends": (0, 0)}
-    top, bottom = {"cap": (-.026, .048), "hat": (-.050, .040), "beanie": (-.034, .056)}[person.headgear]
-    dome = _stroke(.36, _egg(figure, top, bottom, -.006, .064, .068, False), colour, "headgear", **flat)
-    if person.headgear == "cap":
-        brim = [(0, .040, .04, figure.wide(.060, .008)), (0, .056, .13, figure.wide(.050, .008))]
-        return [dome, _stroke(.37 if figure.cos > -.35 else .29, brim, dark, "headgear", **flat)]
-    if person.headgear == "hat":
-        return [dome, _stroke(.37, [(0, .026, 0, .104), (0, .042, 0, .112)], dark, "headgear", **flat)]
-    return [dome, _stroke(.37, [(0, .030, -.006, figure.wide(.066, .070)), (0, .058, -.006, figure.wide(.064, .068))],
-                          dark, "headgear", **flat),
-            _stroke(.35, [(0, -.052, 0, .016), (0, -.034, 0, .018)], dark, "headgear")]
+        return
+    kinds = {"cap": (-.026, .048, [(0, .040, .04, .060, .008), (0, .056, .13, .050, .008)]),
+             "hat": (-.050, .040, [(0, .026, 0, .104), (0, .042, 0, .112)]),
+             "beanie": (-.034, .056, [(0, .030, 0, .066, .070), (0, .058, 0, .064, .068)])}
+    top, bottom, brim = kinds[person.headgear]
+    hidden = person.headgear == "cap" and figure.cos < -.35
+    yield 4, [Stroke("headgear", paint(person.headgear_colour), _egg(top, bottom, -.006, .064, .068, False))]
+    yield 2.7 if hidden else 4.1, [Stroke("headgear", paint(person.headgear_colour, .7), brim)]
 
 
-def _bag(figure: Figure, person: Person) -> list[tuple]:
+def _bag(figure: Figure, person: Person) -> Groups:
     if not person.bag:
-        return []
-    colour, dark, (side, _) = rgb(person.bag_colour), rgb(person.bag_colour, .7), _sides(person)
-    front = 1 if figure.cos > 0 else -1
-    if person.bag == "backpack":
-        straps = [_stroke(.25, [(x, .165, .05, .014), (x * 1.1, .36, .065, .014)], colour, "bag") for x in (-.068, .068)]
-        body = [(0, .19, -.10, figure.wide(.098, .05)), (0, .45, -.11, figure.wide(.112, .065))]
-        return [_stroke(figure.near(0, -.3), body, colour, "bag", bands=[(-.6, .6, .55, .9, dark)]),
-                *straps * (figure.cos > .2)]
-    if person.bag == "shoulder bag":
-        strap = [(-side * .075, .165, .03 * front, .011), (0, .32, .075 * front, .011), (side * .11, .45, .05 * front, .011)]
-        rows = [(side * .135, .43, .01, figure.wide(.055, .075)), (side * .135, .58, .01, figure.wide(.062, .085))]
-        return [_stroke(.24, strap, dark, "bag"),
-                _stroke(figure.near(side * .2, .0) + .08, rows, colour, "bag", bands=[(-1, 1, .0, .4, dark)], ends=(0, 0))]
-    if person.bag == "handbag":
-        x = side * .142
-        rows = [(x, .565, 0, figure.wide(.045, .06)), (x, .67, 0, figure.wide(.062, .08))]
-        return [_stroke(figure.near(x, 0) + .1, [(x, .515, 0, .010), (x, .57, 0, .022)], dark, "bag"),
-                _stroke(figure.near(x, 0) + .11, rows, colour, "bag", bands=[(-.2, .2, .0, .3, dark)])]
-    belt = [(0, .445, 0, figure.wide(.104, .075) * _stout(person)), (0, .468, 0, figure.wide(.104, .075) * _stout(person))]
-    pouch = [(side * .035, .43, .09, figure.wide(.06, .03)), (side * .035, .505, .09, figure.wide(.056, .03))]
-    return [_stroke(.21, belt, dark, "bag", ends=(0, 0)), _stroke(figure.near(0, .2), pouch, colour, "bag", ends=(0, 1))]
+        return
+    dark, wide, ahead = paint(person.bag_colour, .7), STOUT[person.build], 1 if figure.cos > 0 else -1
+    x = .14 if person.bag_side == "left" else -.14
+    straps, body, pocket, near = {
+        "backpack": ([[(s, .165, .05, .014), (s, .36, .065, .014)] for s in (-.07, .07)] * (figure.cos > .2),
+                     [(0, .20, -.10, .074, .05), (0, .43, -.11, .084, .065)], (-.6, .6, .55, .9), (0, -.3)),
+        "shoulder bag": ([[(-x / 2, .165, .03 * ahead, .011), (0, .32, .075 * ahead, .011),
+                           (x * .8, .45, .05 * ahead, .011)]],
+                         [(x, .43, .01, .055, .075), (x, .58, .01, .062, .085)], (-1, 1, 0, .4), (x * 2, 0)),
+        "handbag": ([[(x, .515, 0, .010), (x, .57, 0, .022)]],
+                    [(x, .565, 0, .045, .05), (x, .67, 0, .062, .06)], (-.2, .2, 0, .3), (x * 2, 0)),
+        "waist bag": ([[(0, y, 0, .104 * wide, .079 * wide) for y in (.445, .468)]],
+                      [(x / 4, .43, .09, .06, .03), (x / 4, .51, .09, .056, .03)], (-1, 1, .2, .3), (0, .22)),
+    }[person.bag]
+    over = figure.near(*near) if person.bag == "handbag" else .24
+    yield over, [Stroke("bag", dark, rows) for rows in straps]
+    yield figure.near(*near), [Stroke("bag", paint(person.bag_colour), body, (0, 1), [(*pocket, dark)])]
 
 
-def _carried(figure: Figure, person: Person) -> list[tuple]:
-    if not person.carried:
-        return []
-    colour, dark, (_, side) = rgb(person.carried_colour), rgb(person.carried_colour, .7), _sides(person)
-    x = side * .145
-    depth = figure.near(x, 0) + .1
-    shapes = {
-        "umbrella": [([(x, .46, .02, .008), (x, .54, .02, .008)], dark), ([(x, .54, .02, .030), (x, .92, .02, .008)], colour)],
-        "suitcase": [([(x * 1.15, .52, -.03, .008), (x * 1.2, .70, -.06, .008)], dark),
-                     ([(x * 1.2, .68, -.06, figure.wide(.078, .06)), (x * 1.2, .94, -.06, figure.wide(.078, .06))], colour)],
-        "shopping bag": [([(x, .515, 0, .012), (x, .56, 0, .024)], dark),
-                         ([(x, .555, 0, figure.wide(.066, .05)), (x, .74, 0, figure.wide(.07, .055))], colour)],
-        "book": [([(side * .10, .40, .085, figure.wide(.055, .03)), (side * .10, .51, .085, figure.wide(.055, .03))], colour)],
-        "skateboard": [([(x * 1.1, .36, .02, figure.wide(.030, .05)), (x * 1.1, .80, .02, figure.wide(.030, .05))], colour)],
-    }[person.carried]
-    return [_stroke(depth + .01 * i, rows, tint, "carried", ends=(int(person.carried == "skateboard"),) * 2)
-            for i, (rows, tint) in enumerate(shapes)]
+def _carried(figure: Figure, person: Person) -> Groups:
+    x = -.145 if person.bag_side == "left" else .145
+    things = {
+        "umbrella": ([(x, .46, .02, .008), (x, .54, .02, .008)], [(x, .54, .02, .030), (x, .92, .02, .008)]),
+        "suitcase": ([(x * 1.15, .52, -.03, .008), (x * 1.2, .70, -.06, .008)],
+                     [(x * 1.2, .68, -.06, .078, .06), (x * 1.2, .94, -.06, .078, .06)]),
+        "shopping bag": ([(x, .515, 0, .012), (x, .56, 0, .024)],
+                         [(x, .555, 0, .066, .05), (x, .74, 0, .07, .055)]),
+        "book": ([(x * .7, .44, .085, .03)] * 2,
+                 [(x * .7, .40, .085, .055, .03), (x * .7, .51, .085, .055, .03)]),
+        "skateboard": ([(x * 1.1, .36, .03, .042, .04), (x * 1.1, .60, .03, .042, .04)],
+                       [(x * 1.1, .32, .02, .030, .04), (x * 1.1, .64, .02, .030, .04)])}
+    if person.carried:
+        handle, body = things[person.carried]
+        yield figure.near(x, 0) + .1, [Stroke("carried", paint(person.carried_colour, .7), handle),
+                                       Stroke("carried", paint(person.carried_colour), body)]
 
 
 @lru_cache(maxsize=256)
 def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
-    """An empty place with some people far off, (HEIGHT, 3 WIDTH): each camera has a few, panned for each image."""
-    rng, cam = random.Random(f"{domain}/{camera}/{variant}"), camera_of(domain, camera).domain
-    size = 6 * WIDTH, 2 * HEIGHT
-    horizon = size[1] * (0.66 - 0.45 * cam.height + rng.uniform(-.04, .04))
+    """A place with people far off, (HEIGHT, 3 WIDTH); each camera has a few, and pans over them."""
+    rng, cam = random.Random(f"{domain}/{camera}/{variant}"), camera_of(domain, camera)
+    width, height = 6 * WIDTH, 2 * HEIGHT
+    horizon = height * (0.66 - 0.45 * cam.height + rng.uniform(-.04, .04))
+
     def tone(low: int, high: int, tint: int = 14) -> tuple[int, int, int]:
         grey = rng.randint(low, high)
         return tuple(min(255, max(0, grey + rng.randint(-tint, tint))) for _ in range(3))
 
-    wall, ground = tone(130, 215), tone(110, 180)
-    image = Image.new("RGB", size, wall)
-    pen = ImageDraw.Draw(image)
-    _wall(pen, cam.scene, size[0], horizon, tone, rng)
-    pen.rectangle((0, horizon, *size), ground)
+    image = Image.new("RGB", (width, height), tone(130, 215))
+    pen, ground = ImageDraw.Draw(image), tone(110, 180)
     joint = tuple(v - 18 for v in ground)
-    if cam.scene != "plain":
-        for x in range(-size[0], 2 * size[0], 70):
-            pen.line((size[0] / 2 + (x - size[0] / 2) * .5, horizon, x * 1.6 - size[0] * .3, size[1]), joint, 2)
-        for i in range(1, 9):
-            y = horizon + (size[1] - horizon) * (i / 8) ** 1.8
-            pen.line((0, y, size[0], y), joint, 2)
-        for _ in range(rng.randint(2, 5)):
-            _passer_by(pen, rng.uniform(0, size[0]), horizon + rng.uniform(5, 40), rng.uniform(90, 190), tone)
-    pen.line((0, horizon, size[0], horizon), tuple(v - 40 for v in ground), 4)
+    pen.rectangle((0, horizon, width, height), ground, joint, 3)
+    for x in range(rng.randint(-60, 0), width, 150):
+        _shop_front(pen, cam.scene, x, rng.randint(70, 140), horizon, tone)
+    for i in range(0 if cam.scene == "plain" else 16):
+        x, y = (i - 7.5) * 70, horizon + (height - horizon) * (i / 12) ** 1.8
+        pen.line((width / 2 + x * .6, horizon, width / 2 + x * 2, height), joint, 2)
+        pen.line((0, y, width, y), joint, 2)
+    for _ in range(0 if cam.scene == "plain" else rng.randint(2, 5)):
+        x, feet, u = rng.uniform(0, width), horizon + rng.uniform(5, 40), rng.uniform(9, 19)
+        for side in (-.8, .8):
+            pen.line((x, feet - 5 * u, x + side * u, feet), tone(60, 90), int(u * .8))
+        coat = x - 1.2 * u, feet - 8.6 * u, x + 1.2 * u, feet - 4.5 * u
+        pen.rounded_rectangle(coat, u / 2, tone(40, 210, 40))
+        pen.ellipse((x - .6 * u, feet - 10 * u, x + .6 * u, feet - 8.5 * u), tone(110, 200, 25))
     return image.reduce(2).filter(ImageFilter.GaussianBlur(0.8))
 
 
-def _wall(pen: ImageDraw.ImageDraw, scene: str, width: int, horizon: float, tone, rng: random.Random) -> None:
-    if scene == "plain":
-        for x in range(0, width, 190):
-            pen.line((x, 0, x, horizon), tone(150, 200, 4), 3)
-        return
-    if scene == "campus":
-        for y in range(0, int(horizon), 16):
-            pen.line((0, y, width, y), tone(120, 150, 6), 1)
-    x = rng.uniform(-60, 0)
-    while x < width:
-        wide = rng.uniform(60, 150)
-        if scene == "campus" and rng.random() < .4:
-            pen.rectangle((x + wide / 2 - 5, 0, x + wide / 2 + 5, horizon + 6), (96, 74, 56))
-            for _ in range(14):
-                cx, cy, r = x + rng.uniform(0, wide), rng.uniform(-20, horizon * .55), rng.uniform(14, 34)
-                pen.ellipse((cx - r, cy - r, cx + r, cy + r), (rng.randint(50, 90), rng.randint(100, 140), 60))
-        elif scene == "street":
-            pen.rectangle((x, horizon * .25, x + wide, horizon - 6), tone(60, 230, 40), tone(40, 80), 4)
-            pen.rectangle((x, horizon * .08, x + wide, horizon * .22), tone(90, 220, 60))
-        else:
-            pen.rectangle((x, horizon * .12, x + wide * .8, horizon * .7), tone(90, 230, 16), tone(70, 120), 4)
-            pen.line((x + wide * .4, horizon * .12, x + wide * .4, horizon * .7), tone(80, 120), 3)
-        x += wide + rng.uniform(10, 70)
-
-
-def _passer_by(pen: ImageDraw.ImageDraw, x: float, feet: float, tall: float, tone) -> None:
-    top, bottom = tone(40, 210, 40), tone(40, 160, 30)
-    for side in (-.05, .05):
-        pen.line((x, feet - tall * .5, x + side * tall * 1.6, feet), bottom, int(tall * .08))
-    pen.rounded_rectangle((x - tall * .12, feet - tall * .86, x + tall * .12, feet - tall * .45), tall * .06, top)
-    pen.ellipse((x - tall * .06, feet - tall, x + tall * .06, feet - tall * .85), tone(110, 200, 25))
+def _shop_front(pen: ImageDraw.ImageDraw, scene: str, x: int, wide: int, horizon: float, tone) -> None:
+    """What stands at x along the wall: panels, or doors, or shop windows, or windows and trees."""
+    pen.line((x, 0, x, horizon), tone(140, 190, 4), 3)
+    if scene != "plain":
+        top, bottom, tint = {"campus": (.1, .6, 16), "street": (.25, .97, 40), "hall": (.15, 1, 16)}[scene]
+        pen.rectangle((x, horizon * top, x + wide, horizon * bottom), tone(70, 230, tint), tone(60, 110), 4)
+        pen.line((x + wide / 2, horizon * top, x + wide / 2, horizon * bottom), tone(80, 120), 3)
+    if scene == "street":
+        pen.rectangle((x, horizon * .08, x + wide, horizon * .2), tone(90, 220, 60))
+    if scene == "campus" and wide < 100:
+        pen.line((x + 110, 0, x + 110, horizon + 8), (96, 74, 56), 10)
+        for i in range(9):
+            left, top, green = x + 60 + i % 3 * 26, -50 + i // 3 * horizon * .2, tone(70, 100, 10)
+            pen.ellipse((left, top, left + 56, top + 60), (green[0] - 20, green[1] + 30, green[2] - 30))
 
 
 def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> Picture:
     """Draw `person`, (HEIGHT, WIDTH), as camera number `camera` of a domain sees it. A pure function."""
-    rng, camera_now = random.Random(seed), camera_of(domain, camera)
-    cam = camera_now.domain
-    figure = Figure(pose, camera_now, rng)
-    draw(figure, person, pose)
+    rng, cam = random.Random(seed), camera_of(domain, camera)
+    figure = Figure(pose, cam, rng)
+    for stroke in strokes(figure, person, pose):
+        figure.draw(stroke)
     cover = figure.part.point(lambda v: 255 * (v > 0)).reduce(SCALE)
     pan = rng.randrange(2 * WIDTH)
     scene = _array(backdrop(domain, camera, rng.randrange(6)).crop((pan, 0, pan + WIDTH, HEIGHT)))
-    scene *= 1 - cam.shadow * _array(_shadow(cover, figure))[..., None]
-    alpha = _array(cover)[..., None]
-    pixels = _array(figure.colour.reduce(SCALE)) * (_array(figure.light.reduce(SCALE)) * 1.275)[..., None]
-    pixels = pixels + scene * (1 - alpha)
+    dim = 1 - cam.shadow * _array(_shadow(cover, figure))[..., None]
+    light = _array(figure.light.reduce(SCALE).filter(ImageFilter.BoxBlur(1)))[..., None] * 1.275
+    pixels = scene * dim * (1 - _array(cover)[..., None]) + _array(figure.colour.reduce(SCALE)) * light
     parts = np.array(figure.part.resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.NEAREST))
     if rng.random() < cam.occlusion:
         _occlude(pixels, parts, rng)
-    return Picture(_expose(pixels, camera_now, rng), _boxes(parts))
+    return Picture(_expose(pixels, cam, rng), _boxes(parts))
 
 
 def _array(image: Image.Image) -> np.ndarray:
@@ -504,65 +454,62 @@ def _array(image: Image.Image) -> np.ndarray:
 
 def _shadow(cover: Image.Image, figure: Figure) -> Image.Image:
     """The figure (H, W) laid on the ground, away from the light."""
-    feet, flat, lean = (figure.top + figure.tall * .97) * HEIGHT, 0.22, figure.lit * 0.5
-    shape = cover.transform(cover.size, Image.Transform.AFFINE,
-                            (1, -lean / flat, lean * feet / flat, 0, 1 / flat, feet - feet / flat), Image.Resampling.BILINEAR)
+    feet, flat, lean = (figure.top + figure.tall * .97) * HEIGHT, 0.22, figure.lit * 2.3
+    matrix = 1, -lean, lean * feet, 0, 1 / flat, feet - feet / flat
+    shape = cover.transform(cover.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     return shape.filter(ImageFilter.GaussianBlur(1.5))
 
 
 def _occlude(pixels: np.ndarray, parts: np.ndarray, rng: random.Random) -> None:
     """A post beside the person or a barrier before the feet, over pixels (H, W, 3) and parts (2H, 2W)."""
-    tint = np.float32([rng.uniform(.2, .7)] * 3)
-    if rng.random() < 0.5:
-        left = int(WIDTH * rng.choice((rng.uniform(.12, .3), rng.uniform(.62, .8))))
-        area = (slice(None), slice(left, left + rng.randint(5, 9)))
-    else:
-        area = (slice(int(HEIGHT * rng.uniform(.80, .90)), None), slice(None))
-    pixels[area] = tint * np.linspace(1.2, .7, pixels[area].shape[1], dtype=np.float32)[:, None]
-    parts[tuple(slice(side.start and side.start * 2, side.stop and side.stop * 2) for side in area)] = 0
+    left = int(WIDTH * rng.choice((rng.uniform(.12, .3), rng.uniform(.62, .8))))
+    post = slice(0, HEIGHT), slice(left, left + rng.randint(5, 9))
+    barrier = slice(int(HEIGHT * rng.uniform(.82, .92)), HEIGHT), slice(0, WIDTH)
+    rows, columns = rng.choice((post, barrier))
+    pixels[rows, columns] = rng.uniform(.2, .7)
+    pixels[rows, columns] *= np.linspace(1.3, .7, columns.stop - columns.start, dtype=np.float32)[:, None]
+    parts[rows.start * 2:, columns.start * 2:columns.stop * 2] = 0
 
 
-def _expose(pixels: np.ndarray, camera: Camera, rng: random.Random) -> Image.Image:
+def _expose(pixels: np.ndarray, cam: Domain, rng: random.Random) -> Image.Image:
     """What light, lens, sensor and compression make of the scene (H, W, 3)."""
-    cam, noise = camera.domain, np.random.default_rng(rng.getrandbits(64))
     across = np.linspace(-1, 1, WIDTH, dtype=np.float32)[:, None]
-    pixels = pixels * (1 + 0.25 * cam.relief * camera.light * across)
+    pixels = pixels * (1 + 0.25 * cam.relief * cam.light * across)
     grey = pixels.mean(-1, keepdims=True)
     pixels = grey + (pixels - grey) * 2 ** cam.saturation
-    pixels = pixels * np.float32([2 ** (cam.exposure + stop) for stop in cam.cast])
+    pixels = pixels * np.float32([2 ** (cam.exposure + stops) for stops in (cam.red, 0, cam.blue)])
     pixels = cam.haze + (1 - cam.haze) * np.clip(pixels, 0, 1) ** (2 ** cam.gamma)
-    smear = round(cam.motion)
-    if smear > 1:
-        pixels = sum(np.roll(pixels, i - smear // 2, 1) for i in range(smear)) / smear
-    image = Image.fromarray((np.clip(pixels, 0, 1) * 255 + .5).astype(np.uint8))
-    if cam.blur > 0:
-        image = image.filter(ImageFilter.GaussianBlur(cam.blur))
-    grain = noise.standard_normal((HEIGHT, WIDTH, 4), np.float32)
-    pixels = _array(image) + cam.noise * (0.8 * grain[..., :1] + 0.5 * grain[..., 1:])
+    smear = max(1, round(cam.motion))
+    pixels = sum(np.roll(pixels, i - smear // 2, 1) for i in range(smear)) / smear
+    image = _image(pixels).filter(ImageFilter.GaussianBlur(cam.blur))
+    grain = np.random.default_rng(rng.getrandbits(64)).standard_normal((HEIGHT, WIDTH, 4), np.float32)
     packed = io.BytesIO()
-    Image.fromarray((np.clip(pixels, 0, 1) * 255 + .5).astype(np.uint8)).save(packed, "JPEG", quality=round(95 - cam.jpeg))
+    noisy = _array(image) + cam.noise * (0.8 * grain[..., :1] + 0.5 * grain[..., 1:])
+    _image(noisy).save(packed, "JPEG", quality=round(95 - cam.jpeg))
     return Image.open(packed).convert("RGB")
 
 
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray((np.clip(pixels, 0, 1) * 255 + .5).astype(np.uint8))
+
+
 def _boxes(parts: np.ndarray) -> dict[str, Box]:
-    """(2H, 2W) part numbers -> the box of every part of which enough is seen."""
-    height, width = parts.shape
+    """(2H, 2W) part numbers -> the box of every part that shows enough; of the garments, that shows."""
+    (height, width), boxes = parts.shape, {}
     seen = {part: parts == i for i, part in enumerate(PARTS, 1)}
     seen |= {"upper": seen["upper"] | seen["inner"] | seen["logo"], "person": parts > 0}
-    boxes = {}
     for part, mask in seen.items():
-        if mask.sum() < 160:
-            continue
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        (top, bottom), (left, right) = ((int(v[0]), int(v[-1]) + 1) for v in (rows, columns))
-        boxes[part] = ((left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width,
-                       (bottom - top) / height)
+        rows, columns = (np.flatnonzero(mask.sum(axis) > 1) for axis in (1, 0))    # no stray pixels
+        if len(rows) and len(columns) and (mask.sum() >= 160 or part in ("upper", "lower")):
+            left, right, top, bottom = (int(v) for v in (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1))
+            boxes[part] = ((left + right) / 2 / width, (top + bottom) / 2 / height,
+                           (right - left) / width, (bottom - top) / height)
     return boxes
 
 
 @dataclass(frozen=True)
 class TownSizes:
-    """People of each split and images of each person. ICFG-PEDES has no val split: those people train."""
+    """People of each split, and images of each of them. ICFG-PEDES has no val split: those people train."""
     source_train: tuple[int, int] = (3000, 2)
     source_test: tuple[int, int] = (200, 3)
     target_train: tuple[int, int] = (400, 4)
@@ -571,27 +518,26 @@ class TownSizes:
 
     def times(self, factor: float) -> "TownSizes":
         """The same town with `factor` times the people."""
-        return TownSizes(**{field.name: (max(2, round(getattr(self, field.name)[0] * factor)),
-                                         getattr(self, field.name)[1]) for field in fields(self)})
+        return TownSizes(*((max(2, round(n * factor)), images) for n, images in dataclasses.astuple(self)))
 
     def splits(self, set_name: str) -> list[tuple[str, int, int]]:
-        """(split as written, people, images of each)."""
+        """(split as written, people, images of each), in the order of the identities."""
         if set_name == "source":
             return [("train", *self.source_train), ("test", *self.source_test)]
-        val = ("train" if set_name == "icfg" else "val", *self.target_val)
-        return [("train", *self.target_train), val, ("test", *self.target_test)]
+        return [("train", *self.target_train), ("train" if set_name == "icfg" else "val", *self.target_val),
+                ("test", *self.target_test)]
 
 
 DEFAULT = TownSizes()
 TINY = TownSizes((6, 2), (4, 3), (4, 3), (2, 2), (6, 3))
 FOLDERS = {"source": "SDA", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
 CUHK_CAMERAS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market")
-TWIN_SHARE = 0.3    # of the test identities are one of a pair that differs in one attribute
-PART_RECORDS, CHUNK = 5000, 20
+TWIN_SHARE = 0.3    # of the test identities belong to a pair that differs in one attribute
+CHUNK = 20          # people a process draws at once
 
 
 class Shot(NamedTuple):
-    """All that an image is made of; `path` is relative to the image folder imgs."""
+    """All that an image is made of; `path` is relative to the folder imgs of the set."""
     split: str
     identity: int
     person: Person
@@ -601,34 +547,35 @@ class Shot(NamedTuple):
     path: str
 
 
-def shots(set_name: str, sizes: TownSizes, seed: int, start: int = 0, stop: int | None = None) -> Iterator[Shot]:
-    """The shots of people start to stop of a set, counted over its splits; pure, any part alone."""
-    first = 0
-    for part, (split, people, images) in enumerate(sizes.splits(set_name)):
-        for number in range(max(0, start - first), min(people, (stop or first + people) - first)):
-            place = f"{seed}/{set_name}/{part}/"
-            person = sample_person(random.Random(f"{place}{number}"))
-            if _twin(split, people, number):
-                person = twin_of(sample_person(random.Random(f"{place}{number - 1}")), random.Random(f"{place}{number}"))
-            yield from _shots_of(set_name, split, first + number, person, images, random.Random(f"{place}{number}/shots"))
+def shots(set_name: str, sizes: TownSizes, seed: int, start: int = 0, stop: int = 10 ** 9) -> Iterator[Shot]:
+    """The shots of a set's people number start to stop, counted over its splits; pure, any part alone."""
+    first, twins = 0, {second for _, second in _twins(set_name, sizes)}
+    for split, people, images in sizes.splits(set_name):
+        for number in range(max(start, first), min(stop, first + people)):
+            rngs = [random.Random(f"{seed}/{set_name}/{first}/{number - i}") for i in (0, 1)]
+            person = twin_of(sample_person(rngs[1]), rngs[0]) if number in twins else sample_person(rngs[0])
+            yield from _shots_of(set_name, split, number, person, images, rngs[0])
         first += people
 
 
-def _twin(split: str, people: int, number: int) -> bool:
-    return split == "test" and number % 2 == 1 and number <= TWIN_SHARE * people
+def _twins(set_name: str, sizes: TownSizes) -> list[list[int]]:
+    """Pairs of numbers of people: the first of the test split."""
+    *others, (_, people, _) = sizes.splits(set_name)
+    first = sum(count for _, count, _ in others)
+    return [[first + i, first + i + 1] for i in range(0, math.ceil(TWIN_SHARE * people / 2) * 2, 2)]
 
 
-def _shots_of(set_name: str, split: str, number: int, person: Person, images: int, rng: random.Random) -> Iterator[Shot]:
-    domain = DOMAINS[set_name]
-    order = rng.sample(range(domain.cameras), domain.cameras)
-    identity = number + (set_name == "cuhk")
+def _shots_of(set_name: str, split: str, number: int, person: Person, images: int,
+              rng: random.Random) -> Iterator[Shot]:
+    domain, identity = DOMAINS[set_name], number + (set_name == "cuhk")
+    cameras = rng.sample(range(domain.cameras), domain.cameras)
     for i in range(images):
-        camera = order[i % len(order)]
+        camera = cameras[i % domain.cameras]
         yaw = rng.choices((0, 180, 270, 90), domain.views)[0] + rng.uniform(-20, 20)
-        seed, name = rng.getrandbits(48), f"{identity:04d}_c{camera + 1}_{i:04d}.jpg"
         folder = {"source": f"{number // 1000:03d}/", "cuhk": f"{CUHK_CAMERAS[camera % 5]}/", "rstp": "",
                   "icfg": f"{split}/{identity:04d}/"}[set_name]
-        yield Shot(split, identity, person, Pose(yaw % 360, rng.uniform(0, 2 * math.pi)), camera, seed, folder + name)
+        yield Shot(split, identity, person, Pose(yaw % 360, rng.uniform(0, 2 * math.pi)), camera,
+                   rng.getrandbits(48), f"{folder}{identity:04d}_c{camera + 1}_{i:04d}.jpg")
 
 
 def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, say=print) -> None:
@@ -637,96 +584,82 @@ def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, 
     The manifest town.json comes last, by renaming: a set without it is drawn again. Raises UserError when the
     folder holds anything that was not drawn here.
     """
-    folder = Path(root) / FOLDERS[set_name]
-    people = sum(count for _, count, _ in sizes.splits(set_name))
-    manifest = {"drawn": NOTE.strip(), "version": VERSION, "set": set_name, "seed": seed,
-                "sizes": {name: list(value) for name, value in dataclasses.asdict(sizes).items()},
-                "twins": _twins(set_name, sizes)}
-    images = sum(count * each for _, count, each in sizes.splits(set_name))
-    say(f"{folder}: drawn data, not photographs: {images} computer drawings of {people} people who do not exist")
-    if (folder / "town.json").is_file() and json.loads((folder / "town.json").read_text()) == manifest:
+    folder, splits = Path(root) / FOLDERS[set_name], sizes.splits(set_name)
+    twins = [[number + (set_name == "cuhk") for number in pair] for pair in _twins(set_name, sizes)]
+    manifest = json.dumps({"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": splits,
+                           "twins": twins}, indent=1)
+    say(f"{folder}: drawn demo data: {sum(n * images for _, n, images in splits)} {NOTE}")
+    if (folder / "town.json").is_file() and (folder / "town.json").read_text() == manifest:
         return
     if folder.exists() and any(folder.iterdir()) and not (folder / "DRAWN.txt").is_file():
-        raise UserError(f"{folder} holds files that were not drawn here; choose another root for the demo town")
+        raise UserError(f"{folder} holds files that were not drawn here: give the demo town another root")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "imgs").mkdir(parents=True)
-    (folder / "DRAWN.txt").write_text(NOTE)
-    _write_records(folder, set_name, _drawn(folder, set_name, sizes, seed, people, workers, images, say))
-    (folder / "town.part").write_text(json.dumps(manifest, indent=1))
+    (folder / "DRAWN.txt").write_text(f"Drawn by mra/data/town.py: {NOTE}.\n")
+    people = sum(n for _, n, _ in splits)
+    tasks = [(folder, set_name, sizes, seed, i, min(people, i + CHUNK)) for i in range(0, people, CHUNK)]
+    if workers > 1:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            _write_records(folder, pool.map(_draw_some, tasks), say)
+    else:
+        _write_records(folder, map(_draw_some, tasks), say)
+    (folder / "town.part").write_text(manifest)
     os.replace(folder / "town.part", folder / "town.json")
 
 
-def _twins(set_name: str, sizes: TownSizes) -> list[list[int]]:
-    *before, (split, people, _) = sizes.splits(set_name)
-    first = sum(count for _, count, _ in before) + (set_name == "cuhk")
-    return [[first + i - 1, first + i] for i in range(people) if _twin(split, people, i)]
-
-
-def _drawn(folder, set_name, sizes, seed, people, workers, images, say) -> Iterator[tuple[Shot, list[Words]]]:
-    """Draw everything in several processes; yields in order, whatever their number."""
-    tasks = [(folder, set_name, sizes, seed, start, min(people, start + CHUNK)) for start in range(0, people, CHUNK)]
-    done = 0
-    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else _Alone() as pool:
-        for chunk in pool.imap(_draw_chunk, tasks):
-            if (done + len(chunk)) // 5000 > done // 5000:
-                say(f"  {done + len(chunk)} of {images} images drawn")
-            done += len(chunk)
-            yield from chunk
-
-
-class _Alone:
-    """A pool of this process only."""
-    imap = staticmethod(map)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-
-def _draw_chunk(task) -> list[tuple[Shot, list[Words]]]:
+def _draw_some(task: tuple) -> list[tuple[str, str]]:
+    """A worker's part: draws people start to stop; (annotation file, record in JSON) of each image."""
     folder, set_name, sizes, seed, start, stop = task
     made = []
     for shot in shots(set_name, sizes, seed, start, stop):
-        picture = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
-        path = folder / "imgs" / shot.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.image.save(path, quality=95)
-        count = 1 if set_name == "icfg" or set_name == "source" and shot.split == "train" else 2
-        made.append((shot, [describe(shot.person, shot.pose.view, picture.boxes, random.Random(f"{shot.seed}/{i}"))
-                            for i in range(count)]))
+        image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
+        (folder / "imgs" / shot.path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / "imgs" / shot.path, quality=95)
+        rngs = [random.Random(f"{shot.seed}/{i}") for i in (0, 1)]
+        words = [describe(shot.person, shot.pose.view, boxes, rng) for rng in rngs]
+        name, record = _record(set_name, shot, words)
+        made.append((name, json.dumps(record)))
     return made
 
 
-def _write_records(folder: Path, set_name: str, made: Iterator[tuple[Shot, list[Words]]]) -> None:
-    """Annotations in the set's own format, written as they come."""
-    name = {"cuhk": "reid_raw.json", "icfg": "ICFG-PEDES.json", "rstp": "data_captions.json"}.get(set_name)
-    file, current, opened = None, None, 0
-    for number, (shot, words) in enumerate(made):
-        wanted = name or (f"sda_{number // PART_RECORDS * PART_RECORDS}_{(number // PART_RECORDS + 1) * PART_RECORDS}.json"
-                          if shot.split == "train" else "finetune/sda_test.json")
-        if wanted != current:
-            if file:
-                file.write("\n]\n")
-                file.close()
-            (folder / wanted).parent.mkdir(exist_ok=True)
-            file, current, opened = open(folder / wanted, "w", encoding="utf-8"), wanted, number
-        file.write(("[\n" if number == opened else ",\n") + json.dumps(_record(set_name, shot, words)))
-    file.write("\n]\n")
-    file.close()
+def _write_records(folder: Path, made: Iterator[list[tuple[str, str]]], say) -> None:
+    """Annotation files, the same whatever the number of workers."""
+    files, drawn = defaultdict(list), 0
+    for name, record in (pair for some in made for pair in some):
+        files[name.format(drawn // 5000 * 5000, drawn // 5000 * 5000 + 5000)].append(record)
+        drawn += 1
+        if drawn % 5000 == 0:
+            say(f"  {drawn} images drawn")
+    for name, records in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("[\n" + ",\n".join(records) + "\n]\n", encoding="utf-8")
 
 
-def _record(set_name: str, shot: Shot, words: list[Words]) -> dict:
+def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
+    """(annotation file, record) in the set's own format."""
     captions = [one.caption for one in words]
-    if set_name == "source" and shot.split == "train":
-        rng = random.Random(f"{shot.seed}/logits")
-        return {"image": shot.path, "boxes": [[round(v, 4) for v in box] for box in words[0].boxes],
-                "logits": [round(rng.uniform(0.35, 0.9), 4) for _ in words[0].boxes], "phrases": list(words[0].phrases),
-                "caption": captions[0], "image_id": shot.identity}
+    if set_name == "source" and shot.split == "test":
+        return "finetune/sda_test.json", {"image": shot.path, "caption": captions, "image_id": shot.identity}
     if set_name == "source":
-        return {"image": shot.path, "caption": captions, "image_id": shot.identity}
+        boxes = [[round(v, 4) for v in box] for box in words[0].boxes]
+        sure = random.Random(shot.seed)      # stands for the grounding model's confidence
+        return "sda_{}_{}.json", {"image": shot.path, "boxes": boxes, "phrases": words[0].phrases,
+                                  "logits": [round(sure.uniform(0.35, 0.9), 4) for _ in boxes],
+                                  "caption": captions[0], "image_id": shot.identity}
     path = "img_path" if set_name == "rstp" else "file_path"
     record = {"split": shot.split, "captions": captions, path: shot.path, "id": shot.identity}
-    tokens = [caption.replace(",", "").replace(".", "").split() for caption in captions]
-    return record | ({"processed_tokens": tokens} if set_name == "cuhk" else {})
+    if set_name == "cuhk":
+        tokens = [caption.replace(",", "").replace(".", "").split() for caption in captions]
+        return "reid_raw.json", record | {"processed_tokens": tokens}
+    if set_name == "icfg":
+        return "ICFG-PEDES.json", record | {"captions": captions[:1]}
+    return "data_captions.json", record
+
+
+def ready(dataset: str, tiny: bool, say=print) -> Path:
+    """The folder of the demo town with the set that `dataset` needs in it, drawn first where it is missing."""
+    root = Path("data/demo-tiny" if tiny else "data/demo")
+    name = dataset if dataset in DOMAINS else "source"
+    say(f"Demo town, drawn data: {root} holds computer drawings, not photographs.")
+    build(root, name, TINY if tiny else DEFAULT, 0, os.cpu_count() or 1, say)
+    return root

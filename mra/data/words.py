@@ -64,6 +64,8 @@ SYNONYMS = {term: tuple(other for other in group if other != term) for group in 
 TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
 SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|wards?|most)?\b)")
+BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
+                     r"dressed|holding|he|she|her|his|the|from)\b", re.IGNORECASE)
 SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 OTHER_SIDE = SIDES | {right: left for left, right in SIDES.items()}
 
@@ -78,6 +80,11 @@ def clean(caption: str, dataset: str) -> str:
 def swap_left_right(text: str) -> str:
     """The caption of the mirrored image; "Left-hand" becomes "Right-hand". Twice gives the original."""
     return SIDE.sub(lambda found: OTHER_SIDE[found[0]], text)
+
+
+def noun_phrases(caption: str) -> list[str]:
+    """The caption's pieces between commas and small words that hold a term of the lexicon, as "a red jacket"."""
+    return [piece.strip() for piece in BETWEEN.split(caption) if len(piece.split()) > 1 and TERM.search(piece)]
 
 
 def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:

@@ -1,0 +1,85 @@
+"""Pictures for people: ranked photographs with right and wrong marked, and where in them a phrase is found.
+
+Before: ranking.py. After: evaluate.py, which draws them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from mra.data.augment import test_view
+from mra.data.records import open_image
+from mra.data.tokenizer import Tokenizer, pad
+from mra.retriever import Retriever
+
+CELL = (192, 96)     # height and width of a photograph in the picture, pixels
+GAP = 8              # between photographs, pixels
+TITLE = 40           # height of a row's sentence, pixels
+GREEN, RED, GREY, INK = (30, 150, 60), (205, 40, 40), (150, 150, 150), (20, 20, 20)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query: its sentence, the paths it ranked first, whether each is right (None: unknown), phrase heat maps."""
+
+    sentence: str
+    paths: list[str]
+    right: list[bool | None]
+    heat: tuple[tuple[str, Image.Image], ...] = ()
+
+
+@torch.inference_mode()
+def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> Image.Image:
+    """The photograph, coloured where its patches are similar to the phrase in the space of the region losses."""
+    config, device = model.config, next(model.parameters()).device
+    picture = open_image(path)
+    tokens, _ = model.encode_image(test_view(picture, (config.height, config.width))[None].to(device))
+    patches = F.normalize(model.image_projection(tokens[0, 1:]), dim=-1)                  # (N, E)
+    _, feature = model.encode_text(*(x.to(device) for x in pad([tokenizer.encode(phrase)], tokenizer.pad_id)))
+    heat = (patches @ feature[0]).view(config.grid).float().cpu().numpy()                 # (rows, columns)
+    heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-6)
+    size = CELL[1], CELL[0]
+    mask = Image.fromarray((255 * heat).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    photo = np.asarray(picture.resize(size, Image.Resampling.BICUBIC), np.float32)
+    heat = np.asarray(mask, np.float32)[..., None] / 255
+    mixed = photo * (1 - 0.6 * heat) + np.array((255, 60, 0), np.float32) * 0.6 * heat
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def ranking_picture(rows: list[Row], path: Path) -> None:
+    """Write one row per query: its sentence, its first photographs framed green (right) or red (wrong), its heat maps."""
+    font, small = ImageFont.load_default(15), ImageFont.load_default(11)
+    columns = max(len(row.paths) + len(row.heat) for row in rows)
+    high = TITLE + CELL[0] + 3 * GAP
+    sheet = Image.new("RGB", (max(700, columns * (CELL[1] + GAP) + GAP), high * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, row in enumerate(rows):
+        top = number * high
+        pen.multiline_text((GAP, top + 2), _wrapped(row.sentence, font, sheet.width - 2 * GAP), INK, font, spacing=1)
+        frames = [(photograph(path), None, {True: GREEN, False: RED, None: GREY}[right])
+                  for path, right in zip(row.paths, row.right)] + [(image, phrase, GREY) for phrase, image in row.heat]
+        for column, (image, phrase, colour) in enumerate(frames):
+            x, y = GAP + column * (CELL[1] + GAP), top + TITLE
+            pen.rectangle((x - 3, y - 3, x + CELL[1] + 2, y + CELL[0] + 2), fill=colour)
+            sheet.paste(image, (x, y))
+            if phrase:
+                pen.text((x, y + CELL[0] + 3), _wrapped(phrase, small, CELL[1]).split("\n")[0], INK, small)
+    sheet.save(path)
+
+
+def photograph(path: str) -> Image.Image:
+    return open_image(path).resize((CELL[1], CELL[0]), Image.Resampling.BICUBIC)
+
+
+def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
+    """At most two lines of printable text, each at most `width` pixels."""
+    lines = [""]
+    for word in "".join(c if c.isprintable() else " " for c in text).split():
+        if font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines[:2])

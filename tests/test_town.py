@@ -1,0 +1,295 @@
+"""The demo town: true words, true boxes, the same pixels for the same seed, the real sets' formats."""
+
+import dataclasses
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from mra.config import UserError
+from mra.data import people, town
+from mra.data.people import Person, describe, sample_person, twin_of
+from mra.data.records import load
+from mra.data.town import DEFAULT, DOMAINS, FOLDERS, TINY, Pose, render, shots
+
+COLOUR_OF = {name: colour for colour, names in people.COLOURS.items() for name in names}
+HAIR_COLOUR_OF = {name: colour for colour, names in people.HAIR_COLOURS.items() for name in names}
+EXAMPLE = Person("woman", "slim", "long", "blond", "", "", "jacket", "red", "plain", "", "white", "jeans",
+                 "black", "sneakers", "white", "handbag", "green", "left", "", "", 1)     # see people.__doc__
+ALL_PARTS = ("person", "hair", "headgear", "upper", "inner", "logo", "lower", "shoes", "bag", "carried")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    for set_name in FOLDERS:
+        town.build(root, set_name, TINY, 5, workers=1, say=lambda line: None)
+    return root
+
+
+def seen_parts(person: Person, rng: random.Random) -> dict:
+    """Made-up boxes of what the person has: everything but, now and then, shoes, hair and other things."""
+    boxes = {part: (rng.uniform(.3, .7), .5, .2, .2) for part in ALL_PARTS} | {"person": (.5, .5, .5, .9)}
+    absent = {part for part in ("headgear", "bag", "carried") if not getattr(person, part)}
+    absent |= set() if person.inner_colour else {"inner"}
+    absent |= set() if person.pattern == "logo" else {"logo"}
+    absent |= {part for part in ("shoes", "hair", "bag", "inner", "logo", "carried") if rng.random() < 0.15}
+    return {part: box for part, box in boxes.items() if part not in absent}
+
+
+def samples(count: int):
+    for i in range(count):
+        rng = random.Random(i)
+        person, view = sample_person(rng), rng.choice(list(people.VIEWS))
+        boxes = seen_parts(person, rng)
+        yield person, view, boxes, describe(person, view, boxes, rng)
+
+
+def said(caption: str, nouns: dict, colours: dict) -> set[tuple[str, str]]:
+    """(colour, kind) pairs of a caption, longest names first: an independent reading of the words."""
+    kind_of = {name: kind for kind, names in nouns.items() for name in names}
+    either = ["|".join(map(re.escape, sorted(table, key=len, reverse=True))) for table in (colours, kind_of)]
+    found = re.findall(rf"(?<![\w-])({either[0]}) ({either[1]})(?![\w-])", caption)
+    return {(colours[colour], kind_of[noun]) for colour, noun in found}
+
+
+def test_words_are_true_and_of_what_is_seen():
+    for person, view, boxes, words in samples(1500):
+        caption = words.caption
+        assert 15 <= len(caption.split()) <= 40, caption
+        assert not set("[]{}") & set(caption), caption
+        for part, nouns in (("lower", people.LOWERS), ("shoes", people.SHOES), ("bag", people.BAGS),
+                            ("carried", people.CARRIED), ("headgear", people.HEADGEAR)):
+            truth = {(getattr(person, f"{part}_colour"), getattr(person, part))} if part in boxes else set()
+            pairs = said(caption, nouns, COLOUR_OF)
+            assert pairs <= truth, caption
+            assert pairs or part != "lower", caption
+        uppers = {kind for kind, names in people.UPPERS.items() for name in names
+                  if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", caption)}
+        assert person.upper in uppers and uppers <= {person.upper, "shirt"}, caption    # "sleeveless shirt"
+        assert any(name in caption for name in people.COLOURS[person.upper_colour]), caption
+        true = {"stripe": person.pattern == "striped", "check": person.pattern == "checked",
+                "logo": "logo" in boxes, "open ": "inner" in boxes and person.upper in people.OPENING,
+                " top": "inner" in boxes or person.upper == "tank top"}
+        assert all(true[word] for word in true if word in caption), caption
+        assert person.gender == "woman" or not re.search(r"\b(woman|lady|female|she|her)\b", caption), caption
+        assert ("hair" not in caption and "ponytail" not in caption) or "hair" in boxes, caption
+        heading = re.search("(?:facing|walking|walking to the) (left|right)", caption)
+        assert not heading or heading[1] == view, caption
+
+
+def test_colours_named_belong_to_the_person():
+    for person, _, boxes, words in samples(800):
+        worn = {person.upper_colour, person.lower_colour, person.pattern_colour}
+        worn |= {person.inner_colour} if "inner" in boxes else set()
+        parts = set(boxes) & {"hair", "headgear", "shoes", "bag", "carried"}
+        worn |= {getattr(person, f"{part}_colour") for part in parts}
+        names = "|".join(sorted((*COLOUR_OF, "blond", "ginger"), key=len, reverse=True))
+        for name in re.findall(rf"\b({names})\b", words.caption):
+            assert {**HAIR_COLOUR_OF, **COLOUR_OF}[name] in worn, (name, words.caption)
+
+
+def test_phrases_stand_in_the_caption_with_their_boxes():
+    for person, _, boxes, words in samples(500):
+        assert 2 <= len(words.phrases) <= 6 and len(words.phrases) == len(words.boxes)
+        assert all(phrase in words.caption for phrase in words.phrases)
+        assert {boxes["upper"], boxes["lower"]} <= set(words.boxes) <= set(boxes.values())
+
+
+def test_left_and_right_are_those_of_the_picture():
+    person = dataclasses.replace(EXAMPLE, inner_colour="")
+    for x, right, wrong in ((.3, "left hand", "right hand"), (.7, "right hand", "left hand")):
+        boxes = dict.fromkeys(("person", "hair", "upper", "lower", "shoes"), (.5, .5, .4, .4))
+        boxes["bag"] = (x, .5, .1, .1)
+        captions = " ".join(describe(person, "front", boxes, random.Random(i)).caption for i in range(60))
+        assert right in captions and wrong not in captions
+    front, back = (render(person, Pose(yaw, 1.0), "source", 0, 1).boxes["bag"] for yaw in (0, 180))
+    assert front[0] > 0.5 > back[0]     # her left is the picture's right when she faces the camera
+
+
+def test_the_worked_example_of_the_docstring():
+    text = " ".join(people.__doc__.split())
+    listed = re.search("cx cy w h: (.*?) phrases", text)[1]
+    boxes = {part: tuple(map(float, numbers.split()))
+             for part, numbers in re.findall(r"(\w+) ((?:\.\d+ ?){4})", listed)}
+    caption, phrases = re.search('caption "(.*?)"', text)[1], re.findall(r'"([^"]*)" \((\w+)\)', text)
+    words = describe(EXAMPLE, "front", boxes, random.Random(int(re.search(r"Random\((\d+)\)", text)[1])))
+    assert words.caption == caption
+    assert dict(zip(words.phrases, words.boxes)) == {phrase: boxes[part] for phrase, part in phrases}
+
+
+def test_boxes_are_true():
+    """Recolouring a part changes pixels inside its box, up to its edges, and nowhere else."""
+    loose = []
+    for i in range(60):
+        rng, domain = random.Random(i), ("source", "cuhk")[i % 2]
+        person, pose = sample_person(rng), Pose(rng.uniform(0, 360), rng.uniform(0, 6))
+        image, boxes = render(person, pose, domain, i % 5, i)
+        for part in {"lower", "bag", "carried", "headgear", "shoes"} & set(boxes):
+            pale = getattr(person, f"{part}_colour") in ("red", "orange", "yellow", "pink", "white", "brown")
+            other = dataclasses.replace(person, **{f"{part}_colour": "blue" if pale else "yellow"})
+            again = render(other, pose, domain, i % 5, i).image
+            change = np.abs(np.float32(image) - np.float32(again)).max(-1)
+            edges, some, strong = np.array(corners(boxes[part])), extent(change > 25), extent(change > 50)
+            assert ((strong - edges) * (-1, -1, 1, 1)).max() <= 4, (i, part, edges, strong)
+            loose += [((edges - some) * (-1, -1, 1, 1)).max() > 3] * (domain == "source")
+    assert len(loose) > 60 and np.mean(loose) < 0.05        # a sliver may be too thin to change a whole pixel
+
+
+def corners(box) -> tuple[float, float, float, float]:
+    cx, cy, w, h = box
+    return (cx - w / 2) * 96, (cy - h / 2) * 192, (cx + w / 2) * 96, (cy + h / 2) * 192
+
+
+def extent(mask: np.ndarray) -> np.ndarray:
+    """Left, top, right and bottom of a mask (H, W), stray pixels left out."""
+    columns, rows = (np.flatnonzero(mask.sum(axis) > 2) for axis in (0, 1))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+
+
+def test_boxes_lie_in_the_image():
+    for i in range(60):
+        rng = random.Random(i)
+        person, domain = sample_person(rng), list(DOMAINS)[i % 4]
+        boxes = render(person, Pose(rng.uniform(0, 360), rng.uniform(0, 6)), domain, 1, i).boxes
+        assert {"person", "upper", "lower"} <= set(boxes) <= set(ALL_PARTS)
+        for cx, cy, w, h in boxes.values():
+            assert w > 0 and h > 0 and min(cx - w / 2, cy - h / 2) >= 0 and max(cx + w / 2, cy + h / 2) <= 1
+
+
+def test_render_is_pure():
+    person, pose, state = sample_person(random.Random(3)), Pose(10, 1.0), random.getstate()
+    first = {domain: render(person, pose, domain, 2, 9) for domain in DOMAINS}
+    for domain in reversed(DOMAINS):
+        again = render(person, pose, domain, 2, 9)
+        assert again.image.tobytes() == first[domain].image.tobytes() and again.boxes == first[domain].boxes
+        assert again.image.size == (96, 192) and again.image.mode == "RGB"
+    assert len({picture.image.tobytes() for picture in first.values()}) == 4 and random.getstate() == state
+
+
+def test_twins_differ_in_one_attribute():
+    for i in range(300):
+        rng = random.Random(i)
+        person = sample_person(rng)
+        one, two = dataclasses.asdict(person), dataclasses.asdict(twin_of(person, rng))
+        (name,) = [name for name in one if one[name] != two[name]]
+        assert name in ("upper", "upper_colour", "lower", "lower_colour")
+
+
+@pytest.mark.parametrize("set_name", FOLDERS)
+def test_shots(set_name):
+    made = list(shots(set_name, DEFAULT, 1))
+    assert made[300:330] == [shot for shot in shots(set_name, DEFAULT, 1, 60, 200) if shot in made[300:330]]
+    assert len({shot.path for shot in made}) == len(made)
+    train, val, test = ({shot.person for shot in made if shot.split == split}
+                        for split in ("train", "val", "test"))
+    assert not train & val and not (train | val) & test
+    cameras = {}
+    for shot in made:
+        cameras.setdefault(shot.identity, []).append(shot.camera)
+    assert all(len(set(used)) == len(used) for used in cameras.values())
+    test = [shot for shot in made if shot.split == "test"]
+    assert len({shot.identity for shot in test}) >= 200 and len(test) >= 600
+
+
+def test_sets_have_their_own_people():
+    train = {name: {shot.person for shot in shots(name, TINY, 1)} for name in FOLDERS}
+    assert sum(map(len, train.values())) == len(set().union(*train.values())) == 46
+
+
+@pytest.mark.parametrize("set_name", FOLDERS)
+def test_manifest_and_twins(root, set_name):
+    manifest = json.loads((root / FOLDERS[set_name] / "town.json").read_text())
+    person_of = {shot.identity: shot.person for shot in shots(set_name, TINY, 5) if shot.split == "test"}
+    twins = [identity for pair in manifest["twins"] for identity in pair]
+    assert len(twins) >= 0.2 * len(person_of) and len(set(twins)) == len(twins)
+    for one, two in manifest["twins"]:
+        one, two = (dataclasses.astuple(person_of[identity]) for identity in (one, two))
+        assert sum(a != b for a, b in zip(one, two)) == 1
+    assert "not photographs" in manifest["note"] and manifest["seed"] == 5
+
+
+def test_formats_on_disk(root):
+    cuhk = json.loads((root / "CUHK-PEDES/reid_raw.json").read_text())
+    assert set(cuhk[0]) == {"split", "captions", "file_path", "processed_tokens", "id"}
+    assert {r["split"] for r in cuhk} == {"train", "val", "test"} and min(r["id"] for r in cuhk) == 1
+    icfg = json.loads((root / "ICFG-PEDES/ICFG-PEDES.json").read_text())
+    assert set(icfg[0]) == {"split", "captions", "file_path", "id"}
+    assert {(r["split"], len(r["captions"])) for r in icfg} == {("train", 1), ("test", 1)}
+    rstp = json.loads((root / "RSTPReid/data_captions.json").read_text())
+    assert set(rstp[0]) == {"split", "captions", "img_path", "id"}
+    assert all(len(r["captions"]) == 2 and re.fullmatch(r"\d{4}_c\d_\d{4}\.jpg", r["img_path"]) for r in rstp)
+    sda = json.loads((root / "SDA/sda_0_5000.json").read_text())
+    assert set(sda[0]) == {"image", "boxes", "logits", "phrases", "caption", "image_id"} and len(sda) == 12
+    assert all(len(r["boxes"]) == len(r["logits"]) == len(r["phrases"]) for r in sda)
+    test = json.loads((root / "SDA/finetune/sda_test.json").read_text())
+    assert set(test[0]) == {"image", "caption", "image_id"} and len(test[0]["caption"]) == 2
+    for dataset, counts in (("sda", (None, 12)), ("cuhk", (4, 18)), ("rstp", (4, 18)), ("icfg", (None, 18))):
+        for split, count in zip(("val", "test"), counts):
+            assert count is None or len(load(dataset, split, root, say=lambda line: None).records) == count
+
+
+def test_workers_change_nothing(root, tmp_path):
+    town.build(tmp_path, "rstp", TINY, 5, workers=2, say=lambda line: None)
+    files = sorted(path.relative_to(root) for path in (root / "RSTPReid").rglob("*") if path.is_file())
+    assert len(files) == 34 + 3
+    assert all((tmp_path / path).read_bytes() == (root / path).read_bytes() for path in files)
+
+
+def test_a_half_written_set_is_drawn_again(tmp_path, monkeypatch):
+    lines, draw = [], town.render
+
+    def fails(person, *rest):
+        if len(list((tmp_path / "RSTPReid/imgs").iterdir())) > 3:
+            raise RuntimeError("power cut")
+        return draw(person, *rest)
+
+    monkeypatch.setattr(town, "render", fails)
+    with pytest.raises(RuntimeError):
+        town.build(tmp_path, "rstp", TINY, 5, 1, lines.append)
+    assert not (tmp_path / "RSTPReid/town.json").exists()
+    monkeypatch.setattr(town, "render", draw)
+    town.build(tmp_path, "rstp", TINY, 5, 1, lines.append)
+    assert len(list((tmp_path / "RSTPReid/imgs").iterdir())) == 34
+    monkeypatch.setattr(town, "render", None)      # complete: nothing is drawn any more
+    town.build(tmp_path, "rstp", TINY, 5, 1, lines.append)
+    assert all("drawn" in line and "not photographs" in line for line in lines)
+
+
+def test_real_data_are_never_touched(tmp_path):
+    (tmp_path / "CUHK-PEDES").mkdir()
+    (tmp_path / "CUHK-PEDES/reid_raw.json").write_text("precious")
+    with pytest.raises(UserError, match="not drawn here"):
+        town.build(tmp_path, "cuhk", TINY, 5, 1, lambda line: None)
+    assert (tmp_path / "CUHK-PEDES/reid_raw.json").read_text() == "precious"
+
+
+def test_domains():
+    """The table is pinned: a calibrated gap must not drift unnoticed."""
+    assert {name: (d.cameras, d.strength, d.exposure, d.gamma, d.saturation, d.red, d.blue, d.noise, d.height)
+            for name, d in DOMAINS.items()} == {
+        "source": (6, 1.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0),
+        "cuhk": (5, 0.8, 0.5, -0.3, -0.5, 0.2, -0.5, 0.02, 0.15),
+        "icfg": (6, 0.5, -0.9, 0.25, -0.3, -0.4, 0.5, 0.03, 0.55),
+        "rstp": (7, 0.5, -0.2, -0.2, -0.9, -0.45, -0.5, 0.03, 0.3)}
+    for name in ("cuhk", "icfg", "rstp"):
+        cameras = {town.camera_of(name, i) for i in range(DOMAINS[name].cameras)}
+        assert len(cameras) == DOMAINS[name].cameras
+
+
+def test_strength_scales_a_domain(monkeypatch):
+    """At strength 0 nothing of the domain is left but its scene; brightness falls with the strength."""
+    person, pose, light = sample_person(random.Random(1)), Pose(0, 1.0), []
+    for strength in (0.0, 0.5, 1.0):
+        monkeypatch.setitem(DOMAINS, "icfg", dataclasses.replace(DOMAINS["icfg"], strength=strength))
+        town.camera_of.cache_clear()
+        town.backdrop.cache_clear()
+        light.append(np.asarray(render(person, pose, "icfg", 0, 1).image).mean())
+        cam = town.camera_of("icfg", 0)
+        assert strength or {cam.exposure, cam.noise, cam.height, cam.shadow, cam.occlusion} == {0}
+    monkeypatch.undo()
+    town.camera_of.cache_clear()
+    town.backdrop.cache_clear()
+    assert light[0] > light[1] + 10 > light[2] + 20
