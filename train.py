@@ -93,7 +93,7 @@ def train(config: TrainConfig) -> Path:
                   rank, world)
     loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
                                               num_workers=config.workers, pin_memory=device.type == "cuda"))
-    log = Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, quiet=rank > 0)
+    log = Log(out / "log.jsonl", plan, config.accumulate, config.batch * world, quiet=rank > 0)
     for step in range(first, plan.steps):
         model.train()
         rate = schedule(step, plan.steps, config.warmup)
@@ -112,6 +112,8 @@ def train(config: TrainConfig) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            model.temperature.clamp_(0.001, 0.5)
         # --------------------------------------------------------------------------------------------------------
         if (step + 1) % config.log_every == 0 or step + 1 in plan.evals:
             log.flush(step + 1, config.lr * rate)

@@ -84,7 +84,7 @@ class TrainConfig:
     smoothing: float = 0.0       # label smoothing of the contrastive targets
     eda: float = 0.0             # weight of the augmented caption's ITC and ITM; 0: no such caption
     erase: float = 0.0           # chance of random erasing
-    fusion_from: float = 0.0     # share of the steps after which ITM, RPM and MLM join
+    fusion_from: float = 0.0     # share of the steps after which ITM and MLM join ITC, RPC and RPM
     evals: int = 10              # evaluations on val, evenly spaced; the best one is kept
     log_every: int = 20          # steps
     workers: int = 0             # data loading processes
@@ -102,8 +102,8 @@ PAPER = {
     "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
 DEMO = {
-    "pretrain": dict(epochs=12, batch=64, lr=1e-3, head_lr=1.0, warmup=0.05, fusion_from=0.6, evals=3),
-    "finetune": dict(epochs=8, batch=64, lr=5e-4, head_lr=1.0, warmup=0.1, evals=4),
+    "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100),
+    "finetune": dict(epochs=12, batch=32, lr=4e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100),
 }
 PRETRAINING_SETS = ("sda", "mals")
 

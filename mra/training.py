@@ -76,7 +76,7 @@ class Plan:
     """The lengths of a run, from its configuration and the number of pairs."""
 
     steps: int
-    fusion_from: int     # first step with ITM, RPM and MLM
+    fusion_from: int     # first step with ITM and MLM
     evals: frozenset[int]  # step counts after which val is evaluated; the last step is one
 
     @staticmethod
@@ -92,7 +92,8 @@ class Log:
 
     path: Path
     plan: Plan
-    images: int          # of one step, all processes
+    batches: int         # of one step
+    images: int          # of one batch, all processes
     quiet: bool
     terms: list[dict[str, Tensor]] = field(default_factory=list)
     since: float = field(default_factory=time.perf_counter)
@@ -105,14 +106,14 @@ class Log:
         for back, terms in enumerate(reversed(self.terms)):
             for name, term in terms.items():
                 if not term.isfinite():
-                    raise UserError(f"{name} is {term.item()} at step {step - back}; the checkpoints before it are kept. "
+                    raise UserError(f"{name} is {term.item()} at step {step - back // self.batches}; the checkpoints before it are kept. "
                                     "Try a smaller --lr.")
-        seconds = (time.perf_counter() - self.since) / len(self.terms)
+        seconds = (time.perf_counter() - self.since) / len(self.terms)      # of one batch
         means = {name: round(torch.stack([t[name] for t in self.terms if name in t]).mean().item(), 4)
                  for name in self.terms[-1]}
         self.write({"step": step, **means, "lr": rate, "images_per_second": round(self.images / seconds, 1)})
         if not self.quiet:
-            left = seconds * (self.plan.steps - step)
+            left = seconds * self.batches * (self.plan.steps - step)
             print(f"step {step}/{self.plan.steps}  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
                   + f"  lr {rate:.1e}  {self.images / seconds:.0f} images/s  {left / 60:.1f} min left", flush=True)
         self.restart()
@@ -138,15 +139,16 @@ def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]
 def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, batch: int = 64) -> dict:
     """R@1 and mAP on val by embeddings and, when the fusion encoder is trained, re-ranked with the best weight.
 
-    `quality` is what checkpoints are compared by: (R@1, mAP) of the last stage. No mirror pass, to save time.
+    `quality` is what checkpoints are compared by: whether the fusion encoder is trained, then how good
+    the last stage is. No mirror pass, to save time.
     """
     captions, query_ids, paths, gallery_ids = queries_of(val)
     model.eval()
     found = ranking.search(model, tokenizer, captions, paths, model.config.rerank if fused else 0, False, batch)
     embedded = ranking.order_metrics(found.first_order(), query_ids, gallery_ids)
-    result = {"embeddings": embedded, "quality": (embedded["R@1"], embedded["mAP"])}
+    result = {"embeddings": embedded, "quality": [fused, ranking.quality(embedded)]}
     if fused:
         weight = ranking.choose_weight(found, query_ids, gallery_ids)
         reranked = ranking.order_metrics(found.order(weight), query_ids, gallery_ids)
-        result |= {"reranked": reranked, "weight": weight, "quality": (reranked["R@1"], reranked["mAP"])}
+        result |= {"reranked": reranked, "weight": weight, "quality": [fused, ranking.quality(reranked)]}
     return result

@@ -124,7 +124,6 @@ def test_without_regions_there_are_none(pairs, settings):
     assert batch.eda_ids is batch.eda_keep is None
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the whole image stands in for the box to keep")
 def test_pretraining_without_boxes_crops_at_random(pairs):
     """MALS has no boxes, so nothing has to stay in the picture: more views than one and its mirror image."""
     dataset = pairs(bare=range(5), name="mals")

@@ -206,7 +206,6 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     assert str(path) in message and "--weight-decay" in message
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="validate's quality is a tuple, JSON's a list")
 def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokenizer, paint):
     """As train.py does after a restart: `result["quality"] >= best["quality"]`."""
     records = tuple(Record(paint(f"{i}.png", seed=i), (f"man {i}", "red hat"), i) for i in range(3))

@@ -84,7 +84,7 @@ class PairDataset(torch.utils.data.Dataset):
         phrase = caption if region is None else record.phrases[region]
         size = self.model.height, self.model.width
         image = open_image(record.path)
-        view = (pretrain_view(image, box, size, rng) if self.pretraining
+        view = (pretrain_view(image, box if self.with_regions else None, size, rng) if self.pretraining
                 else finetune_view(image, size, rng, self.train.erase))
         if view.mirrored:
             caption, phrase = swap_left_right(caption), swap_left_right(phrase)
@@ -94,8 +94,9 @@ class PairDataset(torch.utils.data.Dataset):
         if self.train.eda:
             sample |= dict(eda=self.encode(eda(caption, rng)))
         if self.with_regions:
-            sample |= dict(region_keep=box_to_patches(view.box, self.model.grid), phrase=self.encode(phrase),
-                           phrase_class=int.from_bytes(hashlib.blake2b(phrase.encode(), digest_size=7).digest()))
+            ids = self.encode(phrase)
+            sample |= dict(region_keep=box_to_patches(view.box, self.model.grid), phrase=ids,
+                           phrase_class=int.from_bytes(hashlib.blake2b(str(ids).encode(), digest_size=7).digest()))
         return Sample(**sample)
 
     def encode(self, text: str) -> list[int]:
@@ -141,16 +142,15 @@ class Order(torch.utils.data.Sampler):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        orders: dict[int, list[int]] = {}
+        current, permutation = -1, []
         for step in range(self.start, self.stop):
             first = (step * self.world + self.rank) * self.batch
             keys = []
             for position in range(first, first + self.batch):
                 epoch, place = divmod(position, self.count)
-                if epoch not in orders:
-                    orders = {e: order for e, order in orders.items() if e == epoch - 1}
-                    orders[epoch] = self.permutation(epoch)
-                keys.append((epoch, orders[epoch][place]))
+                if epoch != current:
+                    current, permutation = epoch, self.permutation(epoch)
+                keys.append((epoch, permutation[place]))
             yield keys
 
     def permutation(self, epoch: int) -> list[int]:
