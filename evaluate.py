@@ -63,7 +63,7 @@ def main() -> None:
     print(f"{'':24}" + "".join(f"{name:>8}" for name in METRICS))
     for dataset in datasets:
         started = time.perf_counter()
-        source = records.load(dataset, config.split, data_root(config, dataset), config.allow_missing)
+        source = records.load(dataset, config.split, data_root(config, facts, dataset), config.allow_missing)
         captions, query_ids, paths, gallery_ids = queries_of(source)
         found, order = rank(config, model, tokenizer, facts, captions, paths)
         stages = {"embeddings": found.first_order()} | ({} if order is None else {"re-ranked": order})
@@ -101,8 +101,11 @@ def newest() -> Path:
     return found[-1]
 
 
-def data_root(config: EvalConfig, dataset: str) -> Path:
-    return Path(config.data_root) if config.data_root else town.ready(dataset, tiny=False)
+def data_root(config: EvalConfig, facts: dict, dataset: str) -> Path:
+    """The folder given, or the demo town, drawn where it is missing."""
+    if not config.data_root and facts["train"]["data_root"]:
+        raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
+    return Path(config.data_root) if config.data_root else town.ready(dataset, facts["train"]["preset"] == "tiny")
 
 
 def weight_of(config: EvalConfig, facts: dict) -> float:
@@ -145,7 +148,7 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
         if not paths:
             raise UserError(f"--gallery {folder}: no such folder, or no image in it.")
     else:
-        paths = [record.path for record in records.load(dataset, "test", data_root(config, dataset)).records]
+        paths = [record.path for record in records.load(dataset, "test", data_root(config, facts, dataset)).records]
     found, order = rank(config, model, tokenizer, facts, [config.query], paths)
     first = (found.first_order() if order is None else order)[0, :10].tolist()
     for place, g in enumerate(first, 1):

@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> Path:
     say(f"{show(config)}\nTraining on {device} in {precision}, {world} process(es).")
 
     # ---- data
-    root = Path(config.data_root) if config.data_root else town.ready(config.dataset, config.preset == "tiny", say)
+    root = Path(config.data_root) if config.data_root else demo_town(config, rank, say)
     train_set = records.load(config.dataset, "train", root, config.allow_missing, say)
     val_set = records.load(config.dataset, "val", root, config.allow_missing, say)
 
@@ -134,6 +134,15 @@ def train(config: TrainConfig) -> Path:
     if rank == 0:
         print(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after {time.perf_counter() - started:.0f} s.")
     return out / "best.safetensors"
+
+
+def demo_town(config: TrainConfig, rank: int, say) -> Path:
+    """The demo town's folder; the first process draws what is missing while the others wait."""
+    if rank == 0:
+        town.ready(config.dataset, config.preset == "tiny", say)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return town.root(config.preset == "tiny")
 
 
 def check(config: TrainConfig) -> None:

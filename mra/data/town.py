@@ -656,10 +656,13 @@ def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
     return "data_captions.json", record
 
 
+def root(tiny: bool) -> Path:
+    """Where the demo town lies, under the working directory."""
+    return Path("data/demo-tiny" if tiny else "data/demo")
+
+
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """The folder of the demo town with the set that `dataset` needs in it, drawn first where it is missing."""
-    root = Path("data/demo-tiny" if tiny else "data/demo")
-    name = dataset if dataset in DOMAINS else "source"
-    say(f"Demo town, drawn data: {root} holds computer drawings, not photographs.")
-    build(root, name, TINY if tiny else DEFAULT, 0, os.cpu_count() or 1, say)
-    return root
+    """`root`, with the set that `dataset` needs (cuhk, icfg, rstp; else the source) drawn if it is missing."""
+    build(root(tiny), dataset if dataset in DOMAINS else "source", TINY if tiny else DEFAULT, 0,
+          1 if tiny else os.cpu_count() or 1, say)
+    return root(tiny)
