@@ -13,25 +13,28 @@ from mra.layers import PostNormBlock, PreNormBlock
 
 
 class ImageEncoder(nn.Module):
-    """Image (B, 3, H, W), normalised -> tokens (B, 1+N, D); token 0 stands for the whole image."""
+    """Image (B, 3, H, W), normalised -> tokens (B, 1+N, D); token 0, the whole image, is the mean of the patches.
+
+    A region is the mean of its patches in the same way, so what the region losses teach the patches reaches the
+    image feature; with a learned class token in place of the mean, it does not.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim = config.image_dim
         self.patches = nn.Conv2d(3, dim, config.patch, config.patch)
-        self.whole = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + config.patch_count, dim))
+        self.positions = nn.Parameter(torch.zeros(1, config.patch_count, dim))
         self.blocks = nn.ModuleList(PreNormBlock(dim, config.image_heads, config.dropout)
                                     for _ in range(config.image_depth))
         self.norm = nn.LayerNorm(dim, 1e-6)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.patches(image).flatten(2).transpose(1, 2)                   # (B, N, D), row by row
-        x = torch.cat([self.whole.expand(len(x), -1, -1), x], 1)             # (B, 1+N, D)
         x = x + self.positions
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)                                                  # (B, 1+N, D)
+        x = self.norm(x)
+        return torch.cat([x.mean(1, keepdim=True), x], 1)                    # (B, 1+N, D)
 
 
 class TextEncoder(nn.Module):

@@ -48,8 +48,7 @@ class Retriever(nn.Module):
                                            nn.Linear(2 * dim, 2))
         self.word_head = WordHead(dim, self.text_encoder.words)
         self.apply(_initialise)
-        for table in (self.image_encoder.whole, self.image_encoder.positions):
-            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.trunc_normal_(self.image_encoder.positions, std=0.02)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) -> tokens (B, 1+N, D) and unit features (B, E)."""

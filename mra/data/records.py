@@ -105,6 +105,8 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
     records = tuple(Record(row.path, row.captions, ids[row.identity], row.boxes, row.phrases) for row in rows)
     more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
+    if (source.images / "town.json").is_file():
+        say(f"{shown(source.images)} is drawn data, not photographs.")
     say(f"{shown(dataset)} {split}: {len(records)} images, {sum(len(r.captions) for r in records)} captions, "
         f"{len(ids)} identities, read from {shown(source.files[0])}{more}")
     return RecordSet(dataset, split, records)

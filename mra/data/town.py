@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from mra.config import UserError
+from mra.config import UserError, parse, run
 from mra.data.people import Box, Person, Words, describe, sample_person, twin_of
 
 VERSION = 1                     # of the drawing: sets of another version are drawn again
@@ -587,7 +587,7 @@ def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, 
     folder, splits = Path(root) / FOLDERS[set_name], sizes.splits(set_name)
     twins = [[number + (set_name == "cuhk") for number in pair] for pair in _twins(set_name, sizes)]
     manifest = json.dumps({"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": splits,
-                           "twins": twins}, indent=1)
+                           "look": dataclasses.asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
     say(f"{folder}: drawn demo data: {sum(n * images for _, n, images in splits)} {NOTE}")
     if (folder / "town.json").is_file() and (folder / "town.json").read_text() == manifest:
         return
@@ -661,8 +661,32 @@ def root(tiny: bool) -> Path:
     return Path("data/demo-tiny" if tiny else "data/demo")
 
 
+@dataclass(frozen=True)
+class TownConfig:
+    """What `python -m mra.data.town` draws."""
+    root: str = "data/town"                    # its folder, for --data-root
+    sets: tuple[str, ...] = tuple(FOLDERS)     # source, cuhk, icfg, rstp
+    people: float = 1.0                        # times the people of the default town
+    seed: int = 0
+    workers: int = os.cpu_count() or 1         # processes
+
+
+def main() -> None:
+    config = parse(TownConfig, "Draw a town of any size: the source has 3,200 people, each target 740, times --people.")
+    if unknown := set(config.sets) - set(FOLDERS):
+        raise UserError(f"--sets {unknown.pop()}: choose from {', '.join(FOLDERS)}.")
+    if config.people <= 0 or config.workers < 1:
+        raise UserError("--people and --workers: give numbers above 0.")
+    for name in config.sets:
+        build(Path(config.root), name, DEFAULT.times(config.people), config.seed, config.workers)
+
+
 def ready(dataset: str, tiny: bool, say=print) -> Path:
     """`root`, with the set that `dataset` needs (cuhk, icfg, rstp; else the source) drawn if it is missing."""
     build(root(tiny), dataset if dataset in DOMAINS else "source", TINY if tiny else DEFAULT, 0,
           1 if tiny else os.cpu_count() or 1, say)
     return root(tiny)
+
+
+if __name__ == "__main__":
+    run(main)

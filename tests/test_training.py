@@ -1,0 +1,351 @@
+"""Training is a pure function of its configuration: restarts, workers, processes and accumulation change nothing."""
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_commands import ROOT, TINY, command, log_of, refused, succeed
+from torch.nn.parallel import DistributedDataParallel
+
+import mra.retriever
+from mra import checkpoint, losses, training
+from mra.config import PRESETS, TrainConfig, UserError
+from mra.data.batches import Batch
+from mra.retriever import Retriever
+from mra.training import Plan, choose_device, choose_precision, make_optimizer, schedule
+
+SIX = (*TINY, "--init", "none", "--steps", "6", "--evals", "2", "--batch", "4", "--log-every", "1", "--lr", "1e-2")
+AUGMENTED = ("--eda", "0.8", "--erase", "0.6", "--smoothing", "0.2")
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory) -> Path:
+    """A working directory with the tiny sets sda and cuhk in it; runs differ in --out."""
+    folder = tmp_path_factory.mktemp("town")
+    for name in ("sda", "cuhk"):
+        succeed(folder, "train.py", "--dataset", name, *SIX, "--steps", "1", "--out", f"out/first-{name}")
+    return folder
+
+
+def tensors_of(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / f"{name}.safetensors")[0]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def untimed(lines: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+# ---- the same run twice
+
+@pytest.mark.parametrize("flags", [("--dataset", "sda", "--precision", "float32", "--fusion-from", "0.2"),
+                                   ("--dataset", "cuhk", "--precision", "bf16", *AUGMENTED),
+                                   ("--dataset", "cuhk", "--precision", "float32", "--accumulate", "2", *AUGMENTED)])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, flags):
+    """Killed right after the checkpoint of step 3: weights, optimiser, losses and val as if it never had been."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = (*SIX, *flags)
+    succeed(town, "train.py", *flags, "--out", str(whole))
+    real = checkpoint.save
+
+    def kill(path, tensors, facts):
+        real(path, tensors, facts)
+        if path.name == "last.safetensors":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", kill)
+        command(town, "train.py", *flags, "--out", str(cut))
+    assert checkpoint.load(cut / "last.safetensors")[1]["step"] == 3
+    torch.manual_seed(12345)                                     # the state of the new process is another one
+    assert "going on after step 3 of 6" in succeed(town, "train.py", *flags, "--out", str(cut))
+    for name in ("last", "best"):
+        assert same(tensors_of(whole, name), tensors_of(cut, name))
+    assert untimed(log_of(whole)) == untimed(log_of(cut))
+    assert [line["step"] for line in log_of(cut)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    facts = [checkpoint.load(out / "last.safetensors")[1] for out in (whole, cut)]
+    assert facts[0]["val"] == facts[1]["val"] and facts[0]["best"] == facts[1]["best"]
+    assert len(tensors_of(cut)) == 4 * len(tensors_of(cut, "best"))     # weight, two moments, step: of all parameters
+
+
+def test_steps_after_the_last_checkpoint_are_done_again(town, tmp_path, monkeypatch):
+    """Killed in step 5, after the checkpoint of step 3."""
+    flags, real, calls = (*SIX, "--dataset", "sda"), losses.total, []
+
+    def kill(terms, beta):
+        calls.append(beta)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(terms, beta)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(losses, "total", kill)
+        command(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
+    succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
+    succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
+    assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))
+
+
+def test_the_seed_decides_and_nothing_else(town, tmp_path):
+    def trained(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        succeed(town, "train.py", *SIX, "--dataset", "cuhk", *AUGMENTED, *flags, "--out", str(tmp_path / name))
+        return tensors_of(tmp_path / name)
+    torch.manual_seed(99)
+    once = trained("once")
+    assert same(once, trained("again"))
+    assert same(once, trained("workers", "--workers", "2", "--log-every", "4"))
+    assert not same(once, trained("other", "--seed", "1"))
+
+
+def test_a_term_that_is_not_finite_stops_the_run(town, tmp_path, monkeypatch):
+    """Its name and step are told; the checkpoints before it stay, and training goes on from them."""
+    spoil_masked_words(monkeypatch, step=4)
+    flags = (*SIX, "--dataset", "cuhk", "--out", str(tmp_path / "run"))
+    message = refused(town, "train.py", *flags)
+    assert "mlm is nan at step 4" in message and "--lr" in message
+    tensors, facts = checkpoint.load(tmp_path / "run/last.safetensors")
+    assert facts["step"] == 3 and all(tensor.isfinite().all() for tensor in tensors.values())
+    monkeypatch.undo()
+    assert "going on after step 3 of 6" in succeed(town, "train.py", *flags)
+
+
+@pytest.mark.xfail(strict=True, reason="the last step with such a term is named, not the first")
+def test_the_first_term_that_is_not_finite_is_told(town, tmp_path, monkeypatch):
+    """With a line of log every 20 steps, too: afterwards all weights and all terms are nan."""
+    spoil_masked_words(monkeypatch, step=4)
+    message = refused(town, "train.py", *SIX, "--log-every", "20", "--dataset", "cuhk", "--out", str(tmp_path / "run"))
+    assert "mlm is nan at step 4" in message
+
+
+def spoil_masked_words(monkeypatch, step: int) -> None:
+    """Make the masked-word loss of one step nan."""
+    real, calls = losses.masked_words, []
+
+    def spoilt(logits, labels):
+        calls.append(1)
+        return real(logits, labels) * (math.nan if len(calls) == step else 1)
+    monkeypatch.setattr(losses, "masked_words", spoilt)
+
+
+def test_accumulated_batches_are_one_batch(town, tmp_path, monkeypatch):
+    """2 x 4 pairs equal 8 for a term that is a mean over pairs: here the masked words of each, summed.
+
+    ITC and ITM compare within a batch, and MLM is a mean over its masked words, so for those it is the mean of
+    the batches' losses.
+    """
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], dropout=0.0))
+    monkeypatch.setattr(mra.retriever, "mean_over_processes", lambda values, counts: (values * counts).sum() / len(values))
+    monkeypatch.setattr(losses, "total", lambda terms, beta: terms["mlm"])
+    for name, flags in (("two", ("--batch", "4", "--accumulate", "2")), ("one", ("--batch", "8"))):
+        succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", *flags,
+                "--out", str(tmp_path / name))
+    one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    gradients = [name for name in one if name.startswith("optimizer.exp_avg.")]
+    assert one.keys() == two.keys() and len(gradients) > 30
+    assert sum(one[name].abs().max() > 1e-5 for name in gradients) > 30
+    for name in gradients:
+        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-4)
+
+
+# ---- two processes
+
+def joined_batch() -> Batch:
+    """Eight pairs: classes shared by the halves, fewer negatives in the first, more masked words in the second."""
+    generator = torch.Generator().manual_seed(3)
+    size = PRESETS["tiny"]
+
+    def words(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keep = torch.arange(length) < torch.randint(3, length + 1, (8, 1), generator=generator)
+        return torch.randint(5, 90, (8, length), generator=generator) * keep, keep
+    (caption, keep), (eda, eda_keep), (phrase, phrase_keep) = words(9), words(8), words(5)
+    at = torch.tensor([[1, 0, 0], [0, 0, 0], [2, 0, 0], [0, 0, 0], [1, 2, 0], [1, 2, 0], [1, 0, 0], [2, 1, 0]])
+    labels = caption.gather(1, at).where(at > 0, -100)
+    regions = torch.rand(8, size.patch_count, generator=generator) < 0.4
+    regions[:, 0] = True
+    return Batch(torch.randn(8, 3, size.height, size.width, generator=generator),
+                 torch.tensor([0, 0, 0, 1, 2, 3, 0, 4]), caption, keep, caption.scatter(1, at, 4), at, labels, eda,
+                 eda_keep, regions, phrase, phrase_keep, torch.tensor([5, 6, 5, 6, 5, 7, 8, 9]))
+
+
+def half(batch: Batch, rank: int) -> Batch:
+    return Batch(*(getattr(batch, field.name)[rank * 4:rank * 4 + 4] for field in dataclasses.fields(batch)))
+
+
+def next_within_half(similarity: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of a draw: the next row of the same four; where it is of the same class there is no negative."""
+    rows = torch.arange(len(ids))
+    column = rows // 4 * 4 + (rows + 1) % 4
+    return column, ids[column] != ids
+
+
+def terms_and_gradients(batch: Batch, fuse: bool, wrap=lambda model: model) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Retriever(dataclasses.replace(PRESETS["tiny"], dropout=0.0, vocab=90))
+    losses.hard_negatives = next_within_half
+    wrapped = wrap(model)                                               # lives until its gradients are there
+    terms = wrapped(batch, fuse, 0.2, 0.8)
+    losses.total(terms, 0.8).backward()
+    return ({name: term.detach() for name, term in terms.items()}
+            | {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """A process of the run that `test_two_processes_are_one` starts."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for fuse in (True, False):
+        found = terms_and_gradients(half(joined_batch(), rank), fuse, lambda model: DistributedDataParallel(
+            model, find_unused_parameters=not fuse))
+        for name, term in found.items():
+            if not name.startswith("gradient"):
+                dist.all_reduce(term)
+                term /= 2
+        torch.save(found, f"{folder}/{rank}-{fuse}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path, monkeypatch):
+    """Loss terms, averaged over two processes, and their gradients are those of one process on the joined batch."""
+    monkeypatch.setattr(losses, "hard_negatives", next_within_half)     # put back what terms_and_gradients sets
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    batch = joined_batch()
+    assert (half(batch, 0).masked_labels >= 0).sum() == 2 and (half(batch, 1).masked_labels >= 0).sum() == 7
+    for fuse, terms in ((True, {"itc", "itm", "mlm", "rpc", "rpm"}), (False, {"itc", "rpc", "rpm"})):
+        wanted = terms_and_gradients(batch, fuse)
+        assert {name for name in wanted if not name.startswith("gradient")} == terms
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{rank}-{fuse}.pt")
+            assert found.keys() >= wanted.keys()
+            for name in found:
+                expected = wanted.get(name, torch.zeros_like(found[name]))
+                torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+def localhost() -> bool:
+    try:
+        socket.create_server(("127.0.0.1", 0)).close()
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not localhost() or not dist.is_gloo_available(), reason="processes cannot talk to each other")
+def test_torchrun_from_end_to_end(tmp_path):
+    """Pretraining and fine-tuning in two processes; one of them draws, logs and saves."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    flags = ("--dataset", "icfg", *TINY, "--device", "cpu", "--batch", "4", "--steps", "3", "--evals", "1", "--log-every", "1")
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                          str(ROOT / "train.py"), *flags], cwd=tmp_path, env=environment, text=True, timeout=90,
+                         capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("drawn demo data") == 2 and ran.stdout.count("2 process(es)") == 2
+    out = tmp_path / "out/icfg-tiny-s0"
+    assert [line["step"] for line in log_of(out)] == [1, 2, 3, 3]
+    facts = checkpoint.load(out / "best.safetensors")[1]
+    assert facts["processes"] == 2 and facts["pretrained_on"] == "sda" and facts["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in tensors_of(out).values())
+    assert "icfg re-ranked" in succeed(tmp_path, "evaluate.py")
+
+
+# ---- plan, rates, choices
+
+def test_the_schedule_by_hand():
+    assert [schedule(step, 10, 0.2) for step in range(10)] == pytest.approx(
+        [1 / 2, 1, 8 / 8, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert [schedule(step, 4, 0.0) for step in range(4)] == pytest.approx([1, 1, 2 / 3, 1 / 3])
+    assert [schedule(step, 4, 1.0) for step in range(4)] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
+    assert schedule(0, 1, 0.1) == 1
+
+
+def test_rates_of_a_run_follow_the_schedule(town, tmp_path, monkeypatch):
+    """The logged rate, and the rates that the optimiser has: the new heads' is five times as high."""
+    real, seen = torch.optim.AdamW.step, []
+
+    def step(self, closure=None):
+        seen.append([group["lr"] for group in self.param_groups])
+        return real(self, closure)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    succeed(town, "train.py", *SIX, "--dataset", "cuhk", "--lr", "6e-3", "--head-lr", "5", "--warmup", "0.3",
+            "--out", str(tmp_path / "run"))
+    wanted = [3e-3, 6e-3, 6e-3, 4.5e-3, 3e-3, 1.5e-3]
+    assert [line["lr"] for line in log_of(tmp_path / "run") if "lr" in line] == pytest.approx(wanted)
+    assert len(seen) == 6
+    for rate, groups in zip(wanted, seen):
+        assert groups == pytest.approx([rate, rate, 5 * rate, 5 * rate])
+
+
+def test_every_parameter_is_in_one_group(model):
+    optimizer = make_optimizer(model, TrainConfig(lr=1e-4, head_lr=5.0, weight_decay=0.01))
+    settings = {id(p): (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(settings) == len(list(model.parameters()))
+    own = {name: settings[id(parameter)] for name, parameter in model.named_parameters()}
+    assert own["temperature"] == (1e-4, 0.0) and own["text_encoder.words.weight"] == (1e-4, 0.01)
+    assert own["image_projection.weight"] == (pytest.approx(5e-4), 0.01)
+    assert own["image_projection.bias"] == (pytest.approx(5e-4), 0.0)
+
+
+@pytest.mark.parametrize("settings, pairs, world, wanted", [
+    (dict(epochs=3, batch=4, evals=2), 10, 1, (8, 0, {4, 8})),                  # 30 / 4, rounded up
+    (dict(epochs=3, batch=4, accumulate=2, evals=1), 10, 2, (2, 0, {2})),       # 30 / 16
+    (dict(epochs=0.5, batch=4, evals=1), 16, 1, (2, 0, {2})),
+    (dict(epochs=3, steps=7, batch=4, evals=3, fusion_from=0.3), 10, 1, (7, 2, {2, 5, 7})),
+    (dict(epochs=1, steps=2, evals=10), 10, 1, (2, 0, {1, 2})),                 # more evaluations than steps
+])
+def test_the_plan_by_hand(settings, pairs, world, wanted):
+    plan = Plan.of(TrainConfig(**settings), pairs, world)
+    assert (plan.steps, plan.fusion_from, plan.evals) == wanted
+
+
+def test_the_best_checkpoint_is_kept(town, tmp_path, monkeypatch):
+    """best.safetensors is of the best evaluation, last.safetensors of the last one, which knows the best."""
+    scores, real = iter([10.0, 30.0, 20.0]), training.validate
+
+    def validate(*arguments):
+        return real(*arguments) | {"quality": [True, next(scores)]}
+    monkeypatch.setattr(training, "validate", validate)
+    succeed(town, "train.py", *SIX, "--dataset", "cuhk", "--evals", "3", "--out", str(tmp_path / "run"))
+    (_, best), (_, last) = (checkpoint.load(tmp_path / f"run/{name}.safetensors") for name in ("best", "last"))
+    assert best["step"] == 4 and best["val"]["quality"] == [True, 30.0]
+    assert last["step"] == 6 and last["best"]["quality"] == [True, 30.0]
+    assert [line["val"]["quality"][1] for line in log_of(tmp_path / "run") if "val" in line] == [10.0, 30.0, 20.0]
+
+
+def test_device_and_precision(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert choose_device("cpu") == cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("") == cpu
+    for bad in ("cuda", "tpu"):
+        with pytest.raises(UserError, match=f"--device {bad}"):
+            choose_device(bad)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert choose_precision("", cpu) == "float32" and choose_precision("", cuda) == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert choose_precision("", cpu) == "bf16" and choose_precision("float32", cuda) == "float32"
+    assert choose_precision("bf16", cpu) == "bf16"
+    with pytest.raises(UserError, match="--precision fp16"):
+        choose_precision("fp16", cpu)
+
+
+def test_the_log_has_the_means_since_the_last_line(tmp_path):
+    plan = Plan(10, 0, frozenset({10}))
+    log = training.Log(tmp_path / "log.jsonl", plan, batches=2, images=8, quiet=False)
+    for value in (1.0, 2.0, 3.0, 6.0):
+        log.add({"itc": torch.tensor(value)})
+    log.flush(2, 1e-3)
+    log.add({"itc": torch.tensor(5.0), "mlm": torch.tensor(7.0)})
+    log.flush(3, 1e-3)
+    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (first["step"], first["itc"], first["lr"]) == (2, 3.0, 1e-3) and first["images_per_second"] > 0
+    assert (second["itc"], second["mlm"]) == (5.0, 7.0) and "mlm" not in first
