@@ -11,15 +11,17 @@ Every field of mra.config.TrainConfig is a flag. The checkpoint that is best on 
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mra import checkpoint, losses
-from mra.config import PRESETS, PRETRAINING_SETS, TrainConfig, UserError, parse, recipe, run, show
-from mra.data import records, town
+from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, parse, recipe, run, show
+from mra.data import town
 from mra.data.batches import Order, PairDataset
+from mra.data.records import DATASETS, RecordSet, load
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever
 from mra.training import Log, Plan, choose_device, choose_precision, make_optimizer, schedule, start_processes, validate
@@ -49,35 +51,19 @@ def pretrain(config: TrainConfig) -> Path:
 def train(config: TrainConfig) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
     started = time.perf_counter()
-    device = choose_device(config.device)
+    device, (rank, world) = choose_device(config.device), start_processes()
     precision = choose_precision(config.precision, device)
-    rank, world = start_processes()
-    config = dataclasses.replace(config, out=config.out or f"out/{config.dataset.replace('out/', '').replace('/', '-')}"
-                                 f"-{config.preset}-s{config.seed}")
-    out = Path(config.out)
+    config = dataclasses.replace(config, out=config.out or default_out(config))
+    out, say = Path(config.out), print if rank == 0 else (lambda *_: None)
     out.mkdir(parents=True, exist_ok=True)
-    say = print if rank == 0 else (lambda *_: None)
     say(f"{show(config)}\nTraining on {device} in {precision}, {world} process(es).")
 
-    # ---- data
-    root = Path(config.data_root) if config.data_root else demo_town(config, rank, say)
-    train_set = records.load(config.dataset, "train", root, config.allow_missing, say)
-    val_set = records.load(config.dataset, "val", root, config.allow_missing, say)
-
-    # ---- model, optimiser
-    torch.manual_seed(config.seed)
-    pretrained_on = "nothing"
-    if config.init in ("", "none"):
-        tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
-        model = Retriever(dataclasses.replace(PRESETS[config.preset], vocab=len(tokenizer))).to(device)
-        say("Starting from random weights.")
-    else:
-        model, tokenizer, earlier = checkpoint.load_retriever(Path(config.init), device)
-        pretrained_on = earlier["train"]["dataset"]
-        say(f"Starting from {config.init}, trained on {pretrained_on}.")
-    optimizer = make_optimizer(model, config)
+    # ---- data, model, optimiser
+    train_set, val_set = load_sets(config, rank, say)
+    model, tokenizer, pretrained_on = load_model(config, device, say)
     dataset = PairDataset(train_set, tokenizer, model.config, config)
     plan = Plan.of(config, len(dataset), world)
+    optimizer = make_optimizer(model, config)
     facts = checkpoint.model_facts(model, tokenizer) | {
         "train": dataclasses.asdict(config), "precision": precision, "pretrained_on": pretrained_on,
         "processes": world, "versions": checkpoint.VERSIONS}
@@ -87,13 +73,12 @@ def train(config: TrainConfig) -> Path:
     step_model = torch.compile(model) if config.compile else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
-
-    # ---- loop
     order = Order(len(dataset), config.batch, config.seed, first * config.accumulate, plan.steps * config.accumulate,
                   rank, world)
-    loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
-                                              num_workers=config.workers, pin_memory=device.type == "cuda"))
+    batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
+                                               num_workers=config.workers, pin_memory=device.type == "cuda"))
     log = Log(out / "log.jsonl", plan, config.accumulate, config.batch * world, quiet=rank > 0)
+
     for step in range(first, plan.steps):
         model.train()
         rate = schedule(step, plan.steps, config.warmup)
@@ -103,11 +88,10 @@ def train(config: TrainConfig) -> Path:
         torch.manual_seed(hash((config.seed, step, rank)) % 2**62)    # dropout and negatives: the same after a restart
         # --------------------------------------------------------------------------------------------------------
         for _ in range(config.accumulate):
-            batch = next(loader).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                terms = step_model(batch, fuse, config.smoothing, config.eda)
-                loss = losses.total(terms, config.beta)
-            (loss / config.accumulate).backward()
+                terms = step_model(next(batches).to(device), fuse, config.smoothing, config.eda)
+                loss = losses.total(terms, config.beta) / config.accumulate
+            loss.backward()
             log.add(terms)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
@@ -115,43 +99,67 @@ def train(config: TrainConfig) -> Path:
         with torch.no_grad():
             model.temperature.clamp_(0.001, 0.5)
         # --------------------------------------------------------------------------------------------------------
-        if (step + 1) % config.log_every == 0 or step + 1 in plan.evals:
-            log.flush(step + 1, config.lr * rate)
-        # after some steps: val, and the checkpoints
-        if step + 1 in plan.evals and rank == 0:
-            result = validate(model, tokenizer, val_set, fuse)
-            log.write({"step": step + 1, "val": result})
-            print(f"val at step {step + 1}: " + describe(result))
-            state = facts | {"step": step + 1, "val": result,
-                             "seconds": round(time.perf_counter() - started, 1)}
-            if best is None or result["quality"] >= best["quality"]:
-                best = result
-                checkpoint.save(out / "best.safetensors", checkpoint.weights(model), state)
-            checkpoint.save(out / "last.safetensors",
-                            checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer),
-                            state | {"best": best})
-            log.restart()
-    if rank == 0:
-        print(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after {time.perf_counter() - started:.0f} s.")
+        done = step + 1
+        if done % config.log_every == 0 or done in plan.evals:
+            log.flush(done, config.lr * rate)
+        if done in plan.evals and rank == 0:
+            best = keep(out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
+                "step": done, "seconds": round(time.perf_counter() - started, 1)})
+    say(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready, {time.perf_counter() - started:.0f} s.")
     return out / "best.safetensors"
 
 
-def demo_town(config: TrainConfig, rank: int, say) -> Path:
-    """The demo town's folder; the first process draws what is missing while the others wait."""
-    if rank == 0:
+def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, val_set: RecordSet,
+         fused: bool, log: Log, best: dict | None, facts: dict) -> dict:
+    """Evaluate on val and write the last checkpoint, and the best one if this is it; returns the best result."""
+    result = validate(model, tokenizer, val_set, fused)
+    log.write({"step": facts["step"], "val": result})
+    print(f"val at step {facts['step']}: {describe(result)}")
+    facts = facts | {"val": result}
+    weights = checkpoint.weights(model)
+    if best is None or result["quality"] >= best["quality"]:
+        best = result
+        checkpoint.save(out / "best.safetensors", weights, facts)
+    state = weights | checkpoint.optimizer_tensors(model, optimizer)
+    checkpoint.save(out / "last.safetensors", state, facts | {"best": best})
+    log.restart()
+    return best
+
+
+def default_out(config: TrainConfig) -> str:
+    name = config.dataset if config.dataset in DATASETS else f"own-{Path(config.dataset).name}"
+    return f"out/{name}-{config.preset}-s{config.seed}"
+
+
+def load_sets(config: TrainConfig, rank: int, say: Callable) -> tuple[RecordSet, RecordSet]:
+    """Train and val; the first process draws what is missing of the demo town while the others wait."""
+    root = Path(config.data_root) if config.data_root else town.root(config.preset == "tiny")
+    if not config.data_root and rank == 0:
         town.ready(config.dataset, config.preset == "tiny", say)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    return town.root(config.preset == "tiny")
+    train_set, val_set = (load(config.dataset, split, root, config.allow_missing, say) for split in ("train", "val"))
+    return train_set, val_set
+
+
+def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tuple[Retriever, Tokenizer, str]:
+    """The model to start from, its tokenizer, and what it was pretrained on."""
+    torch.manual_seed(config.seed)
+    if config.init in ("", "none"):
+        say("Starting from random weights.")
+        tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
+        model = Retriever(dataclasses.replace(PRESETS[config.preset], vocab=len(tokenizer)))
+        return model.to(device), tokenizer, "nothing"
+    model, tokenizer, facts = checkpoint.load_retriever(Path(config.init), device)
+    say(f"Starting from {config.init}, trained on {facts['train']['dataset']}.")
+    return model, tokenizer, facts["train"]["dataset"]
 
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for values that no run can use."""
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}.")
-    for name, low, high in (("batch", 1, 1e6), ("accumulate", 1, 1e6), ("steps", 0, 1e9), ("evals", 1, 1e6), ("lr", 0, 10),
-                            ("log_every", 1, 1e9), ("workers", 0, 256), ("warmup", 0, 1), ("fusion_from", 0, 1),
-                            ("smoothing", 0, 1), ("erase", 0, 1), ("eda", 0, 1e3), ("beta", 0, 1e3), ("clip", 1e-9, 1e9)):
+    for name, (low, high) in LIMITS.items():
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
     if config.epochs <= 0 and not config.steps:

@@ -94,6 +94,12 @@ class TrainConfig:
     device: str = ""             # cuda or cpu; empty: cuda where there is one
 
 
+LIMITS = {  # what a number may be, at least and at most
+    "batch": (1, 1e6), "accumulate": (1, 1e6), "steps": (0, 1e9), "evals": (1, 1e6), "log_every": (1, 1e9),
+    "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 10), "clip": (1e-9, 1e9), "beta": (0, 1e3),
+    "smoothing": (0, 1), "eda": (0, 1e3), "erase": (0, 1), "fusion_from": (0, 1), "workers": (0, 256),
+}
+
 # What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.
 PAPER = {
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, warmup=0.01, evals=16, workers=8),
@@ -134,7 +140,8 @@ def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default: {field.default}")
         else:
             several = dict(nargs="+") if field.type == tuple[str, ...] else {}
-            parser.add_argument(flag, type=str if several else field.type, help=f"default: {field.default!r}", **several)
+            parser.add_argument(flag, type=str if several else field.type, help=f"default: {field.default!r}",
+                                **several)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     return kind(**{**recipe_of(kind(**given)), **given})

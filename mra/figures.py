@@ -51,7 +51,7 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
 
 
 def ranking_picture(rows: list[Row], path: Path) -> None:
-    """Write one row per query: its sentence, its first photographs framed green (right) or red (wrong), its heat maps."""
+    """Write one row per query: its sentence, its photographs framed green (right) or red (wrong), its heat maps."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(11)
     columns = max(len(row.paths) + len(row.heat) for row in rows)
     high = TITLE + CELL[0] + 3 * GAP

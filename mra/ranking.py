@@ -66,7 +66,7 @@ class Search:
         return torch.cat([best, self.first_order()[:, best.shape[1]:]], 1)
 
     def published_order(self, weight: float = 0.002) -> Tensor:
-        """The paper's fusion: both scores min-max normalised over the whole matrix, then matching + weight * similarity.
+        """The paper's fusion: matching + weight * similarity, each min-max normalised over the whole matrix.
 
         The rest of the gallery gets the query's lowest matching score. Evaluated on W processes, the released
         code weighs the similarity W times more against a compressed matching term.
@@ -124,7 +124,8 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
 
 
 @torch.inference_mode()
-def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int, workers: int = 0) -> tuple[Tensor, Tensor]:
+def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int,
+                   workers: int = 0) -> tuple[Tensor, Tensor]:
     """Unit features (G, E) of the images and of their mirror images."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)

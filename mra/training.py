@@ -106,8 +106,8 @@ class Log:
         for back, terms in enumerate(reversed(self.terms)):
             for name, term in terms.items():
                 if not term.isfinite():
-                    raise UserError(f"{name} is {term.item()} at step {step - back // self.batches}; the checkpoints before it are kept. "
-                                    "Try a smaller --lr.")
+                    raise UserError(f"{name} is {term.item()} at step {step - back // self.batches}; the checkpoints "
+                                    "before it are kept. Try a smaller --lr.")
         seconds = (time.perf_counter() - self.since) / len(self.terms)      # of one batch
         means = {name: round(torch.stack([t[name] for t in self.terms if name in t]).mean().item(), 4)
                  for name in self.terms[-1]}

@@ -21,7 +21,7 @@ from mra.data.tokenizer import VOCAB_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--preset", "tiny")
-QUICK = (*TINY, "--init", "none", "--steps", "2", "--batch", "4", "--evals", "1")    # no pretraining, no more than it takes
+QUICK = (*TINY, "--init", "none", "--steps", "2", "--batch", "4", "--evals", "1")    # no pretraining
 BEST = "out/icfg-tiny-s0/best.safetensors"
 
 
@@ -94,7 +94,8 @@ def photos(first, tmp_path_factory) -> Path:
 def test_the_demo_draws_pretrains_and_fine_tunes(first):
     folder, out = first
     said = ("No --init given: pretraining on the demo source first", "data/demo-tiny/SDA: drawn demo data",
-            "not photographs", "'sda' train:", "Starting from random weights", "out/sda-tiny-s0/best.safetensors is ready",
+            "not photographs", "'sda' train:", "Starting from random weights",
+            "out/sda-tiny-s0/best.safetensors is ready",
             "data/demo-tiny/ICFG-PEDES: drawn demo data", "'icfg' train:",
             "Starting from out/sda-tiny-s0/best.safetensors, trained on sda", "val at step",
             "out/icfg-tiny-s0/best.safetensors is ready")
@@ -122,11 +123,9 @@ def test_a_second_call_goes_on_where_there_is_nothing_left_to_do(work):
 
 
 def test_no_resume_trains_again(work):
-    log = len(log_of(work / "out/icfg-tiny-s0"))
     flags = ("--dataset", "icfg", *TINY, "--init", "out/sda-tiny-s0/best.safetensors")
     assert "going on" not in succeed(work, "train.py", *flags, "--no-resume", "--lr", "1e-5")
     assert checkpoint.load(work / BEST)[1]["train"]["lr"] == 1e-5
-    assert len(log_of(work / "out/icfg-tiny-s0")) >= log
 
 
 @pytest.mark.parametrize("flags, terms", [
@@ -404,15 +403,16 @@ def test_help_lists_the_flags(tmp_path, script):
 # ---- what is written about the commands
 
 def documented() -> list[str]:
-    """Commands for train.py and evaluate.py in README.md's code blocks and the scripts' own descriptions."""
+    """Commands for train.py and evaluate.py, each on a line of README.md or of the scripts' own descriptions."""
     readme = ROOT / "README.md"
-    blocks = re.findall(r"^```.*?\n(.*?)^```", readme.read_text(encoding="utf-8") if readme.exists() else "", re.S | re.M)
-    texts = blocks + [(ROOT / script).read_text(encoding="utf-8").split('"""')[1] for script in ("train.py", "evaluate.py")]
-    lines = [line.strip().removeprefix("$ ") for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    texts = [readme.read_text(encoding="utf-8")] if readme.exists() else []
+    texts += [(ROOT / script).read_text(encoding="utf-8").split('"""')[1] for script in ("train.py", "evaluate.py")]
+    lines = [part.strip().removeprefix("$ ").removeprefix(".venv/bin/") for text in texts
+             for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     commands = [re.split(r" {2,}| #", re.sub(r" +(?=-)", " ", line))[0] for line in lines
-                if re.match(r"python3? (train|evaluate)\.py\b", line)]
+                if re.match(r"python3? (train|evaluate)\.py( |$)", line)]
     return [line for line in dict.fromkeys(commands)
-            if not re.search(r"\b[A-Z]{3,}\b|\.\.\.|[<>|&]|cuda", line)]      # placeholders, other machines
+            if not re.search(r"\b[A-Z]{3,}\b|\.\.\.|[<>|]|cuda", line)]      # placeholders, other machines
 
 
 def test_documented_commands_run(work):

@@ -273,7 +273,7 @@ def test_domains():
         "source": (6, 1.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0),
         "cuhk": (5, 0.8, 0.5, -0.3, -0.5, 0.2, -0.5, 0.02, 0.15),
         "icfg": (6, 0.5, -0.9, 0.25, -0.3, -0.4, 0.5, 0.03, 0.55),
-        "rstp": (7, 0.5, -0.2, -0.2, -0.9, -0.45, -0.5, 0.03, 0.3)}
+        "rstp": (7, 0.65, -0.2, -0.2, -0.9, -0.45, -0.5, 0.03, 0.3)}
     for name in ("cuhk", "icfg", "rstp"):
         cameras = {town.camera_of(name, i) for i in range(DOMAINS[name].cameras)}
         assert len(cameras) == DOMAINS[name].cameras

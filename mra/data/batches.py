@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mra.config import ModelConfig, PRETRAINING_SETS, TrainConfig
+from mra.config import PRETRAINING_SETS, ModelConfig, TrainConfig
 from mra.data.augment import box_to_patches, finetune_view, pretrain_view
 from mra.data.records import RecordSet, open_image
 from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad

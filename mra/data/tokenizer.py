@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer as Engine, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from mra.config import UserError
 from mra.data.people import VIEWS, describe, sample_person

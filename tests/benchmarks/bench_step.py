@@ -68,13 +68,16 @@ def main() -> None:
     given = parser.parse_args()
     if given.inner:
         return print(*measure(given.preset, given.batch[0], given.steps))
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{machine}; torch {torch.__version__}; {given.preset} {PRESETS[given.preset].height}x{PRESETS[given.preset].width}, bf16 autocast")
+    config, cpu = PRESETS[given.preset], f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}; torch {torch.__version__}; "
+          f"{given.preset} {config.height}x{config.width}, bf16 autocast")
     peaks = {}
     for batch in given.batch:
-        command = [sys.executable, __file__, "--preset", given.preset, "--batch", str(batch), "--steps", str(given.steps), "--inner"]
-        seconds, peaks[batch] = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-        print(f"batch {batch:3}: {seconds:8.3f} s a step, {batch / seconds:8.1f} pairs/s, peak {peaks[batch]:6.2f} GiB")
+        command = [sys.executable, __file__, "--preset", given.preset, "--batch", str(batch),
+                   "--steps", str(given.steps), "--inner"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds, peaks[batch] = map(float, done.stdout.split())
+        print(f"batch {batch:3}: {seconds:.3f} s a step, {batch / seconds:.1f} pairs/s, peak {peaks[batch]:.2f} GiB")
     if given.target not in peaks and len(peaks) > 1:
         (small, low), *_, (large, high) = sorted(peaks.items())
         peaks[given.target] = low + (high - low) / (large - small) * (given.target - small)
