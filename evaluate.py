@@ -18,7 +18,7 @@ from mra import checkpoint, figures, ranking
 from mra.config import UserError, parse, run
 from mra.data import records, town
 from mra.data.words import noun_phrases
-from mra.training import choose_device, queries_of
+from mra.training import choose_device, make_folder, queries_of
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{path}: trained on {facts['train']['dataset']}, pretrained on {facts['pretrained_on']}, seed "
           f"{facts['train']['seed']}; evaluating on {device}.")
     out = Path(config.out) if config.out else path.parent
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if config.query:
         return answer(config, model, tokenizer, facts, datasets[0], out)
 
@@ -87,14 +87,14 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"--fusion {config.fusion}: choose clean or published.")
     if config.k < -1:
         raise UserError(f"--k {config.k}: give the number of candidates to re-rank, 0 for none.")
-    if config.batch < 1:
-        raise UserError(f"--batch {config.batch}: give 1 or more.")
+    if config.batch < 1 or config.workers < 0:
+        raise UserError(f"--batch {config.batch} --workers {config.workers}: give at least 1 and 0.")
     if config.gallery and not config.query:
         raise UserError("--gallery needs --query: the sentence to rank its images for.")
 
 
 def newest() -> Path:
-    """The last written fine-tuned checkpoint under out/, or the last written one."""
+    """The last written checkpoint under out/."""
     found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("There is no checkpoint under out/ yet; `python train.py --dataset icfg` makes one.")

@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mra import checkpoint, losses
+from mra import checkpoint, losses, training
 from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, parse, recipe, run, show
 from mra.data import town
 from mra.data.batches import Order, PairDataset
 from mra.data.records import DATASETS, RecordSet, load
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever
-from mra.training import Log, Plan, choose_device, choose_precision, make_optimizer, schedule, start_processes, validate
 
 
 def main() -> None:
@@ -51,23 +50,25 @@ def pretrain(config: TrainConfig) -> Path:
 def train(config: TrainConfig) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
     started = time.perf_counter()
-    device, (rank, world) = choose_device(config.device), start_processes()
-    precision = choose_precision(config.precision, device)
+    device, (rank, world) = training.choose_device(config.device), training.start_processes()
+    precision = training.choose_precision(config.precision, device)
     config = dataclasses.replace(config, out=config.out or default_out(config))
     out, say = Path(config.out), print if rank == 0 else (lambda *_: None)
-    out.mkdir(parents=True, exist_ok=True)
+    training.make_folder(out)
     say(f"{show(config)}\nTraining on {device} in {precision}, {world} process(es).")
 
     # ---- data, model, optimiser
     train_set, val_set = load_sets(config, rank, say)
     model, tokenizer, pretrained_on = load_model(config, device, say)
     dataset = PairDataset(train_set, tokenizer, model.config, config)
-    plan = Plan.of(config, len(dataset), world)
-    optimizer = make_optimizer(model, config)
+    plan = training.Plan.of(config, len(dataset), world)
+    optimizer = training.make_optimizer(model, config)
     facts = checkpoint.model_facts(model, tokenizer) | {
         "train": dataclasses.asdict(config), "precision": precision, "pretrained_on": pretrained_on,
         "processes": world, "versions": checkpoint.VERSIONS}
     first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
+    if first == 0 and rank == 0:
+        (out / "log.jsonl").unlink(missing_ok=True)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
     step_model = torch.compile(model) if config.compile else model
@@ -77,27 +78,29 @@ def train(config: TrainConfig) -> Path:
                   rank, world)
     batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
                                                num_workers=config.workers, pin_memory=device.type == "cuda"))
-    log = Log(out / "log.jsonl", plan, config.accumulate, config.batch * world, quiet=rank > 0)
+    log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, quiet=rank > 0)
 
     for step in range(first, plan.steps):
         model.train()
-        rate = schedule(step, plan.steps, config.warmup)
+        rate = training.schedule(step, plan.steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         fuse = step >= plan.fusion_from
         torch.manual_seed(hash((config.seed, step, rank)) % 2**62)    # dropout and negatives: the same after a restart
         # --------------------------------------------------------------------------------------------------------
+        seen = {}
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 terms = step_model(next(batches).to(device), fuse, config.smoothing, config.eda)
                 loss = losses.total(terms, config.beta) / config.accumulate
             loss.backward()
-            log.add(terms)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            seen |= {name: seen.get(name, 0) + term.detach() / config.accumulate for name, term in terms.items()}
+        seen["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.temperature.clamp_(0.001, 0.5)
+        log.terms.append(seen)
         # --------------------------------------------------------------------------------------------------------
         done = step + 1
         if done % config.log_every == 0 or done in plan.evals:
@@ -105,14 +108,16 @@ def train(config: TrainConfig) -> Path:
         if done in plan.evals and rank == 0:
             best = keep(out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
                 "step": done, "seconds": round(time.perf_counter() - started, 1)})
-    say(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready, {time.perf_counter() - started:.0f} s.")
+    if rank == 0:
+        print(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
+              f"{time.perf_counter() - started:.0f} s.")
     return out / "best.safetensors"
 
 
 def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, val_set: RecordSet,
-         fused: bool, log: Log, best: dict | None, facts: dict) -> dict:
+         fused: bool, log: training.Log, best: dict | None, facts: dict) -> dict:
     """Evaluate on val and write the last checkpoint, and the best one if this is it; returns the best result."""
-    result = validate(model, tokenizer, val_set, fused)
+    result = training.validate(model, tokenizer, val_set, fused)
     log.write({"step": facts["step"], "val": result})
     print(f"val at step {facts['step']}: {describe(result)}")
     facts = facts | {"val": result}
@@ -127,7 +132,7 @@ def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.opt
 
 
 def default_out(config: TrainConfig) -> str:
-    name = config.dataset if config.dataset in DATASETS else f"own-{Path(config.dataset).name}"
+    name = config.dataset if config.dataset in DATASETS else "own-" + "-".join(Path(config.dataset).parts)
     return f"out/{name}-{config.preset}-s{config.seed}"
 
 
@@ -151,6 +156,8 @@ def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tupl
         model = Retriever(dataclasses.replace(PRESETS[config.preset], vocab=len(tokenizer)))
         return model.to(device), tokenizer, "nothing"
     model, tokenizer, facts = checkpoint.load_retriever(Path(config.init), device)
+    if facts["train"]["preset"] != config.preset:
+        raise UserError(f"{config.init} was trained with --preset {facts['train']['preset']}; say so here too.")
     say(f"Starting from {config.init}, trained on {facts['train']['dataset']}.")
     return model, tokenizer, facts["train"]["dataset"]
 
@@ -162,8 +169,10 @@ def check(config: TrainConfig) -> None:
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
-    if config.epochs <= 0 and not config.steps:
-        raise UserError(f"--epochs {config.epochs}: give a number above 0.")
+    if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
+        raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
+    if config.vocab and config.init not in ("", "none"):
+        raise UserError("--vocab: the checkpoint of --init has its own vocabulary; leave the flag out.")
 
 
 def describe(result: dict) -> str:

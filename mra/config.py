@@ -95,9 +95,10 @@ class TrainConfig:
 
 
 LIMITS = {  # what a number may be, at least and at most
-    "batch": (1, 1e6), "accumulate": (1, 1e6), "steps": (0, 1e9), "evals": (1, 1e6), "log_every": (1, 1e9),
-    "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 10), "clip": (1e-9, 1e9), "beta": (0, 1e3),
-    "smoothing": (0, 1), "eda": (0, 1e3), "erase": (0, 1), "fusion_from": (0, 1), "workers": (0, 256),
+    "epochs": (1e-6, 1e6), "seed": (0, 2**31), "batch": (1, 1e6), "accumulate": (1, 1e6), "steps": (0, 1e9),
+    "evals": (1, 1e6), "log_every": (1, 1e9), "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1),
+    "weight_decay": (0, 10), "clip": (1e-9, 1e9), "beta": (0, 1e3), "smoothing": (0, 1), "eda": (0, 1e3),
+    "erase": (0, 1), "fusion_from": (0, 1), "workers": (0, 256),
 }
 
 # What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.

@@ -42,7 +42,7 @@ def hard_negatives(similarity: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     other = ids[:, None] != ids[None, :]                                     # (B, B)
     exists = other.any(1)                                                    # (B,)
     allowed = other | ~exists[:, None]                                       # a row without negatives: anything
-    weights = similarity.float().masked_fill(~allowed, -torch.inf).softmax(1)
+    weights = similarity.float().masked_fill(~allowed, -torch.inf).softmax(1).nan_to_num(1.0)    # the log tells of nan
     return torch.multinomial(weights, 1).squeeze(1), exists
 
 

@@ -8,7 +8,6 @@ the released code it does neither). Before: losses.py, data/batches.py. After: t
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -132,7 +131,13 @@ def gathered(x: Tensor) -> Tensor:
     """x (B, ...) of all processes, in rank order (W * B, ...), with gradients; x itself in a single process."""
     if not dist.is_initialized():
         return x
-    return torch.cat(dist.nn.functional.all_gather(x.contiguous()))
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    own = x.clone()
+    if own.requires_grad:    # every process computes the joint loss, and DDP takes the mean of their gradients
+        own.register_hook(lambda gradient: gradient * len(parts))
+    parts[dist.get_rank()] = own
+    return torch.cat(parts)
 
 
 def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:

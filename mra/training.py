@@ -46,6 +46,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def make_folder(path: Path) -> None:
+    """Make an output folder. Raises UserError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot make this folder ({error.strerror}).") from error
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """The precision that was asked for, or bf16 where the device has instructions for it, else float32."""
     if name not in ("", "float32", "bf16"):
@@ -92,28 +100,24 @@ class Log:
 
     path: Path
     plan: Plan
-    batches: int         # of one step
-    images: int          # of one batch, all processes
+    images: int          # of one step, all processes
     quiet: bool
     terms: list[dict[str, Tensor]] = field(default_factory=list)
     since: float = field(default_factory=time.perf_counter)
 
-    def add(self, terms: dict[str, Tensor]) -> None:
-        self.terms.append({name: term.detach() for name, term in terms.items()})
-
     def flush(self, step: int, rate: float) -> None:
         """Write the means of the steps up to `step`. Raises UserError if a term of one of them is not finite."""
-        for back, terms in enumerate(reversed(self.terms)):
+        for number, terms in enumerate(self.terms, step - len(self.terms) + 1):
             for name, term in terms.items():
                 if not term.isfinite():
-                    raise UserError(f"{name} is {term.item()} at step {step - back // self.batches}; the checkpoints "
-                                    "before it are kept. Try a smaller --lr.")
-        seconds = (time.perf_counter() - self.since) / len(self.terms)      # of one batch
+                    raise UserError(f"{name} is {term.item()} at step {number}; the checkpoints before it are kept. "
+                                    "Try a smaller --lr.")
+        seconds = (time.perf_counter() - self.since) / len(self.terms)      # of one step
         means = {name: round(torch.stack([t[name] for t in self.terms if name in t]).mean().item(), 4)
                  for name in self.terms[-1]}
         self.write({"step": step, **means, "lr": rate, "images_per_second": round(self.images / seconds, 1)})
         if not self.quiet:
-            left = seconds * self.batches * (self.plan.steps - step)
+            left = seconds * (self.plan.steps - step)
             print(f"step {step}/{self.plan.steps}  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
                   + f"  lr {rate:.1e}  {self.images / seconds:.0f} images/s  {left / 60:.1f} min left", flush=True)
         self.restart()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mra import ranking
-from mra.data.augment import test_view as view_of          # renamed, or pytest would collect it
+from mra.data.augment import test_view as view_of  # renamed, or pytest would collect it
 from mra.data.records import open_image
 from mra.ranking import Search, choose_weight, order_metrics, retrieval_metrics, search
 

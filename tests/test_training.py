@@ -119,7 +119,6 @@ def test_a_term_that_is_not_finite_stops_the_run(town, tmp_path, monkeypatch):
     assert "going on after step 3 of 6" in succeed(town, "train.py", *flags)
 
 
-@pytest.mark.xfail(strict=True, reason="the next step draws negatives from nan and ends in a RuntimeError")
 def test_the_first_term_that_is_not_finite_is_told(town, tmp_path, monkeypatch):
     """With a line of log every 20 steps, too: the steps up to that line have nan for all weights and terms."""
     spoil_masked_words(monkeypatch, step=4)
@@ -148,8 +147,8 @@ def test_accumulated_batches_are_one_batch(town, tmp_path, monkeypatch):
                         lambda values, counts: (values * counts).sum() / len(values))
     monkeypatch.setattr(losses, "total", lambda terms, beta: terms["mlm"])
     for name, flags in (("two", ("--batch", "4", "--accumulate", "2")), ("one", ("--batch", "8"))):
-        succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", *flags,
-                "--out", str(tmp_path / name))
+        succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", "--clip", "1e9",
+                *flags, "--out", str(tmp_path / name))
     one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
     gradients = [name for name in one if name.startswith("optimizer.exp_avg.")]
     assert one.keys() == two.keys() and len(gradients) > 30
@@ -344,12 +343,12 @@ def test_device_and_precision(monkeypatch):
 
 def test_the_log_has_the_means_since_the_last_line(tmp_path):
     plan = Plan(10, 0, frozenset({10}))
-    log = training.Log(tmp_path / "log.jsonl", plan, batches=2, images=8, quiet=False)
+    log = training.Log(tmp_path / "log.jsonl", plan, images=8, quiet=False)
     for value in (1.0, 2.0, 3.0, 6.0):
-        log.add({"itc": torch.tensor(value)})
-    log.flush(2, 1e-3)
-    log.add({"itc": torch.tensor(5.0), "mlm": torch.tensor(7.0)})
-    log.flush(3, 1e-3)
+        log.terms.append({"itc": torch.tensor(value)})
+    log.flush(4, 1e-3)
+    log.terms.append({"itc": torch.tensor(5.0), "mlm": torch.tensor(7.0)})
+    log.flush(5, 1e-3)
     first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
-    assert (first["step"], first["itc"], first["lr"]) == (2, 3.0, 1e-3) and first["images_per_second"] > 0
+    assert (first["step"], first["itc"], first["lr"]) == (4, 3.0, 1e-3) and first["images_per_second"] > 0
     assert (second["itc"], second["mlm"]) == (5.0, 7.0) and "mlm" not in first

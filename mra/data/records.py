@@ -41,6 +41,7 @@ _LAYOUTS = {    # images (a level imgs may follow) | raw file, its image key | a
     "mals": ("MALS", (), "", (), "MALS/g_*_attrs.json"),
 }
 DATASETS = tuple(_LAYOUTS)
+NOT_RECORDS = ("report.json", "town.json")      # what adapt.py and the town say about a set, beside its records
 _OWN = ("", (), "", ("{}.json", "*_{}.json"), "*.json")     # below the user's folder
 
 
@@ -146,7 +147,8 @@ def _locate(dataset: str, split: str, root: Path) -> _Source:
 
 def _files(base: Path, patterns: Iterable[str]) -> list[Path]:
     """Sorted as people count: part_2 before part_10."""
-    found = (file for pattern in patterns for file in base.glob(pattern) if not file.name.startswith("."))
+    found = (file for pattern in patterns for file in base.glob(pattern)
+             if not file.name.startswith(".") and file.name not in NOT_RECORDS)
     return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
 
 
