@@ -349,7 +349,7 @@ def test_mistakes_in_training(work, flags, named):
     (("--out", "words.txt"), "words.txt"),
     (("--fusion", "best"), "--fusion best"),
     (("--split", "dev"), "'dev'"),
-    (("--dataset", "nope"), "--dataset nope"),
+    (("--dataset", "nope"), "'nope'"),
     (("--dataset", "mals"), "MALS"),
     (("--data-root", "real"), "'real/ICFG-PEDES'"),
     (("--checkpoint", "missing.safetensors"), "missing.safetensors"),
