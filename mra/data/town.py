@@ -74,13 +74,13 @@ class Domain:
 DOMAINS = {
     "source": Domain(6, "plain", (0.7, 0.1, 0.1, 0.1), spread=0.3, saturation=0.1, relief=0.5, shadow=0.2,
                      jpeg=3, distance=0.06, crop=0.01),
-    "cuhk": Domain(5, "campus", (0.3, 0.3, 0.2, 0.2), 0.8, spread=0.4, exposure=0.5, gamma=-0.3,
+    "cuhk": Domain(5, "campus", (0.3, 0.3, 0.2, 0.2), 0.9, spread=0.4, exposure=0.5, gamma=-0.3,
                    saturation=-0.5, red=0.2, blue=-0.5, haze=0.10, relief=0.7, shadow=0.5, noise=0.02,
                    blur=0.6, jpeg=30, height=0.15, distance=0.12, crop=0.06, occlusion=0.2),
     "icfg": Domain(6, "street", (0.2, 0.4, 0.2, 0.2), 0.5, spread=0.4, exposure=-0.9, gamma=0.25,
                    saturation=-0.3, red=-0.4, blue=0.5, haze=0.02, relief=0.8, shadow=0.6, noise=0.03,
                    blur=0.7, jpeg=25, height=0.55, distance=0.16, crop=0.03, occlusion=0.2),
-    "rstp": Domain(7, "hall", (0.25, 0.25, 0.25, 0.25), 0.65, spread=0.5, exposure=-0.2, gamma=-0.2,
+    "rstp": Domain(7, "hall", (0.25, 0.25, 0.25, 0.25), 0.8, spread=0.5, exposure=-0.2, gamma=-0.2,
                    saturation=-0.9, red=-0.45, blue=-0.5, haze=0.16, relief=0.5, shadow=0.3, noise=0.03,
                    blur=0.5, motion=3.0, jpeg=35, height=0.3, distance=0.2, crop=0.04, occlusion=0.25)}
 
