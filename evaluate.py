@@ -133,7 +133,7 @@ def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, orde
     rows = []
     for number, q in enumerate(torch.linspace(0, len(captions) - 1, min(count, len(captions))).long().tolist()):
         first = order[q, :10].tolist()
-        phrases = noun_phrases(captions[q])[:2] if number < count // 2 else []
+        phrases = noun_phrases(captions[q])[-2:] if number < count // 2 else []
         heat = tuple((phrase, figures.heat_map(model, tokenizer, paths[first[0]], phrase)) for phrase in phrases)
         rows.append(figures.Row(captions[q], [paths[g] for g in first],
                                 [bool(gallery_ids[g] == query_ids[q]) for g in first], heat))
@@ -154,7 +154,7 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
     for place, g in enumerate(first, 1):
         print(f"{place:3}  similarity {found.similarity[0, g]:.3f}  {records.shown(paths[g])}")
     heat = tuple((phrase, figures.heat_map(model, tokenizer, paths[first[0]], phrase))
-                 for phrase in noun_phrases(config.query)[:2])
+                 for phrase in noun_phrases(config.query)[-2:])
     figures.ranking_picture([figures.Row(config.query, [paths[g] for g in first], [None] * len(first), heat)],
                             out / "query.png")
     checkpoint.write_json(out / "query.json", {"query": config.query, "first": [paths[g] for g in first]})
