@@ -17,7 +17,7 @@ import torch
 from mra import checkpoint, figures, ranking
 from mra.config import UserError, parse, run
 from mra.data import records, town
-from mra.data.words import noun_phrases
+from mra.data.words import clean, noun_phrases
 from mra.training import choose_device, make_folder, queries_of
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
@@ -67,7 +67,7 @@ def main() -> None:
         captions, query_ids, paths, gallery_ids = queries_of(source)
         found, order = rank(config, model, tokenizer, facts, captions, paths)
         stages = {"embeddings": found.first_order()} | ({} if order is None else {"re-ranked": order})
-        metrics = {stage: ranking.order_metrics(order, query_ids, gallery_ids) for stage, order in stages.items()}
+        metrics = {stage: ranking.order_metrics(ranked, query_ids, gallery_ids) for stage, ranked in stages.items()}
         for stage, values in metrics.items():
             print(f"{source.name + ' ' + stage:24}" + "".join(f"{values[name]:8.2f}" for name in METRICS))
         results[dataset] = metrics | {"queries": len(captions), "gallery": len(paths),
@@ -89,6 +89,10 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"--k {config.k}: give the number of candidates to re-rank, 0 for none.")
     if config.batch < 1 or config.workers < 0:
         raise UserError(f"--batch {config.batch} --workers {config.workers}: give at least 1 and 0.")
+    if config.weight != -1 and not config.weight >= 0:
+        raise UserError(f"--weight {config.weight}: give 0 or more, or leave it out.")
+    if config.query and len(config.dataset) > 1:
+        raise UserError("--query ranks one gallery: give one --dataset.")
     if config.gallery and not config.query:
         raise UserError("--gallery needs --query: the sentence to rank its images for.")
 
@@ -103,7 +107,7 @@ def newest() -> Path:
 
 def data_root(config: EvalConfig, facts: dict, dataset: str) -> Path:
     """The folder given, or the demo town, drawn where it is missing."""
-    if not config.data_root and facts["train"]["data_root"]:
+    if dataset in records.DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
     return Path(config.data_root) if config.data_root else town.ready(dataset, facts["train"]["preset"] == "tiny")
 
@@ -148,8 +152,9 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
         if not paths:
             raise UserError(f"--gallery {folder}: no such folder, or no image in it.")
     else:
-        paths = [record.path for record in records.load(dataset, "test", data_root(config, facts, dataset)).records]
-    found, order = rank(config, model, tokenizer, facts, [config.query], paths)
+        paths = [record.path for record in records.load(
+            dataset, config.split, data_root(config, facts, dataset), config.allow_missing).records]
+    found, order = rank(config, model, tokenizer, facts, [clean(config.query, dataset)], paths)
     first = (found.first_order() if order is None else order)[0, :10].tolist()
     for place, g in enumerate(first, 1):
         print(f"{place:3}  similarity {found.similarity[0, g]:.3f}  {records.shown(paths[g])}")

@@ -6,10 +6,12 @@
     python train.py --dataset cuhk --preset base --data-root DIR --init out/sda-base-s0/best.safetensors
     torchrun --nproc_per_node=2 train.py ...           data-parallel
 
-Every field of mra.config.TrainConfig is a flag. The checkpoint that is best on val lies in `out` as best.safetensors.
+Every field of mra.config.TrainConfig is a flag; a recipe there sets some by dataset and preset. The checkpoint that is
+best on val lies in `out` as best.safetensors.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +36,13 @@ def main() -> None:
     elif config.data_root:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
     else:
-        train(dataclasses.replace(config, init=str(pretrain(config))))
+        train(dataclasses.replace(config, out=config.out or default_out(config), init=str(pretrain(config))))
 
 
 def pretrain(config: TrainConfig) -> Path:
     """The checkpoint that a demo fine-tuning starts from; made first unless it is there already."""
     adapted = Path("out/sda") / config.dataset
-    source = str(adapted) if (adapted / "report.json").exists() else "sda"
+    source = str(adapted) if config.dataset in DATASETS and (adapted / "report.json").exists() else "sda"
     print(f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
     shared = {name: getattr(config, name) for name in
               ("preset", "seed", "device", "resume", "compile", "precision", "vocab", "regions", "workers")}
@@ -50,7 +52,8 @@ def pretrain(config: TrainConfig) -> Path:
 def train(config: TrainConfig) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
     started = time.perf_counter()
-    device, (rank, world) = training.choose_device(config.device), training.start_processes()
+    device = training.choose_device(config.device)
+    rank, world = training.start_processes(device)
     precision = training.choose_precision(config.precision, device)
     config = dataclasses.replace(config, out=config.out or default_out(config))
     out, say = Path(config.out), print if rank == 0 else (lambda *_: None)
@@ -132,8 +135,11 @@ def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.opt
 
 
 def default_out(config: TrainConfig) -> str:
-    name = config.dataset if config.dataset in DATASETS else "own-" + "-".join(Path(config.dataset).parts)
-    return f"out/{name}-{config.preset}-s{config.seed}"
+    """out/<dataset>-<preset>-s<seed>, and what else sets this run apart: no regions, where it started from."""
+    parts = [config.dataset, config.preset, f"s{config.seed}"] + ["noregions"] * (not config.regions)
+    if config.init and not (config.init == "none" and config.dataset in PRETRAINING_SETS):
+        parts += ["scratch"] if config.init == "none" else ["from", Path(config.init).parent.name]
+    return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
 def load_sets(config: TrainConfig, rank: int, say: Callable) -> tuple[RecordSet, RecordSet]:

@@ -50,7 +50,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 def write_json(path: Path, content: dict) -> None:
     """Write JSON to `path`, complete or not at all."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(scratch, path)
 
 

@@ -60,7 +60,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage of training. Fields that a recipe sets have the paper's values here (section 3)."""
+    """One stage of training. A recipe below overrides some of these defaults, and a flag overrides both."""
 
     dataset: str = "icfg"        # cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or a folder of your own
     preset: str = "demo"         # a row of PRESETS
@@ -164,3 +164,9 @@ def run(main: Callable[[], None]) -> None:
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:    # a folder that may not be written to, a full disk
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on after the last checkpoint.", file=sys.stderr)
+        sys.exit(130)

@@ -65,7 +65,10 @@ class Retriever(nn.Module):
         return self.matching_head(self.fusion_encoder(text, keep, first, memories, image_keep)[:, 0])
 
     def forward(self, batch: Batch, fuse: bool = True, smoothing: float = 0.0, eda: float = 0.0) -> dict[str, Tensor]:
-        """The loss terms of one batch by name: itc; with `fuse` itm and mlm; with regions rpc and rpm."""
+        """The loss terms of one batch by name: itc; with `fuse` itm and mlm; with regions rpc and rpm.
+
+        RPM does not wait for `fuse`: phrases are short, so it is cheap, and it prepares the fusion encoder.
+        """
         image, feature = self.encode_image(batch.image)                      # (B, 1+N, D), (B, E)
         memories = self.fusion_encoder.memories(image) if fuse else None
         terms = self.align(image, feature, memories, None, batch.caption_ids, batch.caption_keep,
@@ -81,7 +84,7 @@ class Retriever(nn.Module):
             memories = self.fusion_encoder.memories(region)
             aligned = self.align(region, feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
                                  batch.phrase_class, smoothing)
-            terms |= {f"rp{name[-1]}": term for name, term in aligned.items()}
+            terms |= {{"itc": "rpc", "itm": "rpm"}[name]: term for name, term in aligned.items()}
         return terms
 
     def align(self, image: Tensor, feature: Tensor, memories: list[Tensor] | None, image_keep: Tensor | None,

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from mra.retriever import Retriever
 NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
 
 
-def start_processes() -> tuple[int, int]:
+def start_processes(device: torch.device) -> tuple[int, int]:
     """Join torchrun's processes, if it started this one; returns (rank, number of processes)."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))    # the first process evaluates while the others wait
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -41,7 +43,10 @@ def choose_device(name: str) -> torch.device:
         raise UserError("--device cuda: this machine has no CUDA device; leave the flag out to run on the CPU.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise UserError(f"Process {local + 1} of {torch.cuda.device_count()} CUDA devices; start one process a device.")
+    device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
 

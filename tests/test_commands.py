@@ -124,7 +124,8 @@ def test_a_second_call_goes_on_where_there_is_nothing_left_to_do(work):
 def test_no_resume_trains_again(work):
     flags = ("--dataset", "icfg", *TINY, "--init", "out/sda-tiny-s0/best.safetensors")
     assert "going on" not in succeed(work, "train.py", *flags, "--no-resume", "--lr", "1e-5")
-    assert checkpoint.load(work / BEST)[1]["train"]["lr"] == 1e-5
+    path = work / "out/icfg-tiny-s0-from-sda-tiny-s0/best.safetensors"
+    assert checkpoint.load(path)[1]["train"]["lr"] == 1e-5
 
 
 @pytest.mark.parametrize("flags, terms", [

@@ -64,9 +64,9 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, 
         real(path, tensors, facts)
         if path.name == "last.safetensors":
             raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", kill)
-        command(town, "train.py", *flags, "--out", str(cut))
+        assert command(town, "train.py", *flags, "--out", str(cut)).status == 130
     assert checkpoint.load(cut / "last.safetensors")[1]["step"] == 3
     torch.manual_seed(12345)                                     # the state of the new process is another one
     assert "going on after step 3 of 6" in succeed(town, "train.py", *flags, "--out", str(cut))
@@ -88,9 +88,9 @@ def test_steps_after_the_last_checkpoint_are_done_again(town, tmp_path, monkeypa
         if len(calls) == 5:
             raise KeyboardInterrupt
         return real(terms, beta)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(losses, "total", kill)
-        command(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
+        assert command(town, "train.py", *flags, "--out", str(tmp_path / "cut")).status == 130
     succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
     succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))

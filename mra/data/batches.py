@@ -67,8 +67,9 @@ class PairDataset(torch.utils.data.Dataset):
     def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
         self.source, self.tokenizer, self.model, self.train = source, tokenizer, model, train
         self.pairs = [(r, c) for r, record in enumerate(source.records) for c in range(len(record.captions))]
-        self.with_regions = train.regions and any(record.boxes for record in source.records)
-        self.pretraining = self.with_regions or source.name in PRETRAINING_SETS
+        has_boxes = any(record.boxes for record in source.records)
+        self.with_regions = train.regions and has_boxes
+        self.pretraining = has_boxes or source.name in PRETRAINING_SETS
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -682,9 +682,10 @@ def main() -> None:
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """`root`, with the set that `dataset` needs (cuhk, icfg, rstp; else the source) drawn if it is missing."""
-    build(root(tiny), dataset if dataset in DOMAINS else "source", TINY if tiny else DEFAULT, 0,
-          1 if tiny else os.cpu_count() or 1, say)
+    """`root`, with the drawn set of that name (sda, cuhk, icfg, rstp) in it; it is drawn if it is missing."""
+    if dataset in ("sda", "cuhk", "icfg", "rstp"):
+        build(root(tiny), "source" if dataset == "sda" else dataset, TINY if tiny else DEFAULT, 0,
+              1 if tiny else os.cpu_count() or 1, say)
     return root(tiny)
 
 
