@@ -13,7 +13,7 @@ best on val lies in `out` as best.safetensors.
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mra import checkpoint, losses, training
 from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, parse, recipe, run, show
 from mra.data import town
-from mra.data.batches import Order, PairDataset
+from mra.data.batches import Batch, Order, PairDataset
 from mra.data.records import DATASETS, RecordSet, load
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever
@@ -59,7 +59,6 @@ def train(config: TrainConfig) -> Path:
     out, say = Path(config.out), print if rank == 0 else (lambda *_: None)
     training.make_folder(out)
     say(f"{show(config)}\nTraining on {device} in {precision}, {world} process(es).")
-
     # ---- data, model, optimiser
     train_set, val_set = load_sets(config, rank, say)
     model, tokenizer, pretrained_on = load_model(config, device, say)
@@ -70,19 +69,15 @@ def train(config: TrainConfig) -> Path:
         "train": dataclasses.asdict(config), "precision": precision, "pretrained_on": pretrained_on,
         "processes": world, "versions": checkpoint.VERSIONS}
     first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
-    if first == 0 and rank == 0:
-        (out / "log.jsonl").unlink(missing_ok=True)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
+    elif rank == 0:
+        (out / "log.jsonl").unlink(missing_ok=True)
     step_model = torch.compile(model) if config.compile else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
-    order = Order(len(dataset), config.batch, config.seed, first * config.accumulate, plan.steps * config.accumulate,
-                  rank, world)
-    batches = iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
-                                               num_workers=config.workers, pin_memory=device.type == "cuda"))
+    batches = batches_from(first, plan.steps, dataset, config, rank, world, device)
     log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, quiet=rank > 0)
-
     for step in range(first, plan.steps):
         model.train()
         rate = training.schedule(step, plan.steps, config.warmup)
@@ -101,8 +96,7 @@ def train(config: TrainConfig) -> Path:
         seen["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            model.temperature.clamp_(0.001, 0.5)
+        model.temperature.data.clamp_(0.001, 0.5)
         log.terms.append(seen)
         # --------------------------------------------------------------------------------------------------------
         done = step + 1
@@ -115,6 +109,15 @@ def train(config: TrainConfig) -> Path:
         print(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
               f"{time.perf_counter() - started:.0f} s.")
     return out / "best.safetensors"
+
+
+def batches_from(first: int, stop: int, dataset: PairDataset, config: TrainConfig, rank: int, world: int,
+                 device: torch.device) -> Iterator[Batch]:
+    """This process's batches of the steps `first` to `stop`."""
+    order = Order(len(dataset), config.batch, config.seed, first * config.accumulate, stop * config.accumulate,
+                  rank, world)
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
+                                            num_workers=config.workers, pin_memory=device.type == "cuda"))
 
 
 def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, val_set: RecordSet,
