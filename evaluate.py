@@ -144,13 +144,26 @@ def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, orde
     return rows
 
 
+def readable(paths: list[str]) -> list[str]:
+    """The images that decode; the others are named and left out."""
+    good = []
+    for path in paths:
+        try:
+            records.open_image(path)
+            good.append(path)
+        except UserError as error:
+            print(f"Left out: {error}")
+    return good
+
+
 def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out: Path) -> None:
     """Rank a folder of images, or the test images, for one sentence."""
     if config.gallery:
         folder = Path(config.gallery)
-        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        paths = readable(sorted(str(path) for path in folder.rglob("*")
+                                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()))
         if not paths:
-            raise UserError(f"--gallery {folder}: no such folder, or no image in it.")
+            raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
     else:
         paths = [record.path for record in records.load(
             dataset, config.split, data_root(config, facts, dataset), config.allow_missing).records]

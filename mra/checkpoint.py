@@ -47,10 +47,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, facts
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None:
     """Write JSON to `path`, complete or not at all."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    scratch.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -69,7 +69,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy weights into the model: every name and shape must agree, or UserError says which does not."""
     own = weights(model)
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(("optimizer.", "average."))}
     wrong = sorted(own.keys() ^ given.keys()) or [n for n in own if own[n].shape != given[n].shape]
     if wrong:
         raise UserError(f"{path} does not fit this model: {len(wrong)} tensors differ, {wrong[0]} first.")
@@ -91,7 +91,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile"}    # between a run and its continuation
 
 
-def resume(out: Path, model: Retriever, optimizer: torch.optim.Optimizer, facts: dict) -> tuple[int, dict | None]:
+def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> tuple[int, dict | None]:
     """Continue `out`'s last checkpoint, if there is one: the number of steps done, and the best result on val.
 
     Raises UserError when that checkpoint belongs to a run with another configuration.

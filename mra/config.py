@@ -7,7 +7,9 @@ configuration is printed and saved next to the weights.
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +61,68 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """Sizes of the latent diffusion model (DaD). Its text encoder is made of the text_* fields, as the retriever's."""
+
+    height: int
+    width: int
+    stem: int                     # pixels folded into channels before the autoencoder's first convolution
+    autoencoder: tuple[int, ...]  # its channels at each level; each level halves the resolution of the one before
+    latent: int                   # channels of the latents
+    widths: tuple[int, ...]       # the denoiser's channels at each level
+    heads: int
+    text_dim: int
+    text_depth: int
+    text_heads: int
+    dropout: float = 0.0
+    positions: int = 512
+    max_tokens: int = 56
+    vocab: int = 0                # set from the vocabulary when the model is made
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent, each way."""
+        return self.stem * 2 ** (len(self.autoencoder) - 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of an image's latents."""
+        return self.latent, self.height // self.factor, self.width // self.factor
+
+
+DIFFUSION_PRESETS = {
+    #                        height width stem autoencoder      latent widths               heads text: dim depth heads
+    "tiny":  DiffusionConfig(32,    16,   4,   (16,),           4,     (16, 32),            2,          32,  1,    2),
+    "demo":  DiffusionConfig(64,    32,   2,   (48, 96),        8,     (48, 96),            2,          128, 2,    4),
+    "small": DiffusionConfig(192,   96,   2,   (64, 128, 256),  8,     (128, 256, 384),     8,          256, 4,    4),
+    "base":  DiffusionConfig(384,   256,  2,   (96, 192, 384),  8,     (192, 384, 768, 768), 8,         512, 6,    8),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long and how fast a network of DaD is trained."""
+
+    steps: int
+    batch: int              # images of one step, all processes together
+    lr: float               # peak; it rises over the first 5 % of the steps and falls linearly to 0
+    decay: float = 0.999    # of the moving average of the weights; it starts smaller and grows to this
+    save_every: int = 200   # steps
+
+
+FITS = {
+    "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
+                  judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
+    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(9400, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
+                  judge=Fit(400, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
+    "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
+                  judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
+    "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4), branch=Fit(10_000, 32, 1e-4),
+                  judge=Fit(2000, 64, 1e-3), reader=Fit(10_000, 64, 1e-3)),
+}
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage of training. A recipe below overrides some of these defaults, and a flag overrides both."""
 
@@ -94,11 +158,58 @@ class TrainConfig:
     device: str = ""             # cuda or cpu; empty: cuda where there is one
 
 
+@dataclass(frozen=True)
+class AdaptConfig:
+    """What to make, from what, and how."""
+
+    target: str = "icfg"          # cuhk, icfg or rstp: whose look the images get
+    mode: str = "generate"        # generate from captions, or restyle the source's images
+    images: int = 1500            # how many are made, before the filters
+    condition: str = ""           # of the branch, white or structure; empty: white to generate, structure to restyle
+    captions: str = "target"      # whose captions to generate from, target or source
+    size: str = "demo"            # a row of DIFFUSION_PRESETS
+    base: str = ""                # file of a trained base; empty: the shipped one for demo, else trained first
+    train_base: bool = False      # train the base and stop
+    source: str = ""              # folder with the source set, SDA or MALS; empty: the demo town
+    target_root: str = ""         # folder with the real target set; empty: the demo town
+    out: str = ""                 # folder of the set that is made; empty: out/sda/<target>, -<mode> and the like behind
+    steps: int = 0                # of the branch's training; 0: as in FITS
+    sampler: str = "ddim"         # ddim or dpm (DPM-Solver++ 2M)
+    sampling_steps: int = 20
+    guidance: float = 3.0         # on the text; 1: none
+    domain_guidance: float = 1.0  # on the domain; 1: none
+    rescale: float = 0.7          # of the contrast that guidance adds, how much is undone
+    strength: float = 0.9         # of the noise that restyling starts from; 1 keeps nothing of the source but structure
+    grey_mean: float = 0.02       # dropped as near-greyscale: mean ...
+    grey_variance: float = 0.0005  # ... and variance of the channel differences both below these
+    malformed: float = 2.0        # dropped as malformed: log-odds of the judge above this
+    checkpoint: str = ""          # a retriever whose matching head judges image against caption; empty: no such filter
+    mismatch: float = -2.0        # dropped as not showing its caption: log-odds of a match below this
+    box_threshold: float = 0.35   # a phrase's box is dropped below this confidence
+    report: bool = True           # measure the gap
+    seed: int = 0
+    workers: int = 0              # image decoding processes
+    device: str = ""              # cuda or cpu; empty: cuda where there is one
+    precision: str = ""           # float32 or bf16; empty: bf16 where the device computes in it
+    compile: bool = False         # torch.compile the networks
+
+    @property
+    def conditioned_by(self) -> str:
+        """The branch's condition, white or structure."""
+        return self.condition or ("white" if self.mode == "generate" else "structure")
+
+
 LIMITS = {  # what a number may be, at least and at most
     "epochs": (1e-6, 1e6), "seed": (0, 2**31), "batch": (1, 1e6), "accumulate": (1, 1e6), "steps": (0, 1e9),
     "evals": (1, 1e6), "log_every": (1, 1e9), "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1),
     "weight_decay": (0, 10), "clip": (1e-9, 1e9), "beta": (0, 1e3), "smoothing": (0, 1), "eda": (0, 1e3),
     "erase": (0, 1), "fusion_from": (0, 1), "workers": (0, 256),
+}
+
+ADAPT_LIMITS = {
+    "images": (1, 1e9), "steps": (0, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100),
+    "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1),
+    "grey_variance": (0, 1), "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1), "seed": (0, 2**31), "workers": (0, 256),
 }
 
 # What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.
@@ -135,14 +246,15 @@ def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = _refuse
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
     for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
+        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"default: {field.default}")
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             several = dict(nargs="+") if field.type == tuple[str, ...] else {}
-            parser.add_argument(flag, type=str if several else field.type, help=f"default: {field.default!r}",
-                                **several)
+            parser.add_argument(flag, type=str if several else field.type, help=text, **several)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     return kind(**{**recipe_of(kind(**given)), **given})

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from mra.data.augment import test_view
+from mra.data.augment import plain_view
 from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.retriever import Retriever
@@ -37,7 +37,7 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
     """The photograph, coloured where its patches are similar to the phrase in the space of the region losses."""
     config, device = model.config, next(model.parameters()).device
     picture = open_image(path)
-    tokens, _ = model.encode_image(test_view(picture, (config.height, config.width))[None].to(device))
+    tokens, _ = model.encode_image(plain_view(picture, (config.height, config.width))[None].to(device))
     patches = F.normalize(model.image_projection(tokens[0, 1:]), dim=-1)                  # (N, E)
     _, feature = model.encode_text(*(x.to(device) for x in pad([tokenizer.encode(phrase)], tokenizer.pad_id)))
     heat = (patches @ feature[0]).view(config.grid).float().cpu().numpy()                 # (rows, columns)
@@ -69,6 +69,20 @@ def ranking_picture(rows: list[Row], path: Path) -> None:
             if phrase:
                 pen.text((x, y + CELL[0] + 3), _wrapped(phrase, small, CELL[1]).split("\n")[0], INK, small)
     sheet.save(path)
+
+
+def sheet(rows: dict[str, torch.Tensor], path: Path) -> None:
+    """Write rows of uint8 images (N, 3, H, W), each under its title."""
+    font, wide, high = ImageFont.load_default(15), CELL[1] + GAP, CELL[0] + 22 + GAP
+    picture = Image.new("RGB", (max(len(images) for images in rows.values()) * wide + GAP, len(rows) * high), "white")
+    pen = ImageDraw.Draw(picture)
+    for number, (title, images) in enumerate(rows.items()):
+        pen.text((GAP, number * high + 2), title, INK, font)
+        for i, image in enumerate(images):
+            crop = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            crop = crop.resize((CELL[1], CELL[0]), Image.Resampling.BICUBIC)
+            picture.paste(crop, (GAP + i * wide, number * high + 22))
+    picture.save(path)
 
 
 def photograph(path: str) -> Image.Image:

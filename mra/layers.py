@@ -52,6 +52,18 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
+class GEGLU(nn.Module):
+    """An MLP whose hidden layer is gated by a GELU of another (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.to_hidden, self.to_out = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.to_hidden(x).chunk(2, -1)
+        return self.to_out(hidden * F.gelu(gate))
+
+
 class PreNormBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): the block of a vision transformer."""
 
@@ -89,3 +101,12 @@ class PostNormBlock(nn.Module):
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross(x, memory, memory_keep)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+def initialise(module: nn.Module) -> None:
+    """Normal weights of 0.02 at width 768 and proportionally wider below, as BERT and ViT; zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        dim = module.embedding_dim if isinstance(module, nn.Embedding) else module.weight[0].numel()
+        nn.init.trunc_normal_(module.weight, std=0.02 * (768 / dim) ** 0.5)
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.zeros_(module.bias)

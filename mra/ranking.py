@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mra.config import ModelConfig
-from mra.data.augment import test_view
+from mra.data.augment import plain_view
 from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
@@ -101,11 +101,11 @@ class Images(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return test_view(open_image(self.paths[index]), self.size)
+        return plain_view(open_image(self.paths[index]), self.size)
 
 
 @dataclass(frozen=True)
-class Words:
+class Queries:
     """Queries, encoded: word tokens (Q, T, D), their keep (Q, T), unit features (Q, E)."""
 
     tokens: Tensor
@@ -114,13 +114,13 @@ class Words:
 
 
 @torch.inference_mode()
-def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256) -> Words:
+def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256) -> Queries:
     """Encode sentences with the text encoder; they are padded to the longest of all."""
     device = next(model.parameters()).device
     ids, keep = pad([tokenizer.encode(caption, model.config.max_tokens) for caption in captions], tokenizer.pad_id)
     tokens, features = zip(*(model.encode_text(i.to(device), k.to(device))
                              for i, k in zip(ids.split(batch), keep.split(batch))))
-    return Words(torch.cat(tokens), keep.to(device), torch.cat(features))
+    return Queries(torch.cat(tokens), keep.to(device), torch.cat(features))
 
 
 @torch.inference_mode()
@@ -135,7 +135,7 @@ def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: in
 
 
 @torch.inference_mode()
-def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries: Words, candidates: Tensor,
+def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries: Queries, candidates: Tensor,
                      mirrored: bool, batch: int, pairs: int = 1024, workers: int = 0) -> Tensor:
     """Matching logits (Q, k), [matched] - [mismatched], of each query with its candidates (Q, k).
 

@@ -15,6 +15,7 @@ from mra import losses
 from mra.config import ModelConfig
 from mra.data.batches import Batch
 from mra.encoders import FusionEncoder, ImageEncoder, TextEncoder
+from mra.layers import initialise
 
 
 class WordHead(nn.Module):
@@ -46,7 +47,7 @@ class Retriever(nn.Module):
         self.matching_head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(),
                                            nn.Linear(2 * dim, 2))
         self.word_head = WordHead(dim, self.text_encoder.words)
-        self.apply(_initialise)
+        self.apply(initialise)
         nn.init.trunc_normal_(self.image_encoder.positions, std=0.02)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,12 +151,3 @@ def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:
         dist.all_reduce(count)
         total = total * dist.get_world_size()
     return total / count.clamp(min=1)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Normal weights of 0.02 at width 768 and proportionally wider below, as BERT and ViT; zero biases."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        dim = module.embedding_dim if isinstance(module, nn.Embedding) else module.weight[0].numel()
-        nn.init.trunc_normal_(module.weight, std=0.02 * (768 / dim) ** 0.5)
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.zeros_(module.bias)

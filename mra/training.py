@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +66,35 @@ def choose_precision(name: str, device: torch.device) -> str:
         raise UserError(f"--precision {name}: give float32 or bf16.")
     able = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return name or ("bf16" if able else "float32")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes, and whether this process may speak."""
+
+    device: torch.device
+    precision: str
+    rank: int
+    world: int
+    say: Callable
+    cores: int = os.cpu_count() or 1
+
+    @staticmethod
+    def of(device: str, precision: str) -> "Machine":
+        place = choose_device(device)
+        rank, world = start_processes(place)
+        return Machine(place, choose_precision(precision, place), rank, world,
+                       print if rank == 0 else lambda *_: None)
+
+    def first(self, make: Callable[[], object]) -> None:
+        """Let the first process make something on disk while the others wait."""
+        if self.rank == 0:
+            make()
+        if self.world > 1:
+            dist.barrier()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def make_optimizer(model: Retriever, config: TrainConfig) -> torch.optim.AdamW:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mra import ranking
-from mra.data.augment import test_view as view_of  # renamed, or pytest would collect it
+from mra.data.augment import plain_view
 from mra.data.records import open_image
 from mra.ranking import Search, choose_weight, order_metrics, retrieval_metrics, search
 
@@ -159,7 +159,7 @@ def pair_by_hand(model, tokenizer, caption: str, path: str, mirrored: bool) -> t
     """Similarity and matching logit of one caption, unpadded, with one image."""
     ids = torch.tensor([tokenizer.encode(caption)])
     keep = torch.ones_like(ids, dtype=torch.bool)
-    pixels = view_of(open_image(path), (model.config.height, model.config.width))
+    pixels = plain_view(open_image(path), (model.config.height, model.config.width))
     text, text_feature = model.encode_text(ids, keep)
     image, image_feature = model.encode_image(pixels.flip(-1)[None] if mirrored else pixels[None])
     logits = model.match(text, keep, model.fusion_encoder.memories(image))[0]

@@ -186,6 +186,18 @@ def test_own_set_in_finetune_format(tmp_path, prefix):
     assert len(load(str(tmp_path / "judge"), "test", tmp_path, say=quiet).records) == 1
 
 
+def test_boxes_of_an_own_set_in_finetune_format(tmp_path):
+    """One record a caption: the boxes of an image's records are joined, as its captions are."""
+    touch(tmp_path, "1.png", "2.png")
+    write(tmp_path / "train.json", [sda_item("1.png", 1, [(0.5, 0.5, 0.2, 0.2)], ["a bag"]),
+                                    sda_item("1.png", 1, [(0.5, 0.5, 0.4, 0.4)], ["a coat"], "a lady"),
+                                    {"image": "2.png", "caption": "a man", "image_id": 2}])
+    write(tmp_path / "val.json", [{"image": "2.png", "caption": "a man", "image_id": 2}])
+    first, second = load(str(tmp_path), "train", tmp_path, say=quiet).records
+    assert first.phrases == ("a bag", "a coat") and first.boxes[1][2] == pytest.approx(0.4) and second.boxes == ()
+    assert first.captions == ("a woman", "a lady")
+
+
 def test_own_set_in_sda_format(tmp_path):
     touch(tmp_path / "mine/imgs", "1.png", "2.png")
     write(tmp_path / "mine/part_2.json", [sda_item("2.png", 4)])

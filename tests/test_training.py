@@ -250,7 +250,7 @@ def test_torchrun_from_end_to_end(tmp_path):
                           str(ROOT / "train.py"), *flags], cwd=tmp_path, env=environment, text=True, timeout=90,
                          capture_output=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("drawn demo data") == 2 and ran.stdout.count("2 process(es)") == 2
+    assert ran.stdout.count("drawing demo data") == 2 and ran.stdout.count("2 process(es)") == 2
     out = tmp_path / "out/icfg-tiny-s0"
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 3]
     facts = checkpoint.load(out / "best.safetensors")[1]

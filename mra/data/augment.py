@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mra.data.records import Box
+from mra.data import Box
 
 MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)    # of CLIP, for RGB in 0 .. 1
 STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
@@ -53,7 +53,7 @@ def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random,
     return View(_erase(pixels, rng) if erased else pixels, None, mirrored)
 
 
-def test_view(image: Image.Image, size: tuple[int, int]) -> Tensor:
+def plain_view(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """The whole image: (3, H, W) normalised."""
     return _tensor(image, size, None, mirrored=False)
 

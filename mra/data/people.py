@@ -21,7 +21,7 @@ import random
 import re
 from dataclasses import dataclass, replace
 
-Box = tuple[float, float, float, float]    # (cx, cy, w, h), fractions of the image
+from mra.data import Box
 
 # A value and the names that annotators have for it; no name stands for two values.
 COLOURS = {"black": ("black",), "white": ("white",), "grey": ("grey", "gray"), "blue": ("blue",),

@@ -24,13 +24,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mra.config import UserError
+from mra.data import Box
 
 SPLITS = ("train", "val", "test")
 BOX_ROUNDING = 1e-3                 # a box may leave the image by this fraction; it is clipped
 VAL_SHARE, VAL_IMAGES = 0.1, 1000   # a val split made from train: share of the identities, most images
 PIXEL_LIMIT = 50_000_000            # a larger picture is no pedestrian crop and endangers the memory
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
-Box = tuple[float, float, float, float]     # (cx, cy, w, h), fractions of the image
 
 _LAYOUTS = {    # images (a level imgs may follow) | raw file, its image key | a file a split | parts
     "cuhk": ("CUHK-PEDES", ("CUHK-PEDES/reid_raw.json",), "file_path", ("finetune/cuhk_{}.json",), ""),
@@ -71,7 +71,7 @@ class _Source(NamedTuple):
     carve: bool                     # where no record is of val, hold out training identities
     keys: tuple[str, str, str] = ("image", "caption", "image_id")
     grouped: bool = False           # one record a caption: join those of one image
-    boxed: bool = False             # records have boxes and phrases
+    boxed: bool = False             # every record must have boxes and phrases; elsewhere it may
 
 
 class _Row(NamedTuple):
@@ -188,8 +188,9 @@ def _row(item, source: _Source, images: "_Images", place: str) -> _Row:
     if split not in SPLITS:
         raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
     captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
-    boxes = tuple(map(_box, _field(item, "boxes", list))) if source.boxed else ()
-    phrases = _texts(_field(item, "phrases", list), "phrase") if source.boxed else ()
+    boxed = source.boxed or "boxes" in item
+    boxes = tuple(map(_box, _field(item, "boxes", list))) if boxed else ()
+    phrases = _texts(_field(item, "phrases", list), "phrase") if boxed else ()
     if not captions or len(boxes) != len(phrases):
         raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
     path = images.find(image)
@@ -233,7 +234,8 @@ def _grouped(rows: list[_Row]) -> list[_Row]:
         if before.identity != row.identity:
             raise UserError(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
         if before is not row:
-            joined[row.path] = before._replace(captions=before.captions + row.captions)
+            joined[row.path] = before._replace(captions=before.captions + row.captions,
+                                               boxes=before.boxes + row.boxes, phrases=before.phrases + row.phrases)
     return list(joined.values())
 
 

@@ -1,7 +1,7 @@
 """WordPiece: captions to ids and back, and the masking of whole words (paper section 3, L_MLM).
 
 The ids are those of BERT's uncased tokenizer for the same vocabulary file. The small vocab.txt of
-this package spells every ASCII word; `python -m mra.data.tokenizer` learns it anew from the town's captions.
+this package spells every ASCII word; `python -m mra.data.tokenizer > vocab.txt` learns it from the town's captions.
 Before: words.py (what happens to a caption earlier). After: batches.py (pads and stacks).
 """
 
@@ -134,4 +134,4 @@ def learn_pieces(captions: int = 20_000, size: int = 1500) -> list[str]:
 
 
 if __name__ == "__main__":
-    VOCAB_FILE.write_text("\n".join(learn_pieces()) + "\n", encoding="utf-8")
+    print("\n".join(learn_pieces()))

@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from mra.config import UserError, parse, run
-from mra.data.people import Box, Person, Words, describe, sample_person, twin_of
+from mra.data import Box
+from mra.data.people import Person, Words, describe, sample_person, twin_of
 
 VERSION = 1                     # of the drawing: sets of another version are drawn again
 HEIGHT, WIDTH, SCALE = 192, 96, 4      # pixels of a file; the figure is drawn SCALE times as large
@@ -588,9 +589,9 @@ def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, 
     twins = [[number + (set_name == "cuhk") for number in pair] for pair in _twins(set_name, sizes)]
     manifest = json.dumps({"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": splits,
                            "look": dataclasses.asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
-    say(f"{folder}: drawn demo data: {sum(n * images for _, n, images in splits)} {NOTE}")
     if (folder / "town.json").is_file() and (folder / "town.json").read_text() == manifest:
         return
+    say(f"{folder}: drawing demo data: {sum(n * images for _, n, images in splits)} {NOTE}")
     if folder.exists() and any(folder.iterdir()) and not (folder / "DRAWN.txt").is_file():
         raise UserError(f"{folder} holds files that were not drawn here: give the demo town another root")
     shutil.rmtree(folder, ignore_errors=True)
@@ -656,6 +657,33 @@ def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
     return "data_captions.json", record
 
 
+class Portrait(NamedTuple):
+    """A drawing in memory: pixels (H, W, 3) uint8, the boxes of its parts, one annotator's words."""
+    pixels: np.ndarray
+    boxes: dict[str, Box]
+    words: Words
+
+
+def portraits(domain: str, people: list[Person], seed: int, size: tuple[int, int], workers: int,
+              poses: list[Pose] | None = None) -> list[Portrait]:
+    """Each person once, as a camera of that domain meets them (or in the given pose), (H, W) = size; pure."""
+    tasks = [(domain, person, f"{seed}/{i}", size, poses and poses[i]) for i, person in enumerate(people)]
+    if workers < 2 or len(tasks) < 100:
+        return list(map(_portrait, tasks))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_portrait, tasks, chunksize=CHUNK))
+
+
+def _portrait(task: tuple) -> Portrait:
+    domain, person, seed, size, pose = task
+    rng = random.Random(f"portrait/{domain}/{seed}")
+    shot = next(_shots_of(domain, "", 0, person, 1, rng))
+    pose = pose or shot.pose
+    image, boxes = render(person, pose, domain, shot.camera, shot.seed)
+    return Portrait(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)), boxes,
+                    describe(person, pose.view, boxes, rng))
+
+
 def root(tiny: bool) -> Path:
     """Where the demo town lies, under the working directory."""
     return Path("data/demo-tiny" if tiny else "data/demo")
@@ -675,8 +703,8 @@ def main() -> None:
     config = parse(TownConfig, "Draw a town of any size: the source has 3,200 people, each target 740, times --people.")
     if unknown := set(config.sets) - set(FOLDERS):
         raise UserError(f"--sets {unknown.pop()}: choose from {', '.join(FOLDERS)}.")
-    if config.people <= 0 or config.workers < 1:
-        raise UserError("--people and --workers: give numbers above 0.")
+    if not (0 < config.people < 1e6 and config.workers >= 1 and config.seed >= 0):
+        raise UserError("--people, --workers and --seed: give numbers above 0 (a seed may be 0).")
     for name in config.sets:
         build(Path(config.root), name, DEFAULT.times(config.people), config.seed, config.workers)
 

@@ -2,7 +2,7 @@
 
 EDA (Wei & Zou, EMNLP 2019) makes a caption's variants by synonym replacement, random insertion of a synonym,
 random swap and random deletion. It feeds the second positive of fine-tuning and the prompts of the diffusion
-(paper sections 2 and 3). The synonyms come from the small lexicon of clothing and appearance below instead of
+(paper sections 2 and 3). The synonyms come from the small lexicon of clothing and appearance in lexicon.txt, not
 WordNet; it holds no stop words, and a colour is only ever exchanged for another name of the same colour.
 Before: records.py (captions). After: tokenizer.py (ids), augment.py (mirrors the image).
 """
@@ -10,53 +10,10 @@ Before: records.py (captions). After: tokenizer.py (ids), augment.py (mirrors th
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 
-# One group of interchangeable terms between semicolons; a term stands in one group only.
-LEXICON = """
-t-shirt, tee shirt, tee; button-up shirt, button-down shirt, dress shirt;
-tank top, vest top, sleeveless shirt; short-sleeved, short sleeved, short-sleeve, short sleeve;
-long-sleeved, long sleeved, long-sleeve, long sleeve; sweater, pullover, jumper, knit sweater;
-hoodie, hooded sweatshirt, hooded sweater; sweatshirt, sweat shirt; jacket, short coat;
-coat, topcoat, overcoat; blazer, suit jacket, sport coat; cardigan, button-up sweater;
-down jacket, puffer jacket, puffer coat, padded jacket; raincoat, rain jacket, waterproof coat;
-vest, waistcoat, gilet; polo shirt, polo, collared shirt; suit, two-piece suit, business suit;
-dress, gown, frock; trousers, pants, slacks; jeans, denim pants, denim trousers, denims;
-shorts, short pants, short trousers; leggings, tights; sweatpants, track pants, jogging pants, joggers;
-capris, capri pants, cropped pants; miniskirt, mini skirt, short skirt; long skirt, maxi skirt;
-clothes, clothing, garments, attire; outfit, ensemble; shoes, footwear;
-sneakers, trainers, sports shoes, running shoes; dress shoes, formal shoes, leather shoes;
-sandals, open shoes; flip-flops, flip flops, beach slippers; high heels, heels, high-heeled shoes;
-backpack, rucksack, knapsack, bookbag; handbag, purse, hand bag; waist bag, belt bag, bum bag; bag, sack;
-tote bag, tote, shopper bag; shoulder bag, messenger bag, crossbody bag, satchel;
-shopping bag, carrier bag, grocery bag; plastic bag, plastic sack; briefcase, document case;
-suitcase, trolley case, rolling case; wallet, billfold; cap, baseball cap, peaked cap;
-beanie, knit cap, knitted cap, woolly hat; glasses, eyeglasses, spectacles; sunglasses, dark glasses;
-scarf, neck scarf, neckerchief; tie, necktie; belt, waist belt; watch, wristwatch; headphones, earphones;
-phone, cell phone, cellphone, mobile phone, smartphone; mask, face mask; bracelet, wristband, bangle;
-jewelry, jewellery; zipper, zip; logo, emblem; navy, navy blue, dark blue, deep blue;
-light blue, pale blue, sky blue, baby blue; gray, grey;
-dark gray, dark grey, charcoal, charcoal gray, charcoal grey; light gray, light grey, pale gray, pale grey;
-dark red, deep red, maroon, burgundy, wine red; dark green, deep green, forest green; light green, pale green;
-dark brown, deep brown, chocolate brown; light brown, pale brown; beige, sand-colored; purple, violet;
-light purple, pale purple, lavender, lilac; dark purple, deep purple; light pink, pale pink;
-bright pink, hot pink, fuchsia; light yellow, pale yellow; bright yellow, vivid yellow; bright red, vivid red;
-cream, off-white, off white, ivory; black, jet black; white, snow white; gold, golden; bright, vivid;
-colorful, multicolored, multi-colored, multicoloured; dark-colored, dark-coloured;
-light-colored, light-coloured; striped, stripy; plaid, checkered, checked, tartan;
-polka dot, polka-dot, dotted; floral, flowery; short hair, cropped hair, short-cut hair;
-long hair, lengthy hair, flowing hair; ponytail, pony tail; hair bun, bun, hair knot; bald, hairless;
-blond, blonde; bangs, fringe; braid, plait; braids, plaits; patterned, printed; curly, curled;
-haircut, hairstyle, hairdo; beard, facial hair; man, guy, gentleman, fellow; men, guys, gentlemen, fellows;
-woman, lady; women, ladies; boy, lad; girl, lass; person, individual; child, kid, youngster;
-pedestrian, passer-by; teenager, teen, adolescent; slim, slender, thin; stocky, heavyset, sturdy, stout;
-plump, overweight, chubby; young, youthful; old, elderly; middle-aged, middle aged; big, large; small, little;
-tight, tight-fitting, close-fitting; loose, baggy, loose-fitting; casual, informal; knee-length, knee length;
-wearing, dressed in, clad in; wears, is wearing, is dressed in, is clad in; dressed, clothed;
-carrying, toting; is carrying, carries, totes; holding, gripping, clutching, grasping;
-holds, grips, clutches, grasps; walking, strolling, striding; walks, strolls, strides;
-looking, gazing, glancing; talking, speaking, chatting; pulling, dragging, tugging;
-picture, photo, photograph, image
-"""
+# lexicon.txt: a group of interchangeable terms between semicolons; a term stands in one group only.
+LEXICON = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
 
 GROUPS = [tuple(" ".join(term.split()) for term in group.split(",")) for group in LEXICON.split(";")]
 SYNONYMS = {term: tuple(other for other in group if other != term) for group in GROUPS for term in group}

@@ -1,0 +1,284 @@
+"""Domain-aware diffusion: make the pretraining images look like the target (MRA section 2).
+
+    python adapt.py                                  the demo: images in the look of drawn ICFG, from the shipped base
+    python adapt.py --target cuhk --mode restyle     the source's own images in the target's look
+    python adapt.py --train-base                     train the base anew, as the shipped one was
+    python adapt.py --size base --source DIR --target cuhk --target-root DIR
+    torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
+
+Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
+set in `out` is in SDA format: `train.py --dataset FOLDER` pretrains on it, `train.py --dataset icfg` finds it itself.
+"""
+
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mra import checkpoint, figures, training
+from mra.config import ADAPT_LIMITS, DIFFUSION_PRESETS, FITS, AdaptConfig, DiffusionConfig, UserError, parse, run, show
+from mra.data import town
+from mra.data.records import RecordSet, load
+from mra.data.tokenizer import Tokenizer
+from mra.diffusion import gap, transfers
+from mra.diffusion.autoencoder import random_light
+from mra.diffusion.denoiser import DomainBranch
+from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
+from mra.diffusion.fit import fit
+from mra.diffusion.making import SAMPLERS, collect, make, wishes
+from mra.diffusion.noising import Schedule
+from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, decode, encode, to_float
+from mra.training import Machine
+
+SHIPPED = Path(__file__).with_name("mra") / "diffusion"      # base-demo.safetensors and reader-demo.safetensors
+BASE_PEOPLE = town.TownSizes(source_train=(12_000, 2), source_test=(800, 3))    # whom the shipped base has seen
+TARGETS = ("cuhk", "icfg", "rstp")
+ROWS, BOXED = 1000, 200     # images of each row of the report, and of the check of the boxes
+
+
+def main() -> None:
+    config = parse(AdaptConfig, __doc__)
+    check(config)
+    machine = Machine.of(config.device, config.precision)
+    machine.say(f"{show(config)}\nRunning on {machine.device} in {machine.precision}, {machine.world} process(es).")
+    if config.train_base:
+        base = train_base(config, machine)
+        return machine.say(f"{base} is ready.")
+    out = Path(config.out or default_out(config))
+    training.make_folder(out)
+    # ---- the model: a frozen base, and a branch that learns the target
+    base = load_base(config, machine)
+    target = target_records(config, machine)
+    images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
+    branch = adapt(config, machine, base, target, images)
+    # ---- the images
+    judge = train_judge(config, machine, images)
+    from_source = config.mode == "restyle" or config.captions == "source"
+    wanted = wishes(config, base, (source_records(config, machine) if from_source else target).records)
+    machine.say(f"Making {len(wanted)} images in {out}.")
+    make(config, machine, base, branch, judge, wanted, encode(base.autoencoder, images), out)
+    # ---- the set and its report
+    if machine.rank == 0:
+        kept, dropped = collect(config, out, len(wanted))
+        machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
+        report(config, machine, base, branch, target, images, kept, dropped, out)
+
+
+def train_base(config: AdaptConfig, machine: Machine) -> Path:
+    """Autoencoder, then denoiser, on the source alone; returns the file that holds both."""
+    out, plans, schedule = Path("out") / f"base-{config.size}", FITS[config.size], Schedule.cosine()
+    training.make_folder(out)
+    records = base_records(config, machine)
+    images = Crops([record.path for record in records.records], DIFFUSION_PRESETS[config.size]).read(config.workers)
+    captions = [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]
+    tokenizer = Tokenizer.read()
+    torch.manual_seed(config.seed)
+    base = Diffusion(replace(DIFFUSION_PRESETS[config.size], vocab=len(tokenizer)), tokenizer).to(machine.device)
+    facts = {"size": asdict(base.config), "source": records.name, "images": len(images), "captions": len(captions)}
+    machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
+
+    def autoencoder_loss(draw: torch.Generator, count: int) -> Tensor:
+        some = images[torch.randint(len(images), (count,), generator=draw, device=machine.device).cpu()]
+        lit = random_light(to_float(some.to(machine.device)), draw)
+        noise = torch.randn(count, *base.config.shape, generator=draw, device=machine.device)
+        with machine.autocast():
+            return base.autoencoder.loss(lit, noise, kl_weight=1e-4)
+
+    def denoiser_loss(draw: torch.Generator, count: int) -> Tensor:
+        with machine.autocast():
+            return pairs.loss(base.denoiser, None, schedule, draw, count)
+
+    fit("autoencoder", base.autoencoder, autoencoder_loss, plans["autoencoder"], out / "autoencoder.safetensors",
+        facts, config.seed, machine.say)
+    base.autoencoder.learn_scale(to_float(images[:2000]).to(machine.device))
+    pairs = LatentPairs(base.autoencoder, images, captions, tokenizer)
+    fit("denoiser", base.denoiser, denoiser_loss, plans["denoiser"], out / "denoiser.safetensors",
+        facts, config.seed, machine.say)
+    machine.first(lambda: checkpoint.save(
+        out / "base.safetensors", {name: value.bfloat16() for name, value in checkpoint.weights(base).items()},
+        facts | {"vocab": tokenizer.pieces, "seed": config.seed, "versions": checkpoint.VERSIONS}))
+    return out / "base.safetensors"
+
+
+def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
+    """The pretrained base, frozen; trained first where there is none for this size."""
+    shipped = SHIPPED / f"base-{config.size}.safetensors"
+    path = Path(config.base) if config.base else shipped if shipped.exists() else train_base(config, machine)
+    tensors, facts = checkpoint.load(path)
+    try:
+        size = DiffusionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["size"].items()})
+        base = Diffusion(size, Tokenizer(facts["vocab"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no base of adapt.py ({error}).") from error
+    checkpoint.restore_weights(base, tensors, path)
+    machine.say(f"Base: {path}, trained on {facts['images']} images of {facts['source']}.")
+    return base.to(machine.device).eval().requires_grad_(False)
+
+
+def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, target: RecordSet, images: Tensor) -> DomainBranch:
+    """The domain branch, trained on the target's training pairs beside the frozen base."""
+    captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
+    pairs = LatentPairs(base.autoencoder, images, captions, base.tokenizer, config.conditioned_by)
+    machine.say(f"Adapting to {target.name}: {len(images)} images, {len(captions)} captions.")
+    torch.manual_seed(config.seed)
+    branch = DomainBranch(base.denoiser).to(machine.device)
+    step_branch = torch.compile(branch) if config.compile else branch
+    schedule, plan = Schedule.cosine(), FITS[config.size]["branch"]
+
+    def loss_of(draw: torch.Generator, count: int) -> Tensor:
+        with machine.autocast():
+            return pairs.loss(base.denoiser, step_branch, schedule, draw, count)
+
+    folder = Path("out/dad") / f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
+    training.make_folder(folder)
+    fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
+        {"target": target.name, "pairs": len(captions)}, config.seed, machine.say)
+    return branch.eval().requires_grad_(False)
+
+
+def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> Judge:
+    """A judge of malformed people: the target's images against what cutting and pasting makes of them."""
+    half = len(images) // 2
+    judge = tell_apart(images[:half], distort(images[:half], SEEN, 0), FITS[config.size]["judge"].steps, config.seed,
+                       machine.device)
+    good, bad = judge.score(images[half:])[:, 0], judge.score(distort(images[half:], UNSEEN, 1))[:, 0]
+    machine.say(f"Judge of malformed people, on unseen images and kinds of damage: keeps "
+                f"{(good < config.malformed).float().mean():.1%} of the good, drops "
+                f"{(bad >= config.malformed).float().mean():.1%} of the damaged.")
+    return judge
+
+
+def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
+    """The reader of attributes that the report measures with; for demo it ships, with the base."""
+    reader, plan = gap.make_reader().to(machine.device), FITS[config.size]["reader"]
+    shipped, folder = SHIPPED / f"reader-{config.size}.safetensors", Path("out") / f"base-{config.size}"
+    if shipped.exists() and not config.train_base:
+        checkpoint.restore_weights(reader, checkpoint.load(shipped)[0], shipped)
+        return reader.eval()
+    training.make_folder(folder)
+    count, size = (60, 6000)[config.size == "demo"], DIFFUSION_PRESETS[config.size]
+    people = gap.strangers(count, seed=0)
+    images = torch.cat([gap.pixels_of(town.portraits(domain, people, 0, (size.height, size.width), machine.cores))
+                        for domain in TARGETS])
+    labels = gap.labels_of(people).repeat(len(TARGETS), 1)
+
+    def loss_of(draw: torch.Generator, count: int) -> Tensor:
+        some = torch.randint(len(images), (count,), generator=draw, device=machine.device).cpu()
+        with machine.autocast():
+            return gap.reading_loss(reader, images[some].to(machine.device), labels[some].to(machine.device))
+
+    fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine.say)
+    return reader.eval()
+
+
+def report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, target: RecordSet,
+           images: Tensor, kept: list[dict], dropped: list[dict], out: Path) -> None:
+    """Measure the gap on the demo town, draw adaptation.png, and write report.json: the set is finished with it."""
+    facts = {"config": asdict(config), "made": len(kept) + len(dropped), "kept": len(kept),
+             "versions": checkpoint.VERSIONS, "dropped": {name: sum(name in row["dropped_by"] for row in dropped)
+                         for name in ("greyscale", "malformed", "mismatch")}}
+    rows = kept if len(kept) <= ROWS else random.Random(0).sample(kept, ROWS)
+    made = Crops([str(out / "imgs" / row["image"]) for row in rows], base.config).read(config.workers)
+    if dropped:
+        figures.sheet({", ".join(row["dropped_by"]): Crops([str(out / "imgs" / row["image"])], base.config).read()
+                       for row in dropped[:8]}, out / "dropped.png")
+    memory = gap.nearest(made, images)
+    if config.target_root:
+        facts |= {"light": {"made": gap.light(made), "target": gap.light(images)}, "nearest": float(memory.median())}
+        figures.sheet({"made": made[:10], "target": images[:10]}, out / "adaptation.png")
+        return checkpoint.write_json(out / "report.json", facts)
+    size, tiny = (base.config.height, base.config.width), config.size == "tiny"
+    shots = {shot.path: shot for name, folder in (("source", "SDA"), (config.target, town.FOLDERS[config.target]))
+             for shot in town.shots(name, town.TINY if tiny else town.DEFAULT, 0)}
+    own = [shots[row["origin"].split("/imgs/")[1]] for row in rows]
+    source = [record for record in source_records(config, machine).records if record.captions][:len(rows)]
+    theirs = [shots[record.path.split("/imgs/")[1]] for record in source]
+    source_images = Crops([record.path for record in source], base.config).read(config.workers)
+    exact = town.portraits(config.target, [shot.person for shot in theirs], 1, size, machine.cores)
+    others = [gap.pixels_of(town.portraits(config.target, gap.strangers(len(rows), seed), seed, size, machine.cores))
+              for seed in (2, 3)]
+    donors = images[torch.randint(len(images), (len(source_images),), generator=torch.Generator().manual_seed(0))]
+    moved = transfers.match_moments(encode(base.autoencoder, source_images), encode(base.autoencoder, images))
+    sets = {"source": source_images, "reinhard": transfers.reinhard(source_images, donors),
+            "histogram": transfers.histogram(source_images, donors),
+            "fourier": transfers.fourier(source_images, donors),
+            "moments": decode(base.autoencoder, moved).cpu(), f"dad {config.mode}": made,
+            "exact": gap.pixels_of(exact), "target": others[1]}
+    reader, held_out = train_reader(config, machine), others[0]
+    steps = FITS[config.size]["judge"].steps
+    table = {name: gap.measure(some, held_out, reader, config.seed, machine.device, steps)
+             for name, some in sets.items()}
+    gap.add_shares(table)
+    for name in sets:
+        shown, captions = ((own, [row["caption"] for row in rows]) if name.startswith("dad")
+                           else (theirs, [record.captions[0] for record in source]))
+        if name != "target":
+            table[name] |= gap.colour_accuracy(reader, sets[name], [shot.person for shot in shown], captions)
+    blurred = gap.separability(gap.half_pixel_blur(held_out), held_out, config.seed, machine.device, steps)
+    facts |= {"gap": table, "classifier on target blurred by half a pixel": blurred,
+              "nearest training image": {"made": float(memory.median()),
+                                         "held out": float(gap.nearest(held_out, images).median())},
+              "boxes": gap.box_quality(base, branch, exact[:BOXED], source)}
+    pictured = [shot.person for shot in own[:10]]
+    figures.sheet({"source: the same people as the source draws them":
+                   gap.pixels_of(town.portraits("source", pictured, 4, size, 1)), "adapted": made[:10],
+                   f"exact: as {config.target}'s cameras see them":
+                   gap.pixels_of(town.portraits(config.target, pictured, 4, size, 1)),
+                   "target: other people": held_out[:10]}, out / "adaptation.png")
+    machine.say(gap.as_text(table))
+    machine.say(json.dumps({key: value for key, value in facts.items() if key not in ("gap", "config")}, indent=1))
+    checkpoint.write_json(out / "report.json", facts)
+
+
+def base_records(config: AdaptConfig, machine: Machine) -> RecordSet:
+    """The pairs that the base is pretrained on: a source of its own for the demo."""
+    if config.source or config.size == "tiny":
+        return source_records(config, machine)
+    root = Path("data/base")
+    machine.first(lambda: town.build(root, "source", BASE_PEOPLE, 1, machine.cores, machine.say))
+    return load("sda", "train", root, say=machine.say)
+
+
+def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
+    """The source set's training pairs, without those of its val identities."""
+    if config.source:
+        root = Path(config.source)
+        name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
+        return load(name, "train", root, say=machine.say)
+    machine.first(lambda: town.ready("sda", config.size == "tiny", machine.say))
+    return load("sda", "train", town.root(config.size == "tiny"), say=machine.say)
+
+
+def target_records(config: AdaptConfig, machine: Machine) -> RecordSet:
+    """The target's training pairs, without those of its val identities."""
+    if not config.target_root:
+        machine.first(lambda: town.ready(config.target, config.size == "tiny", machine.say))
+    root = Path(config.target_root) if config.target_root else town.root(config.size == "tiny")
+    return load(config.target, "train", root, say=machine.say)
+
+
+def default_out(config: AdaptConfig) -> str:
+    """out/sda/<target>, and what sets this run apart from the default one."""
+    parts = [config.target] + [config.mode] * (config.mode != "generate") + [f"s{config.seed}"] * (config.seed != 0)
+    return "out/sda/" + "-".join(parts)
+
+
+def check(config: AdaptConfig) -> None:
+    """Raise UserError for values that no run can use."""
+    choices = {"target": TARGETS, "mode": ("generate", "restyle"), "condition": ("", *CONDITIONS),
+               "captions": ("target", "source"), "size": tuple(DIFFUSION_PRESETS), "sampler": tuple(SAMPLERS)}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(filter(None, allowed))}.")
+    for name, (low, high) in ADAPT_LIMITS.items():
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
+    if config.source and not config.target_root:
+        raise UserError("--source with the drawn target makes no sense: give --target-root too.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,91 @@
+"""A box for every phrase of a made image, from the denoiser's own attention (MRA section 2, annotation).
+
+The paper runs an open-set detector on its images. The denoiser that made an image already knows where it put a phrase:
+its cross-attention, with the image noised half-way, is read for the phrase's words. Adjectives attend all over the
+person, so the last word of a phrase, its noun, counts most. Before: sampling.py. After: adapt.py.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mra.data import Box
+from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt
+from mra.diffusion.noising import Schedule, q_sample
+
+LEVELS = (0.35, 0.5, 0.65)      # of the schedule, at which the attention is read
+ADJECTIVE = 0.2                 # weight of a phrase's other words beside its noun's
+SHARE = 0.5                     # of a map's peak: the pixels above it are the phrase's
+
+
+@contextmanager
+def recorded(denoiser: Denoiser) -> Iterator[list[Tensor]]:
+    """While it lasts, every cross-attention adds its map (B, S, T), S pixels of its resolution, T words."""
+    maps = []
+
+    def record(module, args, output) -> None:
+        x, memory, keep = args
+        query = module.to_query(x).unflatten(-1, (module.heads, -1)).transpose(1, 2).float()     # (B, heads, S, d)
+        scores = query @ memory[:, 0].float().transpose(-1, -2) / math.sqrt(query.shape[-1])      # (B, heads, S, T)
+        maps.append(scores.masked_fill(~keep[:, None, None], -torch.inf).softmax(-1).mean(1))
+
+    hooks = [module.cross.register_forward_hook(record) for module in denoiser.modules() if hasattr(module, "cross")]
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def word_maps(denoiser: Denoiser, branch: DomainBranch | None, latents: Tensor, prompt: Prompt, condition: Tensor,
+              schedule: Schedule, generator: torch.Generator) -> Tensor:
+    """How much each pixel of the latents attends to each word: (B, T, h, w), its mean over levels and layers."""
+    total = 0
+    for share in LEVELS:
+        t = torch.full((len(latents),), int(share * len(schedule.alpha)), device=latents.device)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        z = q_sample(latents, noise, t, schedule)
+        control = branch and branch(z, t, prompt, condition)
+        with recorded(denoiser) as maps:
+            denoiser(z, t, prompt, control)
+        for found in maps:
+            rows = round(math.sqrt(found.shape[1] * latents.shape[2] / latents.shape[3]))
+            grid = found.transpose(1, 2).unflatten(-1, (rows, -1))                       # (B, T, rows, columns)
+            total = total + F.interpolate(grid, latents.shape[2:], mode="bilinear")
+    return total / (len(LEVELS) * len(maps))
+
+
+def phrase_box(maps: Tensor, ids: list[int], phrase: list[int], starts_word) -> tuple[Box, float] | None:
+    """The box of a phrase and how sure it is, 0..1, from the maps (T, h, w) of a caption's word pieces.
+
+    `ids` are the caption's pieces, `phrase` the phrase's without [CLS] and [SEP]; None where the caption lacks it.
+    """
+    places = [i for i in range(len(ids) - len(phrase) + 1) if ids[i:i + len(phrase)] == phrase]
+    if not places or not phrase:
+        return None
+    noun = max(i for i, piece in enumerate(phrase) if starts_word[piece] or i == 0)
+    weights = torch.tensor([ADJECTIVE if i < noun else 1.0 for i in range(len(phrase))])
+    own = (maps[places[0]:places[0] + len(phrase)] * weights[:, None, None]).sum(0)                    # (h, w)
+    usual = maps[1:len(ids) - 1].mean(0)                            # what every word looks at is no sign of this one
+    heat = (own / own.sum() / (usual / usual.sum())).clamp(max=20)
+    heat = F.avg_pool2d(F.pad(heat[None, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0, 0]
+    heat = heat - heat.min()
+    inside = heat >= SHARE * heat.max()
+    rows, columns = (inside.any(axis).nonzero()[:, 0] for axis in (1, 0))
+    top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
+    sure = float(heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9))
+    height, width = heat.shape
+    return ((left + right) / 2 / width, (top + bottom) / 2 / height,
+            (right - left) / width, (bottom - top) / height), sure
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes."""
+    sides = [min(p + s / 2, q + t / 2) - max(p - s / 2, q - t / 2) for p, q, s, t in zip(a[:2], b[:2], a[2:], b[2:])]
+    shared = max(0.0, sides[0]) * max(0.0, sides[1])
+    return shared / (a[2] * a[3] + b[2] * b[3] - shared)

@@ -1,0 +1,164 @@
+"""How far made images are from the target, and whether they show what their captions say.
+
+Everything is measured on the demo town, which can draw any person in the target's look: the exact answer. A reader of
+attributes, trained on such drawings of people that nothing else uses, gives the features of the Frechet distance and
+the accuracy of what made images show. Before: filters.py, transfers.py. After: adapt.py, which prints the table.
+"""
+
+import math
+import random
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mra.data.people import COLOURS, LOWERS, PATTERNS, SHOES, UPPERS, Person, sample_person
+from mra.data.records import Record
+from mra.data.town import Portrait
+from mra.diffusion.boxes import overlap, phrase_box, word_maps
+from mra.diffusion.denoiser import DomainBranch
+from mra.diffusion.filters import Judge, tell_apart
+from mra.diffusion.noising import Schedule
+from mra.diffusion.sampling import Diffusion, encode, to_float
+
+KINDS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "upper": UPPERS, "lower": LOWERS, "pattern": PATTERNS,
+         "shoes": SHOES, "shoes_colour": COLOURS}
+GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # what the report reads off: garment colours
+
+
+def make_reader() -> Judge:
+    """Images -> scores of every value of every attribute, one after the other."""
+    return Judge(sum(map(len, KINDS.values())))
+
+
+def labels_of(people: list[Person]) -> Tensor:
+    """(N, attributes): the number of each attribute's value."""
+    return torch.tensor([[list(values).index(getattr(person, name)) for name, values in KINDS.items()]
+                         for person in people])
+
+
+def reading_loss(reader: Judge, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the attributes: uint8 images (B, 3, H, W), labels (B, attributes)."""
+    scores = reader(to_float(images)).split([len(values) for values in KINDS.values()], 1)
+    return sum(F.cross_entropy(s.float(), labels[:, i]) for i, s in enumerate(scores)) / len(scores)
+
+
+def colour_accuracy(reader: Judge, images: Tensor, people: list[Person], captions: list[str]) -> dict[str, float]:
+    """Share of the images on which the reader finds the garment colour that the caption asks for.
+
+    An image counts where its caption names both the garment and the colour of its person.
+    """
+    scores = dict(zip(KINDS, reader.score(images).split([len(values) for values in KINDS.values()], 1)))
+    result = {}
+    for name, garment in GARMENTS.items():
+        asked = torch.tensor([names(caption, COLOURS[getattr(person, name)])
+                              and names(caption, KINDS[garment][getattr(person, garment)])
+                              for person, caption in zip(people, captions)])
+        truth = labels_of(people)[:, list(KINDS).index(name)]
+        result[name] = float((scores[name].argmax(1) == truth)[asked].float().mean())
+    return result
+
+
+def names(caption: str, terms: tuple[str, ...]) -> bool:
+    return any(term in caption.lower() for term in terms)
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    """Frechet distance of the normal distributions that fit two sets of features (N, F) (Heusel et al. 2017).
+
+    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the root by the eigenvalues of C1^(1/2) C2 C1^(1/2).
+    """
+    (mean1, cov1), (mean2, cov2) = ((x.double().mean(0), x.double().T.cov()) for x in (first, second))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
+
+
+def separability(first: Tensor, second: Tensor, seed: int, device: torch.device, steps: int = 400) -> float:
+    """Accuracy on unseen halves of a classifier freshly trained to tell two sets apart: 0.5 = it cannot."""
+    draw = torch.Generator().manual_seed(seed)
+    (train1, test1), (train2, test2) = (x[torch.randperm(len(x), generator=draw)].chunk(2) for x in (first, second))
+    judge = tell_apart(train1, train2, steps, seed, device)
+    return float(((judge.score(test1) < 0).float().mean() + (judge.score(test2) > 0).float().mean()) / 2)
+
+
+def half_pixel_blur(images: Tensor) -> Tensor:
+    """uint8 images blurred by a Gaussian of half a pixel: what a classifier worth its name must notice."""
+    kernel = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * 0.5**2))
+    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
+    padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, kernel.expand(3, 1, 3, 3), groups=3).round().to(torch.uint8)
+
+
+def light(images: Tensor) -> dict[str, list[float]]:
+    """Mean and spread over images (N, 3, H, W) of brightness, saturation, and red minus blue, each 0..1."""
+    x = images.float() / 255
+    measures = {"brightness": x.mean((1, 2, 3)), "saturation": (x.amax(1) - x.amin(1)).mean((1, 2)),
+                "red-blue": (x[:, 0] - x[:, 2]).mean((1, 2))}
+    return {name: [round(float(values.mean()), 4), round(float(values.std()), 4)] for name, values in measures.items()}
+
+
+def nearest(images: Tensor, others: Tensor) -> Tensor:
+    """For each of `images` (N, 3, H, W) uint8, its root mean square pixel distance to the nearest of `others`, 0..1."""
+    flat, rest = (x.flatten(1).float() / 255 for x in (images, others))
+    return torch.cat([torch.cdist(some, rest).amin(1) for some in flat.split(256)]) / flat.shape[1] ** 0.5
+
+
+def strangers(count: int, seed: int) -> list[Person]:
+    """People that live in no set."""
+    return [sample_person(random.Random(f"stranger/{seed}/{i}")) for i in range(count)]
+
+
+def pixels_of(drawn: list[Portrait]) -> Tensor:
+    """(N, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack([portrait.pixels for portrait in drawn])).permute(0, 3, 1, 2).contiguous()
+
+
+def measure(images: Tensor, held_out: Tensor, reader: Judge, seed: int, device: torch.device, steps: int = 400) -> dict:
+    """The row of one set of images in the report: distance to the held-out target images, both uint8."""
+    features = [reader.score(some, features=True) for some in (images, held_out)]
+    return {"frechet": round(frechet(*features), 3),
+            "classifier": round(separability(images, held_out, seed, device, steps), 4), **light(images)}
+
+
+def add_shares(rows: dict[str, dict]) -> None:
+    """Add to every row the share of the gap in log Frechet distance that it closes: the source 0, exact images 1."""
+    far, near = (math.log(rows[name]["frechet"]) for name in ("source", "exact"))
+    for row in rows.values():
+        row["gap_closed"] = round((far - math.log(row["frechet"])) / (far - near), 4)
+
+
+def as_text(rows: dict[str, dict]) -> str:
+    """The report's table for a terminal."""
+    names = ("frechet", "gap_closed", "classifier", *GARMENTS)
+    lines = [f"{'':16}" + "".join(f"{name:>14}" for name in names)]
+    for title, row in rows.items():
+        lines.append(f"{title:16}" + "".join(f"{row[name]:14.3f}" if name in row else f"{'':14}" for name in names))
+    return "\n".join(lines)
+
+
+def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], source: list[Record]) -> dict[str, float]:
+    """Mean overlap (IoU) of the boxes that attention gives the phrases of target drawings with the true ones.
+
+    Beside it that of a guess which has seen no image: the average box of the phrase's last word in the source set.
+    """
+    device, usual, found, guessed = base.autoencoder.mean.device, defaultdict(list), [], []
+    for record in source:
+        for phrase, box in zip(record.phrases, record.boxes):
+            usual[phrase.split()[-1]].append(box)
+    captions = [portrait.words.caption for portrait in drawn]
+    condition = torch.ones(len(drawn), 1, base.config.height, base.config.width, device=device)
+    maps = word_maps(base.denoiser, branch, encode(base.autoencoder, pixels_of(drawn)), base.read(captions), condition,
+                     Schedule.cosine(), torch.Generator(device).manual_seed(0)).float().cpu()
+    for portrait, caption, own in zip(drawn, captions, maps):
+        ids = base.tokenizer.encode(caption, base.config.max_tokens)
+        for phrase, truth in zip(portrait.words.phrases, portrait.words.boxes):
+            box = phrase_box(own, ids, base.tokenizer.encode(phrase)[1:-1], base.tokenizer.starts_word)
+            if box and phrase.split()[-1] in usual:
+                found.append(overlap(box[0], truth))
+                guessed.append(overlap(tuple(np.mean(usual[phrase.split()[-1]], 0)), truth))
+    return {"attention": round(float(np.mean(found)), 4), "average box": round(float(np.mean(guessed)), 4),
+            "phrases": len(found)}

@@ -1,0 +1,115 @@
+"""Noise in, noise out: the schedule, the loss and two samplers side by side.
+
+Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1, and the denoiser learns
+v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). The terminal signal-to-noise ratio is zero, alpha_K = 0 exactly
+(Lin et al. 2024): a schedule that leaves some signal at its end cannot make very dark or very bright images, and
+an illumination gap is made of those. A sampler takes any `denoise(latents, t)` that returns v.
+Before: nothing. After: denoiser.py, which is such a function.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]    # latents (B, C, h, w), t (B,) -> v (B, C, h, w)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise)."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    @staticmethod
+    def cosine(levels: int = 1000) -> "Schedule":
+        """alpha_t = cos(pi/2 (t + 1) / K): Nichol & Dhariwal (2021) without their offset, so alpha is 0 at the end."""
+        angle = torch.linspace(0, torch.pi / 2, levels + 1, dtype=torch.float64)[1:]
+        alpha = angle.cos()
+        alpha[-1] = 0.0
+        return Schedule(alpha.float(), (1 - alpha**2).sqrt().float())
+
+    def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t of t (B,), shaped to multiply `like` (B, ...)."""
+        shape = -1, *[1] * (like.ndim - 1)
+        return tuple(x.to(like.device)[t].view(shape) for x in (self.alpha, self.sigma))
+
+    def trailing(self, steps: int, strength: float = 1.0) -> list[int]:
+        """The levels that a sampler of `steps` steps visits, from the noisiest down.
+
+        They are spaced evenly from the last level (Lin et al. 2024, "trailing"), so pure noise is visited with the
+        level that says so. With strength s < 1 only the last s * steps of them: none at 0.
+        """
+        levels = [round(len(self.alpha) * (steps - i) / steps) - 1 for i in range(steps)]
+        return levels[steps - round(strength * steps):]
+
+
+def q_sample(latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """z_t = alpha_t z_0 + sigma_t e: latents and noise (B, ...), t (B,)."""
+    alpha, sigma = schedule.at(t, latents)
+    return alpha * latents + sigma * noise
+
+
+def diffusion_loss(denoise: Denoise, latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """L = E |v(z_t, t) - v|^2 with v = alpha_t e - sigma_t z_0; a scalar."""
+    alpha, sigma = schedule.at(t, latents)
+    v = alpha * noise - sigma * latents
+    return (denoise(q_sample(latents, noise, t, schedule), t).float() - v).square().mean()
+
+
+def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
+    """DDIM (Song et al. 2021), deterministic: from latents at the first visited level to clean ones (B, C, h, w).
+
+    At strength 1 the first level is pure noise. Below 1, `noise` is an image's latents noised to
+    schedule.trailing(steps, strength)[0] by `q_sample`; at 0 they are returned as they are.
+    """
+    z = noise
+    visited = schedule.trailing(steps, strength)
+    for level, following in zip(visited, [*visited[1:], None]):
+        clean, noise = predict(denoise, z, level, schedule)
+        z = clean if following is None else schedule.alpha[following] * clean + schedule.sigma[following] * noise
+    return z
+
+
+def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): like `ddim`, the clean image extrapolated over two steps.
+
+    z_s = sigma_s/sigma_t z + (alpha_s - alpha_t sigma_s/sigma_t) D,  D = D_t + (D_t - D_before) h / (2 h_before),
+    h the step in log(alpha/sigma). From pure noise and to no noise h is infinite: those steps are first-order.
+    """
+    z, before = noise, None
+    visited = schedule.trailing(steps, strength)
+    log_snr = (schedule.alpha.double() / schedule.sigma.double()).log()                     # (K,), -inf at its end
+    for i, level in enumerate(visited):
+        clean, _ = predict(denoise, z, level, schedule)
+        if i + 1 == len(visited):
+            return clean
+        following, estimate = visited[i + 1], clean
+        if i > 0:
+            step, last_step = log_snr[following] - log_snr[level], log_snr[level] - log_snr[visited[i - 1]]
+            estimate = clean + (clean - before) * float(step / last_step / 2)               # / inf: first-order
+        ratio = schedule.sigma[following] / schedule.sigma[level]
+        z = ratio * z + (schedule.alpha[following] - schedule.alpha[level] * ratio) * estimate
+        before = clean
+    return z
+
+
+def predict(denoise: Denoise, z: Tensor, level: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """The clean latents and the noise that v says z at `level` is made of."""
+    v = denoise(z, torch.full((len(z),), level, device=z.device)).float()
+    alpha, sigma = schedule.alpha[level], schedule.sigma[level]
+    return alpha * z - sigma * v, sigma * z + alpha * v
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): v = unconditional + g (conditional - unconditional)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def rescaled(v: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Undo the contrast that guidance adds: v (B, ...) with the standard deviation per image of `conditional`, mixed
+    with v as it is by `share` (Lin et al. 2024, equations 15 and 16)."""
+    axes = tuple(range(1, v.ndim))
+    return v * (1 + share * (conditional.std(axes, keepdim=True) / v.std(axes, keepdim=True) - 1))

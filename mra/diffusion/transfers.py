@@ -1,0 +1,63 @@
+"""Four ways to give source images the look of the target without diffusion: what DaD is compared with.
+
+The first three take the statistics of one random target image for each source image. They also carry over the colours
+of that image's person, so they make captions false; the report prints attribute accuracy beside every distance.
+Images are (B, 3, H, W) uint8. Before: sampling.py. After: gap.py.
+"""
+
+import torch
+from torch import Tensor
+
+from mra.diffusion.sampling import to_bytes, to_float
+
+# RGB -> an opponent space of nearly independent axes (lightness, yellow-blue, red-green; Ruderman et al. 1998, of logs)
+LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
+OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0.5, -(2**-0.5), 0.0]])
+LOW = 0.08          # of the spectrum's height and width: the amplitudes that FDA swaps
+
+
+def reinhard(images: Tensor, targets: Tensor) -> Tensor:
+    """Each image's mean and standard deviation in the log opponent space become its target's (Reinhard et al. 2001)."""
+    def to_opponent(x: Tensor) -> Tensor:
+        lms = torch.einsum("ij,bjhw->bihw", LMS.to(x.device), (to_float(x) + 1) / 2)
+        return torch.einsum("ij,bjhw->bihw", OPPONENT.to(x.device), (lms + 1 / 255).log())
+
+    x, y = to_opponent(images), to_opponent(targets)
+    std, mean = torch.std_mean(x, (2, 3), keepdim=True)
+    target_std, target_mean = torch.std_mean(y, (2, 3), keepdim=True)
+    moved = (x - mean) / std.clamp(min=1e-4) * target_std + target_mean
+    lms = torch.einsum("ij,bjhw->bihw", OPPONENT.inverse().to(x.device), moved).exp() - 1 / 255
+    return to_bytes(torch.einsum("ij,bjhw->bihw", LMS.inverse().to(x.device), lms) * 2 - 1)
+
+
+def histogram(images: Tensor, targets: Tensor) -> Tensor:
+    """Each channel of an image gets the values of its target's channel, rank by rank."""
+    values = targets.flatten(2).sort(-1).values
+    ranks = images.flatten(2).argsort(dim=-1, stable=True).argsort(-1)
+    return values.gather(-1, ranks).view_as(images)
+
+
+def fourier(images: Tensor, targets: Tensor) -> Tensor:
+    """FDA: the lowest frequencies' amplitudes become the target's, phases stay (Yang & Soatto 2020)."""
+    x, y = (torch.fft.fftshift(torch.fft.fft2(to_float(some)), dim=(2, 3)) for some in (images, targets))
+    rows, columns = (slice(n // 2 - max(1, round(LOW * n)), n // 2 + max(1, round(LOW * n)) + 1) for n in x.shape[2:])
+    amplitude = x.abs()
+    amplitude[:, :, rows, columns] = y.abs()[:, :, rows, columns]
+    return to_bytes(torch.fft.ifft2(torch.fft.ifftshift(torch.polar(amplitude, x.angle()), dim=(2, 3))).real)
+
+
+def match_moments(latents: Tensor, targets: Tensor) -> Tensor:
+    """Latents (B, C, h, w) with the target latents' mean and variance of each channel, person and background apart.
+
+    The person is taken to be in the middle of the picture. Unlike the others it takes the moments of the whole target
+    set, not of one image.
+    """
+    inside = torch.zeros(latents.shape[2:], dtype=torch.bool, device=latents.device)
+    rows, columns = max(1, inside.shape[0] // 16), inside.shape[1] // 4
+    inside[rows:-rows, columns:-columns] = True
+    moved = torch.empty_like(latents)
+    for region in (inside, ~inside):
+        std, mean = torch.std_mean(latents[:, :, region], (0, 2), keepdim=True)
+        target_std, target_mean = torch.std_mean(targets[:, :, region], (0, 2), keepdim=True)
+        moved[:, :, region] = (latents[:, :, region] - mean) / std * target_std + target_mean
+    return moved
