@@ -64,6 +64,8 @@ def main() -> None:
     if machine.rank == 0:
         kept, dropped = collect(config, out, len(wanted))
         machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
+        if not kept:
+            raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
         report(config, machine, base, branch, target, images, kept, dropped, out)
 
 

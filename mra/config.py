@@ -113,7 +113,7 @@ class Fit:
 FITS = {
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
-    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(9400, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
+    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(7000, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
                   judge=Fit(400, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
@@ -208,8 +208,8 @@ LIMITS = {  # what a number may be, at least and at most
 
 ADAPT_LIMITS = {
     "images": (1, 1e9), "steps": (0, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100),
-    "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1),
-    "grey_variance": (0, 1), "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1), "seed": (0, 2**31), "workers": (0, 256),
+    "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1), "grey_variance": (0, 1),
+    "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1), "seed": (0, 2**31), "workers": (0, 256),
 }
 
 # What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.

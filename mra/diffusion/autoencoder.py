@@ -4,8 +4,6 @@ It owns the scale of its latents: `encode` returns them with mean 0 and variance
 it was trained on, `decode` takes them so. Before: nothing. After: denoiser.py.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +16,11 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int = 0):
         super().__init__()
+        least = 8 if embedding else 1    # a norm over one channel would take away what the embedding adds to it
         self.norm1, self.conv1 = group_norm(dim_in), nn.Conv2d(dim_in, dim_out, 3, padding=1)
         if embedding:
             self.modulation = nn.Linear(embedding, dim_out)
-        self.norm2, self.conv2 = group_norm(dim_out), nn.Conv2d(dim_out, dim_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(dim_out, least), nn.Conv2d(dim_out, dim_out, 3, padding=1)
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -31,8 +30,9 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-def group_norm(dim: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, dim), dim, eps=1e-6)
+def group_norm(dim: int, least: int = 1) -> nn.GroupNorm:
+    """32 groups of channels, or fewer where a group would have less than `least`."""
+    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if dim % g == 0 and dim // g >= least), dim, eps=1e-6)
 
 
 class Up(nn.Sequential):

@@ -39,11 +39,12 @@ def histogram(images: Tensor, targets: Tensor) -> Tensor:
 
 def fourier(images: Tensor, targets: Tensor) -> Tensor:
     """FDA: the lowest frequencies' amplitudes become the target's, phases stay (Yang & Soatto 2020)."""
-    x, y = (torch.fft.fftshift(torch.fft.fft2(to_float(some)), dim=(2, 3)) for some in (images, targets))
+    x, y = (torch.fft.fftshift(torch.fft.fft2(some.float()), dim=(2, 3)) for some in (images, targets))
     rows, columns = (slice(n // 2 - max(1, round(LOW * n)), n // 2 + max(1, round(LOW * n)) + 1) for n in x.shape[2:])
     amplitude = x.abs()
     amplitude[:, :, rows, columns] = y.abs()[:, :, rows, columns]
-    return to_bytes(torch.fft.ifft2(torch.fft.ifftshift(torch.polar(amplitude, x.angle()), dim=(2, 3))).real)
+    back = torch.fft.ifft2(torch.fft.ifftshift(torch.polar(amplitude, x.angle()), dim=(2, 3))).real
+    return back.round().clamp(0, 255).to(torch.uint8)
 
 
 def match_moments(latents: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,283 @@
+"""What DaD does around its networks: prompts, filters, boxes, transfers, the report's measures, and adapt.py itself."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_commands import command, succeed
+
+from mra.config import AdaptConfig
+from mra.data.people import COLOURS, sample_person
+from mra.data.records import load
+from mra.data.words import noun_phrases
+from mra.diffusion import gap, transfers
+from mra.diffusion.boxes import overlap, phrase_box
+from mra.diffusion.filters import SEEN, UNSEEN, colourfulness, distort, tell_apart
+from mra.diffusion.making import filters_of
+from mra.diffusion.prompts import VARIANTS, prompts_of, variant
+
+CAPTION = ("a slim woman with long blond hair wears a red jacket, black jeans and white sneakers. "
+           "she has a green handbag.")
+
+
+# ---- prompts
+
+def test_prompts_take_turns_and_stay_true():
+    rng = random.Random(0)
+    assert variant(CAPTION, 0, rng) == CAPTION
+    for number in range(1, VARIANTS + 1):
+        prompt = variant(CAPTION, number, rng)
+        assert "slim" in prompt or "slender" in prompt or "thin" in prompt       # who it is stays
+        if number % 4 in (2, 3):                                                # phrases move or go, whole
+            assert set(prompt.split(", ")) <= set(noun_phrases(CAPTION))
+        for garment, colour in (("jeans", "black"), ("sneakers", "white"), ("handbag", "green")):
+            words = prompt.replace(",", "").replace(".", "").split()
+            assert garment not in words or words[words.index(garment) - 1] == colour
+    assert {len(variant(CAPTION, 3, rng).split(", ")) for _ in range(30)} > {3, 4}
+
+
+def test_prompts_visit_every_caption_before_any_twice():
+    captions = [f"{CAPTION} {i}" for i in range(7)]
+    made = prompts_of(captions, 17, seed=1)
+    assert len(made) == 17 and {i for i, _ in made[:7]} == set(range(7)) == {i for i, _ in made[7:14]}
+    assert [prompt for _, prompt in made[:7]] == [captions[i] for i, _ in made[:7]]
+    assert made == prompts_of(captions, 17, seed=1) != prompts_of(captions, 17, seed=2)
+    assert len(prompts_of(captions, 1000, seed=1)) == 7 * (VARIANTS + 1)
+
+
+# ---- filters
+
+def test_near_greyscale_images_have_no_colour():
+    grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8).expand(2, 3, 8, 8)
+    red = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    red[:, 0] = 255
+    mean, variance = colourfulness(torch.cat([grey, red]))
+    assert mean[:2].max() == variance[:2].max() == 0
+    assert mean[2] == pytest.approx(2 / 3) and variance[2] == pytest.approx(2 / 9, rel=0.01)
+
+
+def test_each_filter_has_its_threshold():
+    config = AdaptConfig(grey_mean=0.1, grey_variance=0.1, malformed=1.0, mismatch=-1.0)
+    good = {"colour_mean": 0.2, "colour_variance": 0.0, "malformed": 0.0, "match": 0.0}
+    assert filters_of(config, good) == filters_of(config, {k: v for k, v in good.items() if k != "match"}) == []
+    for name, change in (("greyscale", {"colour_mean": 0.05}), ("malformed", {"malformed": 1.1}),
+                         ("mismatch", {"match": -1.1})):
+        assert filters_of(config, good | change) == [name]
+
+
+def test_damage_is_damage_and_the_judge_learns_it():
+    torch.manual_seed(0)
+    figure = torch.linspace(0, 255, 32)[:, None].expand(32, 16)          # dark above, bright below
+    images = (figure + 20 * torch.randn(200, 3, 32, 16)).clamp(0, 255).to(torch.uint8)
+    for kind in SEEN + UNSEEN:
+        damaged = distort(images[:20], [kind], 0)
+        assert damaged.shape == images[:20].shape and damaged.dtype == torch.uint8
+        assert (damaged != images[:20]).float().mean((1, 2, 3)).min() > 0.1
+        assert torch.equal(damaged, distort(images[:20], [kind], 0))
+    judge = tell_apart(images[:100], distort(images[:100], SEEN, 0), 60, 0, torch.device("cpu"))
+    assert (judge.score(images[100:]) < 0).float().mean() > 0.9
+    assert (judge.score(distort(images[100:], SEEN[:1], 1)) > 0).float().mean() > 0.9
+
+
+# ---- boxes
+
+def test_a_phrase_gets_the_box_of_its_noun(tokenizer):
+    ids, phrase = tokenizer.encode("a man in a red coat"), tokenizer.encode("a red coat")[1:-1]
+    maps = torch.full((len(ids), 16, 8), 0.01)
+    coat = ids.index(tokenizer.encode("coat")[1])
+    maps[coat, 4:10, 2:6] = 1.0
+    maps[coat - 1] = 1.0                                                  # the adjective looks everywhere
+    box, sure = phrase_box(maps, ids, phrase, tokenizer.starts_word)
+    assert overlap(box, (0.5, 7 / 16, 0.5, 6 / 16)) > 0.6 and 0.5 < sure <= 1
+    assert phrase_box(maps, ids, tokenizer.encode("a blue coat")[1:-1], tokenizer.starts_word) is None
+
+
+def test_overlap_by_hand():
+    assert overlap((0.5, 0.5, 1, 1), (0.25, 0.5, 0.5, 1)) == 0.5
+    assert overlap((0.2, 0.2, 0.2, 0.2), (0.6, 0.2, 0.2, 0.2)) == 0
+    assert overlap((0.5, 0.5, 0.4, 0.4), (0.7, 0.5, 0.4, 0.4)) == pytest.approx(1 / 3)
+
+
+# ---- transfers
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    bright = (torch.rand(6, 3, 32, 16, generator=draw) * 100 + 120).to(torch.uint8)
+    dark = (torch.rand(6, 3, 32, 16, generator=draw) * torch.tensor([30, 50, 80.0]).view(3, 1, 1) + 20).to(torch.uint8)
+    return bright, dark
+
+
+def test_reinhard_takes_mean_and_spread(pair):
+    bright, dark = pair
+    moved = transfers.reinhard(bright, dark).float()
+    assert (moved.mean((2, 3)) - dark.float().mean((2, 3))).abs().max() < 3
+    assert (moved.std((2, 3)) / dark.float().std((2, 3)) - 1).abs().max() < 0.5      # exact in the log space only
+    assert (transfers.reinhard(bright, bright).float() - bright.float()).abs().max() <= 1
+
+
+def test_histogram_takes_the_values_and_keeps_the_ranks(pair):
+    bright, dark = pair
+    moved = transfers.histogram(bright, dark)
+    assert torch.equal(moved.flatten(2).sort(-1).values, dark.flatten(2).sort(-1).values)
+    before, after = (x[0, 0].flatten().float() for x in (bright, moved))
+    assert torch.equal(after[before.argsort(stable=True)], after.sort().values)
+
+
+def test_fourier_takes_the_low_frequencies(pair):
+    bright, dark = pair
+    moved = transfers.fourier(bright, dark).float()
+    assert (moved.mean((2, 3)) - dark.float().mean((2, 3))).abs().max() < 6
+    assert (transfers.fourier(bright, bright).float() - bright.float()).abs().max() <= 1
+    fine = [x - torch.nn.functional.avg_pool2d(x, 5, 1, 2) for x in (moved, bright.float(), dark.float())]
+    likeness = [torch.corrcoef(torch.stack([fine[0].flatten(), other.flatten()]))[0, 1] for other in fine[1:]]
+    assert likeness[0] > 0.5 > likeness[1]                                # details are still the source's
+
+
+def test_latent_moments_match_person_and_background_apart():
+    torch.manual_seed(0)
+    source, target = torch.randn(50, 4, 16, 8), 2 * torch.randn(60, 4, 16, 8) + 1
+    target[:, :, :, :2] -= 5
+    moved = transfers.match_moments(source, target)
+    for region in ((slice(1, -1), slice(2, -2)), (slice(None), slice(0, 2))):
+        if region[1] == slice(2, -2):
+            a, b = moved[:, :, region[0], region[1]], target[:, :, region[0], region[1]]
+            assert torch.allclose(a.mean((0, 2, 3)), b.mean((0, 2, 3)), atol=1e-4)
+            assert torch.allclose(a.std((0, 2, 3)), b.std((0, 2, 3)), rtol=1e-2)
+    assert (moved - moved.mean()).sign().eq((source * 2 + 1 - moved.mean()).sign()).float().mean() > 0.6
+
+
+# ---- measures
+
+def test_frechet_of_known_normal_distributions():
+    torch.manual_seed(0)
+    root = torch.linalg.cholesky(torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double())
+    first = torch.randn(200_000, 2).double()
+    second = torch.randn(200_000, 2).double() @ root.T + torch.tensor([1.0, -2.0])
+    cross = torch.linalg.eigvalsh(root @ root.T).sqrt().sum()             # the other covariance is the identity
+    assert gap.frechet(first, second) == pytest.approx(float(5 + 2 + 3 - 2 * cross), rel=0.02)
+    assert gap.frechet(first, first) == pytest.approx(0, abs=1e-6)
+    assert gap.frechet(first, second) == pytest.approx(gap.frechet(second, first), rel=1e-6)
+
+
+def test_a_fresh_classifier_tells_two_sets_apart_only_where_they_differ():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (600, 3, 32, 16), dtype=torch.uint8)
+    device = torch.device("cpu")
+    assert gap.separability(images[:300], gap.half_pixel_blur(images[300:]), 0, device, 60) > 0.97
+    assert abs(gap.separability(images[:300], images[300:], 0, device, 60) - 0.5) < 0.1
+
+
+def test_blur_keeps_the_mean_and_takes_the_grain():
+    images = torch.randint(0, 256, (4, 3, 32, 16), dtype=torch.uint8)
+    blurred = gap.half_pixel_blur(images)
+    assert (blurred.float().mean() - images.float().mean()).abs() < 1 and blurred.float().std() < images.float().std()
+
+
+def test_the_reader_is_asked_for_what_the_caption_names():
+    people = [sample_person(random.Random(i)) for i in range(3)]
+    labels = gap.labels_of(people)
+    assert labels.shape == (3, len(gap.KINDS))
+    assert list(COLOURS)[labels[1, list(gap.KINDS).index("lower_colour")]] == people[1].lower_colour
+
+    class Oracle:
+        """Reads every attribute right, except the upper colour of the last."""
+        def score(self, images):
+            wrong = labels.clone()
+            wrong[2, list(gap.KINDS).index("upper_colour")] += 1
+            return torch.cat([torch.nn.functional.one_hot(wrong[:, i] % len(values), len(values))
+                              for i, values in enumerate(gap.KINDS.values())], 1).float()
+
+    told = [f"{p.upper_colour} {gap.KINDS['upper'][p.upper][0]}, {p.lower_colour} {gap.KINDS['lower'][p.lower][0]}"
+            for p in people]
+    found = gap.colour_accuracy(Oracle(), torch.zeros(3), people, told)
+    assert found["upper_colour"] == pytest.approx(2 / 3) and found["lower_colour"] == 1.0
+    found = gap.colour_accuracy(Oracle(), torch.zeros(3), people, [*told[:2], "a man"])      # it was not asked
+    assert found["upper_colour"] == 1.0
+
+
+def test_nearest_and_shares_by_hand():
+    black, white = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    grey = torch.full((1, 3, 4, 4), 51, dtype=torch.uint8)
+    assert gap.nearest(grey, torch.cat([black, white])).tolist() == pytest.approx([0.2])
+    rows = {"source": {"frechet": 100.0}, "dad": {"frechet": 10.0}, "exact": {"frechet": 1.0}}
+    gap.add_shares(rows)
+    assert [row["gap_closed"] for row in rows.values()] == pytest.approx([0, 0.5, 1], abs=1e-4)
+
+
+# ---- adapt.py, at tiny size
+
+def adapt(folder: Path, *flags: str) -> str:
+    """What adapt.py prints, which must not fail."""
+    return succeed(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("adapt")
+    return folder, adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
+
+
+def test_adapt_makes_a_set_that_is_read_as_sda(made):
+    folder, said = made
+    assert "Training the tiny base" in said and "Adapting to icfg" in said and "is drawn data" in said
+    sets = [load(str(folder / "out/sda/icfg"), split, folder, say=lambda line: None) for split in ("train", "val")]
+    records = [record for some in sets for record in some.records]
+    assert len(records) == 70 and all(record.boxes for record in records)
+    with Image.open(records[0].path) as image:
+        assert image.size == (16, 32)
+    report = json.loads((folder / "out/sda/icfg/report.json").read_text())
+    assert report["made"] == report["kept"] == 70 and report["gap"]["source"]["gap_closed"] == 0
+    assert set(report["gap"]) == {"source", "reinhard", "histogram", "fourier", "moments", "dad generate", "exact",
+                                  "target"}
+    assert all(math.isfinite(row["frechet"]) and 0 <= row["classifier"] <= 1 for row in report["gap"].values())
+    with Image.open(folder / "out/sda/icfg/adaptation.png") as picture:
+        assert picture.width > 500
+
+
+def test_nothing_is_made_twice(made):
+    folder, first = made
+    images = sorted((folder / "out/sda/icfg/imgs").rglob("*.png"))
+    before = {path: path.stat().st_mtime_ns for path in images}
+    again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
+    assert "branch.safetensors is there" in again and "part 1" not in again
+    assert {path: path.stat().st_mtime_ns for path in images} == before and len(images) == 70
+
+
+def test_filters_that_drop_everything_say_so(made):
+    folder, _ = made
+    status, out, err = command(folder, "adapt.py", "--size", "tiny", "--malformed", "-100", "--out", "out/none")
+    assert status == 2 and "Kept 0 of 260" in out and "loosen the thresholds" in err
+
+
+def test_restyling_keeps_captions_and_boxes(made):
+    folder, _ = made
+    adapt(folder, "--mode", "restyle", "--images", "8", "--malformed", "100", "--sampler", "dpm")
+    source = {record.path: record for record in
+              load("sda", "train", folder / "data/demo-tiny", say=lambda line: None).records}
+    rows = json.loads((folder / "out/sda/icfg-restyle/sda_0_5000.json").read_text())
+    for row in rows:
+        record = source[str(folder / row["origin"])] if row["origin"].startswith("data") else source[row["origin"]]
+        assert row["caption"] == record.captions[0] and tuple(row["phrases"]) == record.phrases
+        assert np.allclose(row["boxes"], record.boxes, atol=1e-3)
+
+
+def test_train_pretrains_on_the_adapted_set(made):
+    folder, _ = made
+    assert "pretraining on out/sda/icfg first" in succeed(folder, "train.py", "--dataset", "icfg", "--preset", "tiny",
+                                                         "--steps", "2")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (("--target", "market"), "--target market"), (("--images", "0"), "--images 0"),
+    (("--guidance", "nan"), "--guidance nan"),
+    (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--target-root"),
+    (("--sampler", "euler"), "--sampler euler"), (("--colour", "red"), "--colour")])
+def test_a_mistake_is_one_sentence(tmp_path, flags, named):
+    status, _, err = command(tmp_path, "adapt.py", *flags)
+    assert status == 2 and named in err and err.count("\n") == 1

@@ -1,0 +1,267 @@
+"""DaD's networks, samplers and loop against known answers."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from mra import checkpoint
+from mra.config import DIFFUSION_PRESETS, Fit, UserError
+from mra.diffusion import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
+from mra.diffusion.denoiser import DomainBranch, structure
+from mra.diffusion.fit import fit
+from mra.diffusion.noising import guided, rescaled
+from mra.diffusion.sampling import Diffusion, LatentPairs, decode, encode, guide
+
+CAPTIONS = ["a woman in a red coat with a black bag", "a man", "a lady in blue jeans and a white top"]
+SCHEDULE = Schedule.cosine()
+
+
+@pytest.fixture(scope="module")
+def size(tokenizer):
+    return dataclasses.replace(DIFFUSION_PRESETS["tiny"], vocab=len(tokenizer))
+
+
+@pytest.fixture
+def base(size, tokenizer) -> Diffusion:
+    """A base whose zero-initialised parts are random, so that everything has an effect."""
+    torch.manual_seed(0)
+    base = Diffusion(size, tokenizer).eval()
+    with torch.no_grad():
+        for parameter in base.denoiser.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return base
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (5, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+# ---- noising and samplers
+
+def test_the_schedule_ends_in_pure_noise():
+    assert SCHEDULE.alpha[-1] == 0 and SCHEDULE.sigma[-1] == 1 and SCHEDULE.alpha[0] > 0.999
+    assert torch.allclose(SCHEDULE.alpha**2 + SCHEDULE.sigma**2, torch.ones(1000))
+    assert SCHEDULE.trailing(4) == [999, 749, 499, 249] and SCHEDULE.trailing(4, 0.5) == [499, 249]
+    assert SCHEDULE.trailing(4, 0.0) == [] and len(SCHEDULE.trailing(1000)) == 1000
+
+
+def test_noised_latents_keep_their_variance():
+    torch.manual_seed(0)
+    latents, noise = torch.randn(2, 50_000, 1)
+    for level in (0, 300, 700, 999):
+        z = q_sample(latents, noise, torch.full((50_000,), level), SCHEDULE)
+        assert z.var() == pytest.approx(1, abs=0.02)
+        slope = (z * latents).mean() / (latents**2).mean()
+        assert slope == pytest.approx(float(SCHEDULE.alpha[level]), abs=0.02)
+
+
+MEAN, COVARIANCE = torch.tensor([1.0, -0.5]), torch.tensor([[0.5, 0.3], [0.3, 0.4]])
+
+
+def exact_denoise(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """v for data from the normal distribution above: E[z_0 | z_t] and E[e | z_t] are linear in z_t."""
+    alpha, sigma = SCHEDULE.alpha[t[0]].double(), SCHEDULE.sigma[t[0]].double()
+    mean, covariance = MEAN.double(), COVARIANCE.double()
+    away = z.double() - alpha * mean
+    solved = torch.linalg.solve(alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64), away.T).T
+    return alpha * sigma * solved - sigma * (mean + alpha * solved @ covariance)
+
+
+def error_of(sampler, steps: int) -> float:
+    """Largest error of a sampler's mean and covariance, which are linear in the noise: exact, no sampling error."""
+    ends = sampler(exact_denoise, torch.cat([torch.zeros(1, 2), torch.eye(2)]).double(), SCHEDULE, steps)
+    matrix = ends[1:] - ends[0]
+    return float(torch.maximum((ends[0] - MEAN).abs().max(), (matrix.T @ matrix - COVARIANCE).abs().max()))
+
+
+def test_ddim_converges_to_the_distribution():
+    errors = [error_of(ddim, steps) for steps in (10, 50, 250)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.01
+
+
+def test_dpm_solver_needs_fewer_steps():
+    assert error_of(dpm_solver, 20) < error_of(ddim, 60)
+    assert error_of(dpm_solver, 200) < 0.01
+
+
+def test_samplers_agree_on_one_step():
+    noise = torch.randn(3, 2)
+    assert torch.equal(ddim(exact_denoise, noise, SCHEDULE, 1), dpm_solver(exact_denoise, noise, SCHEDULE, 1))
+
+
+def test_the_loss_of_a_perfect_and_of_a_blind_denoiser():
+    torch.manual_seed(0)
+    latents, noise, t = torch.randn(400, 4), torch.randn(400, 4), torch.randint(1000, (400,))
+    alpha, sigma = SCHEDULE.alpha[t, None], SCHEDULE.sigma[t, None]
+    assert diffusion_loss(lambda z, t: alpha * noise - sigma * latents, latents, noise, t, SCHEDULE) < 1e-12
+    assert diffusion_loss(lambda z, t: torch.zeros_like(z), latents, noise, t, SCHEDULE) == pytest.approx(1, abs=0.1)
+
+
+def test_guidance_extrapolates_and_rescaling_restores_the_contrast():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 3, 4, 5, 5)
+    assert torch.allclose(guided(first, second, 3.0), 3 * first - 2 * second, atol=1e-6)
+    back = rescaled(3 * first, first, 1.0)
+    assert torch.allclose(back, first, atol=1e-5) and torch.equal(rescaled(first, first, 0.0), first)
+
+
+# ---- the networks
+
+def test_the_autoencoder_owns_its_scale(base, images):
+    images = torch.cat([images] * 10)
+    base.autoencoder.learn_scale(images.float() / 127.5 - 1)
+    latents = encode(base.autoencoder, images)
+    assert latents.shape == (50, *base.config.shape)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    mean, _ = base.autoencoder.posterior(images[:2].float() / 127.5 - 1)
+    assert torch.allclose(base.autoencoder.decode(latents[:2]), base.autoencoder.decoder(mean), atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "demo"])
+def test_denoiser_in_the_layout_of_stable_diffusion(preset, tokenizer):
+    size = dataclasses.replace(DIFFUSION_PRESETS[preset], vocab=len(tokenizer))
+    base = Diffusion(size, tokenizer)
+    levels = len(size.widths)
+    assert len(base.denoiser.encoder.stages) == 3 * levels - 1 and len(base.denoiser.stages) == 3 * levels
+    lowest = [stage.transformer for stage in base.denoiser.encoder.stages[-2:]]
+    assert lowest == [None, None] and base.denoiser.encoder.stages[0].transformer is not None
+    z, prompt = torch.randn(3, *size.shape), base.read(CAPTIONS)
+    v = base.denoiser(z, torch.tensor([0, 500, 999]), prompt)
+    assert v.shape == z.shape and not v.any()                      # a new denoiser predicts 0
+    assert torch.isfinite(base.autoencoder.decode(z)).all() and base.autoencoder.decode(z).shape[1:] == (
+        3, size.height, size.width)
+
+
+def test_words_noise_level_and_padding(base):
+    torch.manual_seed(0)
+    z, t = torch.randn(1, *base.config.shape), torch.tensor([500])
+    alone = base.denoiser(z, t, base.read(CAPTIONS[:1]))
+    beside = base.denoiser(z.repeat(3, 1, 1, 1), t.repeat(3), base.read([CAPTIONS[0], *CAPTIONS[1:]]))
+    padded = base.denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), base.read([CAPTIONS[1], CAPTIONS[2]]))
+    assert torch.allclose(beside[0], alone[0], atol=1e-5) and torch.allclose(beside[1], padded[0], atol=1e-5)
+    assert (beside[0] - beside[2]).abs().max() > 1e-3              # other words, another v
+    assert (base.denoiser(z, t - 400, base.read(CAPTIONS[:1])) - alone).abs().max() > 1e-3
+
+
+def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
+    torch.manual_seed(0)
+    branch, prompt = DomainBranch(base.denoiser), base.read(CAPTIONS)
+    z, t, white = torch.randn(3, *base.config.shape), torch.tensor([1, 500, 999]), torch.ones(3, 1, 32, 16)
+    plain = base.denoiser(z, t, prompt)
+    assert torch.equal(base.denoiser(z, t, prompt, branch(z, t, prompt, white)), plain)
+    assert len(branch.outputs) == 3 * len(base.config.widths) + 1
+    for parameter in [branch.condition.weight, *branch.outputs.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.1)
+    changed = base.denoiser(z, t, prompt, branch(z, t, prompt, white))
+    assert (changed - plain).abs().amax((1, 2, 3)).min() > 1e-3
+    other = base.denoiser(z, t, prompt, branch(z, t, prompt, torch.rand(3, 1, 32, 16)))
+    assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the condition has a say
+
+
+def test_training_the_branch_leaves_the_base_alone(base, images, tokenizer, tmp_path):
+    base.requires_grad_(False)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    branch = DomainBranch(base.denoiser)
+    pairs = LatentPairs(base.autoencoder, images, [(i, CAPTIONS[i % 3]) for i in range(5)], tokenizer)
+    first = {name: value.clone() for name, value in branch.state_dict().items()}
+    fit("branch", branch, lambda draw, count: pairs.loss(base.denoiser, branch, SCHEDULE, draw, count),
+        Fit(4, 8, 1e-2), tmp_path / "branch.safetensors", {}, 0, lambda line: None)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    assert all(parameter.requires_grad for parameter in branch.parameters())
+    still = [name for name, value in branch.state_dict().items() if torch.equal(first[name], value)]
+    assert not still
+
+
+def test_guidance_of_one_costs_and_changes_nothing(base):
+    torch.manual_seed(0)
+    branch, both = DomainBranch(base.denoiser), base.read([*CAPTIONS, "", "", ""])
+    for parameter in branch.outputs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    prompt, nothing = both[:3], both[3:]
+    z, t, white = torch.randn(3, *base.config.shape), torch.full((3,), 700), torch.ones(3, 1, 32, 16)
+
+    def v(text: float, domain: float, rescale: float = 0.0) -> torch.Tensor:
+        return guide(base.denoiser, prompt, nothing, branch, white, text, domain, rescale)(z, t)
+
+    words = base.denoiser(z, t, prompt, branch(z, t, prompt, white))
+    empty = base.denoiser(z, t, nothing, branch(z, t, nothing, white))
+    plain = base.denoiser(z, t, nothing)
+    assert torch.equal(v(1, 1, 0.7), words)
+    assert torch.allclose(v(3, 1), empty + 3 * (words - empty), atol=1e-5)
+    assert torch.allclose(v(3, 2), plain + 2 * (empty - plain) + 3 * (words - empty), atol=1e-5)
+
+
+def test_strength_zero_gives_the_reconstruction(base, images):
+    latents = encode(base.autoencoder, images)
+    for sampler in (ddim, dpm_solver):
+        assert torch.equal(sampler(None, latents, SCHEDULE, 20, 0.0), latents)
+    assert decode(base.autoencoder, latents).shape == images.shape
+
+
+def test_cached_latents_and_mirror_images_give_the_same_loss(base, images, tokenizer):
+    captions = [(i, f"{CAPTIONS[i % 3]} in the left hand") for i in range(5)]
+    pairs = LatentPairs(base.autoencoder, images, captions, tokenizer)
+    cached = pairs.loss(base.denoiser, None, SCHEDULE, torch.Generator().manual_seed(3), 64, drop=0.3)
+    draw = torch.Generator().manual_seed(3)                        # the same draws, everything made anew
+    pair = torch.randint(10, (64,), generator=draw)
+    dropped = torch.rand(64, generator=draw) < 0.3
+    t = torch.randint(1000, (64,), generator=draw)
+    noise = torch.randn(64, *base.config.shape, generator=draw)
+    made = torch.stack([images[i % 5].flip(-1) if i >= 5 else images[i] for i in pair.tolist()])
+    words = ["" if gone else captions[i % 5][1].replace("left", "right" if i >= 5 else "left")
+             for i, gone in zip(pair.tolist(), dropped)]
+    prompt = base.read(words)
+    latents = encode(base.autoencoder, made)
+    uncached = diffusion_loss(lambda z, t: base.denoiser(z, t, prompt), latents, noise, t, SCHEDULE)
+    assert cached.item() == pytest.approx(uncached.item(), rel=1e-5) and dropped.any()
+
+
+def test_structure_shows_edges_and_not_the_light():
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 8, 4).repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1
+    edges = structure(image)
+    assert edges.shape == (2, 1, 64, 32) and 0 <= edges.min() and edges.max() <= 1
+    assert (structure(image * 0.4 - 0.3) - edges).abs().max() < 0.2 and edges.std() > 0.1
+    assert not structure(torch.full((1, 3, 64, 32), 0.3)).any()
+
+
+# ---- the loop
+
+def fit_line(path, steps: int, stop_at: int | None = None, seed: int = 0, lr: float = 0.1) -> torch.Tensor:
+    """Fit one weight to 3; `stop_at` raises in the middle. Returns the weight."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1, bias=False)
+    calls = []
+
+    def loss_of(draw: torch.Generator, count: int) -> torch.Tensor:
+        calls.append(None)
+        if stop_at and len(calls) > stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(count, 1, generator=draw)
+        return (model(x) - 3 * x).square().mean()
+
+    fit("line", model, loss_of, Fit(steps, 8, lr, save_every=5), path, {"of": "a test"}, seed, lambda line: None)
+    return model.weight.detach().clone()
+
+
+def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path):
+    whole = fit_line(tmp_path / "whole.safetensors", 60)
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(tmp_path / "cut.safetensors", 60, stop_at=33)
+    assert checkpoint.load(tmp_path / "cut.part")[1]["step"] == 30
+    assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60), whole) and abs(float(whole) - 3) < 0.2
+    assert not (tmp_path / "cut.part").exists()
+    assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60, stop_at=1), whole)      # finished: not trained again
+
+
+def test_a_fit_of_other_settings_is_refused(tmp_path):
+    fit_line(tmp_path / "x.safetensors", 10)
+    with pytest.raises(UserError, match="x.safetensors was made with another fit"):
+        fit_line(tmp_path / "x.safetensors", 11)
+    with pytest.raises(UserError, match="another seed"):
+        fit_line(tmp_path / "x.safetensors", 10, seed=1)
+    with pytest.raises(UserError, match="the loss is (nan|inf)"):
+        fit_line(tmp_path / "y.safetensors", 10, lr=math.inf)
