@@ -11,32 +11,30 @@ set in `out` is in SDA format: `train.py --dataset FOLDER` pretrains on it, `tra
 """
 
 import json
-import random
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mra import checkpoint, figures, training
+from mra import checkpoint, training
 from mra.config import ADAPT_LIMITS, DIFFUSION_PRESETS, FITS, AdaptConfig, DiffusionConfig, UserError, parse, run, show
 from mra.data import town
 from mra.data.records import RecordSet, load
 from mra.data.tokenizer import Tokenizer
-from mra.diffusion import gap, transfers
+from mra.diffusion import gap
 from mra.diffusion.autoencoder import random_light
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
 from mra.diffusion.fit import fit
 from mra.diffusion.making import SAMPLERS, collect, make, wishes
 from mra.diffusion.noising import Schedule
-from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, decode, encode, to_float
+from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, encode, to_float
 from mra.training import Machine
 
 SHIPPED = Path(__file__).with_name("mra") / "diffusion"      # base-demo.safetensors and reader-demo.safetensors
 BASE_PEOPLE = town.TownSizes(source_train=(12_000, 2), source_test=(800, 3))    # whom the shipped base has seen
 TARGETS = ("cuhk", "icfg", "rstp")
-ROWS, BOXED = 1000, 200     # images of each row of the report, and of the check of the boxes
 
 
 def main() -> None:
@@ -55,7 +53,7 @@ def main() -> None:
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
     branch = adapt(config, machine, base, target, images)
     # ---- the images
-    judge = train_judge(config, machine, images)
+    judge, skill = train_judge(config, machine, images)
     from_source = config.mode == "restyle" or config.captions == "source"
     wanted = wishes(config, base, (source_records(config, machine) if from_source else target).records)
     machine.say(f"Making {len(wanted)} images in {out}.")
@@ -66,7 +64,12 @@ def main() -> None:
         machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
         if not kept:
             raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
-        report(config, machine, base, branch, target, images, kept, dropped, out)
+        report = gap.set_report(config, base.config, kept, dropped, images, out) | {"judge of malformed people": skill}
+        if not config.target_root:      # drawn people: the exact answer is known
+            report |= gap.town_report(config, machine, base, branch, train_reader(config, machine), images, kept,
+                                      source_records(config, machine).records, out)
+        machine.say(json.dumps({key: value for key, value in report.items() if key not in ("gap", "config")}, indent=1))
+        checkpoint.write_json(out / "report.json", report)
 
 
 def train_base(config: AdaptConfig, machine: Machine) -> Path:
@@ -89,9 +92,11 @@ def train_base(config: AdaptConfig, machine: Machine) -> Path:
         with machine.autocast():
             return base.autoencoder.loss(lit, noise, kl_weight=1e-4)
 
+    denoiser = torch.compile(base.denoiser) if config.compile else base.denoiser
+
     def denoiser_loss(draw: torch.Generator, count: int) -> Tensor:
         with machine.autocast():
-            return pairs.loss(base.denoiser, None, schedule, draw, count)
+            return pairs.loss(denoiser, None, schedule, draw, count)
 
     fit("autoencoder", base.autoencoder, autoencoder_loss, plans["autoencoder"], out / "autoencoder.safetensors",
         facts, config.seed, machine.say)
@@ -141,16 +146,19 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, target: Record
     return branch.eval().requires_grad_(False)
 
 
-def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> Judge:
-    """A judge of malformed people: the target's images against what cutting and pasting makes of them."""
+def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> tuple[Judge, dict[str, float]]:
+    """A judge of malformed people, from the target's images against what cutting and pasting makes of them.
+
+    Beside it what it does on images and kinds of damage that it has not seen.
+    """
     half = len(images) // 2
     judge = tell_apart(images[:half], distort(images[:half], SEEN, 0), FITS[config.size]["judge"].steps, config.seed,
                        machine.device)
     good, bad = judge.score(images[half:])[:, 0], judge.score(distort(images[half:], UNSEEN, 1))[:, 0]
-    machine.say(f"Judge of malformed people, on unseen images and kinds of damage: keeps "
-                f"{(good < config.malformed).float().mean():.1%} of the good, drops "
-                f"{(bad >= config.malformed).float().mean():.1%} of the damaged.")
-    return judge
+    skill = {"good images kept": round(float((good <= config.malformed).float().mean()), 4),
+             "damaged images dropped": round(float((bad > config.malformed).float().mean()), 4)}
+    machine.say(f"Judge of malformed people, on unseen images and kinds of damage: {json.dumps(skill)}")
+    return judge, skill
 
 
 def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
@@ -174,65 +182,6 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
 
     fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine.say)
     return reader.eval()
-
-
-def report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, target: RecordSet,
-           images: Tensor, kept: list[dict], dropped: list[dict], out: Path) -> None:
-    """Measure the gap on the demo town, draw adaptation.png, and write report.json: the set is finished with it."""
-    facts = {"config": asdict(config), "made": len(kept) + len(dropped), "kept": len(kept),
-             "versions": checkpoint.VERSIONS, "dropped": {name: sum(name in row["dropped_by"] for row in dropped)
-                         for name in ("greyscale", "malformed", "mismatch")}}
-    rows = kept if len(kept) <= ROWS else random.Random(0).sample(kept, ROWS)
-    made = Crops([str(out / "imgs" / row["image"]) for row in rows], base.config).read(config.workers)
-    if dropped:
-        figures.sheet({", ".join(row["dropped_by"]): Crops([str(out / "imgs" / row["image"])], base.config).read()
-                       for row in dropped[:8]}, out / "dropped.png")
-    memory = gap.nearest(made, images)
-    if config.target_root:
-        facts |= {"light": {"made": gap.light(made), "target": gap.light(images)}, "nearest": float(memory.median())}
-        figures.sheet({"made": made[:10], "target": images[:10]}, out / "adaptation.png")
-        return checkpoint.write_json(out / "report.json", facts)
-    size, tiny = (base.config.height, base.config.width), config.size == "tiny"
-    shots = {shot.path: shot for name, folder in (("source", "SDA"), (config.target, town.FOLDERS[config.target]))
-             for shot in town.shots(name, town.TINY if tiny else town.DEFAULT, 0)}
-    own = [shots[row["origin"].split("/imgs/")[1]] for row in rows]
-    source = [record for record in source_records(config, machine).records if record.captions][:len(rows)]
-    theirs = [shots[record.path.split("/imgs/")[1]] for record in source]
-    source_images = Crops([record.path for record in source], base.config).read(config.workers)
-    exact = town.portraits(config.target, [shot.person for shot in theirs], 1, size, machine.cores)
-    others = [gap.pixels_of(town.portraits(config.target, gap.strangers(len(rows), seed), seed, size, machine.cores))
-              for seed in (2, 3)]
-    donors = images[torch.randint(len(images), (len(source_images),), generator=torch.Generator().manual_seed(0))]
-    moved = transfers.match_moments(encode(base.autoencoder, source_images), encode(base.autoencoder, images))
-    sets = {"source": source_images, "reinhard": transfers.reinhard(source_images, donors),
-            "histogram": transfers.histogram(source_images, donors),
-            "fourier": transfers.fourier(source_images, donors),
-            "moments": decode(base.autoencoder, moved).cpu(), f"dad {config.mode}": made,
-            "exact": gap.pixels_of(exact), "target": others[1]}
-    reader, held_out = train_reader(config, machine), others[0]
-    steps = FITS[config.size]["judge"].steps
-    table = {name: gap.measure(some, held_out, reader, config.seed, machine.device, steps)
-             for name, some in sets.items()}
-    gap.add_shares(table)
-    for name in sets:
-        shown, captions = ((own, [row["caption"] for row in rows]) if name.startswith("dad")
-                           else (theirs, [record.captions[0] for record in source]))
-        if name != "target":
-            table[name] |= gap.colour_accuracy(reader, sets[name], [shot.person for shot in shown], captions)
-    blurred = gap.separability(gap.half_pixel_blur(held_out), held_out, config.seed, machine.device, steps)
-    facts |= {"gap": table, "classifier on target blurred by half a pixel": blurred,
-              "nearest training image": {"made": float(memory.median()),
-                                         "held out": float(gap.nearest(held_out, images).median())},
-              "boxes": gap.box_quality(base, branch, exact[:BOXED], source)}
-    pictured = [shot.person for shot in own[:10]]
-    figures.sheet({"source: the same people as the source draws them":
-                   gap.pixels_of(town.portraits("source", pictured, 4, size, 1)), "adapted": made[:10],
-                   f"exact: as {config.target}'s cameras see them":
-                   gap.pixels_of(town.portraits(config.target, pictured, 4, size, 1)),
-                   "target: other people": held_out[:10]}, out / "adaptation.png")
-    machine.say(gap.as_text(table))
-    machine.say(json.dumps({key: value for key, value in facts.items() if key not in ("gap", "config")}, indent=1))
-    checkpoint.write_json(out / "report.json", facts)
 
 
 def base_records(config: AdaptConfig, machine: Machine) -> RecordSet:
@@ -278,8 +227,8 @@ def check(config: AdaptConfig) -> None:
     for name, (low, high) in ADAPT_LIMITS.items():
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
-    if config.source and not config.target_root:
-        raise UserError("--source with the drawn target makes no sense: give --target-root too.")
+    if bool(config.source) != bool(config.target_root):
+        raise UserError("Give --source and --target-root together: real and drawn sets do not mix.")
 
 
 if __name__ == "__main__":

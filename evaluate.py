@@ -89,10 +89,15 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"--k {config.k}: give the number of candidates to re-rank, 0 for none.")
     if config.batch < 1 or config.workers < 0:
         raise UserError(f"--batch {config.batch} --workers {config.workers}: give at least 1 and 0.")
-    if config.weight != -1 and not config.weight >= 0:
+    if config.weight != -1 and not 0 <= config.weight < float("inf"):
         raise UserError(f"--weight {config.weight}: give 0 or more, or leave it out.")
     if config.query and len(config.dataset) > 1:
         raise UserError("--query ranks one gallery: give one --dataset.")
+    if config.split not in records.SPLITS:
+        raise UserError(f"--split {config.split}: choose one of {', '.join(records.SPLITS)}.")
+    for dataset in config.dataset:
+        if dataset not in records.DATASETS and not Path(dataset).is_dir():
+            raise UserError(f"--dataset {dataset}: choose from {', '.join(records.DATASETS)}, or give a set's folder.")
     if config.gallery and not config.query:
         raise UserError("--gallery needs --query: the sentence to rank its images for.")
 
@@ -158,6 +163,9 @@ def readable(paths: list[str]) -> list[str]:
 
 def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out: Path) -> None:
     """Rank a folder of images, or the test images, for one sentence."""
+    sentence = clean(config.query, dataset)
+    if not any(map(str.isalnum, sentence)):
+        raise UserError(f"--query {records.shown(config.query)}: there is no word in it that the model could know.")
     if config.gallery:
         folder = Path(config.gallery)
         paths = readable(sorted(str(path) for path in folder.rglob("*")
@@ -167,10 +175,11 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
     else:
         paths = [record.path for record in records.load(
             dataset, config.split, data_root(config, facts, dataset), config.allow_missing).records]
-    found, order = rank(config, model, tokenizer, facts, [clean(config.query, dataset)], paths)
+    found, order = rank(config, model, tokenizer, facts, [sentence], paths)
     first = (found.first_order() if order is None else order)[0, :10].tolist()
     for place, g in enumerate(first, 1):
-        print(f"{place:3}  similarity {found.similarity[0, g]:.3f}  {records.shown(paths[g])}")
+        match = "".join(f"match {logit:6.2f}  " for logit in found.logits[0, found.candidates[0] == g].tolist())
+        print(f"{place:3}  similarity {found.similarity[0, g]:.3f}  {match}{records.shown(paths[g])}")
     heat = tuple((phrase, figures.heat_map(model, tokenizer, paths[first[0]], phrase))
                  for phrase in noun_phrases(config.query)[-2:])
     figures.ranking_picture([figures.Row(config.query, [paths[g] for g in first], [None] * len(first), heat)],

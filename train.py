@@ -36,6 +36,7 @@ def main() -> None:
     elif config.data_root:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
     else:
+        training.make_folder(Path(config.out or default_out(config)))       # before the long pretraining
         train(dataclasses.replace(config, out=config.out or default_out(config), init=str(pretrain(config))))
 
 
@@ -52,32 +53,29 @@ def pretrain(config: TrainConfig) -> Path:
 def train(config: TrainConfig) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
     started = time.perf_counter()
-    device = training.choose_device(config.device)
-    rank, world = training.start_processes(device)
-    precision = training.choose_precision(config.precision, device)
+    machine = training.Machine.of(config.device, config.precision)
+    device, rank, world, say = machine.device, machine.rank, machine.world, machine.say
     config = dataclasses.replace(config, out=config.out or default_out(config))
-    out, say = Path(config.out), print if rank == 0 else (lambda *_: None)
+    out = Path(config.out)
     training.make_folder(out)
-    say(f"{show(config)}\nTraining on {device} in {precision}, {world} process(es).")
+    say(f"{show(config)}\nTraining on {device} in {machine.precision}, {world} process(es).")
     # ---- data, model, optimiser
-    train_set, val_set = load_sets(config, rank, say)
+    train_set, val_set = load_sets(config, machine)
     model, tokenizer, pretrained_on = load_model(config, device, say)
     dataset = PairDataset(train_set, tokenizer, model.config, config)
     plan = training.Plan.of(config, len(dataset), world)
     optimizer = training.make_optimizer(model, config)
     facts = checkpoint.model_facts(model, tokenizer) | {
-        "train": dataclasses.asdict(config), "precision": precision, "pretrained_on": pretrained_on,
-        "processes": world, "versions": checkpoint.VERSIONS}
+        "train": dataclasses.asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
+        "pairs": len(dataset), "processes": world, "versions": checkpoint.VERSIONS}
     first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
-    elif rank == 0:
-        (out / "log.jsonl").unlink(missing_ok=True)
     step_model = torch.compile(model) if config.compile else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
     batches = batches_from(first, plan.steps, dataset, config, rank, world, device)
-    log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, quiet=rank > 0)
+    log = training.Log.after(first, out / "log.jsonl", plan, config.batch * config.accumulate * world, quiet=rank > 0)
     for step in range(first, plan.steps):
         model.train()
         rate = training.schedule(step, plan.steps, config.warmup)
@@ -88,7 +86,7 @@ def train(config: TrainConfig) -> Path:
         # --------------------------------------------------------------------------------------------------------
         seen = {}
         for _ in range(config.accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with machine.autocast():
                 terms = step_model(next(batches).to(device), fuse, config.smoothing, config.eda)
                 loss = losses.total(terms, config.beta) / config.accumulate
             loss.backward()
@@ -139,21 +137,19 @@ def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.opt
 
 def default_out(config: TrainConfig) -> str:
     """out/<dataset>-<preset>-s<seed>, and what else sets this run apart: no regions, where it started from."""
-    parts = [config.dataset, config.preset, f"s{config.seed}"] + ["noregions"] * (not config.regions)
+    name = config.dataset if config.dataset in DATASETS else "-".join(Path(config.dataset).resolve().parts[-2:])
+    parts = [name, config.preset, f"s{config.seed}"] + ["noregions"] * (not config.regions)
     if config.init and not (config.init == "none" and config.dataset in PRETRAINING_SETS):
-        parts += ["scratch"] if config.init == "none" else ["from", Path(config.init).parent.name]
+        parts += ["scratch"] if config.init == "none" else ["from", Path(config.init).resolve().parent.name]
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
-def load_sets(config: TrainConfig, rank: int, say: Callable) -> tuple[RecordSet, RecordSet]:
+def load_sets(config: TrainConfig, machine: training.Machine) -> list[RecordSet]:
     """Train and val; the first process draws what is missing of the demo town while the others wait."""
     root = Path(config.data_root) if config.data_root else town.root(config.preset == "tiny")
-    if not config.data_root and rank == 0:
-        town.ready(config.dataset, config.preset == "tiny", say)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    train_set, val_set = (load(config.dataset, split, root, config.allow_missing, say) for split in ("train", "val"))
-    return train_set, val_set
+    if not config.data_root:
+        machine.first(lambda: town.ready(config.dataset, config.preset == "tiny", machine.say))
+    return [load(config.dataset, split, root, config.allow_missing, machine.say) for split in ("train", "val")]
 
 
 def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tuple[Retriever, Tokenizer, str]:
@@ -180,6 +176,8 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
         raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
+    if config.init not in ("", "none") and not Path(config.init).is_file():
+        raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if config.vocab and config.init not in ("", "none"):
         raise UserError("--vocab: the checkpoint of --init has its own vocabulary; leave the flag out.")
 

@@ -17,12 +17,13 @@ Read in this order; each file's docstring says what comes before and after.
     checkpoint.py         what is saved, and resumed
     training.py           optimiser, schedule and the loop
     figures.py            pictures for people
+    diffusion/            DaD: images of the source's people in the target's look; has a reading order of its own
 
 Shape letters, the same everywhere (masks end in `_keep`: True = use it):
 
     B batch      N patches    T caption tokens   P phrase tokens   M masked words
     D width      E embedding  S keys attended    V vocabulary      H x W pixels
-    Q queries    G gallery images
+    Q queries    G gallery images   in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
 Paper: "MRA" below is arXiv 2507.10195; its equations and sections are cited where a line implements them.
 """

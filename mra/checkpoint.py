@@ -29,6 +29,7 @@ def save(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     scratch = path.with_suffix(".tmp")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch,
               metadata={"mra": json.dumps(facts)})
+    os.chmod(scratch, 0o644)    # safetensors makes it private
     os.replace(scratch, path)
 
 
@@ -41,7 +42,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
             facts = json.loads((file.metadata() or {}).get("mra", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}.") from error
+        raise UserError(f"{path} cannot be read as a checkpoint ({error}); remove it or give another.") from error
     if facts is None:
         raise UserError(f"{path} holds no configuration: it was not written by train.py.")
     return tensors, facts
@@ -97,13 +98,14 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
     Raises UserError when that checkpoint belongs to a run with another configuration.
     """
     path = out / "last.safetensors"
-    if not path.exists():
+    if not path.exists() or not (out / "best.safetensors").exists():
         return 0, None
     tensors, saved = load(path)
-    now, then = ({k: v for k, v in f["train"].items() if k not in MAY_DIFFER} for f in (facts, saved))
+    now, then = ({"--" + k.replace("_", "-"): v for k, v in f.get("train", {}).items() if k not in MAY_DIFFER}
+                 | {f"number of {k}": f.get(k) for k in ("pairs", "processes")} for f in (facts, saved))
     changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
     if changed:
-        raise UserError(f"{path} was trained with another --{changed[0].replace('_', '-')}; give another --out, or "
+        raise UserError(f"{path} was trained with another {changed[0]}; give another --out, or "
                         "--no-resume to overwrite it.")
     restore_weights(model, tensors, path)
     restore_optimizer(model, optimizer, tensors)
@@ -115,6 +117,7 @@ def load_retriever(path: Path, device: torch.device) -> tuple[Retriever, Tokeniz
     tensors, facts = load(path)
     try:
         model, tokenizer = Retriever(ModelConfig(**facts["model"])), Tokenizer(facts["vocab"])
+        facts["train"]["preset"], facts["val"], facts["pretrained_on"]      # what the scripts rely on
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its facts are incomplete ({error}).") from error
     restore_weights(model, tensors, path)

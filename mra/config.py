@@ -2,7 +2,7 @@
 
 Read this after `mra/__init__.py`; next is data/people.py. A configuration is a frozen dataclass; the command
 line is its fields (`batch: int` is `--batch`), a flag that is not a field is an error, and the resolved
-configuration is printed and saved next to the weights.
+configuration is printed and saved with the weights.
 """
 
 import argparse
@@ -113,7 +113,7 @@ class Fit:
 FITS = {
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
-    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(7000, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
+    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(5500, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
                   judge=Fit(400, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
@@ -216,7 +216,6 @@ ADAPT_LIMITS = {
 PAPER = {
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, warmup=0.01, evals=16, workers=8),
     "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
-    "icfg": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
     "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
 DEMO = {
@@ -274,11 +273,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:    # a folder that may not be written to, a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on after the last checkpoint.", file=sys.stderr)
+        print("Stopped; the same command goes on after what was saved last.", file=sys.stderr)
         sys.exit(130)

@@ -37,7 +37,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that was asked for, or cuda where there is one; says which when nothing was asked for."""
+    """The device that was asked for, or cuda where there is one, else the CPU."""
     if name not in ("", "cpu", "cuda"):
         raise UserError(f"--device {name}: give cpu or cuda.")
     if name == "cuda" and not torch.cuda.is_available():
@@ -131,7 +131,7 @@ class Plan:
 
 @dataclass
 class Log:
-    """Loss terms of the steps since the last line; a line of progress and of log.jsonl every `every` steps."""
+    """Loss terms of the steps since the last line; flushed to a line of progress and of log.jsonl."""
 
     path: Path
     plan: Plan
@@ -139,6 +139,14 @@ class Log:
     quiet: bool
     terms: list[dict[str, Tensor]] = field(default_factory=list)
     since: float = field(default_factory=time.perf_counter)
+
+    @staticmethod
+    def after(first: int, path: Path, *rest, quiet: bool) -> "Log":
+        """The log of a run that goes on after step `first`: what was logged after it goes."""
+        if path.exists() and not quiet:
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
+        return Log(path, *rest, quiet)
 
     def flush(self, step: int, rate: float) -> None:
         """Write the means of the steps up to `step`. Raises UserError if a term of one of them is not finite."""

@@ -13,7 +13,8 @@ from mra.data.records import Record, RecordSet
 from mra.retriever import Retriever
 from mra.training import make_optimizer, validate
 
-FACTS = {"step": 7, "words": "grün \x1b", "val": {"R@1": 61.25, "nothing": None}, "list": [1, 0.1]}
+FACTS = {"pretrained_on": "sda", "train": {"preset": "tiny"}, "step": 7, "words": "grün \x1b",
+         "val": {"R@1": 61.25, "nothing": None}, "list": [1, 0.1]}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -134,7 +135,7 @@ def with_another_shape(weights):
 def test_weights_that_do_not_fit(tmp_path, model, tokenizer, spoil, named):
     """Refused before anything is copied, with the file and the tensor named."""
     path = tmp_path / "best.safetensors"
-    checkpoint.save(path, spoil(checkpoint.weights(model)), checkpoint.model_facts(model, tokenizer))
+    checkpoint.save(path, spoil(checkpoint.weights(model)), checkpoint.model_facts(model, tokenizer) | FACTS)
     message = refusal(checkpoint.load_retriever, path, torch.device("cpu"))
     assert str(path) in message and named in message
     target = Retriever(model.config)
@@ -197,6 +198,8 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     step(model, optimizer, batch, 0)
     facts = facts_of(model, tokenizer, train, step=7, best={"R@1": 50.0})
     checkpoint.save(path, state(model, optimizer), facts)
+    assert checkpoint.resume(tmp_path, model, optimizer, facts) == (0, None)       # its best checkpoint is lost
+    checkpoint.save(tmp_path / "best.safetensors", {}, {})
     other = Retriever(model.config)
     restored = make_optimizer(other, train)
     elsewhere = facts_of(model, tokenizer, dataclasses.replace(train, workers=3, out="there", device="cpu"))
@@ -205,6 +208,7 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     changed = facts_of(model, tokenizer, dataclasses.replace(train, weight_decay=0.5))
     message = refusal(checkpoint.resume, tmp_path, other, restored, changed)
     assert str(path) in message and "--weight-decay" in message
+    assert "number of pairs" in refusal(checkpoint.resume, tmp_path, other, restored, elsewhere | {"pairs": 99})
 
 
 def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokenizer, paint):
@@ -215,6 +219,7 @@ def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokeniz
     assert {"embeddings", "reranked", "weight"} <= result.keys()
     checkpoint.save(tmp_path / "last.safetensors", checkpoint.weights(model),
                     facts_of(model, tokenizer, train, step=1, best=result))
+    checkpoint.save(tmp_path / "best.safetensors", {}, {})
     optimizer = make_optimizer(model, train)
     _, best = checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train))
     assert validate(model, tokenizer, val, fused=True)["quality"] >= best["quality"]

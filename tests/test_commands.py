@@ -280,7 +280,7 @@ def test_evaluation_of_the_pretrained_model(work):
 
 def test_a_sentence_ranks_a_folder(work, photos):
     out = succeed(work, "evaluate.py", "--query", "a woman in a red coat", "--gallery", str(photos))
-    shown = re.findall(r"^ +\d+  similarity -?[01]\.\d{3}  '(.*)'$", out, re.M)
+    shown = re.findall(r"^ +\d+  similarity -?[01]\.\d{3}  (?:match +-?\d+\.\d\d  )?'(.*)'$", out, re.M)
     images = {str(path) for path in photos.rglob("*.*") if path.suffix.lower() == ".jpg"}
     assert set(shown) == images and len(shown) == 5 and any("nested/deep" in path for path in shown)
     answer = json.loads((work / "out/icfg-tiny-s0/query.json").read_text())
@@ -349,8 +349,8 @@ def test_mistakes_in_training(work, flags, named):
     (("--workers", "-1"), "--workers -1"),
     (("--out", "words.txt"), "words.txt"),
     (("--fusion", "best"), "--fusion best"),
-    (("--split", "dev"), "'dev'"),
-    (("--dataset", "nope"), "'nope'"),
+    (("--split", "dev"), "--split dev"),
+    (("--dataset", "nope"), "--dataset nope"),
     (("--dataset", "mals"), "MALS"),
     (("--data-root", "real"), "'real/ICFG-PEDES'"),
     (("--checkpoint", "missing.safetensors"), "missing.safetensors"),

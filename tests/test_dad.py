@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from mra.diffusion.filters import SEEN, UNSEEN, colourfulness, distort, tell_apa
 from mra.diffusion.making import filters_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, variant
 
+ROOT = Path(__file__).parents[1]
 CAPTION = ("a slim woman with long blond hair wears a red jacket, black jeans and white sneakers. "
            "she has a green handbag.")
 
@@ -265,6 +268,21 @@ def test_restyling_keeps_captions_and_boxes(made):
         record = source[str(folder / row["origin"])] if row["origin"].startswith("data") else source[row["origin"]]
         assert row["caption"] == record.captions[0] and tuple(row["phrases"]) == record.phrases
         assert np.allclose(row["boxes"], record.boxes, atol=1e-3)
+
+
+def test_sets_of_ones_own_and_two_processes(made):
+    """The path of real data: source and target from folders; the work shared out by torchrun."""
+    folder, _ = made
+    flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--target-root", "data/demo-tiny",
+             "--images", "130", "--malformed", "100", "--precision", "float32", "--out", "out/two", "--device", "cpu")
+    succeed(folder, "adapt.py", *flags[:2], "--target", "rstp", "--images", "1", "--malformed", "100")    # draws rstp
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "adapt.py"),
+                          *flags], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads((folder / "out/two/report.json").read_text())
+    assert "2 process(es)" in ran.stdout and report["kept"] == 130 and "gap" not in report
+    assert sum(1 for _ in (folder / "out/two/parts").glob("*.json")) == 3
+    assert sum(1 for _ in (folder / "out/two/imgs").rglob("*.png")) == 130
 
 
 def test_train_pretrains_on_the_adapted_set(made):

@@ -296,3 +296,11 @@ def test_strength_scales_a_domain(monkeypatch):
     town.camera_of.cache_clear()
     town.backdrop.cache_clear()
     assert light[0] > light[1] + 10 > light[2] + 20
+
+
+def test_two_runs_at_once_draw_a_set_once(tmp_path):
+    lines = []
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(town.build, tmp_path, "rstp", TINY, 5, 1, lines.append) for _ in range(2)]:
+            done.result()
+    assert len(lines) == 1 and len(list((tmp_path / "RSTPReid/imgs").iterdir())) == 34

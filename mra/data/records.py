@@ -70,7 +70,7 @@ class _Source(NamedTuple):
     split: str | None               # None: every record names its own
     carve: bool                     # where no record is of val, hold out training identities
     keys: tuple[str, str, str] = ("image", "caption", "image_id")
-    grouped: bool = False           # one record a caption: join those of one image
+    grouped: bool = False           # may hold one record a caption: join those of one image
     boxed: bool = False             # every record must have boxes and phrases; elsewhere it may
 
 
@@ -100,7 +100,8 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     if missing:
         told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
         if not allow_missing or len(missing) == len(rows):
-            raise UserError(f"{told}; complete it or add --allow-missing: {'; '.join(missing[:5])}")
+            hint = "complete it" if allow_missing else "complete it or add --allow-missing"
+            raise UserError(f"{told}; {hint}: {'; '.join(missing[:5])}")
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
@@ -134,7 +135,7 @@ def _locate(dataset: str, split: str, root: Path) -> _Source:
     if len(stored[wanted]) > 1:
         raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")
     if stored[wanted]:
-        return _Source(stored[wanted], images, wanted, carve, grouped=wanted == "train")
+        return _Source(stored[wanted], images, wanted, carve, grouped=wanted == "train" or dataset not in DATASETS)
     mixed = dataset == "sda" or not any(stored.values())
     if wanted == "train" and parts and mixed and (files := _files(base, [parts])):
         return _Source(files, images, "train", carve, boxed=dataset != "mals")

@@ -8,6 +8,7 @@ Before: people.py (who is drawn, what is written). After: records.py, which read
 """
 
 import dataclasses
+import fcntl
 import io
 import json
 import math
@@ -586,10 +587,17 @@ def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, 
     folder holds anything that was not drawn here.
     """
     folder, splits = Path(root) / FOLDERS[set_name], sizes.splits(set_name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{set_name}.lock", "w") as lock:       # a second run waits for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(folder, set_name, sizes, splits, seed, workers, say)
+
+
+def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: int, workers: int, say) -> None:
     twins = [[number + (set_name == "cuhk") for number in pair] for pair in _twins(set_name, sizes)]
     manifest = json.dumps({"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": splits,
                            "look": dataclasses.asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
-    if (folder / "town.json").is_file() and (folder / "town.json").read_text() == manifest:
+    if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
         return
     say(f"{folder}: drawing demo data: {sum(n * images for _, n, images in splits)} {NOTE}")
     if folder.exists() and any(folder.iterdir()) and not (folder / "DRAWN.txt").is_file():

@@ -49,11 +49,6 @@ def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
     return _apply(rng.choice(OPERATIONS), text, rng, alpha)
 
 
-def eda_all(text: str, rng: random.Random, alpha: float = 0.5, count: int = 19) -> list[str]:
-    """`count` variants of a caption, the four operations in turn (paper section 2: 19 and the original)."""
-    return [_apply(OPERATIONS[i % len(OPERATIONS)], text, rng, alpha) for i in range(count)]
-
-
 def _apply(operation: Callable[..., str], text: str, rng: random.Random, alpha: float) -> str:
     """Never empty, unless the text is blank: that comes back as it is."""
     return operation(text, rng, alpha) if text.strip() else text

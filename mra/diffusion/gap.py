@@ -8,20 +8,30 @@ the accuracy of what made images show. Before: filters.py, transfers.py. After: 
 import math
 import random
 from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mra import checkpoint, figures
+from mra.config import FITS, AdaptConfig, DiffusionConfig
+from mra.data import town
 from mra.data.people import COLOURS, LOWERS, PATTERNS, SHOES, UPPERS, Person, sample_person
 from mra.data.records import Record
-from mra.data.town import Portrait
+from mra.data.town import Portrait, Pose
+from mra.diffusion import transfers
 from mra.diffusion.boxes import overlap, phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.filters import Judge, tell_apart
+from mra.diffusion.making import FILTERS
 from mra.diffusion.noising import Schedule
-from mra.diffusion.sampling import Diffusion, encode, to_float
+from mra.diffusion.sampling import Crops, Diffusion, decode, encode, to_float
+from mra.training import Machine
+
+ROWS, BOXED = 1000, 200     # images of each row of the report, and of the check of the boxes
 
 KINDS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "upper": UPPERS, "lower": LOWERS, "pattern": PATTERNS,
          "shoes": SHOES, "shoes_colour": COLOURS}
@@ -101,6 +111,13 @@ def light(images: Tensor) -> dict[str, list[float]]:
     return {name: [round(float(values.mean()), 4), round(float(values.std()), 4)] for name, values in measures.items()}
 
 
+def distance(images: Tensor, others: Tensor) -> float:
+    """Mean over pairs of the root mean square pixel distance, 0..1, at a quarter of the resolution: poses and light
+    count, the place of an edge does not."""
+    first, second = (F.avg_pool2d(x.float() / 255, 4) for x in (images, others))
+    return round(float((first - second).square().mean((1, 2, 3)).sqrt().mean()), 4)
+
+
 def nearest(images: Tensor, others: Tensor) -> Tensor:
     """For each of `images` (N, 3, H, W) uint8, its root mean square pixel distance to the nearest of `others`, 0..1."""
     flat, rest = (x.flatten(1).float() / 255 for x in (images, others))
@@ -162,3 +179,69 @@ def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], so
                 guessed.append(overlap(tuple(np.mean(usual[phrase.split()[-1]], 0)), truth))
     return {"attention": round(float(np.mean(found)), 4), "average box": round(float(np.mean(guessed)), 4),
             "phrases": len(found)}
+
+
+def set_report(config: AdaptConfig, size: DiffusionConfig, kept: list[dict], dropped: list[dict], target: Tensor,
+               out: Path) -> dict:
+    """What every run reports: what was made and dropped, its light, whether it repeats training images. Pictures."""
+    def images_of(rows: list[dict]) -> Tensor:
+        return Crops([str(out / "imgs" / row["image"]) for row in rows], size).read()
+
+    made = images_of(kept[:ROWS])
+    reasons = {name: [row for row in dropped if name in row["dropped_by"]] for name in FILTERS}
+    pictured = {name: images_of(rows[:10]) for name, rows in reasons.items() if rows}
+    if pictured:
+        figures.sheet(pictured, out / "dropped.png")
+    figures.sheet({"adapted": made[:10], "target": target[:10]}, out / "adaptation.png")
+    return {"config": asdict(config), "versions": checkpoint.VERSIONS, "made": len(kept) + len(dropped),
+            "kept": len(kept), "dropped": {name: len(rows) for name, rows in reasons.items()},
+            "light": {"made": light(made), "target": light(target)},
+            "nearest training image": {"made": round(float(nearest(made, target).median()), 4)}}
+
+
+def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, reader: Judge,
+                target: Tensor, kept: list[dict], source: list[Record], out: Path) -> dict:
+    """What the demo town adds: distances to held-out target drawings of every way to make images, and the exact one."""
+    def drawn(people: list[Person], seed: int, domain: str = config.target, poses: list[Pose] | None = None) -> Tensor:
+        return pixels_of(town.portraits(domain, people, seed, (base.config.height, base.config.width), machine.cores,
+                                        poses))
+
+    rows = random.Random(0).sample(kept, min(ROWS, len(kept)))
+    source = source[:len(rows)]
+    shots = {(folder, shot.path): shot for name, folder in town.FOLDERS.items()
+             for shot in town.shots(name, town.TINY if config.size == "tiny" else town.DEFAULT, 0)}
+    origins, seen = ([shots[Path(path.split("/imgs/")[0]).name, path.split("/imgs/")[1]] for path in paths]
+                     for paths in ([row["origin"] for row in rows], [record.path for record in source]))
+    own, theirs = ([shot.person for shot in some] for some in (origins, seen))
+    made = Crops([str(out / "imgs" / row["image"]) for row in rows], base.config).read(config.workers)
+    plain = Crops([record.path for record in source], base.config).read(config.workers)
+    donors = target[torch.randint(len(target), (len(plain),), generator=torch.Generator().manual_seed(0))]
+    moved = transfers.match_moments(encode(base.autoencoder, plain), encode(base.autoencoder, target))
+    held_out, others = (drawn(strangers(len(rows), seed), seed) for seed in (2, 3))
+    sets = {"source": plain, "reinhard": transfers.reinhard(plain, donors),
+            "histogram": transfers.histogram(plain, donors), "fourier": transfers.fourier(plain, donors),
+            "moments": decode(base.autoencoder, moved).cpu(), f"dad {config.mode}": made, "exact": drawn(theirs, 1),
+            "target": others}
+    steps, table = FITS[config.size]["judge"].steps, {}
+    for name, images in sets.items():
+        table[name] = measure(images, held_out, reader, config.seed, machine.device, steps)
+        people, captions = ((own, [row["caption"] for row in rows]) if images is made
+                            else (theirs, [record.captions[0] for record in source]))
+        table[name] |= colour_accuracy(reader, images, people, captions) if name != "target" else {}
+    add_shares(table)
+    machine.say(as_text(table))
+    figures.sheet({"source: as the source draws these people": drawn(own[:10], 4, "source"), "adapted": made[:10],
+                   f"exact: as {config.target}'s cameras see them": drawn(own[:10], 4),
+                   "target: other people": held_out[:10]}, out / "adaptation.png")
+    facts = {"gap": table, "boxes": box_quality(base, branch, town.portraits(
+                 config.target, theirs[:BOXED], 1, (base.config.height, base.config.width), machine.cores), source),
+             "classifier on target blurred by half a pixel": separability(
+                 half_pixel_blur(held_out), held_out, config.seed, machine.device, steps),
+             "nearest training image": {name: round(float(nearest(images, target).median()), 4)
+                                        for name, images in (("made", made), ("held out", held_out))}}
+    if config.mode == "restyle":
+        truth = drawn(own, 5, poses=[shot.pose for shot in origins])
+        before = Crops([row["origin"] for row in rows], base.config).read(config.workers)
+        facts["distance to the exact image of the same person and pose"] = {
+            name: distance(images, truth) for name, images in (("source", before), ("restyled", made))}
+    return facts

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mra import checkpoint
 from mra.config import AdaptConfig
@@ -32,6 +32,7 @@ from mra.training import Machine
 SAMPLERS = {"ddim": ddim, "dpm": dpm_solver}
 PART = 64           # images that are made, judged and written together
 FILE = 5000         # records of an annotation file
+FILTERS = ("greyscale", "malformed", "mismatch")
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
     settings = hashlib.sha256(repr(replace(config, report=True, workers=0, out="")).encode()).hexdigest()[:16]
     own = range(machine.rank, len(parts), machine.world)
+    networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
     for done, number in enumerate(own):
         file = out / "parts" / f"{number:06d}.json"
         if file.exists() and json.loads(file.read_text())["settings"] == settings:
             continue
         draw = torch.Generator(machine.device).manual_seed(hash((config.seed, number)) % 2**62)
         with torch.no_grad(), machine.autocast():
-            latents, condition, prompt = sample(config, base, branch, parts[number], target_latents, draw)
+            latents, condition, prompt = sample(config, base, networks, parts[number], target_latents, draw)
             images = decode(base.autoencoder, latents)
             rows = describe(config, base, branch, parts[number], latents, condition, prompt, draw)
         judged = {"colour_mean": colourfulness(images)[0], "colour_variance": colourfulness(images)[1],
@@ -83,7 +85,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
         torch.distributed.barrier()
 
 
-def sample(config: AdaptConfig, base: Diffusion, branch: DomainBranch, some: list[Wish], target_latents: Tensor,
+def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Wish], target_latents: Tensor,
            draw: torch.Generator) -> tuple[Tensor, Tensor, Prompt]:
     """Latents (B, C, h, w) of the wishes, the condition (B, 1, H, W) and the prompt they were made with."""
     device, schedule = draw.device, Schedule.cosine()
@@ -100,7 +102,8 @@ def sample(config: AdaptConfig, base: Diffusion, branch: DomainBranch, some: lis
         noise = q_sample(moved, noise, first, schedule) if visited else moved
     both = base.read([wish.caption for wish in some] + [""] * len(some))
     prompt, nothing = both[:len(some)], both[len(some):]
-    denoise = guide(base.denoiser, prompt, nothing, branch, condition, config.guidance, config.domain_guidance,
+    denoiser, branch = networks
+    denoise = guide(denoiser, prompt, nothing, branch, condition, config.guidance, config.domain_guidance,
                     config.rescale)
     return SAMPLERS[config.sampler](denoise, noise, schedule, config.sampling_steps, strength), condition, prompt
 
@@ -141,9 +144,8 @@ def write_part(file: Path, images: Tensor, rows: list[dict], judged: dict[str, T
 def filters_of(config: AdaptConfig, row: dict) -> list[str]:
     """Names of the filters that drop a record."""
     grey = row["colour_mean"] < config.grey_mean and row["colour_variance"] < config.grey_variance
-    tests = {"greyscale": grey, "malformed": row["malformed"] > config.malformed,
-             "mismatch": row.get("match", 0.0) < config.mismatch}
-    return [name for name, drops in tests.items() if drops]
+    drops = (grey, row["malformed"] > config.malformed, row.get("match", 0.0) < config.mismatch)
+    return [name for name, drop in zip(FILTERS, drops) if drop]
 
 
 def collect(config: AdaptConfig, out: Path, count: int) -> tuple[list[dict], list[dict]]:

@@ -1,7 +1,7 @@
 """Time and memory of one fine-tuning step (ITC, ITM, MLM, EDA captions; AdamW), random data, at a preset's full size.
 
-    python tests/benchmarks/bench_step.py --preset base --batch 40                on a GPU
-    python tests/benchmarks/bench_step.py --preset base --batch 2 4 --target 40   on the CPU: extrapolates memory
+    python -m tests.benchmarks.bench_step --preset base --batch 40                on a GPU
+    python -m tests.benchmarks.bench_step --preset base --batch 2 4 --target 40   on the CPU: extrapolates memory
 
 Prints the memory beside the 27 GiB that the released code takes at batch 40, 384x256, bf16, EDA captions (one H100).
 On the CPU each batch size runs in a fresh process, and the peak is that process's resident memory.
@@ -73,7 +73,7 @@ def main() -> None:
           f"{given.preset} {config.height}x{config.width}, bf16 autocast")
     peaks = {}
     for batch in given.batch:
-        command = [sys.executable, __file__, "--preset", given.preset, "--batch", str(batch),
+        command = [sys.executable, "-m", "tests.benchmarks.bench_step", "--preset", given.preset, "--batch", str(batch),
                    "--steps", str(given.steps), "--inner"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds, peaks[batch] = map(float, done.stdout.split())
