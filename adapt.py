@@ -43,8 +43,8 @@ def main() -> None:
     machine = Machine.of(config.device, config.precision)
     machine.say(f"{show(config)}\nRunning on {machine.device} in {machine.precision}, {machine.world} process(es).")
     if config.train_base:
-        base = train_base(config, machine)
-        return machine.say(f"{base} is ready.")
+        machine.say(f"{train_base(config, machine)} is ready.")
+        return None if config.source else train_reader(config, machine)
     out = Path(config.out or default_out(config))
     training.make_folder(out)
     # ---- the model: a frozen base, and a branch that learns the target

@@ -275,7 +275,7 @@ def test_sets_of_ones_own_and_two_processes(made):
     folder, _ = made
     flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--target-root", "data/demo-tiny",
              "--images", "130", "--malformed", "100", "--precision", "float32", "--out", "out/two", "--device", "cpu")
-    succeed(folder, "adapt.py", *flags[:2], "--target", "rstp", "--images", "1", "--malformed", "100")    # draws rstp
+    succeed(folder, "adapt.py", *flags[:2], "--target", "rstp", "--images", "8", "--malformed", "100")    # draws rstp
     ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "adapt.py"),
                           *flags], cwd=folder, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
