@@ -99,11 +99,11 @@ def train_base(config: AdaptConfig, machine: Machine) -> Path:
             return pairs.loss(denoiser, None, schedule, draw, count)
 
     fit("autoencoder", base.autoencoder, autoencoder_loss, plans["autoencoder"], out / "autoencoder.safetensors",
-        facts, config.seed, machine.say)
+        facts, config.seed, machine)
     base.autoencoder.learn_scale(to_float(images[:2000]).to(machine.device))
     pairs = LatentPairs(base.autoencoder, images, captions, tokenizer)
     fit("denoiser", base.denoiser, denoiser_loss, plans["denoiser"], out / "denoiser.safetensors",
-        facts, config.seed, machine.say)
+        facts, config.seed, machine)
     machine.first(lambda: checkpoint.save(
         out / "base.safetensors", {name: value.bfloat16() for name, value in checkpoint.weights(base).items()},
         facts | {"vocab": tokenizer.pieces, "seed": config.seed, "versions": checkpoint.VERSIONS}))
@@ -142,7 +142,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, target: Record
     folder = Path("out/dad") / f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
     training.make_folder(folder)
     fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
-        {"target": target.name, "pairs": len(captions)}, config.seed, machine.say)
+        {"target": target.name, "pairs": len(captions), "base": checkpoint.digest(base)}, config.seed, machine)
     return branch.eval().requires_grad_(False)
 
 
@@ -180,7 +180,7 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
         with machine.autocast():
             return gap.reading_loss(reader, images[some].to(machine.device), labels[some].to(machine.device))
 
-    fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine.say)
+    fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine)
     return reader.eval()
 
 

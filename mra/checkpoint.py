@@ -6,6 +6,7 @@ also holds the optimiser's state, and is what `--resume` goes on from. No pickle
 Before: ranking.py. After: training.py.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -58,6 +59,14 @@ def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors by name, a shared one (the tied word decoder) once."""
     return {name: parameter for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+
+
+def digest(model: nn.Module) -> str:
+    """A short name for these very weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights(model).items()):
+        found.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
 from mra.retriever import Retriever
 
+SHARDS = 2      # parts of a batch that the CPU works on side by side; a fixed number, so that it decides no result
 NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
 
 
@@ -85,6 +87,14 @@ class Machine:
         rank, world = start_processes(place)
         return Machine(place, choose_precision(precision, place), rank, world,
                        print if rank == 0 else lambda *_: None)
+
+    def map(self, function: Callable, items: Iterable) -> list:
+        """`function` of each item. On the CPU in SHARDS threads at once: faster than sharing out every operation."""
+        if self.device.type != "cpu":
+            return [function(item) for item in items]
+        torch.set_num_threads(max(1, self.cores // SHARDS))
+        with ThreadPoolExecutor(SHARDS) as pool:
+            return list(pool.map(function, items))
 
     def first(self, make: Callable[[], object]) -> None:
         """Let the first process make something on disk while the others wait."""

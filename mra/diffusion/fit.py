@@ -6,7 +6,7 @@ Before: autoencoder.py, denoiser.py. After: adapt.py.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,25 +16,23 @@ from torch import Tensor, nn
 
 from mra import checkpoint
 from mra.config import Fit, UserError
-from mra.training import schedule
+from mra.training import SHARDS, Machine, schedule
 
 
 def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], Tensor], plan: Fit, path: Path,
-        facts: dict, seed: int, say: Callable = print) -> None:
+        facts: dict, seed: int, machine: Machine) -> None:
     """Train the parameters of `model` that require gradients and leave it with their moving average.
 
     `loss_of(generator, n)` gives the loss of n random samples. A finished `path` of the same facts is loaded in place
     of training; an unfinished one, beside it as .part, is gone on from: bit for bit on the CPU, since all that is
-    random comes from (seed, step, rank). Raises UserError for a loss that is not finite.
+    random comes from (seed, step, process, shard). Raises UserError for a loss that is not finite.
     """
     facts = {"stage": name, "fit": asdict(plan), "seed": seed, **facts}
     if restored(model, path, facts):
-        say(f"{name}: {path} is there.")
+        machine.say(f"{name}: {path} is there.")
         return
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in parameters.items()}
-    device = next(iter(parameters.values())).device
     optimizer = torch.optim.AdamW(parameters.values(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     part = path.with_suffix(".part")
     first = resume(part, model, average, optimizer, facts)
@@ -42,31 +40,28 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     for step in range(first, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
-        draw = torch.Generator(device).manual_seed(hash((seed, step, rank)) % 2**62)
-        loss = loss_of(draw, max(1, plan.batch // world))
-        loss.backward()
-        share_gradients(parameters.values(), world)
+        loss = backward(loss_of, list(parameters.values()), plan.batch, (seed, step), machine)
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         keep = min(plan.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - keep)
-        losses.append(loss.detach())
+        losses.append(loss)
         done = step + 1
         if done % plan.save_every == 0 or done == plan.steps:
             mean, losses = float(torch.stack(losses).mean()), []
             if not math.isfinite(mean):
                 raise UserError(f"{name}: the loss is {mean} near step {done}; what was saved before it is kept.")
             seconds = (time.perf_counter() - started) / (done - first)
-            say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
+            machine.say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
                 f"{seconds * (plan.steps - done) / 60:.1f} min left")
-            if rank == 0 and done < plan.steps:
+            if machine.rank == 0 and done < plan.steps:
                 checkpoint.save(part, checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer)
                                 | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
     with torch.no_grad():
         for k, p in parameters.items():
             p.copy_(average[k])
-    if rank == 0:
+    if machine.rank == 0:
         checkpoint.save(path, checkpoint.weights(model), facts | {"seconds": round(time.perf_counter() - started)})
         part.unlink(missing_ok=True)
 
@@ -101,9 +96,20 @@ def same_facts(path: Path, saved: dict, facts: dict) -> None:
         raise UserError(f"{path} was made with another {wrong[0]}; remove it, or give another --out.")
 
 
-def share_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:
-    """Replace every gradient by its mean over the processes."""
-    if world > 1:
-        for parameter in parameters:
+def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list[nn.Parameter], batch: int,
+             seeds: tuple[int, int], machine: Machine) -> Tensor:
+    """Set the gradients of one step of `batch` samples, the mean over shards and processes; returns the loss."""
+    shards = SHARDS if machine.device.type == "cpu" and batch >= SHARDS * machine.world else 1
+
+    def gradients(shard: int) -> tuple[Tensor, ...]:
+        draw = torch.Generator(machine.device).manual_seed(hash((*seeds, machine.rank, shard)) % 2**62)
+        loss = loss_of(draw, max(1, batch // (shards * machine.world)))
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    losses, *found = zip(*machine.map(gradients, range(shards)))
+    for parameter, parts in zip(parameters, found):
+        parameter.grad = torch.stack(parts).mean(0)
+        if machine.world > 1:
             dist.all_reduce(parameter.grad)
-            parameter.grad /= world
+            parameter.grad /= machine.world
+    return torch.stack(losses).mean()

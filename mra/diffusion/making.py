@@ -61,13 +61,14 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept."""
     started, parts = time.perf_counter(), [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
     retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
-    settings = hashlib.sha256(repr(replace(config, report=True, workers=0, out="")).encode()).hexdigest()[:16]
-    own = range(machine.rank, len(parts), machine.world)
+    used = replace(config, report=True, workers=0, out="", grey_mean=0, grey_variance=0, malformed=0, mismatch=0)
+    settings = hashlib.sha256(f"{used} {checkpoint.digest(base)} {checkpoint.digest(branch)}".encode()).hexdigest()[:16]
     networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
-    for done, number in enumerate(own):
+
+    def make_part(number: int) -> None:
         file = out / "parts" / f"{number:06d}.json"
         if file.exists() and json.loads(file.read_text())["settings"] == settings:
-            continue
+            return
         draw = torch.Generator(machine.device).manual_seed(hash((config.seed, number)) % 2**62)
         with torch.no_grad(), machine.autocast():
             latents, condition, prompt = sample(config, base, networks, parts[number], target_latents, draw)
@@ -78,9 +79,11 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
         if retriever:
             judged["match"] = agreement(*retriever, images, [wish.caption for wish in parts[number]])
         write_part(file, images, rows, judged, settings)
-        seconds = (time.perf_counter() - started) / (done + 1)
-        machine.say(f"part {done + 1}/{len(own)}  {PART * machine.world / seconds:.1f} images/s  "
-                    f"{seconds * (len(own) - done - 1) / 60:.1f} min left")
+        seconds = (time.perf_counter() - started) / (number + 1)
+        machine.say(f"part {number + 1}/{len(parts)}  {PART / seconds:.1f} images/s  "
+                    f"{seconds * (len(parts) - number - 1) / 60:.1f} min left")
+
+    machine.map(make_part, range(machine.rank, len(parts), machine.world))
     if machine.world > 1:
         torch.distributed.barrier()
 
