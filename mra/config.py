@@ -113,7 +113,7 @@ class Fit:
 FITS = {
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
-    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(5500, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
+    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(4500, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
                   judge=Fit(400, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),

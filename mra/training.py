@@ -92,9 +92,13 @@ class Machine:
         """`function` of each item. On the CPU in SHARDS threads at once: faster than sharing out every operation."""
         if self.device.type != "cpu":
             return [function(item) for item in items]
-        torch.set_num_threads(max(1, self.cores // SHARDS))
-        with ThreadPoolExecutor(SHARDS) as pool:
-            return list(pool.map(function, items))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // SHARDS))
+        try:
+            with ThreadPoolExecutor(SHARDS) as pool:
+                return list(pool.map(function, items))
+        finally:
+            torch.set_num_threads(threads)
 
     def first(self, make: Callable[[], object]) -> None:
         """Let the first process make something on disk while the others wait."""

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_commands import command, succeed
 
+from adapt import load_base
 from mra.config import AdaptConfig
 from mra.data.people import COLOURS, sample_person
 from mra.data.records import load
@@ -22,6 +23,7 @@ from mra.diffusion.boxes import overlap, phrase_box
 from mra.diffusion.filters import SEEN, UNSEEN, colourfulness, distort, tell_apart
 from mra.diffusion.making import filters_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, variant
+from mra.training import Machine
 
 ROOT = Path(__file__).parents[1]
 CAPTION = ("a slim woman with long blond hair wears a red jacket, black jeans and white sneakers. "
@@ -299,3 +301,11 @@ def test_train_pretrains_on_the_adapted_set(made):
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):
     status, _, err = command(tmp_path, "adapt.py", *flags)
     assert status == 2 and named in err and err.count("\n") == 1
+
+
+def test_the_shipped_base_loads_and_is_small():
+    files = list((ROOT / "mra/diffusion").glob("*-demo.safetensors"))
+    assert len(files) == 2 and sum(file.stat().st_size for file in files) < 16e6
+    base = load_base(AdaptConfig(), Machine(torch.device("cpu"), "float32", 0, 1, lambda line: None))
+    assert base.config.height == 64 and not any(parameter.requires_grad for parameter in base.parameters())
+    assert all(parameter.isfinite().all() for parameter in base.parameters())

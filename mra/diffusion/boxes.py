@@ -6,6 +6,7 @@ person, so the last word of a phrase, its noun, counts most. Before: sampling.py
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,10 +25,12 @@ SHARE = 0.5                     # of a map's peak: the pixels above it are the p
 
 @contextmanager
 def recorded(denoiser: Denoiser) -> Iterator[list[Tensor]]:
-    """While it lasts, every cross-attention adds its map (B, S, T), S pixels of its resolution, T words."""
-    maps = []
+    """While it lasts, every cross-attention of this thread adds its map (B, S, T), S pixels, T words."""
+    maps, thread = [], threading.get_ident()
 
     def record(module, args, output) -> None:
+        if threading.get_ident() != thread:     # others sample with the same denoiser meanwhile
+            return
         x, memory, keep = args
         query = module.to_query(x).unflatten(-1, (module.heads, -1)).transpose(1, 2).float()     # (B, heads, S, d)
         scores = query @ memory[:, 0].float().transpose(-1, -2) / math.sqrt(query.shape[-1])      # (B, heads, S, T)

@@ -6,6 +6,7 @@ retriever, where there is one, tells images that do not show their caption. Each
 score, and a threshold in AdaptConfig decides. Before: sampling.py. After: gap.py, adapt.py.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ from mra.data.tokenizer import Tokenizer, pad
 from mra.diffusion.autoencoder import group_norm
 from mra.diffusion.sampling import to_float
 from mra.retriever import Retriever
+
+ONE_AT_A_TIME = threading.Lock()
 
 
 class Judge(nn.Module):
@@ -49,14 +52,17 @@ def tell_apart(first: Tensor, second: Tensor, steps: int, seed: int, device: tor
 
     As many of each in every batch, mirrored at random.
     """
-    torch.manual_seed(seed)
-    judge = Judge(1).to(device)
+    with ONE_AT_A_TIME:                             # threads share the generator that initialises weights
+        torch.manual_seed(seed)
+        judge = Judge(1).to(device)
+    draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     labels = (torch.arange(batch, device=device) >= batch // 2).float()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-        some = torch.cat([images[torch.randint(len(images), (batch // 2,))] for images in (first, second)]).to(device)
-        some = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, some.flip(-1), some)
+        some = torch.cat([images[torch.randint(len(images), (batch // 2,), generator=draw)]
+                          for images in (first, second)]).to(device)
+        some = torch.where(torch.rand(batch, 1, 1, 1, generator=draw).to(device) < 0.5, some.flip(-1), some)
         F.binary_cross_entropy_with_logits(judge(to_float(some))[:, 0], labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -223,8 +223,9 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
             "moments": decode(base.autoencoder, moved).cpu(), f"dad {config.mode}": made, "exact": drawn(theirs, 1),
             "target": others}
     steps, table = FITS[config.size]["judge"].steps, {}
-    for name, images in sets.items():
-        table[name] = measure(images, held_out, reader, config.seed, machine.device, steps)
+    measured = machine.map(lambda images: measure(images, held_out, reader, config.seed, machine.device, steps),
+                           sets.values())
+    for (name, images), table[name] in zip(sets.items(), measured):
         people, captions = ((own, [row["caption"] for row in rows]) if images is made
                             else (theirs, [record.captions[0] for record in source]))
         table[name] |= colour_accuracy(reader, images, people, captions) if name != "target" else {}
