@@ -306,3 +306,9 @@ def test_eda_is_never_empty(text):
         assert words.eda(text, random.Random(seed), 0.9).strip(" ")
         assert words.eda(text, random.Random(seed)).strip(" ")
     assert words.eda(" ", random.Random(0)) == " "
+
+
+def test_two_colours_of_one_garment_stay_together():
+    caption = "a man in a purple and dark blue checked top, black jeans and white sneakers and a red and grey bag"
+    assert words.noun_phrases(caption) == ["a man", "a purple and dark blue checked top", "black jeans",
+                                           "white sneakers", "a red and grey bag"]

@@ -23,6 +23,8 @@ TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
 SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|wards?|most)?\b)")
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
                      r"dressed|holding|he|she|her|his|the|from)\b", re.IGNORECASE)
+COLOUR = "black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige"
+TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
 SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 OTHER_SIDE = SIDES | {right: left for left, right in SIDES.items()}
 
@@ -40,8 +42,12 @@ def swap_left_right(text: str) -> str:
 
 
 def noun_phrases(caption: str) -> list[str]:
-    """The caption's pieces between commas and small words that hold a term of the lexicon, as "a red jacket"."""
-    return [piece.strip() for piece in BETWEEN.split(caption) if len(piece.split()) > 1 and TERM.search(piece)]
+    """The caption's pieces between commas and small words that hold a term of the lexicon, as "a red jacket".
+
+    An "and" between two colours holds them together: "a black and white top" is one piece.
+    """
+    pieces = BETWEEN.split(TWO_COLOURS.sub(r"\1 & ", caption))
+    return [piece.strip().replace(" & ", " and ") for piece in pieces if len(piece.split()) > 1 and TERM.search(piece)]
 
 
 def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
