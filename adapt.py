@@ -57,6 +57,7 @@ def main() -> None:
     from_source = config.mode == "restyle" or config.captions == "source"
     wanted = wishes(config, base, (source_records(config, machine) if from_source else target).records)
     machine.say(f"Making {len(wanted)} images in {out}.")
+    machine.first(lambda: (out / "report.json").unlink(missing_ok=True))    # the mark of a finished set, written last
     make(config, machine, base, branch, judge, wanted, encode(base.autoencoder, images), out)
     # ---- the set and its report
     if machine.rank == 0:

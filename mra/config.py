@@ -186,7 +186,6 @@ class AdaptConfig:
     checkpoint: str = ""          # a retriever whose matching head judges image against caption; empty: no such filter
     mismatch: float = -2.0        # dropped as not showing its caption: log-odds of a match below this
     box_threshold: float = 0.35   # a phrase's box is dropped below this confidence
-    report: bool = True           # measure the gap
     seed: int = 0
     workers: int = 0              # image decoding processes
     device: str = ""              # cuda or cpu; empty: cuda where there is one

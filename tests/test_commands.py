@@ -400,15 +400,19 @@ def test_help_lists_the_flags(tmp_path, script):
 
 # ---- what is written about the commands
 
+EXTRA = {"train.py": (*TINY, "--no-resume"), "evaluate.py": (),     # what makes a documented command tiny
+         "adapt.py": ("--size", "tiny", "--images", "20", "--malformed", "100")}
+
+
 def documented() -> list[str]:
-    """Commands for train.py and evaluate.py, each on a line of README.md or of the scripts' own descriptions."""
+    """Commands for the three scripts, each on a line of README.md or of the scripts' own descriptions."""
     readme = ROOT / "README.md"
     texts = [readme.read_text(encoding="utf-8")] if readme.exists() else []
-    texts += [(ROOT / script).read_text(encoding="utf-8").split('"""')[1] for script in ("train.py", "evaluate.py")]
+    texts += [(ROOT / script).read_text(encoding="utf-8").split('"""')[1] for script in EXTRA]
     lines = [part.strip().removeprefix("$ ").removeprefix(".venv/bin/") for text in texts
              for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     commands = [re.split(r" {2,}| #", re.sub(r" +(?=-)", " ", line))[0] for line in lines
-                if re.match(r"python3? (train|evaluate)\.py( |$)", line)]
+                if re.match(r"python3? (train|evaluate|adapt)\.py( |$)", line)]
     return [line for line in dict.fromkeys(commands)
             if not re.search(r"\b[A-Z]{3,}\b|\.\.\.|[<>|]|cuda", line)]      # placeholders, other machines
 
@@ -416,8 +420,8 @@ def documented() -> list[str]:
 def test_documented_commands_run(work):
     """At tiny size, in the order they are written; a training starts over where one of the others was before."""
     commands = documented()
-    assert {line.split()[1] for line in commands} == {"train.py", "evaluate.py"}
+    assert {line.split()[1] for line in commands} == EXTRA.keys() and len(commands) > 10
     for line in commands:
         _, script, *flags = shlex.split(re.sub(r"-(demo|small|base)-", "-tiny-", line))
-        ran = command(work, script, *flags, *((*TINY, "--no-resume") if script == "train.py" else ()))
+        ran = command(work, script, *flags, *EXTRA[script])
         assert (ran.status, ran.err) == (0, ""), line

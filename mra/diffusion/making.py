@@ -61,7 +61,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept."""
     started, parts = time.perf_counter(), [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
     retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
-    used = replace(config, report=True, workers=0, out="", grey_mean=0, grey_variance=0, malformed=0, mismatch=0)
+    used = replace(config, workers=0, out="", grey_mean=0, grey_variance=0, malformed=0, mismatch=0)
     settings = hashlib.sha256(f"{used} {checkpoint.digest(base)} {checkpoint.digest(branch)}".encode()).hexdigest()[:16]
     networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
 
