@@ -34,7 +34,6 @@ from mra.training import Machine
 
 SHIPPED = Path(__file__).with_name("mra") / "diffusion"      # base-demo.safetensors and reader-demo.safetensors
 BASE_PEOPLE = town.TownSizes(source_train=(12_000, 2), source_test=(800, 3))    # whom the shipped base has seen
-TARGETS = ("cuhk", "icfg", "rstp")
 
 
 def main() -> None:
@@ -51,7 +50,11 @@ def main() -> None:
     base = load_base(config, machine)
     target = target_records(config, machine)
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
+    base.autoencoder.learn_scale(encode(base.autoencoder, images))     # the frozen base starts in the target's light
     branch = adapt(config, machine, base, target, images)
+    made_with = {"config": asdict(config), "base": checkpoint.digest(base), "branch": checkpoint.digest(branch)}
+    if finished(out / "report.json", made_with):
+        return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
     judge, skill = train_judge(config, machine, images)
     from_source = config.mode == "restyle" or config.captions == "source"
@@ -65,11 +68,13 @@ def main() -> None:
         machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
         if not kept:
             raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
-        report = gap.set_report(config, base.config, kept, dropped, images, out) | {"judge of malformed people": skill}
+        report = made_with | gap.set_report(base.config, kept, dropped, images, out)
+        report["judge of malformed people"] = skill
         if not config.target_root:      # drawn people: the exact answer is known
             report |= gap.town_report(config, machine, base, branch, train_reader(config, machine), images, kept,
                                       source_records(config, machine).records, out)
-        machine.say(json.dumps({key: value for key, value in report.items() if key not in ("gap", "config")}, indent=1))
+        told = {key: value for key, value in report.items() if key not in (*made_with, "gap")}
+        machine.say(json.dumps(told, indent=1))
         checkpoint.write_json(out / "report.json", report)
 
 
@@ -99,14 +104,15 @@ def train_base(config: AdaptConfig, machine: Machine) -> Path:
         with machine.autocast():
             return pairs.loss(denoiser, None, schedule, draw, count)
 
+    base.autoencoder.start(random_light(to_float(images[:2000]), torch.Generator().manual_seed(0)).to(machine.device))
     fit("autoencoder", base.autoencoder, autoencoder_loss, plans["autoencoder"], out / "autoencoder.safetensors",
         facts, config.seed, machine)
-    base.autoencoder.learn_scale(to_float(images[:2000]).to(machine.device))
+    base.autoencoder.learn_scale(encode(base.autoencoder, images[:2000]))
     pairs = LatentPairs(base.autoencoder, images, captions, tokenizer)
     fit("denoiser", base.denoiser, denoiser_loss, plans["denoiser"], out / "denoiser.safetensors",
         facts, config.seed, machine)
     machine.first(lambda: checkpoint.save(
-        out / "base.safetensors", {name: value.bfloat16() for name, value in checkpoint.weights(base).items()},
+        out / "base.safetensors", {name: value.half() for name, value in checkpoint.weights(base).items()},
         facts | {"vocab": tokenizer.pieces, "seed": config.seed, "versions": checkpoint.VERSIONS}))
     return out / "base.safetensors"
 
@@ -172,9 +178,11 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
     training.make_folder(folder)
     count, size = (60, 6000)[config.size == "demo"], DIFFUSION_PRESETS[config.size]
     people = gap.strangers(count, seed=0)
-    images = torch.cat([gap.pixels_of(town.portraits(domain, people, 0, (size.height, size.width), machine.cores))
-                        for domain in TARGETS])
-    labels = gap.labels_of(people).repeat(len(TARGETS), 1)
+    drawn = {domain: town.portraits(domain, people, 0, (size.height, size.width), machine.cores)
+             for domain in gap.TARGETS}
+    images = torch.cat([gap.pixels_of(some) for some in drawn.values()])
+    cameras = torch.tensor([gap.CAMERAS.index((domain, one.camera)) for domain, some in drawn.items() for one in some])
+    labels = torch.cat([gap.labels_of(people).repeat(len(drawn), 1), cameras[:, None]], 1)
 
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         some = torch.randint(len(images), (count,), generator=draw, device=machine.device).cpu()
@@ -212,6 +220,11 @@ def target_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     return load(config.target, "train", root, say=machine.say)
 
 
+def finished(report: Path, made_with: dict) -> bool:
+    """Whether there is a report on a set made with just that."""
+    return report.exists() and made_with.items() <= json.loads(report.read_text()).items()
+
+
 def default_out(config: AdaptConfig) -> str:
     """out/sda/<target>, and what sets this run apart from the default one."""
     parts = [config.target] + [config.mode] * (config.mode != "generate") + [f"s{config.seed}"] * (config.seed != 0)
@@ -220,7 +233,7 @@ def default_out(config: AdaptConfig) -> str:
 
 def check(config: AdaptConfig) -> None:
     """Raise UserError for values that no run can use."""
-    choices = {"target": TARGETS, "mode": ("generate", "restyle"), "condition": ("", *CONDITIONS),
+    choices = {"target": gap.TARGETS, "mode": ("generate", "restyle"), "condition": ("", *CONDITIONS),
                "captions": ("target", "source"), "size": tuple(DIFFUSION_PRESETS), "sampler": tuple(SAMPLERS)}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:

@@ -93,7 +93,7 @@ class DiffusionConfig:
 DIFFUSION_PRESETS = {
     #                        height width stem autoencoder      latent widths               heads text: dim depth heads
     "tiny":  DiffusionConfig(32,    16,   4,   (16,),           4,     (16, 32),            2,          32,  1,    2),
-    "demo":  DiffusionConfig(64,    32,   2,   (48, 96),        8,     (48, 96),            2,          128, 2,    4),
+    "demo":  DiffusionConfig(64,    32,   4,   (96,),           12,    (48, 96),            2,          128, 2,    4),
     "small": DiffusionConfig(192,   96,   2,   (64, 128, 256),  8,     (128, 256, 384),     8,          256, 4,    4),
     "base":  DiffusionConfig(384,   256,  2,   (96, 192, 384),  8,     (192, 384, 768, 768), 8,         512, 6,    8),
 }
@@ -113,8 +113,8 @@ class Fit:
 FITS = {
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
-    "demo":  dict(autoencoder=Fit(3000, 64, 1e-3), denoiser=Fit(4500, 128, 1e-3), branch=Fit(1100, 48, 1e-3),
-                  judge=Fit(400, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
+    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(4800, 64, 1e-3), branch=Fit(1100, 48, 1e-3),
+                  judge=Fit(200, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
     "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4), branch=Fit(10_000, 32, 1e-4),
@@ -182,7 +182,7 @@ class AdaptConfig:
     strength: float = 0.9         # of the noise that restyling starts from; 1 keeps nothing of the source but structure
     grey_mean: float = 0.02       # dropped as near-greyscale: mean ...
     grey_variance: float = 0.0005  # ... and variance of the channel differences both below these
-    malformed: float = 2.0        # dropped as malformed: log-odds of the judge above this
+    malformed: float = 1.0        # dropped as malformed: log-odds of the judge above this
     checkpoint: str = ""          # a retriever whose matching head judges image against caption; empty: no such filter
     mismatch: float = -2.0        # dropped as not showing its caption: log-odds of a match below this
     box_threshold: float = 0.35   # a phrase's box is dropped below this confidence

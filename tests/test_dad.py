@@ -196,7 +196,8 @@ def test_the_reader_is_asked_for_what_the_caption_names():
             wrong = labels.clone()
             wrong[2, list(gap.KINDS).index("upper_colour")] += 1
             return torch.cat([torch.nn.functional.one_hot(wrong[:, i] % len(values), len(values))
-                              for i, values in enumerate(gap.KINDS.values())], 1).float()
+                              for i, values in enumerate(gap.KINDS.values())]
+                             + [torch.zeros(3, len(gap.CAMERAS))], 1).float()
 
     told = [f"{p.upper_colour} {gap.KINDS['upper'][p.upper][0]}, {p.lower_colour} {gap.KINDS['lower'][p.lower][0]}"
             for p in people]
@@ -250,7 +251,12 @@ def test_nothing_is_made_twice(made):
     images = sorted((folder / "out/sda/icfg/imgs").rglob("*.png"))
     before = {path: path.stat().st_mtime_ns for path in images}
     again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
-    assert "branch.safetensors is there" in again and "part 1" not in again
+    assert "branch.safetensors is there" in again and "out/sda/icfg is complete" in again
+    report = folder / "out/sda/icfg/report.json"
+    measured = json.loads(report.read_text())
+    report.unlink()
+    again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
+    assert "part 1" not in again and json.loads(report.read_text()) == measured
     assert {path: path.stat().st_mtime_ns for path in images} == before and len(images) == 70
 
 

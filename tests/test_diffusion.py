@@ -114,12 +114,43 @@ def test_guidance_extrapolates_and_rescaling_restores_the_contrast():
 
 def test_the_autoencoder_owns_its_scale(base, images):
     images = torch.cat([images] * 10)
-    base.autoencoder.learn_scale(images.float() / 127.5 - 1)
+    for _ in range(2):
+        base.autoencoder.learn_scale(encode(base.autoencoder, images))
     latents = encode(base.autoencoder, images)
     assert latents.shape == (50, *base.config.shape)
     assert latents.mean((0, 2, 3)).abs().max() < 1e-4 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
     mean, _ = base.autoencoder.posterior(images[:2].float() / 127.5 - 1)
-    assert torch.allclose(base.autoencoder.decode(latents[:2]), base.autoencoder.decoder(mean), atol=1e-5)
+    assert torch.allclose(base.autoencoder.decode(latents[:2]), base.autoencoder.picture(mean)[0], atol=1e-5)
+
+
+def test_a_new_autoencoder_is_the_principal_components_of_patches(base):
+    torch.manual_seed(0)
+    axes, parts = torch.randn(4, 3, 4, 4), torch.randn(20, 4, 8, 4)        # as many axes as latents: nothing is lost
+    images = torch.einsum("kcyx,bkij->bciyjx", axes, parts).reshape(20, 3, 32, 16)
+    base.autoencoder.start(images)
+    mean, log_variance = base.autoencoder.posterior(images)
+    assert torch.allclose(mean.transpose(0, 1).flatten(1).cov(), torch.eye(4), atol=1e-3)
+    assert torch.allclose(base.autoencoder.decode(mean), images, atol=1e-3) and (log_variance == -6).all()
+
+
+def test_grain_is_learned_as_the_size_of_what_is_missed(base, images):
+    autoencoder, size = base.autoencoder, 0.1
+    autoencoder.start(images.float() / 127.5 - 1)
+    flat, draw = torch.zeros(64, 3, 32, 16), torch.Generator().manual_seed(0)
+    for parameter in [autoencoder.linear_in[1].weight, *autoencoder.linear_out.parameters()]:
+        torch.nn.init.zeros_(parameter)                             # it can say nothing but grey ...
+    grain = autoencoder.decoder[-2].bias
+    optimizer = torch.optim.Adam([grain], 0.05)
+    for _ in range(120):
+        noisy = flat + size * torch.randn(flat.shape, generator=draw)
+        optimizer.zero_grad()
+        autoencoder.loss(noisy, torch.zeros(64, *base.config.shape), 0.0).backward()
+        grain.grad.unflatten(0, (6, -1))[:3] = 0                    # ... and only learns how far off that is
+        optimizer.step()
+    with torch.no_grad():
+        made = autoencoder.decode(torch.zeros(64, *base.config.shape), torch.randn(flat.shape, generator=draw))
+        assert made.std() == pytest.approx(size * (2 / math.pi) ** 0.5, rel=0.05)
+        assert not autoencoder.decode(torch.zeros(1, *base.config.shape)).any()       # none where none is asked for
 
 
 @pytest.mark.parametrize("preset", ["tiny", "demo"])
@@ -200,7 +231,7 @@ def test_strength_zero_gives_the_reconstruction(base, images):
     latents = encode(base.autoencoder, images)
     for sampler in (ddim, dpm_solver):
         assert torch.equal(sampler(None, latents, SCHEDULE, 20, 0.0), latents)
-    assert decode(base.autoencoder, latents).shape == images.shape
+    assert decode(base.autoencoder, latents, torch.Generator()).shape == images.shape
 
 
 def test_cached_latents_and_mirror_images_give_the_same_loss(base, images, tokenizer):

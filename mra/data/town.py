@@ -666,10 +666,11 @@ def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
 
 
 class Portrait(NamedTuple):
-    """A drawing in memory: pixels (H, W, 3) uint8, the boxes of its parts, one annotator's words."""
+    """A drawing in memory: pixels (H, W, 3) uint8, the boxes of its parts, one annotator's words, its camera."""
     pixels: np.ndarray
     boxes: dict[str, Box]
     words: Words
+    camera: int
 
 
 def portraits(domain: str, people: list[Person], seed: int, size: tuple[int, int], workers: int,
@@ -689,7 +690,7 @@ def _portrait(task: tuple) -> Portrait:
     pose = pose or shot.pose
     image, boxes = render(person, pose, domain, shot.camera, shot.seed)
     return Portrait(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)), boxes,
-                    describe(person, pose.view, boxes, rng))
+                    describe(person, pose.view, boxes, rng), shot.camera)
 
 
 def root(tiny: bool) -> Path:

@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from mra.config import DiffusionConfig
 
+# RGB -> orthonormal axes: lightness, yellow-blue, red-green (Ruderman et al. 1998)
+OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0.5, -(2**-0.5), 0.0]])
+START_LOG_VARIANCE = -6.0       # of the latents: little noise before the loss has its say
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a skip; an embedding (B, T), where there is one, is added between them."""
+    """Two 3x3 convolutions beside a skip; with an embedding (B, T), normalised, and it is added between them."""
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int = 0):
         super().__init__()
-        least = 8 if embedding else 1    # a norm over one channel would take away what the embedding adds to it
-        self.norm1, self.conv1 = group_norm(dim_in), nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.norm1 = group_norm(dim_in) if embedding else nn.Identity()
+        self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
         if embedding:
             self.modulation = nn.Linear(embedding, dim_out)
-        self.norm2, self.conv2 = group_norm(dim_out, least), nn.Conv2d(dim_out, dim_out, 3, padding=1)
+        self.norm2 = group_norm(dim_out, 8) if embedding else nn.Identity()    # a norm over one channel would take
+        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)                 # away what the embedding adds to it
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -43,11 +47,17 @@ class Up(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """Images (B, 3, H, W) in -1..1 <-> latents (B, C, h, w) with h = H / factor, mean 0 and variance 1."""
+    """Images (B, 3, H, W) in -1..1 <-> latents (B, C, h, w) with h = H / factor, mean 0 and variance 1.
+
+    Beside each network runs a linear map, of patches to latents and back, that starts as their principal components;
+    the networks learn what it misses. The decoder also says how far it may be off at each pixel, the image's grain:
+    what no latent can hold, and a photograph without it is easily told from a real one.
+    """
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
-        widths, stem, latent = config.autoencoder, config.stem, config.latent
+        widths, stem, latent, factor = config.autoencoder, config.stem, config.latent, config.factor
+        self.factor = factor
         encoder = [nn.PixelUnshuffle(stem), nn.Conv2d(3 * stem**2, widths[0], 3, padding=1)]
         decoder = [nn.Conv2d(latent, widths[-1], 3, padding=1), ResBlock(widths[-1], widths[-1])]
         for here, below in zip(widths, [*widths[1:], None]):
@@ -56,40 +66,76 @@ class Autoencoder(nn.Module):
         for here, above in zip(widths[::-1], [*widths[-2::-1], None]):
             decoder += [ResBlock(here, here)]
             decoder += [Up(here), nn.Conv2d(here, above, 1)] if above else []
-        encoder += [ResBlock(widths[-1], widths[-1]), group_norm(widths[-1]), nn.SiLU(),
-                    nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)]
-        decoder += [group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3 * stem**2, 3, padding=1),
-                    nn.PixelShuffle(stem)]
+        encoder += [ResBlock(widths[-1], widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)]
+        decoder += [nn.SiLU(), nn.Conv2d(widths[0], 6 * stem**2, 3, padding=1), nn.PixelShuffle(stem)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        self.linear_in = nn.Sequential(nn.PixelUnshuffle(factor), nn.Conv2d(3 * factor**2, latent, 1))
+        self.linear_out = nn.Sequential(nn.Conv2d(latent, 3 * factor**2, 1), nn.PixelShuffle(factor))
         self.register_buffer("mean", torch.zeros(latent))
         self.register_buffer("std", torch.ones(latent))
 
+    @torch.no_grad()
+    def start(self, images: Tensor) -> None:
+        """Start as the principal components of the patches of images (B, 3, H, W), each with variance 1."""
+        (_, to_latent), (to_patch, _) = self.linear_in, self.linear_out
+        patches = self.linear_in[0](images).transpose(0, 1).flatten(1)                            # (3 f^2, B*h*w)
+        values, vectors = torch.linalg.eigh(patches.double().cov())
+        middle, count = patches.double().mean(1), to_latent.out_channels
+        scale, axes = values[-count:].clamp(min=1e-6).sqrt(), vectors[:, -count:]                 # (C,), (3 f^2, C)
+        to_latent.weight.copy_((axes / scale).T[:, :, None, None])
+        to_latent.bias.copy_(-(middle @ axes) / scale)
+        to_patch.weight.copy_((axes * scale)[:, :, None, None])
+        to_patch.bias.copy_(middle)
+        for last in [self.encoder[-1], self.decoder[-2], *(m.conv2 for m in self.modules() if isinstance(m, ResBlock))]:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.encoder[-1].bias[count:] = START_LOG_VARIANCE
+
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, C, h, w) of an image's latents before scaling."""
-        return self.encoder(image).chunk(2, 1)
+        mean, log_variance = self.encoder(image).chunk(2, 1)
+        return mean + self.linear_in(image), log_variance.clamp(-12, 0)
+
+    def picture(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents before scaling -> the image (B, 3, H, W), and the log of its grain's size on each OPPONENT axis."""
+        missed, grain = self.decoder(z).chunk(2, 1)
+        return self.linear_out(z) + missed, (grain - 4).clamp(-5.5, 0)       # from what 8 bits can show
 
     def encode(self, image: Tensor) -> Tensor:
         """The mean latents of an image, scaled."""
         mean, _ = self.posterior(image)
         return (mean - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents * self.std[:, None, None] + self.mean[:, None, None])
+    def decode(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The image of scaled latents, with grain where its `noise` (B, 3, H, W), standard normal, is given.
 
-    def loss(self, image: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
-        """L = |x - decode(z)| + w KL(q(z | x) || N(0, 1)), z = mean + std * noise (B, C, h, w); a scalar."""
+        Its standard deviation is b, less than the 1.25 b of a normal distribution whose mean size is b: a part of
+        what the image misses lies along edges, where noise would show as speckles.
+        """
+        image, grain = self.picture(latents * self.std[:, None, None] + self.mean[:, None, None])
+        if noise is None:
+            return image
+        return image + torch.einsum("ij,bihw->bjhw", OPPONENT.to(image), noise * grain.exp())
+
+    def loss(self, image: Tensor, noise: Tensor, kl_weight: float, grain_weight: float = 0.02) -> Tensor:
+        """L = |r| + w KL(q(z | x) || N(0, 1)) + u (|r'| / b + log b), z = mean + std * noise (B, C, h, w); a scalar.
+
+        r = x - picture(z). r', the same on OPPONENT axes and without gradient, is what the grain b is learned from:
+        the likelihood of a Laplace distribution, largest where b is the mean of |r'|.
+        """
         mean, log_variance = (x.float() for x in self.posterior(image))
-        log_variance = log_variance.clamp(-30, 20)
-        rebuilt = self.decoder(mean + (log_variance / 2).exp() * noise)
+        rebuilt, grain = (x.float() for x in self.picture(mean + (log_variance / 2).exp() * noise))
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-        return (rebuilt.float() - image).abs().mean() + kl_weight * divergence
+        off = torch.einsum("ij,bjhw->bihw", OPPONENT.to(image), (image - rebuilt).detach()).abs()
+        likelihood = (off * (-grain).exp() + grain).mean()
+        return (rebuilt - image).abs().mean() + kl_weight * divergence + grain_weight * likelihood
 
     @torch.no_grad()
-    def learn_scale(self, images: Tensor) -> None:
-        """Set mean and std (C,) from the latents of these images (B, 3, H, W)."""
-        mean, _ = self.posterior(images)
-        self.mean.copy_(mean.float().mean((0, 2, 3)))
-        self.std.copy_(mean.float().std((0, 2, 3)))
+    def learn_scale(self, latents: Tensor) -> None:
+        """Make images that `encode` to these latents (B, C, h, w) have mean 0 and variance 1 from now on."""
+        std, mean = torch.std_mean(latents.float(), (0, 2, 3))
+        self.mean += self.std * mean
+        self.std *= std
 
 
 def random_light(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,25 +20,31 @@ from mra.diffusion.sampling import to_float
 from mra.retriever import Retriever
 
 ONE_AT_A_TIME = threading.Lock()
+DETAIL = 4.0        # how much a judge's view of detail is amplified
 
 
 class Judge(nn.Module):
     """A small convolutional network: images (B, 3, H, W) in -1..1 -> features (B, 128) -> scores (B, outputs).
 
-    It looks at full resolution first, so that grain and blur count, and keeps four strips from head to foot apart.
+    It looks at full resolution first, and beside the image at what its 3x3 mean leaves out, so that grain and blur
+    count; and it keeps four strips from head to foot apart.
     """
 
     def __init__(self, outputs: int):
         super().__init__()
-        layers, dim = [], 3
+        layers, dim = [], 6
         for width, stride in ((24, 1), (48, 2), (96, 2), (128, 2)):
             layers += [nn.Conv2d(dim, width, 3, stride, 1), group_norm(width), nn.SiLU()]
             dim = width
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(4 * dim, 128))
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(4 * dim, 128))
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(128, outputs))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.features(image))
+
+    def features(self, image: Tensor) -> Tensor:
+        detail = image - F.avg_pool2d(image, 3, 1, 1, count_include_pad=False)
+        return self.trunk(torch.cat([image, DETAIL * detail], 1))
 
     @torch.inference_mode()
     def score(self, images: Tensor, features: bool = False) -> Tensor:
@@ -116,7 +122,21 @@ def join_halves(image: Tensor, donor: Tensor, generator: torch.Generator) -> Ten
     return torch.cat([image[:, :, :half], donor.flip(1)[:, :, half:]], 2)
 
 
-SEEN, UNSEEN = [shuffle_bands, replace_block], [shift_half, join_halves]    # learned from, and tested on
+def overlay(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
+    """Two people at the same place, each half transparent."""
+    shift = image.shape[2] // 8 + int(torch.randint(image.shape[2] // 4, (1,), generator=generator))
+    return ((image.float() + donor.roll(shift, 2).float()) / 2).round().to(torch.uint8)
+
+
+def repeat_band(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
+    """A quarter of the body twice, below each other or stretched to twice its length."""
+    quarter, top = image.shape[1] // 4, int(torch.randint(image.shape[1] // 2, (1,), generator=generator))
+    band = image[:, top:top + quarter]
+    twice = band.repeat_interleave(2, 1) if torch.rand((), generator=generator) < 0.5 else band.repeat(1, 2, 1)
+    return torch.cat([image[:, :top], twice, image[:, top + quarter:]], 1)[:, :image.shape[1]]
+
+
+SEEN, UNSEEN = [shuffle_bands, replace_block, overlay, repeat_band], [shift_half, join_halves]   # to learn, to test
 
 
 @torch.inference_mode()

@@ -1,14 +1,14 @@
 """How far made images are from the target, and whether they show what their captions say.
 
 Everything is measured on the demo town, which can draw any person in the target's look: the exact answer. A reader of
-attributes, trained on such drawings of people that nothing else uses, gives the features of the Frechet distance and
-the accuracy of what made images show. Before: filters.py, transfers.py. After: adapt.py, which prints the table.
+attributes and of the camera, trained on such drawings of people that nothing else uses, gives the features of the
+Frechet distance (so they know clothes, light and viewpoint) and the accuracy of what made images show.
+Before: filters.py, transfers.py. After: adapt.py, which prints the table.
 """
 
 import math
 import random
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,17 @@ from mra.training import Machine
 
 ROWS, BOXED = 1000, 200     # images of each row of the report, and of the check of the boxes
 
+TARGETS = ("cuhk", "icfg", "rstp")
 KINDS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "upper": UPPERS, "lower": LOWERS, "pattern": PATTERNS,
          "shoes": SHOES, "shoes_colour": COLOURS}
+CAMERAS = [(domain, camera) for domain in TARGETS for camera in range(town.DOMAINS[domain].cameras)]
+SIZES = [*map(len, KINDS.values()), len(CAMERAS)]                   # the reader's answers: attributes, then the camera
 GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # what the report reads off: garment colours
 
 
 def make_reader() -> Judge:
-    """Images -> scores of every value of every attribute, one after the other."""
-    return Judge(sum(map(len, KINDS.values())))
+    """Images -> scores of every value of every attribute and of every camera, one after the other."""
+    return Judge(sum(SIZES))
 
 
 def labels_of(people: list[Person]) -> Tensor:
@@ -50,8 +53,8 @@ def labels_of(people: list[Person]) -> Tensor:
 
 
 def reading_loss(reader: Judge, images: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the attributes: uint8 images (B, 3, H, W), labels (B, attributes)."""
-    scores = reader(to_float(images)).split([len(values) for values in KINDS.values()], 1)
+    """Mean cross-entropy: uint8 images (B, 3, H, W), labels (B, attributes + 1), the camera's last."""
+    scores = reader(to_float(images)).split(SIZES, 1)
     return sum(F.cross_entropy(s.float(), labels[:, i]) for i, s in enumerate(scores)) / len(scores)
 
 
@@ -60,7 +63,7 @@ def colour_accuracy(reader: Judge, images: Tensor, people: list[Person], caption
 
     An image counts where its caption names both the garment and the colour of its person.
     """
-    scores = dict(zip(KINDS, reader.score(images).split([len(values) for values in KINDS.values()], 1)))
+    scores = dict(zip(KINDS, reader.score(images).split(SIZES, 1)))
     result = {}
     for name, garment in GARMENTS.items():
         asked = torch.tensor([names(caption, COLOURS[getattr(person, name)])
@@ -181,8 +184,7 @@ def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], so
             "phrases": len(found)}
 
 
-def set_report(config: AdaptConfig, size: DiffusionConfig, kept: list[dict], dropped: list[dict], target: Tensor,
-               out: Path) -> dict:
+def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], target: Tensor, out: Path) -> dict:
     """What every run reports: what was made and dropped, its light, whether it repeats training images. Pictures."""
     def images_of(rows: list[dict]) -> Tensor:
         return Crops([str(out / "imgs" / row["image"]) for row in rows], size).read()
@@ -193,7 +195,7 @@ def set_report(config: AdaptConfig, size: DiffusionConfig, kept: list[dict], dro
     if pictured:
         figures.sheet(pictured, out / "dropped.png")
     figures.sheet({"adapted": made[:10], "target": target[:10]}, out / "adaptation.png")
-    return {"config": asdict(config), "versions": checkpoint.VERSIONS, "made": len(kept) + len(dropped),
+    return {"versions": checkpoint.VERSIONS, "made": len(kept) + len(dropped),
             "kept": len(kept), "dropped": {name: len(rows) for name, rows in reasons.items()},
             "light": {"made": light(made), "target": light(target)},
             "nearest training image": {"made": round(float(nearest(made, target).median()), 4)}}
@@ -217,11 +219,11 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     plain = Crops([record.path for record in source], base.config).read(config.workers)
     donors = target[torch.randint(len(target), (len(plain),), generator=torch.Generator().manual_seed(0))]
     moved = transfers.match_moments(encode(base.autoencoder, plain), encode(base.autoencoder, target))
+    moved = decode(base.autoencoder, moved, torch.Generator(machine.device).manual_seed(0)).cpu()
     held_out, others = (drawn(strangers(len(rows), seed), seed) for seed in (2, 3))
     sets = {"source": plain, "reinhard": transfers.reinhard(plain, donors),
             "histogram": transfers.histogram(plain, donors), "fourier": transfers.fourier(plain, donors),
-            "moments": decode(base.autoencoder, moved).cpu(), f"dad {config.mode}": made, "exact": drawn(theirs, 1),
-            "target": others}
+            "moments": moved, f"dad {config.mode}": made, "exact": drawn(theirs, 1), "target": others}
     steps, table = FITS[config.size]["judge"].steps, {}
     measured = machine.map(lambda images: measure(images, held_out, reader, config.seed, machine.device, steps),
                            sets.values())

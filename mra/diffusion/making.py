@@ -62,7 +62,8 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     started, parts = time.perf_counter(), [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
     retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
     used = replace(config, workers=0, out="", grey_mean=0, grey_variance=0, malformed=0, mismatch=0)
-    settings = hashlib.sha256(f"{used} {checkpoint.digest(base)} {checkpoint.digest(branch)}".encode()).hexdigest()[:16]
+    weights = " ".join(checkpoint.digest(network) for network in (base, branch, judge))
+    settings = hashlib.sha256(f"{used} {weights}".encode()).hexdigest()[:16]
     networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
 
     def make_part(number: int) -> None:
@@ -72,7 +73,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
         draw = torch.Generator(machine.device).manual_seed(hash((config.seed, number)) % 2**62)
         with torch.no_grad(), machine.autocast():
             latents, condition, prompt = sample(config, base, networks, parts[number], target_latents, draw)
-            images = decode(base.autoencoder, latents)
+            images = decode(base.autoencoder, latents, draw)
             rows = describe(config, base, branch, parts[number], latents, condition, prompt, draw)
         judged = {"colour_mean": colourfulness(images)[0], "colour_variance": colourfulness(images)[1],
                   "malformed": judge.score(images)[:, 0]}

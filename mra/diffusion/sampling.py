@@ -73,9 +73,13 @@ def encode(autoencoder: Autoencoder, images: Tensor, batch: int = 256) -> Tensor
 
 
 @torch.no_grad()
-def decode(autoencoder: Autoencoder, latents: Tensor, batch: int = 256) -> Tensor:
-    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W)."""
-    return torch.cat([to_bytes(autoencoder.decode(some)) for some in latents.split(batch)])
+def decode(autoencoder: Autoencoder, latents: Tensor, generator: torch.Generator, batch: int = 256) -> Tensor:
+    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W), with their grain."""
+    def noise(some: Tensor) -> Tensor:
+        rows, columns = (n * autoencoder.factor for n in some.shape[2:])
+        return torch.randn(len(some), 3, rows, columns, generator=generator, device=some.device)
+
+    return torch.cat([to_bytes(autoencoder.decode(some, noise(some))) for some in latents.split(batch)])
 
 
 class LatentPairs:

@@ -8,11 +8,11 @@ Images are (B, 3, H, W) uint8. Before: sampling.py. After: gap.py.
 import torch
 from torch import Tensor
 
+from mra.diffusion.autoencoder import OPPONENT
 from mra.diffusion.sampling import to_bytes, to_float
 
-# RGB -> an opponent space of nearly independent axes (lightness, yellow-blue, red-green; Ruderman et al. 1998, of logs)
+# RGB -> cone responses, whose logarithms OPPONENT makes nearly independent (Reinhard et al. 2001)
 LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
-OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0.5, -(2**-0.5), 0.0]])
 LOW = 0.08          # of the spectrum's height and width: the amplitudes that FDA swaps
 
 
