@@ -34,8 +34,9 @@ class EvalConfig:
     data_root: str = ""               # folder of the real sets; empty: the demo town
     k: int = -1                       # candidates that the fusion encoder re-scores; -1: the preset's; 0: none
     mirror: bool = True               # average over the mirror image
-    fusion: str = "clean"             # clean: a pair's score depends on that pair; published: min-max over all pairs
-    weight: float = -1.0              # of the similarity; -1: clean, chosen on val in training; published, 0.002
+    fusion: str = "clean"             # clean: a pair's score depends on that pair; published: as the released code
+    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002, the released
+                                      # code's on one process; on W processes it weighs about W * 0.002
     query: str = ""                   # a sentence: rank a gallery for it instead
     gallery: str = ""                 # a folder of images for --query; empty: the test images
     out: str = ""                     # folder of results.json and ranking.png; empty: the checkpoint's
@@ -130,11 +131,14 @@ def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
     k = model.config.rerank if config.k < 0 else config.k
     if "weight" not in facts["val"]:
         k = 0
-    found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers)
+    clean_score = config.fusion == "clean"
+    found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,
+                           swap=clean_score)
     if k == 0:
         return found, None
     weight = weight_of(config, facts)
-    return found, found.order(weight) if config.fusion == "clean" else found.published_order(weight)
+    return found, (found.order(weight) if clean_score else
+                   found.published_scores(weight).argsort(dim=1, descending=True, stable=True))
 
 
 def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, order, count: int = 6) -> list[figures.Row]:
