@@ -4,6 +4,7 @@
     python evaluate.py --dataset icfg cuhk rstp               cross-domain rows
     python evaluate.py --checkpoint out/icfg-demo-s0/best.safetensors --k 64
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of images
+    python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
 
 Every field of EvalConfig is a flag. Prints the metrics of both stages and writes results.json and ranking.png.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mra import checkpoint, figures, ranking
+from mra import checkpoint, figures, ranking, released
 from mra.config import UserError, parse, run
 from mra.data import records, town
 from mra.data.words import clean, noun_phrases
@@ -28,7 +29,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 class EvalConfig:
     """What to evaluate, and how."""
 
-    checkpoint: str = ""              # empty: the newest best.safetensors under out/
+    checkpoint: str = ""              # ours, or a released one (.pth); empty: the newest best.safetensors under out/
+    vocab: str = ""                   # BERT's vocab.txt for a released checkpoint; empty: the one beside it
     dataset: tuple[str, ...] = ()     # empty: the one that the checkpoint was trained on
     split: str = "test"               # train, val or test
     data_root: str = ""               # folder of the real sets; empty: the demo town
@@ -51,10 +53,12 @@ def main() -> None:
     check(config)
     device = choose_device(config.device)
     path = Path(config.checkpoint) if config.checkpoint else newest()
-    model, tokenizer, facts = checkpoint.load_retriever(path, device)
+    model, tokenizer, facts = released.load_retriever(path, device, config.vocab)
     datasets = config.dataset or (facts["train"]["dataset"],)
-    print(f"{path}: trained on {facts['train']['dataset']}, pretrained on {facts['pretrained_on']}, seed "
-          f"{facts['train']['seed']}; evaluating on {device}.")
+    if not datasets[0] and not config.gallery:
+        raise UserError(f"{path} does not say what it was trained on; give --dataset.")
+    print(f"{path}: trained on {facts['train']['dataset'] or 'an unnamed set'}, pretrained on "
+          f"{facts['pretrained_on']}, seed {facts['train']['seed']}; evaluating on {device}.")
     out = Path(config.out) if config.out else path.parent
     make_folder(out)
     if config.query:
