@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from mra import weights
+import train
+from mra import checkpoint, weights
 from mra.config import PRESETS, UserError
-from mra.data.tokenizer import VOCAB_FILE
+from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 TINY = PRESETS["tiny"]
@@ -196,6 +197,19 @@ def test_a_vit_and_a_bert_for_a_rectangle(tmp_path, torchvision_vit, bert_folder
     model, tokenizer = weights.start(PRESETS["demo"], str(bert_folder), str(path), "")
     tokens, feature = model.encode_image(torch.randn(2, 3, 64, 32))
     assert tokens.shape == (2, 1 + 32, 128) and feature.shape == (2, 128) and len(tokenizer) == 1011
+
+
+def test_train_starts_from_bert(root, monkeypatch, bert_folder):
+    """What it writes is one of our files, with the vocabulary, and says enough to go on from."""
+    flags = ("--dataset", "cuhk", "--data-root", root, "--preset", "tiny", "--steps", 1, "--batch", 2, "--evals", 1,
+             "--workers", 0, "--device", "cpu", "--bert", bert_folder)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--init", "none", "--out", str(root / "one")])
+    train.main()
+    best = root / "one" / "best.safetensors"
+    model, tokenizer, _ = checkpoint.load_retriever(best, torch.device("cpu"))
+    assert model.config.text_heads == 4 and tokenizer.pieces == Tokenizer.read().pieces
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--init", str(best)])
+    assert "--bert" in refusal(train.main)
 
 
 # ---- what is wrong with a file
