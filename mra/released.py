@@ -2,9 +2,11 @@
 
 A released file holds a Swin-B, BERT's layers as text and fusion encoder, and the heads; it becomes one of the
 presets `swin` (384x256) or `swin-224`. Fine-tuning at 384x256 what was pretrained at 224x224 interpolates the
-tables of positions. Before: weights.py. After: train.py (`--init`) and evaluate.py (`--checkpoint`).
+tables of positions. `python -m mra.released ft_cuhk.pth` writes such a file as one of ours.
+Before: weights.py. After: train.py (`--init`) and evaluate.py (`--checkpoint`).
 """
 
+import argparse
 import math
 import re
 from dataclasses import replace
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mra import checkpoint
-from mra.config import PRESETS, ModelConfig, UserError
+from mra.config import PRESETS, ModelConfig, UserError, run
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 from mra.weights import BERT_DROPPED, BERT_NAMES, Source, bert_tensors, read_vocabulary, resized_grid
@@ -125,3 +127,23 @@ def geometric_ratio(terms: int, reach: int) -> float:
         ratio = (low + high) / 2
         low, high = (low, ratio) if sum(ratio ** i for i in range(terms)) > reach else (ratio, high)
     return ratio
+
+
+def export(path: Path, vocab: str = "") -> Path:
+    """Write a released checkpoint as one of ours beside it: no pickle, with configuration and vocabulary inside."""
+    model, tokenizer, facts = load_retriever(path, torch.device("cpu"), vocab)
+    target = Path(path).with_suffix(".safetensors")
+    checkpoint.save(target, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | facts)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=export.__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--vocab", default="", help="BERT's vocab.txt; by default the one beside the checkpoint")
+    given = parser.parse_args()
+    print(f"Wrote {export(given.checkpoint, given.vocab)}.")
+
+
+if __name__ == "__main__":
+    run(main)

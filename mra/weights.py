@@ -124,9 +124,20 @@ class Source:
 
 
 def heads_of(path: Path, dim: int) -> int:
-    """Attention heads, which no tensor shows: from the config.json beside the weights, else of 64 channels each."""
+    """Attention heads, which no tensor shows: from the config.json beside the weights, else of 64 channels each.
+
+    Raises UserError where that file names an activation other than the exact GELU.
+    """
     beside = Path(path).with_name("config.json")
-    return json.loads(beside.read_text())["num_attention_heads"] if beside.is_file() else max(1, dim // 64)
+    try:
+        said = json.loads(beside.read_text()) if beside.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{beside} cannot be read as JSON ({error}).") from error
+    if said.get("hidden_size") != dim:      # none, or of other weights
+        return max(1, dim // 64)
+    if said.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path}: its activation is {said['hidden_act']}; only gelu will do.")
+    return said.get("num_attention_heads", max(1, dim // 64))
 
 
 # ---- BERT

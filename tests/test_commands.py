@@ -334,6 +334,9 @@ def refused(folder: Path, script: str, *flags: str) -> str:
     (("--init", "none", "--dataset", "nope"), "--dataset nope"),
     (("--init", "missing.safetensors"), "missing.safetensors"),
     (("--init", "words.txt"), "words.txt"),
+    (("--init", "words.txt", "--bert", "words.txt"), "--bert"),
+    (("--init", "none", "--bert", "words.txt"), "words.txt"),
+    (("--init", "none", "--vit", "missing.pth"), "missing.pth"),
     (("--init", "none", "--vocab", "missing.txt"), "missing.txt"),
 ])
 def test_mistakes_in_training(work, flags, named):

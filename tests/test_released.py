@@ -21,7 +21,7 @@ from mra import checkpoint, losses, ranking, released, weights
 from mra.config import PRESETS, UserError
 from mra.data.augment import box_to_patches
 from mra.data.batches import Batch
-from mra.data.tokenizer import VOCAB_FILE
+from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever, pool_region
 from tests.test_weights import refusal
 
@@ -299,6 +299,19 @@ def test_a_file_becomes_its_model(write, preset, change):
         torch.testing.assert_close(found.encode_image(images), model.encode_image(images))
     assert all(torch.equal(tensor, checkpoint.weights(model)[name])
                for name, tensor in checkpoint.weights(found).items())
+
+
+def test_a_file_becomes_one_of_ours(write, tmp_path, monkeypatch):
+    """With configuration and vocabulary inside, so that it serves anywhere."""
+    path, model = write("swin")
+    monkeypatch.setattr("sys.argv", ["released.py", str(path)])
+    released.main()
+    moved = (tmp_path / "ft.safetensors").rename(tmp_path / "moved.safetensors")
+    for file in ("vocab.txt", "ft.pth"):
+        (tmp_path / file).unlink()
+    found, tokenizer, facts = released.load_retriever(moved, torch.device("cpu"))
+    assert found.config == model.config and checkpoint.digest(found) == checkpoint.digest(model)
+    assert tokenizer.pieces == Tokenizer.read().pieces and facts["train"]["preset"] == "swin"
 
 
 SPOILT = {

@@ -20,6 +20,7 @@ from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 TINY = PRESETS["tiny"]
+HEADS = dict(hidden_size=32, num_attention_heads=4)     # what config.json says of the BERT below
 
 
 def refusal(call, *arguments) -> str:
@@ -108,7 +109,7 @@ def reference() -> Bert:
 
 @pytest.fixture
 def bert_folder(reference, tmp_path) -> Path:
-    write(tmp_path / "bert", reference.released_names(), num_attention_heads=4)
+    write(tmp_path / "bert", reference.released_names(), **HEADS)
     (tmp_path / "bert" / "vocab.txt").write_text(VOCAB_FILE.read_text())
     return tmp_path / "bert"
 
@@ -117,7 +118,7 @@ def bert_folder(reference, tmp_path) -> Path:
     ("model.safetensors", "bert.", dict), ("pytorch_model.bin", "bert.", old_names), ("model.safetensors", "", dict)])
 def test_hidden_states_are_berts(tmp_path, reference, name, prefix, rename):
     """The first half of its layers in the text encoder, the second in the fusion encoder, and its word head."""
-    path = write(tmp_path, rename(reference.released_names(prefix)), name, num_attention_heads=4)
+    path = write(tmp_path, rename(reference.released_names(prefix)), name, **HEADS)
     model, _ = weights.start(TINY, str(path), "", str(VOCAB_FILE))
     assert (len(model.text_encoder.blocks), len(model.fusion_encoder.blocks)) == (2, 2)
     ids, keep = torch.randint(5, 1011, (3, 9)), torch.arange(9) < torch.tensor([9, 4, 2])[:, None]
@@ -255,7 +256,7 @@ def test_a_bert_with_one_tensor_too_few_or_too_many_or_misshapen(tmp_path, refer
     spoilt = {"missing": {k: v for k, v in own.items() if k != name}, "renamed": own | {name + "s": own[name].clone()},
               "misshapen": own | {name: torch.zeros(7, 5)}}
     for what, tensors in spoilt.items():
-        path = write(tmp_path, tensors, f"{what}.safetensors", num_attention_heads=4)
+        path = write(tmp_path, tensors, f"{what}.safetensors", **HEADS)
         message = refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
         assert what in message and (what == "misshapen" or name.removeprefix("bert.") in message)
 
@@ -271,6 +272,16 @@ def test_a_vocabulary_that_is_missing_or_another(bert_folder, tmp_path):
     assert "vocab.txt" in refusal(weights.start, TINY, str(bert_folder), "", "")
     (tmp_path / "other.txt").write_text(VOCAB_FILE.read_text() + "unheard\n")
     assert "1012" in refusal(weights.start, TINY, str(bert_folder), "", str(tmp_path / "other.txt"))
+
+
+def test_what_config_json_says(tmp_path, reference):
+    """Nothing that belongs to other weights, and nothing that does not work here."""
+    path = write(tmp_path, reference.released_names(), hidden_size=768, num_attention_heads=4)
+    assert weights.bert(path, TINY)[1].text_heads == 1
+    write(tmp_path, {}, "other.pth", **HEADS, hidden_act="relu")
+    assert "relu" in refusal(weights.bert, path, TINY)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in refusal(weights.bert, path, TINY)
 
 
 def test_a_vit_with_one_tensor_too_few_or_too_many_or_that_does_not_fit(tmp_path, torchvision_vit):
