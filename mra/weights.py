@@ -38,6 +38,7 @@ VIT_BLOCK = {
     "attention.to_out": ("attention.output.dense",), "attention_norm": ("layernorm_before",),
     "mlp.0": ("intermediate.dense",), "mlp.2": ("output.dense",), "mlp_norm": ("layernorm_after",),
 }
+USUAL_HEADS = {768: 12, 1024: 16, 1280: 16}      # BERT and ViT, base and large; torchvision's vit_h_14
 # Patterns and what to put in their place.
 BERT_NAMES = ((r"^(text_encoder\.)?(bert\.)?", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"),
               (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -68,7 +69,8 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights: it is broken, or holds more than tensors "
                         f"({type(error).__name__}).") from error
     found = found.get("model", found) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
+                                              for name, tensor in found.items()):
         raise UserError(f"{path} cannot be read as weights: it is no table of tensors.")
     return dict(found)
 
@@ -124,20 +126,22 @@ class Source:
 
 
 def heads_of(path: Path, dim: int) -> int:
-    """Attention heads, which no tensor shows: from the config.json beside the weights, else of 64 channels each.
+    """Attention heads, which no tensor shows: from the config.json beside the weights, else those of the usual widths.
 
-    Raises UserError where that file names an activation other than the exact GELU.
+    Raises UserError where neither tells, or that file names an activation other than the exact GELU.
     """
     beside = Path(path).with_name("config.json")
     try:
         said = json.loads(beside.read_text()) if beside.is_file() else {}
     except ValueError as error:
         raise UserError(f"{beside} cannot be read as JSON ({error}).") from error
-    if said.get("hidden_size") != dim:      # none, or of other weights
-        return max(1, dim // 64)
+    said = said if said.get("hidden_size") == dim else {}       # it may be that of other weights
     if said.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: its activation is {said['hidden_act']}; only gelu will do.")
-    return said.get("num_attention_heads", max(1, dim // 64))
+    heads = said.get("num_attention_heads", USUAL_HEADS.get(dim))
+    if not heads or dim % heads:
+        raise UserError(f"{path}: put its config.json beside it, which tells the number of attention heads.")
+    return heads
 
 
 # ---- BERT
@@ -177,6 +181,8 @@ def bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfi
         vocab, dim = source.shape("embeddings.word_embeddings.weight")
         depth = source.count(r"encoder\.layer\.(\d+)\.")
         text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)
+        if not 0 < text_depth < depth:
+            raise UserError(f"{path}: {depth} layers are too few for a text and a fusion encoder.")
         config = replace(config, text_dim=dim, text_depth=text_depth, fusion_depth=depth - text_depth,
                          text_heads=heads_of(path, dim), vocab=vocab,
                          positions=source.shape("embeddings.position_embeddings.weight")[0])
@@ -240,15 +246,15 @@ def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str) -> tup
     The vocabulary is `vocab`, else the vocab.txt beside BERT, else the packaged one. Raises UserError where
     something does not fit.
     """
-    tensors = {}
+    files = {}
     for path, kind in ((bert_path, bert), (vit_path, vit)):
         if path:
-            found, config = kind(Path(path), config)
-            tensors |= found
+            files[path], config = kind(Path(path), config)
     tokenizer = (read_vocabulary(vocab, Path(bert_path), config.vocab) if bert_path
                  else Tokenizer.read(Path(vocab or VOCAB_FILE)))
     model = Retriever(replace(config, vocab=len(tokenizer)))
-    checkpoint.restore_weights(model, checkpoint.weights(model) | tensors, Path(bert_path or vit_path))
+    for path, tensors in files.items():
+        checkpoint.restore_weights(model, checkpoint.weights(model) | tensors, Path(path))
     return model, tokenizer
 
 

@@ -20,7 +20,8 @@ from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 TINY = PRESETS["tiny"]
-HEADS = dict(hidden_size=32, num_attention_heads=4)     # what config.json says of the BERT below
+HEADS = dict(hidden_size=32, num_attention_heads=4)     # what config.json says of the BERT below ...
+VIT_HEADS = dict(hidden_size=128, num_attention_heads=2)     # ... and of the ViT
 
 
 def refusal(call, *arguments) -> str:
@@ -171,7 +172,7 @@ def hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name, rename", [("vit.pth", dict), ("model.safetensors", hugging_face)])
 def test_patches_are_torchvisions(tmp_path, torchvision_vit, name, rename):
     """Patch by patch behind the last norm; the token before them is their mean."""
-    path = write(tmp_path, rename(torchvision_vit.state_dict()), name)
+    path = write(tmp_path, rename(torchvision_vit.state_dict()), name, **VIT_HEADS)
     model, _ = weights.start(dataclasses.replace(TINY, height=32, width=32), "", str(path), "")
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
@@ -194,7 +195,7 @@ def test_position_embeddings_are_interpolated():
 
 
 def test_a_vit_and_a_bert_for_a_rectangle(tmp_path, torchvision_vit, bert_folder):
-    path = write(tmp_path, torchvision_vit.state_dict(), "vit.pth")
+    path = write(tmp_path, torchvision_vit.state_dict(), "vit.pth", **VIT_HEADS)
     model, tokenizer = weights.start(PRESETS["demo"], str(bert_folder), str(path), "")
     tokens, feature = model.encode_image(torch.randn(2, 3, 64, 32))
     assert tokens.shape == (2, 1 + 32, 128) and feature.shape == (2, 128) and len(tokenizer) == 1011
@@ -225,6 +226,7 @@ class Trap:
         return os.mkdir, (self.folder,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pth"])
 def test_no_pickle_is_executed(tmp_path, name):
     for number, save in enumerate((torch.save, lambda thing, path: Path(path).write_bytes(pickle.dumps(thing)))):
@@ -242,7 +244,7 @@ def test_broken_files(tmp_path, name):
         assert str(tmp_path / name) in refusal(weights.read, tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"epoch": 3, "a": torch.zeros(1)}])
+@pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"epoch": 3, "a": torch.zeros(1)}, {7: torch.zeros(1)}])
 def test_files_that_are_no_table_of_tensors(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
     assert "x.pth" in refusal(weights.read, tmp_path / "x.pth")
@@ -261,9 +263,14 @@ def test_a_bert_with_one_tensor_too_few_or_too_many_or_misshapen(tmp_path, refer
         assert what in message and (what == "misshapen" or name.removeprefix("bert.") in message)
 
 
+def test_too_few_layers(tmp_path):
+    path = write(tmp_path, Bert(1011, depth=1).released_names(), **HEADS)
+    assert "1 layers" in refusal(weights.bert, path, TINY)
+
+
 def test_a_word_head_of_its_own(tmp_path, reference):
     own = reference.released_names()
-    path = write(tmp_path, own | {"cls.predictions.decoder.weight": own["cls.predictions.decoder.weight"] + 1})
+    path = write(tmp_path, own | {"cls.predictions.decoder.weight": own["cls.predictions.decoder.weight"] + 1}, **HEADS)
     assert "tied" in refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
 
 
@@ -277,7 +284,8 @@ def test_a_vocabulary_that_is_missing_or_another(bert_folder, tmp_path):
 def test_what_config_json_says(tmp_path, reference):
     """Nothing that belongs to other weights, and nothing that does not work here."""
     path = write(tmp_path, reference.released_names(), hidden_size=768, num_attention_heads=4)
-    assert weights.bert(path, TINY)[1].text_heads == 1
+    assert "config.json" in refusal(weights.bert, path, TINY)
+    assert weights.heads_of(tmp_path / "elsewhere.pth", 768) == 4 and weights.heads_of(Path("vit_b_16.pth"), 1024) == 16
     write(tmp_path, {}, "other.pth", **HEADS, hidden_act="relu")
     assert "relu" in refusal(weights.bert, path, TINY)
     (tmp_path / "config.json").write_text("{")
@@ -289,6 +297,6 @@ def test_a_vit_with_one_tensor_too_few_or_too_many_or_that_does_not_fit(tmp_path
     for tensors, named in (({k: v for k, v in own.items() if k != name}, "layer.1.layernorm_after.weight"),
                            (own | {"extra": own[name]}, "extra"), (own | {name: torch.zeros(3)}, "blocks.1.mlp_norm"),
                            (own | {"encoder.pos_embedding": torch.zeros(1, 13, 128)}, "12 position embeddings")):
-        assert named in refusal(weights.start, TINY, "", str(write(tmp_path, tensors, "vit.pth")), "")
+        assert named in refusal(weights.start, TINY, "", str(write(tmp_path, tensors, "vit.pth", **VIT_HEADS)), "")
     path = write(tmp_path, own, "vit.pth")
     assert "44x16" in refusal(weights.start, dataclasses.replace(TINY, height=44), "", str(path), "")
