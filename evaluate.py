@@ -6,6 +6,9 @@
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of images
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
 
+The released code's score depends on the number of processes it runs on: `--fusion published` gives that of one,
+`--fusion published --weight 0.008` about that of four. The clean score of a released checkpoint, which knows no val,
+is the matching logit alone unless --weight is given.
 Every field of EvalConfig is a flag. Prints the metrics of both stages and writes results.json and ranking.png.
 """
 
@@ -37,8 +40,7 @@ class EvalConfig:
     k: int = -1                       # candidates that the fusion encoder re-scores; -1: the preset's; 0: none
     mirror: bool = True               # average over the mirror image
     fusion: str = "clean"             # clean: a pair's score depends on that pair; published: as the released code
-    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002, the released
-                                      # code's on one process; on W processes it weighs about W * 0.002
+    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002 a process
     query: str = ""                   # a sentence: rank a gallery for it instead
     gallery: str = ""                 # a folder of images for --query; empty: the test images
     out: str = ""                     # folder of results.json and ranking.png; empty: the checkpoint's
