@@ -4,7 +4,11 @@
     python evaluate.py --dataset icfg cuhk rstp               cross-domain rows
     python evaluate.py --checkpoint out/icfg-demo-s0/best.safetensors --k 64
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of images
+    python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
 
+The released code's score depends on the number of processes it runs on: `--fusion published` gives that of one,
+`--fusion published --weight 0.008` about that of four. The clean score of a released checkpoint, which knows no val,
+is the matching logit alone unless --weight is given.
 Every field of EvalConfig is a flag. Prints the metrics of both stages and writes results.json and ranking.png.
 """
 
@@ -14,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mra import checkpoint, figures, ranking
+from mra import checkpoint, figures, ranking, released
 from mra.config import UserError, parse, run
 from mra.data import records, town
 from mra.data.words import clean, noun_phrases
@@ -28,14 +32,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 class EvalConfig:
     """What to evaluate, and how."""
 
-    checkpoint: str = ""              # empty: the newest best.safetensors under out/
+    checkpoint: str = ""              # ours, or a released one (.pth); empty: the newest best.safetensors under out/
+    vocab: str = ""                   # BERT's vocab.txt for a released checkpoint; empty: the one beside it
     dataset: tuple[str, ...] = ()     # empty: the one that the checkpoint was trained on
     split: str = "test"               # train, val or test
     data_root: str = ""               # folder of the real sets; empty: the demo town
     k: int = -1                       # candidates that the fusion encoder re-scores; -1: the preset's; 0: none
     mirror: bool = True               # average over the mirror image
-    fusion: str = "clean"             # clean: a pair's score depends on that pair; published: min-max over all pairs
-    weight: float = -1.0              # of the similarity; -1: clean, chosen on val in training; published, 0.002
+    fusion: str = "clean"             # clean: a pair's score depends on that pair; published: as the released code
+    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002 a process
     query: str = ""                   # a sentence: rank a gallery for it instead
     gallery: str = ""                 # a folder of images for --query; empty: the test images
     out: str = ""                     # folder of results.json and ranking.png; empty: the checkpoint's
@@ -50,10 +55,12 @@ def main() -> None:
     check(config)
     device = choose_device(config.device)
     path = Path(config.checkpoint) if config.checkpoint else newest()
-    model, tokenizer, facts = checkpoint.load_retriever(path, device)
+    model, tokenizer, facts = released.load_retriever(path, device, config.vocab)
     datasets = config.dataset or (facts["train"]["dataset"],)
-    print(f"{path}: trained on {facts['train']['dataset']}, pretrained on {facts['pretrained_on']}, seed "
-          f"{facts['train']['seed']}; evaluating on {device}.")
+    if not datasets[0] and not config.gallery:
+        raise UserError(f"{path} does not say what it was trained on; give --dataset.")
+    print(f"{path}: trained on {facts['train']['dataset'] or 'an unnamed set'}, pretrained on "
+          f"{facts['pretrained_on']}, seed {facts['train']['seed']}; evaluating on {device}.")
     out = Path(config.out) if config.out else path.parent
     make_folder(out)
     if config.query:
@@ -130,11 +137,14 @@ def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
     k = model.config.rerank if config.k < 0 else config.k
     if "weight" not in facts["val"]:
         k = 0
-    found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers)
+    clean_score = config.fusion == "clean"
+    found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,
+                           swap=clean_score)
     if k == 0:
         return found, None
     weight = weight_of(config, facts)
-    return found, found.order(weight) if config.fusion == "clean" else found.published_order(weight)
+    return found, (found.order(weight) if clean_score else
+                   found.published_scores(weight).argsort(dim=1, descending=True, stable=True))
 
 
 def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, order, count: int = 6) -> list[figures.Row]:

@@ -4,6 +4,8 @@
     python train.py --dataset sda                      pretraining alone, with the region losses
     python train.py --dataset icfg --init none         fine-tuning from random weights
     python train.py --dataset cuhk --preset base --data-root DIR --init out/sda-base-s0/best.safetensors
+    python train.py --dataset sda --preset base --data-root DIR --bert bert-base-uncased --vit vit_b_16.pth
+    python train.py --dataset cuhk --preset swin --data-root DIR --init pretrain.pth        from the released model
     torchrun --nproc_per_node=2 train.py ...           data-parallel
 
 Every field of mra.config.TrainConfig is a flag; a recipe there sets some by dataset and preset. The checkpoint that is
@@ -19,12 +21,12 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mra import checkpoint, losses, training
+from mra import checkpoint, losses, released, training, weights
 from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, parse, recipe, run, show
 from mra.data import town
 from mra.data.batches import Batch, Order, PairDataset
 from mra.data.records import DATASETS, RecordSet, load
-from mra.data.tokenizer import VOCAB_FILE, Tokenizer
+from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 
 
@@ -45,8 +47,8 @@ def pretrain(config: TrainConfig) -> Path:
     adapted = Path("out/sda") / config.dataset
     source = str(adapted) if config.dataset in DATASETS and (adapted / "report.json").exists() else "sda"
     print(f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
-    shared = {name: getattr(config, name) for name in
-              ("preset", "seed", "device", "resume", "compile", "precision", "vocab", "regions", "workers")}
+    shared = {name: getattr(config, name) for name in ("preset", "seed", "device", "resume", "compile", "precision",
+                                                       "bert", "vit", "vocab", "regions", "workers")}
     return train(TrainConfig(**recipe("sda", config.preset) | shared | {"dataset": source}))
 
 
@@ -156,13 +158,15 @@ def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tupl
     """The model to start from, its tokenizer, and what it was pretrained on."""
     torch.manual_seed(config.seed)
     if config.init in ("", "none"):
-        say("Starting from random weights.")
-        tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
-        model = Retriever(dataclasses.replace(PRESETS[config.preset], vocab=len(tokenizer)))
+        say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
+        model, tokenizer = weights.start(PRESETS[config.preset], config.bert, config.vit, config.vocab)
         return model.to(device), tokenizer, "nothing"
-    model, tokenizer, facts = checkpoint.load_retriever(Path(config.init), device)
-    if facts["train"]["preset"] != config.preset:
-        raise UserError(f"{config.init} was trained with --preset {facts['train']['preset']}; say so here too.")
+    model, tokenizer, facts = released.load_retriever(Path(config.init), device, config.vocab)
+    was = facts["train"]["preset"]
+    if was != config.preset:
+        if not released.differ_in_size(PRESETS[was], PRESETS[config.preset]):
+            raise UserError(f"{config.init} was trained with --preset {was}; say so here too.")
+        model = released.resized(model, PRESETS[config.preset]).to(device)
     say(f"Starting from {config.init}, trained on {facts['train']['dataset']}.")
     return model, tokenizer, facts["train"]["dataset"]
 
@@ -178,8 +182,10 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
     if config.init not in ("", "none") and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
-    if config.vocab and config.init not in ("", "none"):
+    if config.vocab and config.init.endswith(".safetensors"):
         raise UserError("--vocab: the checkpoint of --init has its own vocabulary; leave the flag out.")
+    if (config.bert or config.vit) and config.init not in ("", "none"):
+        raise UserError("--bert and --vit start a new model, --init goes on with one: give either.")
 
 
 def describe(result: dict) -> str:

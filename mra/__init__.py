@@ -15,6 +15,7 @@ Read in this order; each file's docstring says what comes before and after.
     retriever.py          MRA: the encoders, the heads and the loss terms of one batch
     ranking.py            two-stage search and its metrics
     checkpoint.py         what is saved, and resumed
+    weights.py            BERT and vision transformers from elsewhere;  released.py  the released MRA checkpoints
     training.py           optimiser, schedule and the loop
     figures.py            pictures for people
     diffusion/            DaD: images of the source's people in the target's look; has a reading order of its own

@@ -18,7 +18,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mra.config import ModelConfig, UserError
+from mra.config import ModelConfig, TrainConfig, UserError
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 
@@ -110,7 +110,8 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
     if not path.exists() or not (out / "best.safetensors").exists():
         return 0, None
     tensors, saved = load(path)
-    now, then = ({"--" + k.replace("_", "-"): v for k, v in f.get("train", {}).items() if k not in MAY_DIFFER}
+    now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f.get("train", {})).items()
+                  if k not in MAY_DIFFER}    # a flag that an older checkpoint does not know had its default
                  | {f"number of {k}": f.get(k) for k in ("pairs", "processes")} for f in (facts, saved))
     changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
     if changed:

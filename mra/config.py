@@ -40,6 +40,10 @@ class ModelConfig:
     positions: int = 512  # as in BERT, so that its table fits; captions are cut at max_tokens
     max_tokens: int = 56  # [CLS] and [SEP] included
     vocab: int = 0        # set from the vocabulary when the model is made
+    window: int = 0       # patches along a window of a Swin image encoder, `patch` being its last stage's; 0: a ViT
+    class_token: bool = False       # the ViT has a token beside the patches, as pretrained ones have
+    bins: int = 0         # parts of the image and of the caption that the projections read; 0: token 0 alone
+    released_regions: bool = False  # as in the released code: RPC ignores the box, RPM does not see the region's mean
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -57,6 +61,11 @@ PRESETS = {
     "demo":  ModelConfig(64,    32,   8,            128, 4,    4,          128, 2,    2,     4,      128,   32),
     "small": ModelConfig(192,   96,   16,           384, 12,   6,          384, 3,    3,     6,      256,   128),
     "base":  ModelConfig(384,   256,  16,           768, 12,   12,         768, 6,    6,     12,     256,   512),
+    # the released models: a Swin-B, at the size of fine-tuning and at that of pretraining
+    "swin":  ModelConfig(384,   256,  32,           1024, 24,  32,         768,  6,    6,     12,     2048,  512,
+                         window=8, bins=3),
+    "swin-224": ModelConfig(224, 224, 32,           1024, 24,  32,         768,  6,    6,     12,     2048,  512,
+                            window=7, bins=3),
 }
 
 
@@ -130,7 +139,9 @@ class TrainConfig:
     preset: str = "demo"         # a row of PRESETS
     data_root: str = ""          # folder of the real sets; empty: the demo town, which is drawn on first use
     init: str = ""               # checkpoint to start from, or "none"; empty: pretrain on the demo town first
-    vocab: str = ""              # a WordPiece vocab.txt; empty: the packaged one, learned from the demo captions
+    bert: str = ""               # a Hugging Face BERT, file or folder, for text and fusion encoder; with its vocab.txt
+    vit: str = ""                # a ViT of torchvision or Hugging Face, file or folder, for the image encoder
+    vocab: str = ""              # a WordPiece vocab.txt; empty: that of --bert, else the packaged one, of demo words
     out: str = ""                # folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>
     seed: int = 0
     resume: bool = True          # go on from the last checkpoint in `out`; --no-resume starts over

@@ -1,12 +1,16 @@
 """The three encoders of MRA (section 3): image E_V, text E_T and fusion E_F.
 
-E_V is a vision transformer on rectangular images. E_T and E_F are the two halves of one BERT: the first
-layers read the words alone, the last ones also attend to the image (text asks, image tokens answer).
+E_V is a vision transformer on rectangular images, or a Swin transformer as in the released models. E_T and E_F
+are the two halves of one BERT: the first layers read the words alone, the last ones also attend to the image
+(text asks, image tokens answer).
 Before: layers.py. After: losses.py, retriever.py.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 
 from mra.config import ModelConfig
 from mra.layers import PostNormBlock, PreNormBlock
@@ -16,7 +20,8 @@ class ImageEncoder(nn.Module):
     """Image (B, 3, H, W), normalised -> tokens (B, 1+N, D); token 0, the whole image, is the mean of the patches.
 
     A region is the mean of its patches in the same way, so what the region losses teach the patches reaches the
-    image feature; with a learned class token in place of the mean, it does not.
+    image feature; with a learned class token in place of the mean, it does not. `class_token` adds that token of
+    pretrained transformers for the patches to look at, and leaves the mean in its place.
     """
 
     def __init__(self, config: ModelConfig):
@@ -24,6 +29,7 @@ class ImageEncoder(nn.Module):
         dim = config.image_dim
         self.patches = nn.Conv2d(3, dim, config.patch, config.patch)
         self.positions = nn.Parameter(torch.zeros(1, config.patch_count, dim))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
         self.blocks = nn.ModuleList(PreNormBlock(dim, config.image_heads, config.dropout)
                                     for _ in range(config.image_depth))
         self.norm = nn.LayerNorm(dim, 1e-6)
@@ -31,9 +37,40 @@ class ImageEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.patches(image).flatten(2).transpose(1, 2)                   # (B, N, D), row by row
         x = x + self.positions
+        if self.class_token is not None:
+            x = torch.cat([x, self.class_token.expand(len(x), 1, -1)], 1)    # (B, N+1, D)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
+        x = self.norm(x[:, :self.positions.shape[1]])
+        return torch.cat([x.mean(1, keepdim=True), x], 1)                    # (B, 1+N, D)
+
+
+class SwinEncoder(nn.Module):
+    """The same from a Swin transformer (Liu et al. 2021): stages of 2, 2, depth - 6 and 2 blocks of torchvision.
+
+    Patches of 4 pixels attend within windows, every second block within shifted ones; between stages 2 x 2 patches
+    become one of twice the width, D at last. A stage's window is the largest that tiles it: 8, but 4 for 12 x 8.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        depths = (2, 2, config.image_depth - 6, 2)
+        dim, heads = config.image_dim // 8, config.image_heads // 8
+        self.patches, self.patch_norm = nn.Conv2d(3, dim, config.patch // 8, config.patch // 8), nn.LayerNorm(dim)
+        self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
+        for stage, depth in enumerate(depths):
+            side = math.gcd(config.window, *(8 // 2**stage * rows for rows in config.grid))
+            self.stages.append(nn.Sequential(*(
+                SwinTransformerBlock(dim << stage, heads << stage, [side, side], [i % 2 * (side // 2)] * 2,
+                                     dropout=config.dropout) for i in range(depth))))
+            self.merges.append(PatchMerging(dim << stage) if stage < 3 else nn.Identity())
+        self.norm = nn.LayerNorm(config.image_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch_norm(self.patches(image).permute(0, 2, 3, 1))         # (B, rows, columns, D / 8)
+        for stage, merge in zip(self.stages, self.merges):
+            x = merge(stage(x))                                              # half the rows and columns, twice D
+        x = self.norm(x).flatten(1, 2)                                       # (B, N, D)
         return torch.cat([x.mean(1, keepdim=True), x], 1)                    # (B, 1+N, D)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from mra.data.augment import plain_view
@@ -38,7 +37,7 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
     config, device = model.config, next(model.parameters()).device
     picture = open_image(path)
     tokens, _ = model.encode_image(plain_view(picture, (config.height, config.width))[None].to(device))
-    patches = F.normalize(model.image_projection(tokens[0, 1:]), dim=-1)                  # (N, E)
+    patches = model.image_feature(tokens[0, 1:, None].expand(-1, 2, -1))                  # (N, E)
     _, feature = model.encode_text(*(x.to(device) for x in pad([tokenizer.encode(phrase)], tokenizer.pad_id)))
     heat = (patches @ feature[0]).view(config.grid).float().cpu().numpy()                 # (rows, columns)
     heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-6)

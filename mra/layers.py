@@ -108,5 +108,5 @@ def initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
         dim = module.embedding_dim if isinstance(module, nn.Embedding) else module.weight[0].numel()
         nn.init.trunc_normal_(module.weight, std=0.02 * (768 / dim) ** 0.5)
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -2,8 +2,8 @@
 
 MRA section 3, inference, with one departure: the score of a pair depends on that pair alone (matching logit +
 weight x cosine similarity), where the paper normalises over the whole score matrix, so that a query's order
-depends on which other queries are asked. `published_order` is the paper's way. Both stages average over the
-image and its mirror image; the words of the mirrored pass have left and right swapped.
+depends on which other queries are asked. `published_scores` is the released code's way. Both stages average over
+the image and its mirror image; the words of the mirrored pass have left and right swapped (there they have not).
 Before: retriever.py. After: checkpoint.py, training.py; evaluate.py is the script.
 """
 
@@ -49,11 +49,15 @@ def order_metrics(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict
 
 @dataclass(frozen=True)
 class Search:
-    """What two stages found, on the CPU: cosine similarity (Q, G); candidates (Q, k), their matching logits (Q, k)."""
+    """What two stages found, on the CPU: cosine similarity (Q, G), candidates (Q, k) and their matching logits.
+
+    logits (Q, k) are [matched] - [mismatched], the mean of the passes; matched (passes, Q, k) is the first alone.
+    """
 
     similarity: Tensor
     candidates: Tensor
     logits: Tensor
+    matched: Tensor
 
     def first_order(self) -> Tensor:
         """Gallery indices (Q, G) by similarity alone."""
@@ -65,16 +69,17 @@ class Search:
         best = self.candidates.gather(1, score.argsort(dim=1, descending=True, stable=True))
         return torch.cat([best, self.first_order()[:, best.shape[1]:]], 1)
 
-    def published_order(self, weight: float = 0.002) -> Tensor:
-        """The paper's fusion: matching + weight * similarity, each min-max normalised over the whole matrix.
+    def published_scores(self, weight: float = 0.002) -> Tensor:
+        """The released code's scores (Q, G) on one process: matching + weight * similarity, min-max over the matrix.
 
-        The rest of the gallery gets the query's lowest matching score. Evaluated on W processes, the released
-        code weighs the similarity W times more against a compressed matching term.
+        Matching is the mean of the passes, each normalised by itself; the rest of the gallery gets the query's
+        lowest. On W processes the released code weighs the similarity about W times more: give W * 0.002.
         """
-        matching = self.logits.amin(1, keepdim=True).expand(self.similarity.shape).clone()
-        matching.scatter_(1, self.candidates, self.logits)
-        scores = _min_max(matching) + weight * _min_max(self.similarity)
-        return scores.argsort(dim=1, descending=True, stable=True)
+        matching = torch.zeros_like(self.similarity)
+        for logits in self.matched:                                                # (Q, k)
+            lowest = logits.amin(1, keepdim=True).expand(self.similarity.shape)
+            matching += _min_max(lowest.scatter(1, self.candidates, logits)) / len(self.matched)
+        return matching + weight * _min_max(self.similarity)
 
 
 def _min_max(x: Tensor) -> Tensor:
@@ -137,13 +142,13 @@ def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: in
 @torch.inference_mode()
 def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries: Queries, candidates: Tensor,
                      mirrored: bool, batch: int, pairs: int = 1024, workers: int = 0) -> Tensor:
-    """Matching logits (Q, k), [matched] - [mismatched], of each query with its candidates (Q, k).
+    """Matching logits (Q, k, 2), [mismatched, matched], of each query with its candidates (Q, k).
 
     Image by image: a gallery image's keys and values are computed once for all queries that ask for it, so no
     tokens of the gallery are held in memory.
     """
     device = candidates.device
-    logits = torch.zeros(candidates.numel(), device=device)
+    logits = torch.zeros(candidates.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
     loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
     for start, image in zip(range(0, len(images), batch), loader):
@@ -159,25 +164,29 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
             query = some // candidates.shape[1]
             own = candidates.flatten()[some] - start
             longest = int(lengths[query].max())
-            pair = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
-                               [memory[own] for memory in memories])               # (pairs, 2)
-            logits[some] = (pair[:, 1] - pair[:, 0]).float()
-    return logits.view(candidates.shape)
+            logits[some] = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
+                                       [memory[own] for memory in memories]).float()
+    return logits.view(*candidates.shape, 2)
 
 
 @torch.inference_mode()
 def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], k: int,
-           mirror: bool = True, batch: int = 64, workers: int = 0) -> Search:
-    """Rank the gallery `paths` for every caption: by similarity, and the first k (at most G, 0: none) by matching."""
+           mirror: bool = True, batch: int = 64, workers: int = 0, swap: bool = True) -> Search:
+    """Rank the gallery `paths` for every caption: by similarity, and the first k (at most G, 0: none) by matching.
+
+    `mirror` averages over the mirror images, whose captions get left and right exchanged unless `swap` is off.
+    """
     images = Images(paths, model.config)
     passes = [encode_queries(model, tokenizer, captions)]
     features = encode_gallery(model, images, batch, workers)
     if mirror:
-        passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
+        passes.append(encode_queries(model, tokenizer, list(map(swap_left_right, captions))) if swap else passes[0])
     similarity = sum(words.features @ gallery.T for words, gallery in zip(passes, features)) / len(passes)
     candidates = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]    # (Q, k)
     if k == 0:
-        return Search(similarity.float().cpu(), candidates.cpu(), similarity[:, :0].cpu())
-    logits = sum(match_candidates(model, images, words, candidates, mirrored=bool(i), batch=batch, workers=workers)
-                 for i, words in enumerate(passes)) / len(passes)
-    return Search(similarity.float().cpu(), candidates.cpu(), logits.cpu())
+        none = similarity[:, :0].cpu()
+        return Search(similarity.float().cpu(), candidates.cpu(), none, none[None])
+    pairs = torch.stack([match_candidates(model, images, words, candidates, mirrored=bool(i), batch=batch,
+                                          workers=workers) for i, words in enumerate(passes)]).cpu()
+    logits = (pairs[..., 1] - pairs[..., 0]).mean(0)                               # (passes, Q, k, 2) -> (Q, k)
+    return Search(similarity.float().cpu(), candidates.cpu(), logits, pairs[..., 1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mra import losses
 from mra.config import ModelConfig
 from mra.data.batches import Batch
-from mra.encoders import FusionEncoder, ImageEncoder, TextEncoder
+from mra.encoders import FusionEncoder, ImageEncoder, SwinEncoder, TextEncoder
 from mra.layers import initialise
 
 
@@ -37,28 +37,47 @@ class Retriever(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.image_encoder = ImageEncoder(config)
+        self.image_encoder = SwinEncoder(config) if config.window else ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         self.fusion_encoder = FusionEncoder(config)
-        self.image_projection = nn.Linear(config.image_dim, config.embed)
-        self.text_projection = nn.Linear(config.text_dim, config.embed)
+        self.image_projection = projection(config.image_dim, config.bins, config)
+        self.text_projection = projection(config.text_dim, config.bins and 1 + config.bins, config)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         dim = config.text_dim
         self.matching_head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(),
                                            nn.Linear(2 * dim, 2))
         self.word_head = WordHead(dim, self.text_encoder.words)
         self.apply(initialise)
-        nn.init.trunc_normal_(self.image_encoder.positions, std=0.02)
+        for name, parameter in self.image_encoder.named_parameters():
+            if "position" in name or name == "class_token":
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) -> tokens (B, 1+N, D) and unit features (B, E)."""
         tokens = self.image_encoder(image)
-        return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+        return tokens, self.image_feature(tokens)
+
+    def image_feature(self, tokens: Tensor, region_keep: Tensor | None = None) -> Tensor:
+        """Unit features (B, E) of the tokens (B, 1+N, D) of images, or of regions and the patches they touch (B, N)."""
+        x, patches = tokens[:, 0], tokens[:, 1:]
+        if self.config.bins:
+            if region_keep is not None and not self.config.released_regions:
+                patches = torch.where(region_keep[..., None], patches, x[:, None])   # none outside reaches a bin
+            x = binned(patches, self.config.bins)
+        return F.normalize(self.image_projection(x), dim=-1)
 
     def encode_text(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E)."""
-        tokens = self.text_encoder(ids, keep)
-        return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
+        """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E).
+
+        With `bins` the feature is made of [CLS] and the bins of all that follows to max_tokens, padding (id 0)
+        included, as released.
+        """
+        length, fill = ids.shape[1], (0, self.config.max_tokens - ids.shape[1]) if self.config.bins else (0, 0)
+        tokens = self.text_encoder(F.pad(ids, fill), F.pad(keep, fill))      # (B, max_tokens or T, D)
+        x = tokens[:, 0]
+        if self.config.bins:
+            x = torch.cat([x, binned(tokens[:, 1:], self.config.bins)], 1)   # (B, (1 + bins) D)
+        return tokens[:, :length], F.normalize(self.text_projection(x), dim=-1)
 
     def match(self, text: Tensor, keep: Tensor, memories: list[Tensor], image_keep: Tensor | None = None) -> Tensor:
         """Matching logits (B, 2) of text tokens (B, T, D) with image memories, pair by pair."""
@@ -80,8 +99,8 @@ class Retriever(nn.Module):
         if fuse:
             terms["mlm"] = self.predict_words(batch, memories)
         if batch.region_keep is not None:
-            region, region_keep = pool_region(image, batch.region_keep)      # (B, 1+N, D), (B, 1+N)
-            feature = F.normalize(self.image_projection(region[:, 0]), dim=-1)
+            region, region_keep = pool_region(image, batch.region_keep, not self.config.released_regions)
+            feature = self.image_feature(region, batch.region_keep)          # (B, E)
             memories = self.fusion_encoder.memories(region)
             aligned = self.align(region, feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
                                  batch.phrase_class, smoothing)
@@ -119,15 +138,26 @@ class Retriever(nn.Module):
         return mean_over_processes(losses.masked_words(logits, batch.masked_labels), batch.masked_labels >= 0)
 
 
-def pool_region(image: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor]:
+def projection(dim: int, parts: int, config: ModelConfig) -> nn.Module:
+    """Token 0 (B, D), or the concatenation of so many parts (B, parts * D), -> the contrastive space (B, E)."""
+    if not parts:
+        return nn.Linear(dim, config.embed)
+    return nn.Sequential(nn.BatchNorm1d(parts * dim), nn.Dropout(config.dropout), nn.Linear(parts * dim, config.embed))
+
+
+def binned(tokens: Tensor, bins: int) -> Tensor:
+    """Tokens (B, N, D) -> the means of `bins` equal stretches, one after another (B, bins * D)."""
+    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), bins).transpose(1, 2).flatten(1)
+
+
+def pool_region(image: Tensor, region_keep: Tensor, keep_mean: bool = True) -> tuple[Tensor, Tensor]:
     """Tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D) and their keep (B, 1+N).
 
-    Token 0 becomes the mean of the region's patches and is always kept (MRA section 3; the released code
-    hides it from cross-attention).
+    Token 0 becomes the mean of the region's patches and is kept (MRA section 3), or not, as in the released code.
     """
     weights = region_keep.to(image.dtype) / region_keep.sum(1, keepdim=True)             # (B, N)
     mean = torch.einsum("bn,bnd->bd", weights, image[:, 1:])                             # (B, D)
-    keep = torch.cat([torch.ones_like(region_keep[:, :1]), region_keep], 1)              # (B, 1+N)
+    keep = F.pad(region_keep, (1, 0), value=keep_mean)                                   # (B, 1+N)
     return torch.cat([mean[:, None], image[:, 1:]], 1), keep
 
 

@@ -1,6 +1,7 @@
-"""What several test files share: the packaged vocabulary, a tiny retriever, a batch, painted image files."""
+"""What several test files share: the packaged vocabulary, a tiny retriever, a batch, painted images, a tiny set."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,3 +73,18 @@ def paint(tmp_path) -> Callable[..., str]:
         Image.fromarray(pixels).save(path)
         return str(path)
     return write
+
+
+@pytest.fixture
+def root(tmp_path, paint) -> Path:
+    """A CUHK-PEDES of three people and two photographs each, the same for train, val and test."""
+    records = []
+    for split in ("train", "val", "test"):
+        for person in range(3):
+            for view in range(2):
+                name = f"{split}/{person}_{view}.png"
+                paint(f"CUHK-PEDES/imgs/{name}", seed=person)
+                records.append({"split": split, "file_path": name, "id": person + 1,
+                                "captions": [f"a man with {person} bags on his left", "a woman in black"]})
+    (tmp_path / "CUHK-PEDES" / "reid_raw.json").write_text(json.dumps(records))
+    return tmp_path

@@ -205,6 +205,8 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     elsewhere = facts_of(model, tokenizer, dataclasses.replace(train, workers=3, out="there", device="cpu"))
     assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"R@1": 50.0})
     assert same(state(model, optimizer), state(other, restored))
+    older = facts | {"train": {name: value for name, value in facts["train"].items() if name != "bert"}}
+    assert checkpoint.resume(tmp_path, other, restored, older)[0] == 7            # from before there was --bert
     changed = facts_of(model, tokenizer, dataclasses.replace(train, weight_decay=0.5))
     message = refusal(checkpoint.resume, tmp_path, other, restored, changed)
     assert str(path) in message and "--weight-decay" in message

@@ -265,11 +265,11 @@ def test_flags_of_evaluation(work):
     assert nothing == {"icfg embeddings": plain["icfg embeddings"]}
     every = rows_of(succeed(work, "evaluate.py", "--k", "10000"))
     assert every == rows_of(succeed(work, "evaluate.py", "--k", "18", "--batch", "5", "--workers", "1"))
-    published = rows_of(succeed(work, "evaluate.py", "--fusion", "published"))
-    assert published["icfg embeddings"] == plain["icfg embeddings"] and "icfg re-ranked" in published
+    alone = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--weight", "1"))
+    published = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--fusion", "published"))
+    assert published["icfg embeddings"] == alone["icfg embeddings"] and published.keys() == alone.keys() == plain.keys()
     assert json.loads((work / "out/icfg-tiny-s0/results.json").read_text())["weight"] == 0.002
     assert "'icfg' val: 3 images" in succeed(work, "evaluate.py", "--split", "val")
-    assert rows_of(succeed(work, "evaluate.py", "--no-mirror", "--weight", "1")).keys() == plain.keys()
 
 
 def test_evaluation_of_the_pretrained_model(work):
@@ -334,6 +334,9 @@ def refused(folder: Path, script: str, *flags: str) -> str:
     (("--init", "none", "--dataset", "nope"), "--dataset nope"),
     (("--init", "missing.safetensors"), "missing.safetensors"),
     (("--init", "words.txt"), "words.txt"),
+    (("--init", "words.txt", "--bert", "words.txt"), "--bert"),
+    (("--init", "none", "--bert", "words.txt"), "words.txt"),
+    (("--init", "none", "--vit", "missing.pth"), "missing.pth"),
     (("--init", "none", "--vocab", "missing.txt"), "missing.txt"),
 ])
 def test_mistakes_in_training(work, flags, named):

@@ -178,6 +178,18 @@ def test_region_losses_depend_on_the_box(model, batch):
     assert here["itc"] == there["itc"]
 
 
+@pytest.mark.parametrize("bins", [0, 3])
+@pytest.mark.parametrize("as_released", [False, True])
+def test_a_region_feature_is_made_of_the_region_alone(config, batch, bins, as_released):
+    """Unless the bins are to be as released: those are of the whole image."""
+    torch.manual_seed(0)
+    model = Retriever(dataclasses.replace(config, bins=bins, released_regions=as_released)).eval()
+    keep, tokens = batch.region_keep, torch.randn(4, 1 + config.patch_count, config.image_dim)
+    noisy = tokens + torch.randn_like(tokens) * F.pad(~keep, (1, 0), value=True)[..., None]
+    one, other = (model.image_feature(pool_region(x, keep)[0], keep) for x in (tokens, noisy))
+    assert torch.allclose(one, other, atol=1e-6) == (not (bins and as_released))
+
+
 def test_rpc_is_the_contrastive_loss_of_mean_patches_and_phrases(model, batch):
     tokens = model.image_encoder(batch.image)
     means = torch.stack([t[1:][keep].mean(0) for t, keep in zip(tokens, batch.region_keep)])
@@ -261,7 +273,11 @@ def test_masked_words_are_predicted_from_the_masked_caption_and_the_image(model,
     torch.testing.assert_close(model(batch)["mlm"], torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
 
 
-def test_every_parameter_learns_from_one_batch(model, batch):
+@pytest.mark.parametrize("change", [{}, {"class_token": True}, {"bins": 3}, {
+    "window": 2, "image_dim": 64, "image_depth": 8, "image_heads": 8}])
+def test_every_parameter_learns_from_one_batch(config, batch, change):
+    torch.manual_seed(0)
+    model = Retriever(dataclasses.replace(config, **change))
     losses.total(model(batch, eda=0.8), beta=0.8).backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not idle

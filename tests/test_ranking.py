@@ -79,13 +79,19 @@ def test_duplicates_of_an_image_are_hits_of_their_own():
 
 # ---- the order of two stages
 
+def logits_of(logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matching logits of a Search, from a single pass that gives every mismatch 0."""
+    logits = torch.as_tensor(logits)
+    return logits, logits[None]
+
+
 def test_candidates_come_first_and_the_rest_by_similarity():
     """Similarity ranks 2 0 3 1 4; of the candidates 2 0 3 matching prefers 3, then 0.
 
     weight 1: 2 gets 0 + .9, 0 gets 1 + .7, 3 gets 2 + .5.   weight 10: 2 gets 9, 0 gets 8, 3 gets 7.
     """
     similarity = torch.tensor([[0.7, 0.3, 0.9, 0.5, 0.1]])
-    found = Search(similarity, torch.tensor([[2, 0, 3]]), torch.tensor([[0.0, 1, 2]]))
+    found = Search(similarity, torch.tensor([[2, 0, 3]]), *logits_of([[0.0, 1, 2]]))
     assert found.first_order().tolist() == [[2, 0, 3, 1, 4]]
     assert found.order(0).tolist() == found.order(1).tolist() == [[3, 0, 2, 1, 4]]
     assert found.order(10).tolist() == [[2, 0, 3, 1, 4]]
@@ -93,25 +99,23 @@ def test_candidates_come_first_and_the_rest_by_similarity():
 
 def test_no_candidates_leave_the_order_of_similarity():
     similarity = torch.tensor([[0.7, 0.3, 0.9], [0.1, 0.2, 0.3]])
-    found = Search(similarity, torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0))
+    found = Search(similarity, torch.zeros(2, 0, dtype=torch.long), *logits_of([[], []]))
     assert found.order(4.0).tolist() == found.first_order().tolist() == [[2, 0, 1], [2, 1, 0]]
 
 
 @pytest.mark.parametrize("weight", [0.002, 0.5, 30.0])
-def test_published_order_is_the_formula(weight):
-    """Candidates of a query get their logit, its other images its lowest; min-max over the matrix; sum."""
+def test_published_scores_are_the_formula(weight):
+    """Candidates of a query get their logit, its other images its lowest; min-max over the matrix of each pass; sum."""
     rng = np.random.default_rng(0)
-    similarity, logits = rng.normal(size=(6, 20)), rng.normal(size=(6, 5))
+    similarity, logits = rng.normal(size=(6, 20)), rng.normal(size=(2, 6, 5))
     candidates = rng.permuted(np.tile(np.arange(20), (6, 1)), axis=1)[:, :5]
-    matching = np.empty((6, 20))
-    for q in range(6):
-        for g in range(20):
-            own = [logits[q, c] for c in range(5) if candidates[q, c] == g]
-            matching[q, g] = own[0] if own else min(logits[q])
-    scaled = [(x - x.min()) / (x.max() - x.min()) for x in (matching, similarity)]
-    expected = np.argsort(-(scaled[0] + weight * scaled[1]), axis=1)
-    found = Search(*map(torch.tensor, (similarity, candidates, logits)))
-    assert found.published_order(weight).tolist() == expected.tolist()
+    matching = np.empty((2, 6, 20))
+    for i, q, g in np.ndindex(matching.shape):
+        own = [logits[i, q, c] for c in range(5) if candidates[q, c] == g]
+        matching[i, q, g] = own[0] if own else min(logits[i, q])
+    first, second, scaled = ((x - x.min()) / (x.max() - x.min()) for x in (*matching, similarity))
+    found = Search(*map(torch.tensor, (similarity, candidates, logits[0], logits)))
+    assert found.published_scores(weight).numpy() == pytest.approx((first + second) / 2 + weight * scaled)
 
 
 @pytest.mark.parametrize("metric", ["R@1", "mAP"])
@@ -126,7 +130,7 @@ def test_the_best_weight_is_chosen(metric):
         similarity = torch.cat([similarity, torch.ones(2, 2)], 1)
         logits = torch.cat([logits, torch.tensor([[-1000.0, 1000], [1000, -1000]])], 1)
         gallery_ids = torch.tensor([0, 1, 0, 1])
-    found = Search(similarity, torch.arange(len(gallery_ids)).expand(2, -1), logits)
+    found = Search(similarity, torch.arange(len(gallery_ids)).expand(2, -1), *logits_of(logits))
     values = {weight: order_metrics(found.order(weight), query_ids, gallery_ids)[metric]
               for weight in ranking.WEIGHTS}
     assert [weight for weight in values if values[weight] == max(values.values())] == [8.0]
@@ -139,7 +143,7 @@ def test_r_at_1_decides_before_map_and_then_the_smallest_weight():
     """
     similarity, logits = torch.zeros(1, 20), torch.zeros(1, 20)
     similarity[0, :3], logits[0, :3] = torch.tensor([0.9, 0.8, 1.0]), torch.tensor([1.0, -10.0, 0.5])
-    found = Search(similarity, torch.arange(20)[None], logits)
+    found = Search(similarity, torch.arange(20)[None], *logits_of(logits))
     ids = torch.tensor([1]), torch.tensor([1, 1] + [0] * 18)
     values = {weight: order_metrics(found.order(weight), *ids) for weight in (0.0, 4.0, 64.0)}
     assert [value["R@1"] for value in values.values()] == [100, 100, 0]
@@ -196,10 +200,10 @@ def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, p
     queries = ranking.encode_queries(model, tokenizer, CAPTIONS, batch=2)
     images = ranking.Images(paths, model.config)
     for mirrored in (False, True):
-        logits = ranking.match_candidates(model, images, queries, candidates, mirrored, batch=2, pairs=2)
+        pairs = ranking.match_candidates(model, images, queries, candidates, mirrored, batch=2, pairs=2)   # (5, 3, 2)
         expected = torch.tensor([[pair_by_hand(model, tokenizer, caption, paths[g], mirrored)[1] for g in row]
                                  for caption, row in zip(CAPTIONS, candidates.tolist())])
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pairs[..., 1] - pairs[..., 0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_pair_scores_the_same_in_any_company(model, tokenizer, paths):

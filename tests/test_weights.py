@@ -1,0 +1,302 @@
+"""Foreign weights against independent references: PyTorch's encoder layers, torchvision's ViT, the released values."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+import train
+from mra import checkpoint, weights
+from mra.config import PRESETS, UserError
+from mra.data.tokenizer import VOCAB_FILE, Tokenizer
+
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+TINY = PRESETS["tiny"]
+HEADS = dict(hidden_size=32, num_attention_heads=4)     # what config.json says of the BERT below ...
+VIT_HEADS = dict(hidden_size=128, num_attention_heads=2)     # ... and of the ViT
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module.eval()
+
+
+def write(folder: Path, tensors: dict[str, Tensor], name: str = "model.safetensors", **config) -> Path:
+    """A file of weights with, if there is something to say, its config.json."""
+    folder.mkdir(exist_ok=True)
+    if name.endswith(".safetensors"):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+    else:
+        torch.save(tensors, folder / name)
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder / name
+
+
+# ---- BERT
+
+class Bert(nn.Module):
+    """A BERT made of PyTorch's own layers, to compare with; it can write itself under Hugging Face's names."""
+
+    def __init__(self, vocab: int, dim: int = 32, depth: int = 4, heads: int = 4):
+        super().__init__()
+        self.words, self.places, self.types = (nn.Embedding(count, dim) for count in (vocab, 64, 2))
+        self.norm = nn.LayerNorm(dim, 1e-12)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", 1e-12, batch_first=True)
+            for _ in range(depth))
+        self.transform, self.head_norm = nn.Linear(dim, dim), nn.LayerNorm(dim, 1e-12)
+        self.head_bias = nn.Parameter(torch.zeros(vocab))
+
+    def forward(self, ids: Tensor, keep: Tensor) -> list[Tensor]:
+        places = torch.arange(ids.shape[1])
+        states = [self.norm(self.words(ids) + self.places(places) + self.types(torch.zeros_like(ids)))]
+        for layer in self.layers:
+            states.append(layer(states[-1], src_key_padding_mask=~keep))
+        return states
+
+    def released_names(self, prefix: str = "bert.") -> dict[str, Tensor]:
+        state = {"embeddings.word_embeddings.weight": self.words.weight,
+                 "embeddings.position_embeddings.weight": self.places.weight,
+                 "embeddings.token_type_embeddings.weight": self.types.weight,
+                 "embeddings.position_ids": torch.arange(64)[None],
+                 "pooler.dense.weight": torch.zeros(3), "pooler.dense.bias": torch.zeros(3)}
+        named = {"embeddings.LayerNorm": self.norm}
+        for i, layer in enumerate(self.layers):
+            at = f"encoder.layer.{i}."
+            for part, weight, bias in zip(("query", "key", "value"), layer.self_attn.in_proj_weight.chunk(3),
+                                          layer.self_attn.in_proj_bias.chunk(3)):
+                state |= {f"{at}attention.self.{part}.weight": weight, f"{at}attention.self.{part}.bias": bias}
+            named |= {f"{at}attention.output.dense": layer.self_attn.out_proj,
+                      f"{at}attention.output.LayerNorm": layer.norm1, f"{at}intermediate.dense": layer.linear1,
+                      f"{at}output.dense": layer.linear2, f"{at}output.LayerNorm": layer.norm2}
+        state |= {f"{name}.{kind}": getattr(module, kind) for name, module in named.items()
+                  for kind in ("weight", "bias")}
+        head = "cls.predictions."
+        return {prefix + name: tensor.detach() for name, tensor in state.items()} | {
+            head + "bias": self.head_bias.detach(), head + "decoder.weight": self.words.weight.detach().clone(),
+            head + "decoder.bias": self.head_bias.detach().clone(), "cls.seq_relationship.bias": torch.zeros(2),
+            **{f"{head}transform.dense.{kind}": getattr(self.transform, kind).detach() for kind in ("weight", "bias")},
+            **{f"{head}transform.LayerNorm.{kind}": getattr(self.head_norm, kind).detach()
+               for kind in ("weight", "bias")}}
+
+
+def old_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+            for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Bert:
+    return randomised(Bert(1011))
+
+
+@pytest.fixture
+def bert_folder(reference, tmp_path) -> Path:
+    write(tmp_path / "bert", reference.released_names(), **HEADS)
+    (tmp_path / "bert" / "vocab.txt").write_text(VOCAB_FILE.read_text())
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize("name, prefix, rename", [
+    ("model.safetensors", "bert.", dict), ("pytorch_model.bin", "bert.", old_names), ("model.safetensors", "", dict)])
+def test_hidden_states_are_berts(tmp_path, reference, name, prefix, rename):
+    """The first half of its layers in the text encoder, the second in the fusion encoder, and its word head."""
+    path = write(tmp_path, rename(reference.released_names(prefix)), name, **HEADS)
+    model, _ = weights.start(TINY, str(path), "", str(VOCAB_FILE))
+    assert (len(model.text_encoder.blocks), len(model.fusion_encoder.blocks)) == (2, 2)
+    ids, keep = torch.randint(5, 1011, (3, 9)), torch.arange(9) < torch.tensor([9, 4, 2])[:, None]
+    with torch.inference_mode():
+        model.eval()
+        expected = reference(ids, keep)
+        x = model.text_encoder(ids, keep)
+        torch.testing.assert_close(x[keep], expected[2][keep], **CLOSE)
+        for block, state in zip(model.fusion_encoder.blocks, expected[3:]):
+            x = block(x, keep)                                       # without its cross-attention, which is new
+            torch.testing.assert_close(x[keep], state[keep], **CLOSE)
+        words = reference.head_norm(F.gelu(reference.transform(x))) @ reference.words.weight.T + reference.head_bias
+        torch.testing.assert_close(model.word_head(x), words, atol=1e-4, rtol=1e-5)
+
+
+def test_layers_are_divided_as_the_presets(bert_folder):
+    """Four layers for a preset with one and three quarters; the vocabulary is the one beside the weights."""
+    model, tokenizer = weights.start(dataclasses.replace(TINY, text_depth=2, fusion_depth=6), str(bert_folder), "", "")
+    assert (model.config.text_depth, model.config.fusion_depth) == (1, 3)
+    assert model.config.text_heads == 4 and len(tokenizer) == 1011 and model.config.positions == 64
+
+
+# ---- vision transformers
+
+@pytest.fixture(scope="module")
+def torchvision_vit() -> VisionTransformer:
+    """Of 32x32 pixels, so 4 x 4 patches."""
+    return randomised(VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=128, mlp_dim=512, num_classes=5))
+
+
+def hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's state dict under Hugging Face's names, written out by hand."""
+    named = {"vit.embeddings.cls_token": state["class_token"], "classifier.bias": state["heads.head.bias"],
+             "vit.embeddings.position_embeddings": state["encoder.pos_embedding"]}
+    for kind in ("weight", "bias"):
+        named[f"vit.embeddings.patch_embeddings.projection.{kind}"] = state[f"conv_proj.{kind}"]
+        named[f"vit.layernorm.{kind}"] = state[f"encoder.ln.{kind}"]
+        for i in range(2):
+            theirs, ours = f"encoder.layers.encoder_layer_{i}.", f"vit.encoder.layer.{i}."
+            for part, tensor in zip(("query", "key", "value"),
+                                    state[f"{theirs}self_attention.in_proj_{kind}"].split(128)):
+                named[f"{ours}attention.attention.{part}.{kind}"] = tensor
+            for name, other in (("layernorm_before", "ln_1"), ("attention.output.dense", "self_attention.out_proj"),
+                                ("layernorm_after", "ln_2"), ("intermediate.dense", "mlp.0"),
+                                ("output.dense", "mlp.3")):
+                named[f"{ours}{name}.{kind}"] = state[f"{theirs}{other}.{kind}"]
+    return named
+
+
+@pytest.mark.parametrize("name, rename", [("vit.pth", dict), ("model.safetensors", hugging_face)])
+def test_patches_are_torchvisions(tmp_path, torchvision_vit, name, rename):
+    """Patch by patch behind the last norm; the token before them is their mean."""
+    path = write(tmp_path, rename(torchvision_vit.state_dict()), name, **VIT_HEADS)
+    model, _ = weights.start(dataclasses.replace(TINY, height=32, width=32), "", str(path), "")
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        patches = torchvision_vit._process_input(images)
+        expected = torchvision_vit.encoder(torch.cat([torchvision_vit.class_token.expand(3, -1, -1), patches], 1))
+        found = model.eval().image_encoder(images)
+    torch.testing.assert_close(found[:, 1:], expected[:, 1:], **CLOSE)
+    torch.testing.assert_close(found[:, 0], expected[:, 1:].mean(1), **CLOSE)
+
+
+def test_position_embeddings_are_interpolated():
+    """A ramp over 4 rows and 4 columns becomes one over 8 x 2: rows stay rows, and the middle the middle."""
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    ramp = torch.stack([rows, columns], -1).view(1, 16, 2)
+    found = weights.resized_grid(ramp, (4, 4), (8, 2)).view(8, 2, 2)
+    torch.testing.assert_close(found[:, 1, 0], found[:, 0, 0])
+    torch.testing.assert_close(found + found.flip(0, 1), torch.full((8, 2, 2), 3.0))
+    assert (found.diff(dim=0)[..., 0] > 0).all() and (found.diff(dim=1)[..., 1] > 0).all()
+    assert torch.equal(weights.resized_grid(ramp, (4, 4), (4, 4)), ramp)
+
+
+def test_a_vit_and_a_bert_for_a_rectangle(tmp_path, torchvision_vit, bert_folder):
+    path = write(tmp_path, torchvision_vit.state_dict(), "vit.pth", **VIT_HEADS)
+    model, tokenizer = weights.start(PRESETS["demo"], str(bert_folder), str(path), "")
+    tokens, feature = model.encode_image(torch.randn(2, 3, 64, 32))
+    assert tokens.shape == (2, 1 + 32, 128) and feature.shape == (2, 128) and len(tokenizer) == 1011
+
+
+def test_train_starts_from_bert(root, monkeypatch, bert_folder):
+    """What it writes is one of our files, with the vocabulary, and says enough to go on from."""
+    flags = ("--dataset", "cuhk", "--data-root", root, "--preset", "tiny", "--steps", 1, "--batch", 2, "--evals", 1,
+             "--workers", 0, "--device", "cpu", "--bert", bert_folder)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--init", "none", "--out", str(root / "one")])
+    train.main()
+    best = root / "one" / "best.safetensors"
+    model, tokenizer, _ = checkpoint.load_retriever(best, torch.device("cpu"))
+    assert model.config.text_heads == 4 and tokenizer.pieces == Tokenizer.read().pieces
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--init", str(best)])
+    assert "--bert" in refusal(train.main)
+
+
+# ---- what is wrong with a file
+
+class Trap:
+    """Unpickled carelessly, it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pth"])
+def test_no_pickle_is_executed(tmp_path, name):
+    for number, save in enumerate((torch.save, lambda thing, path: Path(path).write_bytes(pickle.dumps(thing)))):
+        sprung = tmp_path / f"sprung{number}"
+        save({"model": {"a": torch.zeros(2)}, "config": Trap(sprung)}, tmp_path / name)
+        assert name in refusal(weights.read, tmp_path / name) and not sprung.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_broken_files(tmp_path, name):
+    assert str(tmp_path / name) in refusal(weights.read, tmp_path / name)              # missing
+    whole = write(tmp_path, {"a": torch.zeros(50)}, name).read_bytes()
+    for content in (b"", whole[:20], whole[:-1], b"\x00" * 100, b"not weights at all"):
+        (tmp_path / name).write_bytes(content)
+        assert str(tmp_path / name) in refusal(weights.read, tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"epoch": 3, "a": torch.zeros(1)}, {7: torch.zeros(1)}])
+def test_files_that_are_no_table_of_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    assert "x.pth" in refusal(weights.read, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.2.output.dense.bias",
+                                  "bert.encoder.layer.1.attention.self.key.weight", "bert.embeddings.LayerNorm.bias",
+                                  "cls.predictions.transform.dense.bias"])
+def test_a_bert_with_one_tensor_too_few_or_too_many_or_misshapen(tmp_path, reference, name):
+    own = reference.released_names()
+    spoilt = {"missing": {k: v for k, v in own.items() if k != name}, "renamed": own | {name + "s": own[name].clone()},
+              "misshapen": own | {name: torch.zeros(7, 5)}}
+    for what, tensors in spoilt.items():
+        path = write(tmp_path, tensors, f"{what}.safetensors", **HEADS)
+        message = refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
+        assert what in message and (what == "misshapen" or name.removeprefix("bert.") in message)
+
+
+def test_too_few_layers(tmp_path):
+    path = write(tmp_path, Bert(1011, depth=1).released_names(), **HEADS)
+    assert "1 layers" in refusal(weights.bert, path, TINY)
+
+
+def test_a_word_head_of_its_own(tmp_path, reference):
+    own = reference.released_names()
+    path = write(tmp_path, own | {"cls.predictions.decoder.weight": own["cls.predictions.decoder.weight"] + 1}, **HEADS)
+    assert "tied" in refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
+
+
+def test_a_vocabulary_that_is_missing_or_another(bert_folder, tmp_path):
+    (bert_folder / "vocab.txt").unlink()
+    assert "vocab.txt" in refusal(weights.start, TINY, str(bert_folder), "", "")
+    (tmp_path / "other.txt").write_text(VOCAB_FILE.read_text() + "unheard\n")
+    assert "1012" in refusal(weights.start, TINY, str(bert_folder), "", str(tmp_path / "other.txt"))
+
+
+def test_what_config_json_says(tmp_path, reference):
+    """Nothing that belongs to other weights, and nothing that does not work here."""
+    path = write(tmp_path, reference.released_names(), hidden_size=768, num_attention_heads=4)
+    assert "config.json" in refusal(weights.bert, path, TINY)
+    assert weights.heads_of(tmp_path / "elsewhere.pth", 768) == 4 and weights.heads_of(Path("vit_b_16.pth"), 1024) == 16
+    write(tmp_path, {}, "other.pth", **HEADS, hidden_act="relu")
+    assert "relu" in refusal(weights.bert, path, TINY)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in refusal(weights.bert, path, TINY)
+
+
+def test_a_vit_with_one_tensor_too_few_or_too_many_or_that_does_not_fit(tmp_path, torchvision_vit):
+    own, name = torchvision_vit.state_dict(), "encoder.layers.encoder_layer_1.ln_2.weight"
+    for tensors, named in (({k: v for k, v in own.items() if k != name}, "layer.1.layernorm_after.weight"),
+                           (own | {"extra": own[name]}, "extra"), (own | {name: torch.zeros(3)}, "blocks.1.mlp_norm"),
+                           (own | {"encoder.pos_embedding": torch.zeros(1, 13, 128)}, "12 position embeddings")):
+        assert named in refusal(weights.start, TINY, "", str(write(tmp_path, tensors, "vit.pth", **VIT_HEADS)), "")
+    path = write(tmp_path, own, "vit.pth")
+    assert "44x16" in refusal(weights.start, dataclasses.replace(TINY, height=44), "", str(path), "")
