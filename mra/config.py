@@ -122,7 +122,7 @@ class Fit:
 FITS = {
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
-    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(4800, 64, 1e-3), branch=Fit(1100, 48, 1e-3),
+    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(4800, 64, 1e-3), branch=Fit(900, 32, 1e-3),
                   judge=Fit(200, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
