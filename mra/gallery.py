@@ -20,7 +20,7 @@ from mra.data.check import troubles
 from mra.data.records import IMAGE_FORMATS, shown
 from mra.retriever import Retriever
 
-PART = 5000     # photographs encoded between two writings of the cache
+PART = 2000     # photographs encoded between two writings of the cache
 
 
 def photographs(folder: Path, say: Callable = print) -> list[str]:

@@ -68,7 +68,7 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
     status, out = checked()
     assert status == 1 and out.endswith("Not all is well: see above.\n")
     for line in ("3 x unusable:", "7 x missing image:", "1 x image that stands in two splits:",
-                 "missing by folder: 'train' 1, 'val' 6\n"):
+                 "missing in the folders 'val' 6, 'train' 1\n"):
         assert line in out
     for number, words in ((3, "a caption is empty or not text: ' '"), (13, "the field 'id' has the wrong type"),
                           (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train")):

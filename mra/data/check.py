@@ -5,7 +5,7 @@ the first record. Read before: records.py. After: augment.py.
 """
 
 import multiprocessing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -109,11 +109,9 @@ def tell(wrong: dict[str, list[str]], every: list[Row], say: Callable) -> bool:
         if some:
             say("\n  ".join([f"{len(some):,} x {kind}:", *some[:LISTED]]
                             + [f"... and {len(some) - LISTED:,} more"] * (len(some) > LISTED)))
-    folders = defaultdict(int)
-    for row in every:
-        folders[row.path.rpartition("/")[0]] += row.missing
-    if any(folders.values()):
-        say("missing by folder: " + ", ".join(f"{shown(name)} {n:,}" for name, n in sorted(folders.items()) if n))
+    folders = Counter(row.path.rpartition("/")[0] for row in every if row.missing).most_common(LISTED)
+    if folders:
+        say("missing in the folders " + ", ".join(f"{shown(name)} {n:,}" for name, n in folders))
     well = not any(wrong.values())
     say("All is well." if well else "Not all is well: see above.")
     return well
