@@ -3,13 +3,15 @@
     python evaluate.py                                        the newest checkpoint, on its own dataset's test split
     python evaluate.py --dataset icfg cuhk rstp               cross-domain rows
     python evaluate.py --checkpoint out/icfg-demo-s0/best.safetensors --k 64
-    python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of images
+    python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
+    python evaluate.py --queries FILE --gallery DIR           for every line of a text file
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
 
 The released code's score depends on the number of processes it runs on: `--fusion published` gives that of one,
 `--fusion published --weight 0.008` about that of four. The clean score of a released checkpoint, which knows no val,
 is the matching logit alone unless --weight is given.
-Every field of EvalConfig is a flag. Prints the metrics of both stages and writes results.json and ranking.png.
+Every field of EvalConfig is a flag. Prints the metrics of both stages and writes results.json and ranking.png; for
+sentences query.json, query.png and, with --gallery, gallery.safetensors: its embeddings, for the next time.
 """
 
 import time
@@ -18,14 +20,15 @@ from pathlib import Path
 
 import torch
 
-from mra import checkpoint, figures, ranking, released
+from mra import checkpoint, figures, gallery, ranking, released
 from mra.config import UserError, parse, run
 from mra.data import records, town
 from mra.data.words import clean, noun_phrases
 from mra.training import choose_device, make_folder, queries_of
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+FIRST = 10       # photographs shown of a ranking
+PICTURED = 20    # sentences shown in query.png
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class EvalConfig:
     fusion: str = "clean"             # clean: a pair's score depends on that pair; published: as the released code
     weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002 a process
     query: str = ""                   # a sentence: rank a gallery for it instead
-    gallery: str = ""                 # a folder of images for --query; empty: the test images
+    queries: str = ""                 # a text file with a sentence in each line, besides --query
+    gallery: str = ""                 # a folder of photographs for these sentences; empty: the test images
     out: str = ""                     # folder of results.json and ranking.png; empty: the checkpoint's
     batch: int = 64                   # images encoded at a time
     workers: int = 0                  # image decoding processes
@@ -63,7 +67,7 @@ def main() -> None:
           f"{facts['pretrained_on']}, seed {facts['train']['seed']}; evaluating on {device}.")
     out = Path(config.out) if config.out else path.parent
     make_folder(out)
-    if config.query:
+    if config.query or config.queries:
         return answer(config, model, tokenizer, facts, datasets[0], out)
 
     rows, results = [], {}
@@ -98,15 +102,16 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"--batch {config.batch} --workers {config.workers}: give at least 1 and 0.")
     if config.weight != -1 and not 0 <= config.weight < float("inf"):
         raise UserError(f"--weight {config.weight}: give 0 or more, or leave it out.")
-    if config.query and len(config.dataset) > 1:
-        raise UserError("--query ranks one gallery: give one --dataset.")
+    asked = config.query or config.queries
+    if asked and len(config.dataset) > 1:
+        raise UserError("--query and --queries rank one gallery: give one --dataset.")
     if config.split not in records.SPLITS:
         raise UserError(f"--split {config.split}: choose one of {', '.join(records.SPLITS)}.")
     for dataset in config.dataset:
         if dataset not in records.DATASETS and not Path(dataset).is_dir():
             raise UserError(f"--dataset {dataset}: choose from {', '.join(records.DATASETS)}, or give a set's folder.")
-    if config.gallery and not config.query:
-        raise UserError("--gallery needs --query: the sentence to rank its images for.")
+    if config.gallery and not asked:
+        raise UserError("--gallery needs --query or --queries: the sentences to rank its images for.")
 
 
 def newest() -> Path:
@@ -132,14 +137,17 @@ def weight_of(config: EvalConfig, facts: dict) -> float:
 
 
 def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
-         paths: list[str]) -> tuple[ranking.Search, torch.Tensor | None]:
-    """Both stages for every caption; the order (Q, G) of the second is None where the fusion encoder is untrained."""
+         paths: list[str], features: torch.Tensor | None = None) -> tuple[ranking.Search, torch.Tensor | None]:
+    """Both stages for every caption; the order (Q, G) of the second is None where the fusion encoder is untrained.
+
+    `features` (2, G, E) of the gallery, where they are known.
+    """
     k = model.config.rerank if config.k < 0 else config.k
     if "weight" not in facts["val"]:
         k = 0
     clean_score = config.fusion == "clean"
     found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,
-                           swap=clean_score)
+                           clean_score, features)
     if k == 0:
         return found, None
     weight = weight_of(config, facts)
@@ -159,43 +167,55 @@ def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, orde
     return rows
 
 
-def readable(paths: list[str]) -> list[str]:
-    """The images that decode; the others are named and left out."""
-    good = []
-    for path in paths:
+def sentences(config: EvalConfig, dataset: str) -> list[str]:
+    """What is asked: --query, then the lines of the file --queries that are not blank. Raises UserError."""
+    asked = [("--query", config.query)] if config.query else []
+    if config.queries:
         try:
-            records.open_image(path)
-            good.append(path)
-        except UserError as error:
-            print(f"Left out: {error}")
-    return good
+            lines = Path(config.queries).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--queries {config.queries}: no readable UTF-8 text ({error}).") from error
+        asked += [(f"{config.queries}, line {number}:", line.strip()) for number, line in enumerate(lines, 1)
+                  if line.strip()]
+    for place, sentence in asked or [(f"--queries {config.queries}:", "")]:
+        if not any(map(str.isalnum, clean(sentence, dataset))):
+            raise UserError(f"{place} {records.shown(sentence)}: there is no word in it that the model could know.")
+    return [sentence for _, sentence in asked]
 
 
 def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out: Path) -> None:
-    """Rank a folder of images, or the test images, for one sentence."""
-    sentence = clean(config.query, dataset)
-    if not any(map(str.isalnum, sentence)):
-        raise UserError(f"--query {records.shown(config.query)}: there is no word in it that the model could know.")
+    """Rank a folder of photographs, or the test images, for every sentence asked."""
+    asked = sentences(config, dataset)
     if config.gallery:
-        folder = Path(config.gallery)
-        paths = readable(sorted(str(path) for path in folder.rglob("*")
-                                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()))
-        if not paths:
-            raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
+        paths, features, left_out = gallery.encode(Path(config.gallery), model, out / "gallery.safetensors",
+                                                   config.batch, config.workers)
+        features = features.to(model.temperature.device)
     else:
-        paths = [record.path for record in records.load(
-            dataset, config.split, data_root(config, facts, dataset), config.allow_missing).records]
-    found, order = rank(config, model, tokenizer, facts, [sentence], paths)
-    first = (found.first_order() if order is None else order)[0, :10].tolist()
-    for place, g in enumerate(first, 1):
-        match = "".join(f"match {logit:6.2f}  " for logit in found.logits[0, found.candidates[0] == g].tolist())
-        print(f"{place:3}  similarity {found.similarity[0, g]:.3f}  {match}{records.shown(paths[g])}")
-    heat = tuple((phrase, figures.heat_map(model, tokenizer, paths[first[0]], phrase))
-                 for phrase in noun_phrases(config.query)[-2:])
-    figures.ranking_picture([figures.Row(config.query, [paths[g] for g in first], [None] * len(first), heat)],
-                            out / "query.png")
-    checkpoint.write_json(out / "query.json", {"query": config.query, "first": [paths[g] for g in first]})
-    print(f"Wrote {out / 'query.png'} and {out / 'query.json'}.")
+        source = records.load(dataset, config.split, data_root(config, facts, dataset), config.allow_missing)
+        paths, features, left_out = [record.path for record in source.records], None, []
+    found, order = rank(config, model, tokenizer, facts, [clean(sentence, dataset) for sentence in asked], paths,
+                        features)
+    order = found.first_order() if order is None else order
+    answers, rows = [], []
+    for q, sentence in enumerate(asked):
+        print(f"{records.shown(sentence)}:")
+        first = []
+        for g in order[q, :FIRST].tolist():
+            logit = found.logits[q, found.candidates[q] == g].tolist()      # empty behind the candidates
+            first.append({"path": paths[g], "similarity": found.similarity[q, g].item()} | dict(zip(["match"], logit)))
+            match = "".join(f"match {value:6.2f}  " for value in logit)
+            print(f"{len(first):3}  similarity {first[-1]['similarity']:.3f}  {match}{records.shown(Path(paths[g]))}")
+        answers.append({"query": sentence, "first": first})
+        if q < PICTURED:
+            shown = [each["path"] for each in first]
+            heat = tuple((phrase, figures.heat_map(model, tokenizer, shown[0], phrase))
+                         for phrase in noun_phrases(sentence)[-2:])
+            rows.append(figures.Row(sentence, shown, [None] * len(shown), heat))
+    figures.ranking_picture(rows, out / "query.png")
+    checkpoint.write_json(out / "query.json", {"gallery": config.gallery or dataset, "images": len(paths),
+                                               "left_out": left_out, "answers": answers})
+    print(f"Wrote {out / 'query.json'} and {out / 'query.png'}"
+          f"{f' (the first {PICTURED} sentences)' if len(asked) > PICTURED else ''}.")
 
 
 if __name__ == "__main__":

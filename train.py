@@ -7,13 +7,16 @@
     python train.py --dataset sda --preset base --data-root DIR --bert bert-base-uncased --vit vit_b_16.pth
     python train.py --dataset cuhk --preset swin --data-root DIR --init pretrain.pth        from the released model
     torchrun --nproc_per_node=2 train.py ...           data-parallel
+    python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
 Every field of mra.config.TrainConfig is a flag; a recipe there sets some by dataset and preset. The checkpoint that is
 best on val lies in `out` as best.safetensors.
 """
 
 import dataclasses
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from mra import checkpoint, losses, released, training, weights
 from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, parse, recipe, run, show
 from mra.data import town
 from mra.data.batches import Batch, Order, PairDataset
+from mra.data.check import check_set
 from mra.data.records import DATASETS, RecordSet, load
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
@@ -33,6 +37,10 @@ from mra.retriever import Retriever
 def main() -> None:
     config = parse(TrainConfig, __doc__, recipe_of=lambda given: recipe(given.dataset, given.preset))
     check(config)
+    if config.check:
+        root = Path(config.data_root) if config.data_root else town.ready(config.dataset, config.preset == "tiny")
+        well = check_set(config.dataset, root, config.workers or os.cpu_count() or 1)
+        sys.exit(0 if well else 1)
     if config.init or config.dataset in PRETRAINING_SETS:
         train(config)
     elif config.data_root:

@@ -5,7 +5,7 @@ Read in this order; each file's docstring says what comes before and after.
     config.py             every number: presets, recipes, the command line
     data/people.py        identities as sets of attributes, and their words
     data/town.py          the drawn data sets, one source and three targets
-    data/records.py       one record type, a reader for every annotation format
+    data/records.py       one record type, a reader for every annotation format;  data/check.py  is a set whole?
     data/augment.py       image and box move together
     data/tokenizer.py     WordPiece and whole-word masking;  data/words.py  EDA, left and right
     data/batches.py       records to a Batch
@@ -16,6 +16,7 @@ Read in this order; each file's docstring says what comes before and after.
     ranking.py            two-stage search and its metrics
     checkpoint.py         what is saved, and resumed
     weights.py            BERT and vision transformers from elsewhere;  released.py  the released MRA checkpoints
+    gallery.py            a folder of one's own photographs, encoded once
     training.py           optimiser, schedule and the loop
     figures.py            pictures for people
     diffusion/            DaD: images of the source's people in the target's look; has a reading order of its own

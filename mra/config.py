@@ -138,6 +138,7 @@ class TrainConfig:
     dataset: str = "icfg"        # cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or a folder of your own
     preset: str = "demo"         # a row of PRESETS
     data_root: str = ""          # folder of the real sets; empty: the demo town, which is drawn on first use
+    check: bool = False          # read the whole set, decode its images, list what is wrong, and stop
     init: str = ""               # checkpoint to start from, or "none"; empty: pretrain on the demo town first
     bert: str = ""               # a Hugging Face BERT, file or folder, for text and fusion encoder; with its vocab.txt
     vit: str = ""                # a ViT of torchvision or Hugging Face, file or folder, for the image encoder

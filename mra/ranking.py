@@ -130,13 +130,12 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
 
 @torch.inference_mode()
 def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int,
-                   workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Unit features (G, E) of the images and of their mirror images."""
+                   workers: int = 0) -> Tensor:
+    """Unit features (2, G, E) of the images and of their mirror images."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
     pairs = [(model.encode_image(x)[1], model.encode_image(x.flip(-1))[1]) for x in (b.to(device) for b in loader)]
-    plain, mirrored = zip(*pairs)
-    return torch.cat(plain), torch.cat(mirrored)
+    return torch.stack([torch.cat(features) for features in zip(*pairs)])
 
 
 @torch.inference_mode()
@@ -145,16 +144,16 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
     """Matching logits (Q, k, 2), [mismatched, matched], of each query with its candidates (Q, k).
 
     Image by image: a gallery image's keys and values are computed once for all queries that ask for it, so no
-    tokens of the gallery are held in memory.
+    tokens of the gallery are held in memory; an image that no query asks for is not read.
     """
     device = candidates.device
+    wanted, candidates = candidates.unique(return_inverse=True)                    # now places in wanted (G',)
+    images = torch.utils.data.Subset(images, wanted.tolist())
     logits = torch.zeros(candidates.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
     loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
     for start, image in zip(range(0, len(images), batch), loader):
         place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)
-        if not len(place):
-            continue
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
         memories = model.fusion_encoder.memories(tokens)
@@ -171,14 +170,17 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
 
 @torch.inference_mode()
 def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], k: int,
-           mirror: bool = True, batch: int = 64, workers: int = 0, swap: bool = True) -> Search:
+           mirror: bool = True, batch: int = 64, workers: int = 0, swap: bool = True,
+           features: Tensor | None = None) -> Search:
     """Rank the gallery `paths` for every caption: by similarity, and the first k (at most G, 0: none) by matching.
 
     `mirror` averages over the mirror images, whose captions get left and right exchanged unless `swap` is off.
+    `features` (2, G, E) are those of `encode_gallery`, where they are known.
     """
     images = Images(paths, model.config)
     passes = [encode_queries(model, tokenizer, captions)]
-    features = encode_gallery(model, images, batch, workers)
+    if features is None:
+        features = encode_gallery(model, images, batch, workers)
     if mirror:
         passes.append(encode_queries(model, tokenizer, list(map(swap_left_right, captions))) if swap else passes[0])
     similarity = sum(words.features @ gallery.T for words, gallery in zip(passes, features)) / len(passes)

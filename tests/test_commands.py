@@ -284,7 +284,8 @@ def test_a_sentence_ranks_a_folder(work, photos):
     images = {str(path) for path in photos.rglob("*.*") if path.suffix.lower() == ".jpg"}
     assert set(shown) == images and len(shown) == 5 and any("nested/deep" in path for path in shown)
     answer = json.loads((work / "out/icfg-tiny-s0/query.json").read_text())
-    assert answer == {"query": "a woman in a red coat", "first": shown}
+    assert answer["answers"][0]["query"] == "a woman in a red coat" and answer["left_out"] == []
+    assert [found["path"] for found in answer["answers"][0]["first"]] == shown
     with Image.open(work / "out/icfg-tiny-s0/query.png") as picture:
         picture.load()
     (photos / "nested/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")

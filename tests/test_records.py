@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mra.config import UserError
+from mra.config import TrainConfig, UserError
 from mra.data import records
+from mra.data.batches import PairDataset
 from mra.data.records import SPLITS, load, open_image, shown
 
 RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
@@ -21,7 +22,7 @@ RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
 
 def write(path: Path, content) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -88,6 +89,27 @@ def test_odd_but_lawful_records(tmp_path):
     first, second = load("rstp", "test", tmp_path, say=quiet).records
     assert first.captions == ("same words", odd.replace("\ud800", "?"))
     assert len(second.captions) == 4 and (first.identity, second.identity) == (0, 1)
+
+
+def test_chinese_captions_and_code_reach_the_model(tmp_path, tokenizer, config, paint):
+    """As UTF-8 in the file; of a caption without a Latin word nothing is left but [CLS] and [SEP]."""
+    captions = ["穿红衣的人", "A man 穿红衣 {if (x) return;}"]
+    for number in range(2):
+        paint(f"RSTPReid/{number}.png")
+    items = [raw_item("rstp", f"{number}.png", 0, "train", *captions) for number in range(2)]
+    write(tmp_path / "RSTPReid/data_captions.json", json.dumps(items, ensure_ascii=False))
+    source = load("rstp", "train", tmp_path, say=quiet)
+    assert source.records[1].captions == tuple(captions)
+    pairs = PairDataset(source, tokenizer, config, TrainConfig(eda=0.8))
+    assert pairs[0, 0].caption == [2, 3] and pairs[0, 0].labels == [-100, -100]
+    assert pairs[0, 1].caption == pairs.encode("a man if x return")
+    assert pairs.collate([pairs[0, i] for i in range(4)]).eda_keep[:, 0].all()
+
+
+def test_people_of_one_image_and_ids_that_start_at_one_or_jump(tmp_path):
+    items = [raw_item("cuhk", f"{i}.jpg", identity, "train") for i, identity in enumerate((1, 1, 2, 900, 4))]
+    benchmark(tmp_path, "cuhk", items)
+    assert [r.identity for r in load("cuhk", "train", tmp_path, say=quiet).records] == [0, 0, 1, 2, 3]
 
 
 def test_underscore_name_byte_order_mark_and_own_val_of_icfg(tmp_path):

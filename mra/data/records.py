@@ -3,7 +3,8 @@
 Holds `Record`, `load` (one split of CUHK-PEDES, ICFG-PEDES, RSTPReid, SDA, MALS or a user's own folder) and
 `open_image`. All that can be wrong in a file is found while it is read and told in one sentence, so that code
 further on trusts a `Record`. Boxes and phrases are those of the SDA set of the MRA paper.
-Read before: config.py (UserError). After: augment.py, which moves image and box; batches.py, which collates.
+Read before: config.py (UserError). After: check.py, which lists all that is wrong at once; augment.py, which moves
+image and box; batches.py, which collates.
 """
 
 import json
@@ -14,7 +15,7 @@ import re
 import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class RecordSet:
     records: tuple[Record, ...]
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """The annotation files to read for one split, and how."""
     files: list[Path]
     images: Path
@@ -74,7 +75,7 @@ class _Source(NamedTuple):
     boxed: bool = False             # every record must have boxes and phrases; elsewhere it may
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A checked record of any split."""
     split: str
     identity: str
@@ -94,8 +95,8 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {shown(split)}: choose one of {', '.join(SPLITS)}")
-    source = _locate(dataset, split, Path(data_root))
-    rows = _choose(_read(source), split, source, say)
+    source = locate(dataset, split, Path(data_root))
+    rows = _choose(read_rows(source), split, source, say)
     missing = [row.place for row in rows if row.missing]
     if missing:
         told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
@@ -120,25 +121,25 @@ def shown(value) -> str:
     return text if len(text) <= 80 or isinstance(value, Path) else text[:80] + "..."
 
 
-def _locate(dataset: str, split: str, root: Path) -> _Source:
-    """The raw file where there is one, else the processed file of the split, else the parts."""
+def locate(dataset: str, split: str, root: Path) -> Source:
+    """The raw file where there is one, else the processed file of the split, else the parts. Raises UserError."""
     base = root if dataset in DATASETS else Path(dataset)
     name, raw, image_key, processed, parts = _LAYOUTS.get(dataset, _OWN)
     images, carve = base / name, dataset not in ("cuhk", "rstp")
     if not images.is_dir():
         raise UserError(f"no folder {shown(images)}: a data set is one of {', '.join(DATASETS)} or a folder")
     if files := _files(base, raw):
-        return _Source(files[:1], images, None, carve, (image_key, "captions", "id"))
+        return Source(files[:1], images, None, carve, (image_key, "captions", "id"))
     stored = {s: _files(base, [pattern.format(s) for pattern in processed]) for s in SPLITS}
     carve = carve and not stored["val"]
     wanted = "train" if carve and split == "val" else split
     if len(stored[wanted]) > 1:
         raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")
     if stored[wanted]:
-        return _Source(stored[wanted], images, wanted, carve, grouped=wanted == "train" or dataset not in DATASETS)
+        return Source(stored[wanted], images, wanted, carve, grouped=wanted == "train" or dataset not in DATASETS)
     mixed = dataset == "sda" or not any(stored.values())
     if wanted == "train" and parts and mixed and (files := _files(base, [parts])):
-        return _Source(files, images, "train", carve, boxed=dataset != "mals")
+        return Source(files, images, "train", carve, boxed=dataset != "mals")
     sought = [*raw[:1], *(pattern.format(wanted) for pattern in processed), *[parts] * (wanted == "train")]
     hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
     raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no "
@@ -153,32 +154,38 @@ def _files(base: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
 
 
-def _read(source: _Source) -> list[_Row]:
-    """All records of all files, of every split they hold."""
+def _raise(sentence: str) -> None:
+    raise UserError(sentence)
+
+
+def read_rows(source: Source, refuse: Callable[[str], None] = _raise) -> list[Row]:
+    """All records of all files, of every split they hold; what cannot be used goes to `refuse` as a sentence."""
     images, rows = _Images(source.images), []
     for file in source.files:
         name = shown(file)
-        for number, item in enumerate(_json_list(file)):
+        for number, item in enumerate(_json_list(file, refuse)):
             image = item.get(source.keys[0]) if isinstance(item, dict) else None
             place = f"{name}, record {number} (the first is 0), image {shown(image)}"
             try:
                 rows.append(_row(item, source, images, place))
             except ValueError as error:
-                raise UserError(f"{place}: {error}") from None
-    return _grouped(rows) if source.grouped else rows
+                refuse(f"{place}: {error}")
+    return _grouped(rows, refuse) if source.grouped else rows
 
 
-def _json_list(file: Path) -> list:
+def _json_list(file: Path, refuse: Callable[[str], None]) -> list:
     try:
         items = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{shown(file)} cannot be read as JSON; is it cut short? ({error})") from None
+        refuse(f"{shown(file)} cannot be read as JSON; is it cut short? ({error})")
+        return []
     if not isinstance(items, list) or not items:
-        raise UserError(f"{shown(file)} must hold a list of records and holds {shown(items)}")
+        refuse(f"{shown(file)} must hold a list of records and holds {shown(items)}")
+        return []
     return items
 
 
-def _row(item, source: _Source, images: "_Images", place: str) -> _Row:
+def _row(item, source: Source, images: "_Images", place: str) -> Row:
     """Check one record. Raises ValueError saying what is wrong with it."""
     if not isinstance(item, dict):
         raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
@@ -195,7 +202,7 @@ def _row(item, source: _Source, images: "_Images", place: str) -> _Row:
     if not captions or len(boxes) != len(phrases):
         raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
     path = images.find(image)
-    return _Row(split, identity, path or image, path is None, captions, boxes, phrases, place)
+    return Row(split, identity, path or image, path is None, captions, boxes, phrases, place)
 
 
 def _field(item: dict, key: str, *kinds: type):
@@ -227,20 +234,20 @@ def _box(value) -> Box:
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 
 
-def _grouped(rows: list[_Row]) -> list[_Row]:
+def _grouped(rows: list[Row], refuse: Callable[[str], None]) -> list[Row]:
     """One row an image, where the file has one a caption."""
     joined = {}
     for row in rows:
         before = joined.setdefault(row.path, row)
         if before.identity != row.identity:
-            raise UserError(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
-        if before is not row:
+            refuse(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
+        elif before is not row:
             joined[row.path] = before._replace(captions=before.captions + row.captions,
                                                boxes=before.boxes + row.boxes, phrases=before.phrases + row.phrases)
     return list(joined.values())
 
 
-def _choose(rows: list[_Row], split: str, source: _Source, say) -> list[_Row]:
+def _choose(rows: list[Row], split: str, source: Source, say) -> list[Row]:
     chosen = [row for row in rows if row.split == split]
     if source.carve and split != "test" and all(row.split != "val" for row in rows):
         train = [row for row in rows if row.split == "train"]

@@ -1,0 +1,85 @@
+"""A folder of one's own photographs: found, decoded, encoded once and remembered.
+
+`encode` keeps the embeddings in a safetensors file; a photograph is encoded again only where its path, size, time
+of change or the model's weights are others. Before: ranking.py, checkpoint.py. After: evaluate.py (`--gallery`).
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mra import checkpoint, ranking
+from mra.config import UserError
+from mra.data.check import troubles
+from mra.data.records import IMAGE_FORMATS, shown
+from mra.retriever import Retriever
+
+PART = 2000     # photographs encoded between two writings of the cache
+
+
+def photographs(folder: Path, say: Callable = print) -> list[str]:
+    """Paths of the files below `folder` with an image's suffix, sorted; other files are counted, hidden ones not."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
+    files = sorted(path for path in folder.rglob("*") if path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in suffixes)
+    if others:
+        say("Not read as images: " + ", ".join(f"{n} {shown(suffix)}" for suffix, n in sorted(others.items())))
+    return [str(path) for path in files if path.suffix.lower() in suffixes]
+
+
+def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int = 0,
+           say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
+    """Paths (G) of the readable photographs, features (2, G, E) as of `encode_gallery`, and why others are left out.
+
+    `cache` is the file of embeddings; it is read where it fits and written where something changed, for this folder
+    alone. Raises UserError for a folder without a readable image.
+    """
+    stamps = {path: stamp(path) for path in photographs(folder, say)}
+    owner = {"weights": checkpoint.digest(model), "model": asdict(model.config)}
+    files, features = remembered(cache, owner, model.config.embed)
+    known = set(files)
+    new = [path for path, mark in stamps.items() if mark not in known]
+    broken = troubles(new, workers, say)
+    for sentence in broken.values():
+        say(f"Left out: {sentence}")
+    new = [path for path in new if path not in broken]
+    paths = [path for path in stamps if path not in broken]
+    if not paths:
+        raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
+    say(f"{folder}: {len(paths)} images, {len(new)} of them to encode, the others known from {cache}.")
+    for start in range(0, len(new), PART):
+        part = new[start:start + PART]
+        fresh = ranking.encode_gallery(model, ranking.Images(part, model.config), batch, workers)
+        features, files = torch.cat([features, fresh.float().cpu()], 1), files + [stamps[path] for path in part]
+        checkpoint.save(cache, {"features": features}, owner | {"files": files})
+        if len(new) > PART:
+            say(f"  {start + len(part):,} of {len(new):,} encoded")
+    place = {mark: number for number, mark in enumerate(files)}
+    features, kept = features[:, [place[stamps[path]] for path in paths]], [stamps[path] for path in paths]
+    if len(files) > len(kept):
+        checkpoint.save(cache, {"features": features}, owner | {"files": kept})
+    return paths, features, list(broken.values())
+
+
+def stamp(path: str) -> str:
+    """What tells whether a file is still the same: where it is, its bytes, when it was changed."""
+    facts = os.stat(path)
+    return f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def remembered(cache: Path, owner: dict, width: int) -> tuple[list[str], Tensor]:
+    """Stamps (G) and features (2, G, E) of a cache that this very model wrote; else none."""
+    try:
+        tensors, facts = checkpoint.load(cache)
+        if {name: facts.get(name) for name in owner} == owner:
+            return facts["files"], tensors["features"]
+    except (UserError, AttributeError, KeyError):       # there is none, or it is of no use: written anew
+        pass
+    return [], torch.empty(2, 0, width)

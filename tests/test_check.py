@@ -1,0 +1,141 @@
+"""`train.py --check` against small sets spoilt by hand, each trouble found, counted and named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+from mra.config import UserError, run
+from mra.data import check
+
+COUNTS = {split: (3, 6, 12) for split in ("train", "val", "test")}    # of the fixture `root`
+
+
+@pytest.fixture
+def checked(root, monkeypatch, capsys):
+    """Run `train.py --check` on the fixture's CUHK-PEDES, as if that were the published one: status, output."""
+    monkeypatch.setitem(check.PUBLISHED, "cuhk", COUNTS)
+    monkeypatch.chdir(root)
+
+    def go(*flags: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["train.py", "--check", *(flags or ("--dataset", "cuhk", "--data-root", "."))])
+        with pytest.raises(SystemExit) as end:
+            run(train.main)
+        said = capsys.readouterr()
+        assert not (root / "out").exists() and (said.err == "") == (end.value.code < 2), said.err
+        return end.value.code, said.out + said.err
+    return go
+
+
+def records_of(root: Path, change) -> None:
+    """Change the records of the annotation file in place, by a function of the list."""
+    file = root / "CUHK-PEDES/reid_raw.json"
+    items = json.loads(file.read_text())
+    change(items)
+    file.write_text(json.dumps(items))
+
+
+def test_published_counts():
+    """The benchmark's own totals: 40,206 images, 80,440 captions and 13,003 people; 54,522; 20,505 and 41,010."""
+    totals = {name: [sum(row) for row in zip(*splits.values())] for name, splits in check.PUBLISHED.items()}
+    assert totals == {"cuhk": [13_003, 40_206, 80_440], "icfg": [4_102, 54_522, 54_522],
+                      "rstp": [4_101, 20_505, 41_010]}
+
+
+def test_a_whole_set(checked):
+    status, out = checked()
+    assert status == 0 and out.endswith("All is well.\n") and "Note" not in out
+    assert out.count("3 (3)") == 3 and out.count("6 (6)") == 3 and out.count("12 (12)") == 3
+
+
+def test_everything_that_is_wrong_is_listed_at_once(checked, root):
+    imgs = root / "CUHK-PEDES/imgs"
+    (imgs / "train/0_0.png").unlink()
+    shutil.rmtree(imgs / "val")
+    (imgs / "train/1_1.png").write_bytes((imgs / "train/1_1.png").read_bytes()[:200])
+
+    def spoil(items):
+        items[3]["captions"][1] = " "                       # train 1_1
+        items[5]["captions"] = ["a man", "a woman", "he"]    # train 2_1: three
+        items[12]["file_path"] = "train/0_1.png"            # was test 0_0
+        items[13]["id"] = None                              # test 0_1
+        items[14]["captions"] = ["穿红衣", "if (x) { return; } 穿"]
+        items[15]["split"] = "query"
+    records_of(root, spoil)
+    status, out = checked()
+    assert status == 1 and out.endswith("Not all is well: see above.\n")
+    for line in ("3 x unusable:", "7 x missing image:", "1 x image that stands in two splits:",
+                 "missing in the folders 'val' 6, 'train' 1\n"):
+        assert line in out
+    for number, words in ((3, "a caption is empty or not text: ' '"), (13, "the field 'id' has the wrong type"),
+                          (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train")):
+        assert any(f"record {number} (" in line and words in line for line in out.splitlines()), words
+    assert "train: 5 images, published 6" in out and "train: 11 captions, published 12" in out
+    assert "test: 4 images, published 6" in out and "test: 8 captions, published 12" in out
+
+
+def test_images_that_do_not_decode(checked, root):
+    imgs = root / "CUHK-PEDES/imgs"
+    for number in range(3):
+        (imgs / f"train/{number}_0.png").write_bytes((imgs / f"train/{number}_0.png").read_bytes()[:200])
+    (imgs / "test/0_0.png").write_bytes(b"<html>404</html>")
+    status, out = checked()
+    assert status == 1 and "4 x image that does not decode:" in out
+    assert all(f"{name}' cannot be read" in out for name in ("train/0_0.png", "train/2_0.png", "test/0_0.png"))
+
+
+def test_many_images_are_decoded_by_several_processes(tmp_path, paint):
+    paths = [paint(f"{number}.png") for number in range(2)] * 40 + [str(tmp_path / "gone.png"), paint("cut.png")]
+    Path(paths[-1]).write_bytes(Path(paths[0]).read_bytes()[:100])
+    lines = []
+    found = check.troubles(paths, 2, lines.append)
+    assert list(found) == paths[-2:] and "cut.png" in found[paths[-1]]
+    assert lines == ["  82 of 82 images decoded"] and found == check.troubles(paths, 1, lines.append)
+
+
+def test_a_cut_file_a_lost_split_and_a_lost_set(checked, root):
+    records_of(root, lambda items: items.__delitem__(slice(6, 12)))
+    status, out = checked()
+    assert status == 1 and "val: 0 identities, published 3" in out
+    file = root / "CUHK-PEDES/reid_raw.json"
+    file.write_text(file.read_text()[:-20])
+    status, out = checked()
+    assert status == 2 and "is it cut short?" in out
+    file.rename(file.with_name("caption_all.json"))
+    status, out = checked()
+    assert status == 2 and "caption_all.json is there" in out
+    assert "'elsewhere/CUHK-PEDES'" in checked("--dataset", "cuhk", "--data-root", "elsewhere")[1]
+
+
+def test_a_set_of_ones_own_needs_no_val_and_no_test(checked, root):
+    for number in range(70):
+        (root / "mine").mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(root / f"mine/{number}.png")
+    items = [{"image": f"{n}.png", "caption": "穿红衣", "image_id": n} for n in range(70)]
+    (root / "mine/train.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    status, out = checked("--dataset", "mine")
+    assert status == 0 and "Note: 'mine' has no test split" in out and "published" not in out
+    (root / "mine/test.json").write_text("[")
+    assert checked("--dataset", "mine")[0] == 1
+
+
+def test_drawn_data_is_not_held_against_the_published_counts(checked, root):
+    (root / "CUHK-PEDES/town.json").write_text("{}")
+    records_of(root, lambda items: items.pop())
+    status, out = checked()
+    assert status == 0 and "drawn data, not photographs" in out and "5 (6)" in out
+
+
+def test_wordless_captions_are_noted(root):
+    lines = []
+    file = (root / "CUHK-PEDES").rename(root / "RSTPReid") / "reid_raw.json"
+    items = json.loads(file.read_text().replace("file_path", "img_path"))
+    items[2]["captions"] = ["穿红衣", "a man"]
+    file.with_name("data_captions.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    assert not check.check_set("rstp", root, 1, lines.append)        # its counts are not the published ones
+    assert any("Note: 1 captions have no word left" in line and "record 2 (" in line for line in lines)
+    with pytest.raises(UserError, match="no folder"):
+        check.check_set("icfg", root, 1)

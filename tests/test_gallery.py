@@ -1,0 +1,152 @@
+"""`evaluate.py --gallery`: any folder of photographs ranked for sentences, each pair as by hand; encoded only once."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from mra import checkpoint, gallery, ranking
+from mra.config import run
+from mra.data import words
+from tests.test_ranking import pair_by_hand
+from tests.test_released import small, write  # noqa: F401 (fixtures: a small released checkpoint)
+
+ASKED = ["a man in a red coat with a bag on his left", "a woman", "black hat"]
+
+
+@pytest.fixture
+def folder(tmp_path, paint) -> Path:
+    """Five photographs in four formats and sizes, nested; a corrupt one, hidden files and others."""
+    home = tmp_path / "photos"
+    for number, name in enumerate(("a.png", "b/c d.JPG", "b/ünï/e.webp", "b/f.TIFF", "g.jp2")):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(paint(f"{number}.png", seed=number)).resize((20 + 9 * number, 40 + number)).save(home / name)
+    for name in ("b/broken.jpg", ".thumbnails/t.png", "b/._a.png", "notes.txt", "b/IMG_1.HEIC", "IMG_2.heic"):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_bytes(b"no image")
+    return home
+
+
+@pytest.fixture
+def ours(tmp_path, model, tokenizer) -> Path:
+    """A checkpoint of the fixture `model`."""
+    path = tmp_path / "out/ours/best.safetensors"
+    path.parent.mkdir(parents=True)
+    facts = {"train": {"preset": "tiny", "dataset": "cuhk", "seed": 0, "data_root": ""}, "val": {"weight": 1.0}}
+    checkpoint.save(path, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | facts
+                    | {"pretrained_on": "nothing"})
+    return path
+
+
+@pytest.fixture
+def ask(monkeypatch, tmp_path, capsys):
+    """Run evaluate.py with flags in the test's folder: what it printed, its query.json, how many images it encoded."""
+    monkeypatch.chdir(tmp_path)
+    real, encoded = ranking.encode_gallery, []
+    monkeypatch.setattr(ranking, "encode_gallery", lambda model, images, *rest: encoded.append(len(images))
+                        or real(model, images, *rest))
+
+    def go(*flags, out: str = "out/ours") -> tuple[str, dict, int]:
+        encoded.clear()
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--device", "cpu", *map(str, flags)])
+        evaluate.main()
+        return capsys.readouterr().out, json.loads(Path(out, "query.json").read_text()), sum(encoded)
+    return go
+
+
+def test_a_folder_is_ranked_as_by_hand(ask, ours, folder, model, tokenizer):
+    """Logit + 1 x similarity, each the mean with the mirrored photograph and the mirrored words."""
+    Path("asked.txt").write_text("\ufeff" + "\n\n".join(ASKED[1:]) + "\n", encoding="utf-8")
+    out, found, encoded = ask("--query", ASKED[0], "--queries", "asked.txt", "--gallery", "photos")
+    paths = [f"photos/{name}" for name in ("a.png", "b/c d.JPG", "b/f.TIFF", "b/ünï/e.webp", "g.jp2")]
+    assert encoded == found["images"] == 5 and found["gallery"] == "photos"
+    assert [answer["query"] for answer in found["answers"]] == ASKED
+    for answer in found["answers"]:
+        truth = {}
+        for path in paths:
+            passes = [pair_by_hand(model, tokenizer, answer["query"], path, False),
+                      pair_by_hand(model, tokenizer, words.swap_left_right(answer["query"]), path, True)]
+            truth[path] = torch.tensor(passes).mean(0).tolist()
+        assert [row["path"] for row in answer["first"]] == sorted(paths, key=lambda path: -sum(truth[path]))
+        for row in answer["first"]:
+            assert (row["similarity"], row["match"]) == pytest.approx(truth[row["path"]], abs=1e-5)
+    assert len(found["left_out"]) == 1 and "photos/b/broken.jpg" in found["left_out"][0]
+    assert re.search("^Left out: .*photos/b/broken.jpg", out, re.M) and "2 '.heic', 1 '.txt'" in out
+    assert len(re.findall(r"^ +\d+  similarity -?[01]\.\d{3}  match +-?\d+\.\d\d  '.*photos/", out, re.M)) == 15
+    with Image.open("out/ours/query.png") as picture:
+        assert picture.height > 3 * 192
+
+
+def test_what_has_not_changed_is_not_encoded_again(ask, ours, folder, model):
+    flags = ("--query", ASKED[0], "--gallery", "photos", "--checkpoint", ours)
+    _, first, encoded = ask(*flags)
+    before = (ours.parent / "gallery.safetensors").read_bytes()
+    out, again, none = ask(*flags)
+    assert (encoded, none) == (5, 0) and again == first and "broken.jpg" in out
+    assert (ours.parent / "gallery.safetensors").read_bytes() == before
+    assert ask("--query", ASKED[1], "--gallery", folder, "--k", "0")[2] == 0        # named otherwise, the same files
+
+    Image.new("RGB", (30, 60), "red").save("photos/a.png")                          # other bytes
+    os.utime("photos/g.jp2", ns=(1, 1))                                             # another time
+    os.rename("photos/b/f.TIFF", "photos/f.TIFF")                                   # another place
+    os.remove("photos/b/c d.JPG")
+    _, changed, encoded = ask(*flags)
+    assert encoded == 3 and changed["images"] == 4
+    paths = [f"photos/{name}" for name in ("a.png", "b/ünï/e.webp", "f.TIFF", "g.jp2")]
+    fresh = ranking.encode_gallery(model, ranking.Images(paths, model.config), 64)
+    kept, features, _ = gallery.encode(Path("photos"), model, ours.parent / "gallery.safetensors", 64)
+    assert kept == paths and checkpoint.load(ours.parent / "gallery.safetensors")[0]["features"].shape == fresh.shape
+    torch.testing.assert_close(features, fresh, atol=1e-6, rtol=0)
+
+
+def test_other_weights_or_a_spoilt_cache_encode_everything(ask, ours, folder, model, monkeypatch):
+    flags = ("--query", ASKED[0], "--gallery", "photos", "--out", "found", "--checkpoint")
+    assert ask(*flags, ours, out="found")[2] == 5
+    with torch.no_grad():
+        model.image_projection.bias += 1e-3
+    tensors, facts = checkpoint.load(ours)
+    checkpoint.save(Path("other.safetensors"), checkpoint.weights(model), facts)
+    assert ask(*flags, "other.safetensors", out="found")[2] == 5
+    assert ask(*flags, "other.safetensors", out="found")[2] == 0
+    Path("found/gallery.safetensors").write_bytes(b"cut short")
+    monkeypatch.setattr(gallery, "PART", 2)                                          # written after 2, 4 and 5
+    out, _, encoded = ask(*flags, "other.safetensors", out="found")
+    assert encoded == 5 and "4 of 5 encoded" in out and ask(*flags, "other.safetensors", out="found")[2] == 0
+
+
+def test_only_candidates_are_read_again(ask, ours, folder, monkeypatch):
+    flags = ("--query", ASKED[0], "--gallery", "photos", "--no-mirror", "--k", "2")
+    ask(*flags)
+    read = []
+    real = ranking.open_image
+    monkeypatch.setattr(ranking, "open_image", lambda path: read.append(path) or real(path))
+    _, found, encoded = ask(*flags)
+    assert encoded == 0 and sorted(read) == sorted(row["path"] for row in found["answers"][0]["first"][:2])
+    assert [len(row) for row in found["answers"][0]["first"]] == [3, 3, 2, 2, 2]
+
+
+def test_a_released_checkpoint_ranks_a_folder(ask, write, folder):  # noqa: F811
+    path, _ = write("swin")
+    for expected in (5, 0):
+        _, found, encoded = ask("--checkpoint", path, "--query", ASKED[0], "--gallery", "photos", "--out", "found",
+                                out="found")
+        assert encoded == expected and len(found["answers"][0]["first"]) == 5
+
+
+@pytest.mark.parametrize("content, named", [
+    (None, "asked.txt: no readable"), (b"\xff\xfe\x00a man", "asked.txt: no readable"), (b"\n \n", "no word"),
+    ("a man\n\n...\n".encode(), "asked.txt, line 3: '...'")])
+def test_mistakes(ours, folder, tmp_path, monkeypatch, capsys, content, named):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("asked.txt").write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--queries", "asked.txt", "--gallery", "photos"])
+    with pytest.raises(SystemExit) as end:
+        run(evaluate.main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and named in err and re.fullmatch(r"error: \S.*\S\n", err)
