@@ -48,11 +48,12 @@ def main() -> None:
     training.make_folder(out)
     # ---- the model: a frozen base, and a branch that learns the target
     base = load_base(config, machine)
+    base_name = checkpoint.digest(base)
     target = target_records(config, machine)
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
     base.autoencoder.learn_scale(encode(base.autoencoder, images))     # the frozen base starts in the target's light
-    branch = adapt(config, machine, base, target, images)
-    made_with = {"config": asdict(config), "base": checkpoint.digest(base), "branch": checkpoint.digest(branch)}
+    branch = adapt(config, machine, base, base_name, target, images)
+    made_with = {"config": asdict(config), "base": base_name, "branch": checkpoint.digest(branch)}
     if finished(out / "report.json", made_with):
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
@@ -132,7 +133,8 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
     return base.to(machine.device).eval().requires_grad_(False)
 
 
-def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, target: RecordSet, images: Tensor) -> DomainBranch:
+def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str, target: RecordSet,
+          images: Tensor) -> DomainBranch:
     """The domain branch, trained on the target's training pairs beside the frozen base."""
     captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
     pairs = LatentPairs(base.autoencoder, images, captions, base.tokenizer, config.conditioned_by)
@@ -149,7 +151,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, target: Record
     folder = Path("out/dad") / f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
     training.make_folder(folder)
     fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
-        {"target": target.name, "pairs": len(captions), "base": checkpoint.digest(base)}, config.seed, machine)
+        {"target": target.name, "pairs": len(captions), "base": base_name}, config.seed, machine)
     return branch.eval().requires_grad_(False)
 
 

@@ -94,8 +94,11 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, kind, of = name.split(".", 2)
-            device = "cpu" if kind == "step" and not optimizer.defaults["fused"] else parameters[of].device
-            optimizer.state[parameters[of]][kind] = tensor.to(device)
+            if kind == "step":
+                state = tensor.to(parameters[of].device if optimizer.defaults["fused"] else "cpu")
+            else:       # laid out in memory as the parameter is
+                state = torch.empty_like(parameters[of], dtype=tensor.dtype).copy_(tensor)
+            optimizer.state[parameters[of]][kind] = state
 
 
 MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile"}    # between a run and its continuation

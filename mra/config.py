@@ -122,7 +122,7 @@ class Fit:
 FITS = {
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
-    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(4800, 64, 1e-3), branch=Fit(900, 32, 1e-3),
+    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3), branch=Fit(900, 32, 1e-3),
                   judge=Fit(200, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
@@ -186,11 +186,11 @@ class AdaptConfig:
     target_root: str = ""         # folder with the real target set; empty: the demo town
     out: str = ""                 # folder of the set that is made; empty: out/sda/<target>, -<mode> and the like behind
     steps: int = 0                # of the branch's training; 0: as in FITS
-    sampler: str = "ddim"         # ddim or dpm (DPM-Solver++ 2M)
-    sampling_steps: int = 20
-    guidance: float = 3.0         # on the text; 1: none
+    sampler: str = "dpm"          # ddim or dpm (DPM-Solver++ 2M)
+    sampling_steps: int = 12
+    guidance: float = 2.0         # on the text; 1: none
     domain_guidance: float = 1.0  # on the domain; 1: none
-    rescale: float = 0.7          # of the contrast that guidance adds, how much is undone
+    rescale: float = 0.0          # of the contrast that guidance adds, how much is undone
     strength: float = 0.9         # of the noise that restyling starts from; 1 keeps nothing of the source but structure
     grey_mean: float = 0.02       # dropped as near-greyscale: mean ...
     grey_variance: float = 0.0005  # ... and variance of the channel differences both below these

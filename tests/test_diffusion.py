@@ -227,6 +227,12 @@ def test_guidance_of_one_costs_and_changes_nothing(base):
     assert torch.allclose(v(3, 2), plain + 2 * (empty - plain) + 3 * (words - empty), atol=1e-5)
 
 
+def test_levels_are_drawn_evenly_and_each_as_often():
+    drawn = torch.stack([SCHEDULE.draw(10, torch.Generator().manual_seed(seed)) for seed in range(400)])    # (400, 10)
+    assert all(set((row // 100).tolist()) == set(range(10)) for row in drawn)
+    assert 450 < drawn[:, 0].float().mean() < 550 and 0 <= drawn.min() < 5 and 995 <= drawn.max() < 1000
+
+
 def test_strength_zero_gives_the_reconstruction(base, images):
     latents = encode(base.autoencoder, images)
     for sampler in (ddim, dpm_solver):
@@ -241,7 +247,7 @@ def test_cached_latents_and_mirror_images_give_the_same_loss(base, images, token
     draw = torch.Generator().manual_seed(3)                        # the same draws, everything made anew
     pair = torch.randint(10, (64,), generator=draw)
     dropped = torch.rand(64, generator=draw) < 0.3
-    t = torch.randint(1000, (64,), generator=draw)
+    t = SCHEDULE.draw(64, draw)
     noise = torch.randn(64, *base.config.shape, generator=draw)
     made = torch.stack([images[i % 5].flip(-1) if i >= 5 else images[i] for i in pair.tolist()])
     words = ["" if gone else captions[i % 5][1].replace("left", "right" if i >= 5 else "left")

@@ -100,7 +100,8 @@ class Encoder(nn.Module):
 
     def forward(self, z: Tensor, embedding: Tensor, prompt: Prompt, hint: Tensor | None = None) -> list[Tensor]:
         """The skips, from the first to the lowest, and last the middle; `hint` (B, C, h, w) joins the first."""
-        x = self.first(z) if hint is None else self.first(z) + hint
+        x = self.first(z.contiguous(memory_format=torch.channels_last))
+        x = x if hint is None else x + hint
         found = [x]
         for stage in self.stages:
             found.append(x := stage(x, embedding, prompt))

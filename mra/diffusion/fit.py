@@ -108,7 +108,7 @@ def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list
 
     losses, *found = zip(*machine.map(gradients, range(shards)))
     for parameter, parts in zip(parameters, found):
-        parameter.grad = torch.stack(parts).mean(0)
+        parameter.grad = sum(parts) / shards             # laid out in memory as the parameter is
         if machine.world > 1:
             dist.all_reduce(parameter.grad)
             parameter.grad /= machine.world

@@ -36,6 +36,12 @@ class Schedule:
         shape = -1, *[1] * (like.ndim - 1)
         return tuple(x.to(like.device)[t].view(shape) for x in (self.alpha, self.sigma))
 
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` random levels, evenly spread to take noise out of the loss (Kingma et al. 2021, appendix I.1)."""
+        device = generator.device
+        spread = (torch.rand(1, generator=generator, device=device) + torch.arange(count, device=device) / count) % 1
+        return (spread * len(self.alpha)).long().clamp(max=len(self.alpha) - 1)
+
     def trailing(self, steps: int, strength: float = 1.0) -> list[int]:
         """The levels that a sampler of `steps` steps visits, from the noisiest down.
 

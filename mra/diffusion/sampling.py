@@ -28,6 +28,7 @@ class Diffusion(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.autoencoder, self.denoiser = Autoencoder(config), Denoiser(config)
+        self.denoiser.to(memory_format=torch.channels_last)     # convolutions are faster so, on CPU and GPU
 
     def read(self, captions: Sequence[str]) -> Prompt:
         """Captions -> an encoded prompt; the empty caption is what guidance steers away from."""
@@ -118,7 +119,7 @@ class LatentPairs:
              count: int, drop: float = 0.1) -> Tensor:
         """The diffusion loss of `count` samples, of the base alone or with its branch."""
         latents, ids, keep, condition = self.draw(generator, count, drop)
-        t = torch.randint(len(schedule.alpha), (count,), generator=generator, device=latents.device)
+        t = schedule.draw(count, generator)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         prompt = denoiser.read(ids, keep)
 
