@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mra import checkpoint, training
-from mra.config import ADAPT_LIMITS, DIFFUSION_PRESETS, FITS, AdaptConfig, DiffusionConfig, UserError, parse, run, show
+from mra.config import ADAPT_LIMITS, DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, parse, run, show
 from mra.data import town
-from mra.data.records import RecordSet, load
+from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion import gap
 from mra.diffusion.autoencoder import random_light
@@ -29,7 +29,7 @@ from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
 from mra.diffusion.fit import fit
 from mra.diffusion.making import SAMPLERS, collect, make, wishes
 from mra.diffusion.noising import Schedule
-from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, encode, to_float
+from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, encode, read_base, to_float
 from mra.training import Machine
 
 SHIPPED = Path(__file__).with_name("mra") / "diffusion"      # base-demo.safetensors and reader-demo.safetensors
@@ -71,7 +71,7 @@ def main() -> None:
             raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
         report = made_with | gap.set_report(base.config, kept, dropped, images, out)
         report["judge of malformed people"] = skill
-        if not config.target_root:      # drawn people: the exact answer is known
+        if config.measure and not config.target_root:      # drawn people: the exact answer is known
             report |= gap.town_report(config, machine, base, branch, train_reader(config, machine), images, kept,
                                       source_records(config, machine).records, out)
         told = {key: value for key, value in report.items() if key not in (*made_with, "gap")}
@@ -122,13 +122,7 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
     """The pretrained base, frozen; trained first where there is none for this size."""
     shipped = SHIPPED / f"base-{config.size}.safetensors"
     path = Path(config.base) if config.base else shipped if shipped.exists() else train_base(config, machine)
-    tensors, facts = checkpoint.load(path)
-    try:
-        size = DiffusionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["size"].items()})
-        base = Diffusion(size, Tokenizer(facts["vocab"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no base of adapt.py ({error}).") from error
-    checkpoint.restore_weights(base, tensors, path)
+    base, facts = read_base(path)
     machine.say(f"Base: {path}, trained on {facts['images']} images of {facts['source']}.")
     return base.to(machine.device).eval().requires_grad_(False)
 
@@ -148,7 +142,8 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str
         with machine.autocast():
             return pairs.loss(base.denoiser, step_branch, schedule, draw, count)
 
-    folder = Path("out/dad") / f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
+    folder = Path("out/dad") / (f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
+                               + f"-{config.share:g}" * (config.share < 1))
     training.make_folder(folder)
     fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
         {"target": target.name, "pairs": len(captions), "base": base_name}, config.seed, machine)
@@ -219,7 +214,7 @@ def target_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     if not config.target_root:
         machine.first(lambda: town.ready(config.target, config.size == "tiny", machine.say))
     root = Path(config.target_root) if config.target_root else town.root(config.size == "tiny")
-    return load(config.target, "train", root, say=machine.say)
+    return share_of(load(config.target, "train", root, say=machine.say), config.share)
 
 
 def finished(report: Path, made_with: dict) -> bool:
@@ -230,6 +225,7 @@ def finished(report: Path, made_with: dict) -> bool:
 def default_out(config: AdaptConfig) -> str:
     """out/sda/<target>, and what sets this run apart from the default one."""
     parts = [config.target] + [config.mode] * (config.mode != "generate") + [f"s{config.seed}"] * (config.seed != 0)
+    parts += [f"{config.share:g}"] * (config.share < 1)
     return "out/sda/" + "-".join(parts)
 
 

@@ -29,7 +29,7 @@ from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError
 from mra.data import town
 from mra.data.batches import Batch, Order, PairDataset
 from mra.data.check import check_set
-from mra.data.records import DATASETS, RecordSet, load
+from mra.data.records import DATASETS, RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 
@@ -72,6 +72,8 @@ def train(config: TrainConfig) -> Path:
     # ---- data, model, optimiser
     train_set, val_set = load_sets(config, machine)
     model, tokenizer, pretrained_on = load_model(config, device, say)
+    if config.released_regions:
+        model.config = dataclasses.replace(model.config, released_regions=True)
     dataset = PairDataset(train_set, tokenizer, model.config, config)
     plan = training.Plan.of(config, len(dataset), world)
     optimizer = training.make_optimizer(model, config)
@@ -159,7 +161,9 @@ def load_sets(config: TrainConfig, machine: training.Machine) -> list[RecordSet]
     root = Path(config.data_root) if config.data_root else town.root(config.preset == "tiny")
     if not config.data_root:
         machine.first(lambda: town.ready(config.dataset, config.preset == "tiny", machine.say))
-    return [load(config.dataset, split, root, config.allow_missing, machine.say) for split in ("train", "val")]
+    train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
+                          for split in ("train", "val"))
+    return [share_of(train_set, config.share), val_set]
 
 
 def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tuple[Retriever, Tokenizer, str]:

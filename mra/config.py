@@ -146,6 +146,7 @@ class TrainConfig:
     out: str = ""                # folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>
     seed: int = 0
     resume: bool = True          # go on from the last checkpoint in `out`; --no-resume starts over
+    share: float = 1.0           # of the training identities that is used, the same ones each time
     epochs: float = 30           # passes over the image-caption pairs
     steps: int = 0               # a number of steps instead of epochs; 0: epochs decide
     batch: int = 40              # pairs of one step and process
@@ -157,6 +158,7 @@ class TrainConfig:
     clip: float = 1.0            # largest gradient norm
     beta: float = 0.8            # weight of the region losses
     regions: bool = True         # region losses, where the records have boxes
+    released_regions: bool = False  # as in the released code: RPC ignores the box, RPM does not see the region's mean
     smoothing: float = 0.0       # label smoothing of the contrastive targets
     eda: float = 0.0             # weight of the augmented caption's ITC and ITM; 0: no such caption
     erase: float = 0.0           # chance of random erasing
@@ -176,6 +178,7 @@ class AdaptConfig:
 
     target: str = "icfg"          # cuhk, icfg or rstp: whose look the images get
     mode: str = "generate"        # generate from captions, or restyle the source's images
+    share: float = 1.0            # of the target's training identities that is used, as in train.py
     images: int = 1500            # how many are made, before the filters
     condition: str = ""           # of the branch, white or structure; empty: white to generate, structure to restyle
     captions: str = "target"      # whose captions to generate from, target or source
@@ -198,6 +201,7 @@ class AdaptConfig:
     checkpoint: str = ""          # a retriever whose matching head judges image against caption; empty: no such filter
     mismatch: float = -2.0        # dropped as not showing its caption: log-odds of a match below this
     box_threshold: float = 0.35   # a phrase's box is dropped below this confidence
+    measure: bool = True          # on the demo town, measure how much of the gap is closed
     seed: int = 0
     workers: int = 0              # image decoding processes
     device: str = ""              # cuda or cpu; empty: cuda where there is one
@@ -211,14 +215,15 @@ class AdaptConfig:
 
 
 LIMITS = {  # what a number may be, at least and at most
-    "epochs": (1e-6, 1e6), "seed": (0, 2**31), "batch": (1, 1e6), "accumulate": (1, 1e6), "steps": (0, 1e9),
+    "share": (1e-6, 1), "epochs": (1e-6, 1e6), "seed": (0, 2**31), "batch": (1, 1e6), "accumulate": (1, 1e6),
+    "steps": (0, 1e9),
     "evals": (1, 1e6), "log_every": (1, 1e9), "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1),
     "weight_decay": (0, 10), "clip": (1e-9, 1e9), "beta": (0, 1e3), "smoothing": (0, 1), "eda": (0, 1e3),
     "erase": (0, 1), "fusion_from": (0, 1), "workers": (0, 256),
 }
 
 ADAPT_LIMITS = {
-    "images": (1, 1e9), "steps": (0, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100),
+    "share": (1e-6, 1), "images": (1, 1e9), "steps": (0, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100),
     "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1), "grey_variance": (0, 1),
     "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1), "seed": (0, 2**31), "workers": (0, 256),
 }

@@ -84,6 +84,30 @@ def sheet(rows: dict[str, torch.Tensor], path: Path) -> None:
     picture.save(path)
 
 
+def bars(groups: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
+    """Write a chart with one horizontal bar per name in each group: the mean of its values, each of them a dot."""
+    font, left, long, high = ImageFont.load_default(15), 160, 640, 24
+    lines = sum(len(group) + 2 for group in groups.values() if group)
+    picture = Image.new("RGB", (left + long + 80, high * (lines + 1) + GAP), "white")
+    pen, top = ImageDraw.Draw(picture), high + GAP
+    pen.text((GAP, GAP), title, INK, font)
+    most = max((max(values) for group in groups.values() for values in group.values()), default=1) or 1
+    for name, group in groups.items():
+        if group:
+            pen.text((GAP, top + high // 2), name, INK, font)
+            top += 2 * high
+        for bar, values in group.items():
+            mean = sum(values) / len(values)
+            pen.text((GAP, top), bar, INK, font)
+            pen.rectangle((left, top + 2, left + long * mean / most, top + high - 4), GREY)
+            for value in values:
+                x, y = left + long * value / most, top + high // 2 - 1
+                pen.ellipse((x - 3, y - 3, x + 3, y + 3), GREEN)
+            pen.text((left + long + GAP, top), f"{mean:.1f}", INK, font)
+            top += high
+    picture.save(path)
+
+
 def photograph(path: str) -> Image.Image:
     return open_image(path).resize((CELL[1], CELL[0]), Image.Resampling.BICUBIC)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from mra.config import TrainConfig, UserError
 from mra.data import records
 from mra.data.batches import PairDataset
-from mra.data.records import SPLITS, load, open_image, shown
+from mra.data.records import SPLITS, Record, RecordSet, load, open_image, share_of, shown
 
 RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
        "icfg": ("ICFG-PEDES", "ICFG-PEDES.json", "file_path"),
@@ -305,6 +305,14 @@ def test_other_splits_are_not_mapped(tmp_path, split):
     message = refusal("rstp", "train", tmp_path)
     assert "data_captions.json', record 1 " in message and repr(split) in message
     assert "train, val, test" in refusal("rstp", str(split), tmp_path)
+
+
+def test_a_share_keeps_whole_identities_and_grows_by_adding():
+    whole = RecordSet("own", "train", tuple(Record(str(i), ("a man",), i // 3) for i in range(60)))
+    tenth, half, everything = (share_of(whole, share) for share in (0.1, 0.5, 1.0))
+    paths = [{record.path for record in some.records} for some in (tenth, half, everything)]
+    assert [len(some) for some in paths] == [6, 30, 60] and paths[0] < paths[1] < paths[2]
+    assert sorted({record.identity for record in half.records}) == list(range(10)) and everything == whole
 
 
 @pytest.mark.parametrize("content", ["", '[{"image": "a', "{}", "[]", "3", "\0", "[1" + "0" * 5000,

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +113,15 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     say(f"{shown(dataset)} {split}: {len(records)} images, {sum(len(r.captions) for r in records)} captions, "
         f"{len(ids)} identities, read from {shown(source.files[0])}{more}")
     return RecordSet(dataset, split, records)
+
+
+def share_of(whole: RecordSet, share: float) -> RecordSet:
+    """A share of its identities, at least two: the same ones each time, a smaller share within a larger."""
+    count = 1 + max(record.identity for record in whole.records)
+    chosen = random.Random(0).sample(range(count), count)[:max(2, round(share * count))]
+    place = {identity: i for i, identity in enumerate(sorted(chosen))}
+    return replace(whole, records=tuple(replace(record, identity=place[record.identity]) for record in whole.records
+                                        if record.identity in place))
 
 
 def shown(value) -> str:

@@ -22,13 +22,13 @@ from mra.data import town
 from mra.data.people import COLOURS, LOWERS, PATTERNS, SHOES, UPPERS, Person, sample_person
 from mra.data.records import Record
 from mra.data.town import Portrait, Pose
-from mra.diffusion import transfers
 from mra.diffusion.boxes import overlap, phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.filters import Judge, tell_apart
 from mra.diffusion.making import FILTERS
 from mra.diffusion.noising import Schedule
-from mra.diffusion.sampling import Crops, Diffusion, decode, encode, to_float
+from mra.diffusion.sampling import Crops, Diffusion, encode, to_float
+from mra.diffusion.transfers import transferred
 from mra.training import Machine
 
 ROWS, BOXED = 1000, 200     # images of each row of the report, and of the check of the boxes
@@ -217,13 +217,9 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     own, theirs = ([shot.person for shot in some] for some in (origins, seen))
     made = Crops([str(out / "imgs" / row["image"]) for row in rows], base.config).read(config.workers)
     plain = Crops([record.path for record in source], base.config).read(config.workers)
-    donors = target[torch.randint(len(target), (len(plain),), generator=torch.Generator().manual_seed(0))]
-    moved = transfers.match_moments(encode(base.autoencoder, plain), encode(base.autoencoder, target))
-    moved = decode(base.autoencoder, moved, torch.Generator(machine.device).manual_seed(0)).cpu()
     held_out, others = (drawn(strangers(len(rows), seed), seed) for seed in (2, 3))
-    sets = {"source": plain, "reinhard": transfers.reinhard(plain, donors),
-            "histogram": transfers.histogram(plain, donors), "fourier": transfers.fourier(plain, donors),
-            "moments": moved, f"dad {config.mode}": made, "exact": drawn(theirs, 1), "target": others}
+    sets = {"source": plain, **transferred(plain, target, base.autoencoder), f"dad {config.mode}": made,
+            "exact": drawn(theirs, 1), "target": others}
     steps, table = FITS[config.size]["judge"].steps, {}
     measured = machine.map(lambda images: measure(images, held_out, reader, config.seed, machine.device, steps),
                            sets.values())

@@ -4,13 +4,15 @@ Before: denoiser.py, noising.py. After: prompts.py, fit.py; adapt.py puts them t
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mra.config import DiffusionConfig
+from mra import checkpoint
+from mra.config import DiffusionConfig, UserError
 from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
@@ -36,6 +38,18 @@ class Diffusion(nn.Module):
                         self.tokenizer.pad_id)
         device = self.autoencoder.mean.device
         return self.denoiser.read(ids.to(device), keep.to(device))
+
+
+def read_base(path: Path) -> tuple[Diffusion, dict]:
+    """A base that adapt.py has trained, and the facts of its file."""
+    tensors, facts = checkpoint.load(path)
+    try:
+        size = DiffusionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["size"].items()})
+        base = Diffusion(size, Tokenizer(facts["vocab"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no base of adapt.py ({error}).") from error
+    checkpoint.restore_weights(base, tensors, path)
+    return base, facts
 
 
 class Crops(torch.utils.data.Dataset):

@@ -8,8 +8,8 @@ Images are (B, 3, H, W) uint8. Before: sampling.py. After: gap.py.
 import torch
 from torch import Tensor
 
-from mra.diffusion.autoencoder import OPPONENT
-from mra.diffusion.sampling import to_bytes, to_float
+from mra.diffusion.autoencoder import OPPONENT, Autoencoder
+from mra.diffusion.sampling import decode, encode, to_bytes, to_float
 
 # RGB -> cone responses, whose logarithms OPPONENT makes nearly independent (Reinhard et al. 2001)
 LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
@@ -45,6 +45,16 @@ def fourier(images: Tensor, targets: Tensor) -> Tensor:
     amplitude[:, :, rows, columns] = y.abs()[:, :, rows, columns]
     back = torch.fft.ifft2(torch.fft.ifftshift(torch.polar(amplitude, x.angle()), dim=(2, 3))).real
     return back.round().clamp(0, 255).to(torch.uint8)
+
+
+def transferred(images: Tensor, targets: Tensor, autoencoder: Autoencoder) -> dict[str, Tensor]:
+    """The images (B, 3, H, W) in the look of the targets (M, 3, H, W), by each of the four ways."""
+    draw = torch.Generator().manual_seed(0)
+    donors = targets[torch.randint(len(targets), (len(images),), generator=draw)]
+    moved = match_moments(encode(autoencoder, images), encode(autoencoder, targets))
+    moved = decode(autoencoder, moved, torch.Generator(moved.device).manual_seed(0)).cpu()
+    return {"reinhard": reinhard(images, donors), "histogram": histogram(images, donors),
+            "fourier": fourier(images, donors), "moments": moved}
 
 
 def match_moments(latents: Tensor, targets: Tensor) -> Tensor:

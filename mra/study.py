@@ -1,0 +1,338 @@
+"""The paper's claims in miniature: does DaD close the gap, do the region losses help, and how far is the exact answer?
+
+    python -m mra.study                                          all runs, one after another; goes on where it stopped
+    python -m mra.study --targets icfg --seeds 0 1 --arms dad    a part of them, on this machine
+    python -m mra.study --table                                  tables and figure of the runs that are there
+    python -m mra.study --quick                                  two arms, one seed, tiny
+
+A run is an arm (which images the second pretraining stage sees), a set of losses, a target and a seed. Every run trains
+on the source first, the same for all arms; then on a mix, four fifths the arm's images and one fifth the source's; is
+tested on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Steps and images are
+the same in every arm. `adapt.py` and `train.py` are called as a user would, and a finished run is one file, run.json.
+Before: diffusion/gap.py, ranking.py.
+"""
+
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mra import checkpoint, diffusion, figures, ranking
+from mra.config import DIFFUSION_PRESETS, UserError, parse, run
+from mra.data import town
+from mra.data.records import Record, load, share_of
+from mra.diffusion.sampling import Crops, read_base
+from mra.diffusion.transfers import transferred
+from mra.training import queries_of
+
+TARGETS = ("cuhk", "icfg", "rstp")
+LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
+TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
+SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}       # of the images that DaD makes; the rest stay source
+ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, "dad unfiltered", "dad matched", "exact",
+        "exact again", "shuffled")
+MAIN = [(arm, losses) for arm in ("source", "dad", "exact") for losses in ("regions", "pairs")]
+SOURCE_SHARE = 0.25                 # source images in the mix, as a share of the arm's
+FEW = 0.1                           # of the labelled identities
+STAGES = ("zero-shot", "tenth", "all")
+STEPS = {"demo": {"source": 1500, "mix": 1000, "tenth": 150, "all": 600}, "tiny": dict.fromkeys(
+    ("source", "mix", "tenth", "all"), 2)}
+RATE = {"source": 7e-4, "mix": 7e-4, "tenth": 4e-4, "all": 4e-4}     # the demo recipes' (mra/config.py), set on val
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Which runs, and where."""
+
+    arms: tuple[str, ...] = ()         # of ARMS; empty: all
+    targets: tuple[str, ...] = ()      # of cuhk, icfg, rstp; empty: all
+    seeds: tuple[str, ...] = ()        # empty: 0 to 4 for the main arms, 0 and 1 for the others
+    out: str = "out/study"
+    images: int = 1500                 # of every arm
+    table: bool = False                # make no run: tables and figure of those that are there
+    quick: bool = False                # source and dad at tiny size, one seed
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the study."""
+
+    arm: str
+    losses: str
+    target: str
+    seed: int
+    size: str = "demo"
+
+    @property
+    def short(self) -> str:
+        return self.arm.replace(" ", "-").replace("%", "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.short}-{self.losses}-{self.target}-{self.size}-s{self.seed}"
+
+
+def main() -> None:
+    config = parse(StudyConfig, __doc__)
+    for name, given, known in (("arms", config.arms, ARMS), ("targets", config.targets, TARGETS),
+                               ("seeds", config.seeds, [str(i) for i in range(100)])):
+        if unknown := set(given) - set(known):
+            raise UserError(f"--{name} {unknown.pop()!r}: choose from {', '.join(known[:20])}.")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    runs = list(plan(config))
+    for number, one in enumerate(runs, 1):
+        if not config.table and not (out / one.name / "run.json").exists():
+            print(f"{number}/{len(runs)}: {one.name}", flush=True)
+            perform(one, out, config.images)
+    report(out)
+
+
+def plan(config: StudyConfig) -> Iterator[Run]:
+    """The runs in an order that gives the main table first: seed by seed."""
+    if config.quick:
+        yield from (Run(arm, "regions", "icfg", 0, "tiny") for arm in ("source", "dad"))
+        return
+    others = [(arm, "regions") for arm in ARMS if (arm, "regions") not in MAIN]
+    others += [("source", "released"), ("exact", "released")]
+    for seed in range(100) if config.seeds else range(5):
+        for target in TARGETS:
+            for arm, losses in MAIN + (others if target == "icfg" and (seed < 2 or config.seeds) else []):
+                if (arm in (config.arms or ARMS) and target in (config.targets or TARGETS)
+                        and str(seed) in (config.seeds or map(str, range(5)))):
+                    yield Run(arm, losses, target, seed)
+
+
+def perform(one: Run, out: Path, images: int) -> None:
+    """All stages of a run, each resumable; its checkpoints are deleted once run.json holds the results."""
+    folder, steps = out / one.name, STEPS[one.size]
+    shares = (1.0, FEW) if learns(one.arm) else (1.0,)      # in the 10 % protocol DaD sees the same 10 %
+    starts = {share: pretrained(one, out, folder, images, share) for share in shares}
+    results = {"zero-shot": test(starts[1.0], one, (one.target,))} if one.arm != "none" else {}
+    for stage, share in (("tenth", FEW), ("all", 1.0)):
+        start = starts.get(share, starts[1.0])
+        count = steps[stage] + (steps["source"] + steps["mix"] if start == "none" else 0)
+        tuned = train(folder / stage, one, one.target, count, RATE[stage], start, "--share", str(share))
+        results[stage] = test(tuned, one, TARGETS if stage == "all" else (one.target,))
+    everything = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
+    few, all_of = (sum(len(record.captions) for record in share_of(everything, share).records) for share in (FEW, 1.0))
+    labelled = {"zero-shot": all_of if learns(one.arm) else 0, "tenth": few, "all": all_of}
+    checkpoint.write_json(folder / "run.json", asdict(one) | {
+        "steps": steps, "images": images, "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
+    for stage in folder.iterdir():
+        shutil.rmtree(stage) if stage.is_dir() else None
+
+
+def learns(arm: str) -> bool:
+    """Whether the arm's images are made by something that has learned from labelled target pairs."""
+    return arm.startswith("dad") or arm == "restyled"
+
+
+def pretrained(one: Run, out: Path, folder: Path, images: int, share: float) -> str:
+    """The checkpoint after the source and the mix: made, or found; "none" for the arm without."""
+    steps = STEPS[one.size]
+    if one.arm == "none":
+        return "none"
+    first = out / "first" / f"{one.losses}-{one.size}-s{one.seed}"
+    start = "none" if one.arm == "shuffled" else train(first, one, "sda", steps["source"], RATE["source"], "none")
+    mix = image_set(one, out, images, share, start)
+    return train(folder / f"mix-{share:g}", one, str(mix), steps["mix"], RATE["mix"], start)
+
+
+def train(folder: Path, one: Run, dataset: str, steps: int, rate: float, start: str, *flags: str) -> str:
+    """Call train.py; the checkpoint that is best on val."""
+    call("train.py", "--dataset", dataset, "--preset", one.size, "--seed", str(one.seed), "--out", str(folder),
+         "--init", start, "--steps", str(steps), "--lr", str(rate), "--evals", "3", "--batch", "32", "--head-lr", "1",
+         "--fusion-from", "0.15" if start == "none" else "0", *LOSSES[one.losses], *flags)
+    return str(folder / "best.safetensors")
+
+
+def call(script: str, *flags: str) -> None:
+    """Run one of the three scripts, quietly; what it said is shown if it fails."""
+    command = [sys.executable, str(Path(__file__).parent.parent / script), *flags]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise UserError(f"{' '.join(command)} failed: {ran.stderr.strip().splitlines()[-1:] or ran.stdout[-200:]}")
+
+
+@torch.inference_mode()
+def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
+    """Metrics on test splits, by embeddings and re-ranked, and R@1 of the twins' queries; k and weight as on val."""
+    model, tokenizer, facts = checkpoint.load_retriever(Path(path), torch.device("cpu"))
+    rows = {}
+    for target in targets:
+        root = town.ready(target, one.size == "tiny")
+        captions, query_ids, paths, gallery_ids = queries_of(split := load(target, "test", root, say=quiet))
+        twins = set(sum(json.loads((root / town.FOLDERS[target] / "town.json").read_text())["twins"], []))
+        of_twins = torch.tensor([int(Path(record.path).name.split("_")[0]) in twins
+                                 for record in split.records for _ in record.captions])
+        found = ranking.search(model, tokenizer, captions, paths, model.config.rerank, True)
+        orders = {"embeddings": found.first_order(), "re-ranked": found.order(facts["val"].get("weight", 0.0))}
+        rows[target] = {stage: ranking.order_metrics(order, query_ids, gallery_ids) | {
+            "twins R@1": ranking.order_metrics(order[of_twins], query_ids[of_twins], gallery_ids)["R@1"]}
+            for stage, order in orders.items()}
+    return rows
+
+
+# ---- images
+
+def image_set(one: Run, out: Path, images: int, share: float, retriever: str) -> Path:
+    """A folder in SDA format: `images` of the arm's kind, and source images for SOURCE_SHARE as many and the rest."""
+    folder = out / "sets" / f"{one.short}-{one.target}-{one.size}-s{one.seed}-{share:g}"
+    if (folder / "report.json").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    tiny = one.size == "tiny"
+    source = list(load("sda", "train", town.ready("sda", tiny), say=quiet).records)
+    random.Random(one.seed).shuffle(source)
+    count = min(round(images * SHARES.get(one.arm, 1)), len(source))
+    total = min(round(images * (1 + SOURCE_SHARE)), len(source))
+    if learns(one.arm):
+        own = adapted(one, images, share, retriever)[:count]
+    elif one.arm == "source":
+        own = [row_of(record) for record in source[:count]]
+    elif one.arm in TRANSFERS:
+        own = moved(one, source[:count])
+    else:
+        own = exact(one, source[:count])
+    rows = own + [row_of(record) for record in source[len(own):total]]      # filters may have left fewer of its own
+    (folder / "imgs").mkdir(parents=True)
+    for number, (image, row) in enumerate(rows):
+        if isinstance(image, str):
+            name = f"{number:06d}{Path(image).suffix}"
+            shutil.copyfile(image, folder / "imgs" / name)
+        else:
+            name = f"{number:06d}.png"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "imgs" / name)
+        row |= {"image": name, "image_id": number}
+    for start in range(0, len(rows), 5000):
+        some = [row for _, row in rows[start:start + 5000]]
+        checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", some, indent=None)
+    checkpoint.write_json(folder / "report.json", {"own": len(own), "images": len(rows)})
+    return folder
+
+
+def row_of(record: Record) -> tuple[str, dict]:
+    """An image's path and its SDA record."""
+    return record.path, {"caption": record.captions[0], "phrases": record.phrases, "boxes": record.boxes,
+                         "logits": [1.0] * len(record.boxes)}
+
+
+def adapted(one: Run, images: int, share: float, retriever: str) -> list[tuple[str, dict]]:
+    """What adapt.py makes of the target's labelled pairs, or of a share of them; in random order."""
+    kind = "dad" if one.arm in SHARES else one.short
+    folder = Path("out/sda") / f"study-{kind}-{one.target}-{one.size}-s{one.seed}-{share:g}"
+    flags = {"restyled": ("--mode", "restyle"), "dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"),
+             "dad matched": ("--checkpoint", retriever)}.get(one.arm, ())
+    call("adapt.py", "--target", one.target, "--size", one.size, "--seed", str(one.seed), "--share", str(share),
+         "--images", str(images), "--out", str(folder), "--no-measure", *flags)
+    rows = [row for part in sorted(folder.glob("sda_*.json")) for row in json.loads(part.read_text())]
+    random.Random(one.seed).shuffle(rows)
+    kept = ("caption", "phrases", "boxes", "logits")
+    return [(str(folder / "imgs" / row["image"]), {name: row[name] for name in kept}) for row in rows]
+
+
+def moved(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
+    """Source images in the look of the target's unlabelled training images, without diffusion."""
+    base, _ = read_base(Path(diffusion.__path__[0]) / f"base-{one.size}.safetensors")
+    target = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
+    plain, looks = (Crops([record.path for record in some], base.config).read() for some in (source, target.records))
+    return [(image, row_of(record)[1]) for image, record in
+            zip(transferred(plain, looks, base.eval().autoencoder)[one.arm], source)]
+
+
+def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
+    """The source's people in their poses as the target's cameras see them, with captions and boxes of their own."""
+    sizes = town.TINY if one.size == "tiny" else town.DEFAULT
+    shots = {shot.path: shot for shot in town.shots("source", sizes, 0)}
+    seen = [shots[record.path.split("/imgs/")[1]] for record in source]
+    size = DIFFUSION_PRESETS[one.size]
+    drawn = town.portraits(one.target, [shot.person for shot in seen], 7 + (one.arm == "exact again"),
+                           (size.height, size.width), torch.get_num_threads(), [shot.pose for shot in seen])
+    words = [portrait.words for portrait in drawn]
+    if one.arm == "shuffled":
+        random.Random(one.seed).shuffle(words)
+    return [(torch.from_numpy(portrait.pixels.copy()).permute(2, 0, 1),
+             {"caption": own.caption, "phrases": own.phrases, "boxes": own.boxes, "logits": [1.0] * len(own.boxes)})
+            for portrait, own in zip(drawn, words)]
+
+
+# ---- tables and figure
+
+def report(out: Path) -> None:
+    """study.json with every run, table.md and figure.png, of the runs that are finished."""
+    runs = [json.loads(file.read_text()) for file in sorted(out.glob("*/run.json"))]
+    if not runs:
+        raise UserError(f"{out} holds no finished run.")
+    checkpoint.write_json(out / "study.json", runs)
+    groups = {losses: {arm: some for arm in ARMS if (some := of(runs, losses, arm))} for losses in LOSSES}
+    text = ""
+    for stage in STAGES:
+        rows = [row(runs, losses, arm, stage) for losses, group in groups.items() for arm, some in group.items()
+                if all(stage in one["results"] for one in some.values())]
+        text += f"\n{stage}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}\n"
+        text += "".join(f"| {' | '.join(cells.values())} |\n" for cells in rows)
+    (out / "table.md").write_text(text)
+    print(text)
+    figures.bars({losses: {arm: [score(one, "zero-shot") for one in some.values()] for arm, some in group.items()
+                           if arm != "none"} for losses, group in groups.items()},
+                 "R@1 on the target without fine-tuning", out / "figure.png")
+    print(f"Wrote {out / 'study.json'}, table.md and figure.png.")
+
+
+def of(runs: list[dict], losses: str, arm: str) -> dict[tuple[str, int], dict]:
+    """The runs of an arm by (target, seed)."""
+    return {(one["target"], one["seed"]): one for one in runs if (one["losses"], one["arm"]) == (losses, arm)}
+
+
+def score(one: dict, stage: str, metric: str = "R@1", ranked: str = "embeddings") -> float:
+    """A run's figure on its own target after a stage."""
+    return one["results"][stage][one["target"]][ranked][metric]
+
+
+def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
+    """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds."""
+    some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
+    gains = {key: score(some[key], stage) - score(source[key], stage) for key in some.keys() & source.keys()}
+    whole = {key: score(exact[key], stage) - score(source[key], stage) for key in gains.keys() & exact.keys()}
+    closed = sum(gains[key] for key in whole) / sum(whole.values()) if whole and sum(whole.values()) else None
+    labelled = sorted({one["labelled"][stage] for one in some.values()})
+    return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
+            "R@1": spread([score(one, stage) for one in some.values()]),
+            "mAP": spread([score(one, stage, "mAP") for one in some.values()]),
+            "re-ranked R@1": spread([score(one, stage, "R@1", "re-ranked") for one in some.values()]),
+            "R@1 of twins": spread([score(one, stage, "twins R@1") for one in some.values()]),
+            "R@1 - source": "" if arm == "source" else interval([gains[key] for key in sorted(gains)]),
+            "gap closed": "" if closed is None else f"{100 * closed:.0f} %"}
+
+
+def spread(values: list[float]) -> str:
+    """Mean +- standard deviation."""
+    more = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{more}"
+
+
+def interval(gains: list[float], resamples: int = 10_000) -> str:
+    """Mean and 95 % confidence interval of paired differences: the bootstrap over seeds and targets."""
+    if len(gains) < 2:
+        return f"{gains[0]:+.1f}" if gains else ""
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.tensor(gains)[torch.randint(len(gains), (resamples, len(gains)), generator=draw)]
+    low, high = chosen.mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{statistics.mean(gains):+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def quiet(line: str) -> None:
+    """Where readers may say something, nothing."""
+
+
+if __name__ == "__main__":
+    run(main)

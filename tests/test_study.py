@@ -1,0 +1,94 @@
+"""The study: the quick version as a user runs it, every kind of image set, and the table from runs made by hand."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_commands import command, succeed
+
+from mra import study
+from mra.data.records import load
+
+
+def made_run(arm, target, seed, r1, losses="regions"):
+    metrics = {"R@1": r1, "mAP": r1 / 2, "twins R@1": r1 - 5}
+    return {"arm": arm, "losses": losses, "target": target, "seed": seed, "labelled": {"zero-shot": 0},
+            "results": {"zero-shot": {target: {"embeddings": metrics, "re-ranked": metrics | {"R@1": r1 + 1}}}}}
+
+
+def test_a_row_is_paired_with_source_and_exact_of_the_same_target_and_seed():
+    runs = [made_run(arm, "icfg", seed, r1) for arm, figures in
+            {"source": (10.0, 20.0), "exact": (50.0, 60.0), "dad": (40.0, 50.0)}.items()
+            for seed, r1 in enumerate(figures)]
+    runs += [made_run("source", "cuhk", 0, 90.0), made_run("source", "icfg", 0, 0.0, "pairs")]
+    cells = study.row(runs, "regions", "dad", "zero-shot")
+    assert cells == {"losses": "regions", "arm": "dad", "runs": "2", "labelled pairs": "0", "R@1": "45.0 +- 7.1",
+                     "mAP": "22.5 +- 3.5", "re-ranked R@1": "46.0 +- 7.1", "R@1 of twins": "40.0 +- 7.1",
+                     "R@1 - source": "+30.0 [+30.0, +30.0]", "gap closed": "75 %"}
+    assert study.row(runs, "regions", "source", "zero-shot")["gap closed"] == "0 %"
+    assert study.row(runs, "regions", "exact", "zero-shot")["gap closed"] == "100 %"
+    assert study.row(runs, "pairs", "source", "zero-shot")["gap closed"] == ""
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    draw, inside = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        gains = (3 + torch.randn(15, generator=draw)).tolist()
+        low, high = json.loads(study.interval(gains, 500).split(" ", 1)[1].replace("+", ""))
+        inside += low <= 3 <= high
+    assert 0.85 < inside / 200 < 0.98       # 15 values: the bootstrap's intervals are a little narrow
+
+
+def test_the_main_arms_come_with_five_seeds_on_three_targets_and_the_others_with_two_on_one():
+    runs = list(study.plan(study.StudyConfig()))
+    main = [one for one in runs if (one.arm, one.losses) in study.MAIN]
+    others = [one for one in runs if (one.arm, one.losses) not in study.MAIN]
+    assert len(main) == 6 * 3 * 5 and {one.arm for one in runs} == set(study.ARMS)
+    assert {one.target for one in others} == {"icfg"} and {one.seed for one in others} == {0, 1}
+    assert len({one.name for one in runs}) == len(runs)
+    assert [one.name for one in study.plan(study.StudyConfig(arms=("dad",), targets=("rstp",), seeds=("7",)))] == [
+        "dad-regions-rstp-demo-s7", "dad-pairs-rstp-demo-s7"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return folder, succeed(folder, "mra/study.py", "--quick", "--images", "60")
+
+
+def test_quick_runs_from_start_to_table(quick):
+    folder, said = quick
+    runs = json.loads((folder / "out/study/study.json").read_text())
+    assert [one["arm"] for one in runs] == ["dad", "source"] and "2/2: dad-regions-icfg-tiny-s0" in said
+    for one in runs:
+        assert set(one["results"]) == {"zero-shot", "tenth", "all"} and set(one["results"]["all"]) == {*study.TARGETS}
+    dad, source = (one["labelled"] for one in runs)
+    assert source["zero-shot"] == 0 and dad["zero-shot"] == source["all"] > source["tenth"] > 0
+    assert "| regions | dad | 1 |" in (folder / "out/study/table.md").read_text()
+    with Image.open(folder / "out/study/figure.png") as picture:
+        assert picture.width > 500
+    assert not list((folder / "out/study").glob("*-tiny-s0/*/*.safetensors"))       # their results are kept, not they
+
+
+def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
+    folder, _ = quick
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out/study").glob("*/run.json")}
+    said = succeed(folder, "mra/study.py", "--quick", "--images", "60")
+    assert {path: path.stat().st_mtime_ns for path in before} == before and "2/2" not in said
+    status, _, err = command(folder, "mra/study.py", "--arms", "nonsense")
+    assert status == 2 and "--arms 'nonsense'" in err
+
+
+@pytest.mark.parametrize("arm", ("source", "exact", "shuffled", "dad 50%"))
+def test_every_arm_has_the_same_number_of_images(quick, arm, monkeypatch):
+    folder, _ = quick
+    monkeypatch.chdir(folder)
+    out, images = folder / "out/sets", 8
+    made = study.image_set(study.Run(arm, "regions", "icfg", 0, "tiny"), out, images, 1.0, "none")
+    rows = json.loads((made / "sda_0_5000.json").read_text())
+    assert len(rows) == 10 and all((made / "imgs" / row["image"]).is_file() for row in rows)
+    source = {record.captions[0] for record in load("sda", "train", folder / "data/demo-tiny", say=study.quiet).records}
+    own = json.loads((made / "report.json").read_text())["own"]
+    assert own == 8 if arm != "dad 50%" else 1 <= own <= 4
+    assert sum(row["caption"] in source for row in rows) == (10 if arm == "source" else 10 - own)
