@@ -197,7 +197,8 @@ def cut(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """
     count, step = math.ceil(len(x) / size), math.ceil(size / 4)
     rows = math.ceil(len(x) / count / step) * step
-    padded = x if count * rows == len(x) else torch.cat([x, x.new_zeros(count * rows - len(x), *x.shape[1:])])
+    missing = count * rows - len(x)
+    padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.detach()
     keep = torch.arange(count * rows, device=x.device) < len(x)
     return padded.unflatten(0, (count, rows)), keep.view(count, rows)
 
@@ -254,8 +255,8 @@ def region_phrase_similarity(patches: Tensor, region_keep: Tensor, phrases: Tens
 
 # ---- search
 
-def top_k(queries: Tensor, gallery: Tensor, k: int, chunk: int = 65536, queries_at_once: int = 512) -> tuple[Tensor,
-                                                                                                      Tensor]:
+def top_k(queries: Tensor, gallery: Tensor, k: int, chunk: int = 65536,
+          queries_at_once: int = 512) -> tuple[Tensor, Tensor]:
     """The k best of gallery (G, E) for each query (Q, E): similarities (Q, k) and indices (Q, k), best first.
 
     k is at most G. Equal similarities stand in the order of their indices. The gallery is read once, `chunk` rows at a
