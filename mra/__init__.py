@@ -12,6 +12,7 @@ Read in this order; each file's docstring says what comes before and after.
     layers.py             the one attention, the one MLP, one block for each norm order
     encoders.py           image, text and fusion encoders
     losses.py             contrastive, matching and masked-word losses as pure functions
+    similarity.py         the contrastive loss of large batches in tiles, pooled regions, top-k of large galleries
     retriever.py          MRA: the encoders, the heads and the loss terms of one batch
     ranking.py            two-stage search and its metrics
     checkpoint.py         what is saved, and resumed

@@ -1,7 +1,8 @@
 """The losses of MRA (section 3) as pure functions of tensors: contrastive, matching, masked words.
 
 Image-text (ITC, ITM) and region-phrase (RPC, RPM) losses are the same two functions, called on whole images
-and captions or on regions and phrases. Before: encoders.py. After: retriever.py, which calls them.
+and captions or on regions and phrases. Before: encoders.py. After: similarity.py, which computes `contrastive` in
+tiles where the batch is large; retriever.py, which calls them.
 """
 
 import torch

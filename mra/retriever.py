@@ -3,7 +3,7 @@
 `forward` names the stages of the paper's figure. Whole images with captions and regions with phrases go
 through the same `align`: a region is the mean of the tokens whose patches its box touches, followed by those
 tokens. That mean is what the region-phrase contrastive loss compares, and the fusion encoder sees it too (in
-the released code it does neither). Before: losses.py, data/batches.py. After: training.py, ranking.py.
+the released code it does neither). Before: losses.py, similarity.py, data/batches.py. After: training.py, ranking.py.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mra import losses
+from mra import losses, similarity
 from mra.config import ModelConfig
 from mra.data.batches import Batch
 from mra.encoders import FusionEncoder, ImageEncoder, SwinEncoder, TextEncoder
@@ -111,11 +111,10 @@ class Retriever(nn.Module):
               ids: Tensor, keep: Tensor, classes: Tensor, smoothing: float) -> dict[str, Tensor]:
         """Contrastive and, given memories, matching loss of images with captions, or of regions with phrases."""
         text, text_feature = self.encode_text(ids, keep)                     # (B, T, D), (B, E)
-        terms = {"itc": losses.contrastive(gathered(feature), gathered(text_feature), self.temperature,
-                                           gathered(classes), smoothing)}
+        terms = {"itc": similarity.contrastive(feature, text_feature, self.temperature, classes, smoothing)}
         if memories is not None:
-            similarity = (feature @ text_feature.T).detach() / self.temperature.detach()      # (B, B)
-            terms["itm"] = self.matching_loss(similarity, memories, image_keep, text, keep, classes)
+            scores = (feature @ text_feature.T).detach() / self.temperature.detach()     # (B, B)
+            terms["itm"] = self.matching_loss(scores, memories, image_keep, text, keep, classes)
         return terms
 
     def matching_loss(self, similarity: Tensor, memories: list[Tensor], image_keep: Tensor | None, text: Tensor,
@@ -155,23 +154,9 @@ def pool_region(image: Tensor, region_keep: Tensor, keep_mean: bool = True) -> t
 
     Token 0 becomes the mean of the region's patches and is kept (MRA section 3), or not, as in the released code.
     """
-    weights = region_keep.to(image.dtype) / region_keep.sum(1, keepdim=True)             # (B, N)
-    mean = torch.einsum("bn,bnd->bd", weights, image[:, 1:])                             # (B, D)
+    mean = similarity.pool_regions(image[:, 1:], region_keep[:, None])                   # (B, 1, D)
     keep = F.pad(region_keep, (1, 0), value=keep_mean)                                   # (B, 1+N)
-    return torch.cat([mean[:, None], image[:, 1:]], 1), keep
-
-
-def gathered(x: Tensor) -> Tensor:
-    """x (B, ...) of all processes, in rank order (W * B, ...), with gradients; x itself in a single process."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    own = x.clone()
-    if own.requires_grad:    # every process computes the joint loss, and DDP takes the mean of their gradients
-        own.register_hook(lambda gradient: gradient * len(parts))
-    parts[dist.get_rank()] = own
-    return torch.cat(parts)
+    return torch.cat([mean, image[:, 1:]], 1), keep
 
 
 def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:

@@ -1,0 +1,184 @@
+"""Time and memory of the contrastive loss, forward and backward, and of top-k search: plain, compiled and ours.
+
+    python -m tests.benchmarks.bench_similarity                                                       small, on the CPU
+    python -m tests.benchmarks.bench_similarity --size 8192x256 32768x256 32768x2048 65536x768        on a GPU
+    python -m tests.benchmarks.bench_similarity --size --gallery 10000000x256 --queries 64 --sides ours --file
+
+Every line is measured in a fresh process on random unit features and a third of the pairs sharing an identity. Memory
+is the peak of what CUDA allocated, inputs included; on the CPU, of resident memory (anonymous alone with --file, which
+searches a memory-mapped safetensors file) while it ran, beyond that between runs. The floor is the time that the matrix products alone take at the rate measured for a large one.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from mra import losses, similarity
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SIDES = "plain", "compiled", "ours"
+PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def seconds(function: Callable, repeats: int) -> float:
+    """Median time of a call."""
+    times = []
+    for _ in range(repeats):
+        synchronise()
+        started = time.perf_counter()
+        function()
+        synchronise()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def synchronise() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def resident(name: str) -> float:
+    """A line of this process's memory status, in GiB."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(name)) / 2**20
+
+
+def measure(function: Callable, repeats: int) -> tuple[float, float]:
+    """Seconds a call, and peak memory in GiB."""
+    function()                                                      # compiles, warms up
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        return seconds(function, repeats), torch.cuda.max_memory_allocated() / 2**30
+    Path("/proc/self/clear_refs").write_text("5")                   # restarts the high-water mark
+    before = resident("VmRSS")
+    return seconds(function, repeats), resident("VmHWM") - before
+
+
+def contrastive(side: str, count: int, width: int, precision: torch.dtype) -> Callable:
+    """One forward and backward pass."""
+    image, text = (F.normalize(torch.randn(count, width, device=DEVICE), dim=1).to(precision).requires_grad_()
+                   for _ in range(2))
+    temperature, ids = torch.tensor(0.07, device=DEVICE, requires_grad=True), torch.arange(count, device=DEVICE)
+    ids = ids.where(ids % 3 > 0, ids // 6)
+    loss = {"plain": losses.contrastive, "compiled": torch.compile(losses.contrastive),
+            "ours": similarity.contrastive}[side]
+    return lambda: torch.autograd.grad(loss(image, text, temperature, ids, 0.1), (image, text, temperature))
+
+
+def plain_top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return (queries @ gallery.to(queries).T).topk(k)
+
+
+def search(side: str, queries: int, gallery: Tensor, k: int) -> Callable:
+    found = {"plain": plain_top_k, "compiled": torch.compile(plain_top_k), "ours": similarity.top_k}[side]
+    asked = F.normalize(torch.randn(queries, gallery.shape[1], device=DEVICE), dim=1).to(
+        gallery.dtype if CUDA else torch.float32)
+    return lambda: found(asked, gallery, k)
+
+
+def write_gallery(path: Path, count: int, width: int) -> None:
+    """Random bf16 vectors as a safetensors file, never more than a stretch of them in memory."""
+    header = json.dumps({"gallery": {"dtype": "BF16", "shape": [count, width],
+                                     "data_offsets": [0, 2 * count * width]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, count, 2**16):
+            rows = F.normalize(torch.randn(min(2**16, count - start), width), dim=1).bfloat16()
+            file.write(rows.view(torch.uint8).numpy().tobytes())
+
+
+def peak_of_file(path: str, side: str, queries: int, k: int) -> tuple[float, float]:
+    """Seconds of a search of a memory-mapped gallery, and the most anonymous memory after any of its products."""
+    with safe_open(path, "pt") as file:
+        run = search(side, queries, file.get_tensor("gallery"), k)
+    peaks, first_k = [], similarity.first_k
+    similarity.first_k = lambda *inputs: peaks.append(resident("RssAnon")) or first_k(*inputs)
+    return seconds(run, 1), max(peaks)
+
+
+def inner(given: argparse.Namespace) -> tuple[float, float]:
+    """Measure one side of one comparison here."""
+    torch.manual_seed(0)
+    side, what, count, width = given.inner[0], given.inner[1], *map(int, given.inner[2:4])
+    if what == "file":
+        return peak_of_file(given.inner[4], side, given.queries, given.k)
+    if what == "loss":
+        return measure(contrastive(side, count, width, PRECISIONS[given.precision]), given.repeats)
+    gallery = F.normalize(torch.randn(count, width, device=DEVICE), dim=1).to(PRECISIONS[given.precision])
+    return measure(search(side, given.queries, gallery, given.k), given.repeats)
+
+
+def ceilings(precision: torch.dtype) -> tuple[float, float]:
+    """What this machine reaches: multiplications and additions a second of a large product, bytes a second of a copy."""
+    size = 8192 if CUDA else 1024
+    a = torch.randn(size, size, device=DEVICE, dtype=precision)
+    source = torch.empty(2**30 if CUDA else 2**27, dtype=torch.uint8, device=DEVICE).fill_(1)
+    target = torch.empty_like(source)
+    for function in (product := functools.partial(torch.mm, a, a), copy := functools.partial(target.copy_, source)):
+        function()
+    return 2 * size**3 / seconds(product, 10), 2 * len(source) / seconds(copy, 10)
+
+
+def compare(title: str, floor: float, given: argparse.Namespace, *what: str) -> None:
+    """A line for each side, in a process of its own."""
+    first = None
+    for side in given.sides:
+        done = subprocess.run([sys.executable, "-m", "tests.benchmarks.bench_similarity", *sys.argv[1:], "--inner",
+                               side, *what], capture_output=True, text=True)
+        if done.returncode:
+            print(f"{title:28}{side:10}{(done.stderr.strip() or '?').splitlines()[-1][:70]}", flush=True)
+            continue
+        took, peak = map(float, done.stdout.split()[-2:])
+        first = first or took
+        print(f"{title:28}{side:10}{1000 * took:10.1f} ms{peak:9.3f} GiB{first / took:8.2f} x{1000 * floor:10.1f} ms"
+              f"{100 * floor / took:7.0f} %", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="*", default=["32768x256"] if CUDA else ["4096x128"], help="pairs x width")
+    parser.add_argument("--gallery", nargs="*", default=["1000000x256"] if CUDA else ["100000x128"],
+                        help="vectors x width")
+    parser.add_argument("--queries", type=int, default=1024 if CUDA else 64)
+    parser.add_argument("--k", type=int, default=512 if CUDA else 32)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16" if CUDA else "float32")
+    parser.add_argument("--repeats", type=int, default=20 if CUDA else 3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--file", action="store_true", help="search a memory-mapped file of bf16 vectors")
+    parser.add_argument("--inner", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.inner:
+        return print(*inner(given))
+    rate, copy = ceilings(PRECISIONS[given.precision])
+    print(f"{torch.cuda.get_device_name() if CUDA else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'}; "
+          f"torch {torch.__version__}; {given.precision}; large product {rate / 1e12:.3g} TFLOP/s, "
+          f"copy {copy / 1e12:.3g} TB/s\n{'':38}{'time':>13}{'peak':>13}{'ratio':>10}{'floor':>13}{'share':>9}")
+    for size in given.size:
+        count, width = size.split("x")
+        compare(f"loss {size}", 4 * 2 * int(count)**2 * int(width) / rate, given, "loss", count, width)
+    for size in given.gallery:
+        count, width = size.split("x")
+        floor, title = 2 * given.queries * int(count) * int(width) / rate, f"top {given.k} of {size}"
+        if not given.file:
+            compare(title, floor, given, "search", count, width)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            write_gallery(Path(folder) / "gallery.safetensors", int(count), int(width))
+            compare(title, floor, given, "file", count, width, str(Path(folder) / "gallery.safetensors"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Tiled losses and streamed search against double loops in float64, whole matrices and rankings made by hand."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_commands import succeed
+from test_losses import contrastive_by_loops, unit
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mra import losses, similarity
+from mra.similarity import Compiled, contrastive, region_phrase_similarity, top_k
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def whole_matrix(image, text, temperature, ids, smoothing):
+    """The loss from all logits at once, in the precision of the features."""
+    logits, same = image @ text.T / temperature, (ids[:, None] == ids).to(image)
+    target = (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(ids)
+    return -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
+
+
+def with_gradients(loss, image, text, temperature, *rest) -> list[torch.Tensor]:
+    """The loss and its gradients by image, text and temperature."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (image, text, temperature)]
+    value = loss(*leaves, *rest)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+# ---- contrastive: the numbers
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [3, 7, 3, 3, 7, 1, 1], [9, 9, 9], [5], [2**55, 2**55 + 1, 2**55]])
+def test_contrastive_is_a_double_loop_with_its_gradients(ids, smoothing):
+    torch.manual_seed(0)
+    inputs = unit(len(ids), 6), unit(len(ids), 6), torch.tensor(0.07).double()
+    expected = with_gradients(contrastive_by_loops, *inputs, ids, smoothing)
+    for tile in ((2, 3), (4, 1), (16, 16)):
+        found = with_gradients(contrastive, *inputs, torch.tensor(ids), smoothing, tile)
+        for ours, reference in zip(found, expected):
+            torch.testing.assert_close(ours, reference.double(), atol=1e-12, rtol=1e-9)
+
+
+def test_gradients_by_differences():
+    torch.manual_seed(0)
+    leaves = [leaf.requires_grad_() for leaf in (unit(5, 4), unit(5, 4), torch.tensor(0.3).double())]
+    ids = torch.tensor([0, 1, 0, 2, 2])
+    assert torch.autograd.gradcheck(lambda *leaves: contrastive(*leaves, ids, 0.2, (2, 4)), leaves)
+
+
+@pytest.mark.parametrize("precision, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("count, tile, temperature", [(257, (64, 128), 0.07), (300, (128, 300), 0.5),
+                                                      (97, (40, 9), 0.01)])
+@pytest.mark.parametrize("noise", [0.5, 10.0])
+def test_error_against_float64(precision, limit, count, tile, temperature, noise):
+    """Loss and gradients of well aligned pairs (noise 0.5) and of random ones, from the same rounded features."""
+    torch.manual_seed(count)
+    image = unit(count, 48)
+    text = F.normalize(image + noise * unit(count, 48), dim=1)
+    ids = torch.randint(0, 4 * count, (count,))
+    inputs = image.to(precision), text.to(precision), torch.tensor(temperature)
+    expected = with_gradients(whole_matrix, *(x.double() for x in inputs), ids, 0.2)
+    for ours, reference in zip(with_gradients(contrastive, *inputs, ids, 0.2, tile), expected):
+        assert error(ours, reference) <= limit
+
+
+@pytest.mark.parametrize("temperature", [0.001, 100.0])
+def test_extreme_temperatures_stay_finite(temperature):
+    torch.manual_seed(0)
+    inputs = unit(50, 8).float(), unit(50, 8).float(), torch.tensor(temperature)
+    found = with_gradients(contrastive, *inputs, torch.arange(50), 0.0, (16, 16))
+    expected = with_gradients(whole_matrix, *(x.double() for x in inputs), torch.arange(50), 0.0)
+    for ours, reference in zip(found, expected):
+        assert ours.isfinite().all() and error(ours, reference) < 1e-3
+
+
+def test_under_autocast_features_are_rounded_and_their_gradients_are_not():
+    torch.manual_seed(0)
+    inputs = unit(70, 16).float(), unit(70, 16).float(), torch.tensor(0.07)
+    ids = torch.arange(70) // 2
+    expected = with_gradients(contrastive, *inputs, ids, 0.1, (32, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(contrastive, *inputs, ids, 0.1, (32, 32))
+    assert all(x.dtype == torch.float32 for x in found)
+    for ours, reference in zip(found, expected):
+        assert 0 < error(ours, reference) < 2e-2
+
+
+# ---- contrastive: how it is computed
+
+def test_no_whole_matrix_forward_or_backward():
+    """With 600 pairs, tiles of 64 x 64 and 8 features nothing is larger than the features of all pairs, padded."""
+    inputs = unit(600, 8).float(), unit(600, 8).float(), torch.tensor(0.07), torch.arange(600)
+    with Largest() as plain:
+        with_gradients(losses.contrastive, *inputs, 0.1)
+    with Largest() as ours:
+        with_gradients(contrastive, *inputs, 0.1, (64, 64))
+    assert plain.elements >= 600 * 600 and ours.elements <= 640 * 8
+
+
+def test_training_uses_it(root, monkeypatch):
+    """train.py computes ITC of captions and of augmented captions here; in tiles it logs what it logs without."""
+    tiled, calls = similarity._tiled, []
+    monkeypatch.setattr(similarity, "_tiled", lambda *inputs: calls.append(len(inputs[0])) or tiled(*inputs))
+    logs = {}
+    for name, limit in (("plain", similarity.PLAIN), ("tiled", 0)):
+        monkeypatch.setattr(similarity, "PLAIN", limit)
+        succeed(root, "train.py", "--dataset", "cuhk", "--data-root", str(root), "--preset", "tiny", "--init", "none",
+                "--steps", "1", "--batch", "4", "--eda", "0.8", "--evals", "1", "--precision", "float32", "--out", name)
+        logs[name] = (root / name / "log.jsonl").read_text().splitlines()[0].split(', "lr"')[0]
+        assert len(calls) == (0 if name == "plain" else 2)
+    assert calls == [4, 4] and logs["plain"] == logs["tiled"] and '"itc"' in logs["plain"]
+
+
+def test_every_contrastive_term_of_the_model_uses_it(model, batch, monkeypatch):
+    plain = model(batch, smoothing=0.2)
+    monkeypatch.setattr(losses, "contrastive", None)
+    monkeypatch.setattr(similarity, "PLAIN", 0)
+    terms = model(batch, smoothing=0.2)
+    for name in ("itc", "rpc"):
+        torch.testing.assert_close(terms[name], plain[name], atol=1e-5, rtol=1e-5)
+
+
+def fresh(monkeypatch, **options) -> None:
+    """Forget what was compiled so far; compile with these options from now on."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
+    monkeypatch.setattr(Compiled, "possible", True)
+    for name in ("tile_log_sum_exps", "tile_slopes"):
+        monkeypatch.setattr(similarity, name, Compiled(getattr(similarity, name).function))
+
+
+def check_compiled(counts: tuple[int, ...]) -> None:
+    for count in counts:
+        torch.manual_seed(count)
+        inputs = unit(count, 8).float(), unit(count, 8).float(), torch.tensor(0.07)
+        ids = torch.arange(count) // 3
+        with torch.compiler.set_stance("default"):
+            found = with_gradients(contrastive, *inputs, ids, 0.1, (32, 64))
+        for ours, reference in zip(found, with_gradients(losses.contrastive, *inputs, ids, 0.1)):
+            assert error(ours, reference) < 1e-5
+
+
+def test_one_graph_a_tile_function_for_many_sizes(monkeypatch):
+    graphs = []
+    fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    check_compiled((255, 256, 200, 193, 150))
+    assert len(graphs) == 2 and Compiled.possible
+
+
+def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+    fresh(monkeypatch, backend=broken)
+    check_compiled((100, 90))
+    assert capsys.readouterr().out.count("uncompiled") == 1 and not Compiled.possible
+
+
+def test_compiled_code_gives_the_same_numbers(monkeypatch, capsys):
+    fresh(monkeypatch)
+    check_compiled((100,))
+    if not Compiled.possible:
+        pytest.skip(capsys.readouterr().out)
+
+
+# ---- several processes
+
+def joint() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(3)
+    return unit(22, 6), unit(22, 6), torch.tensor(0.1).double(), torch.randint(0, 7, (22,)), 0.2
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """A process of `test_two_processes_are_one`: half of the pairs, in tiles and without; half of the gallery."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    image, text, temperature, ids, smoothing = joint()
+    half = slice(11 * rank, 11 * rank + 11)
+    with torch.compiler.set_stance("force_eager"), Largest() as seen:
+        found = [with_gradients(contrastive, image[half], text[half], temperature, ids[half], smoothing, tile)
+                 for tile in ((4, 8), None)]
+        searched = similarity.sharded_top_k((9 * image).round(), (9 * text).round(), 15, chunk=4)
+    torch.save((found, searched, seen.elements), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    """The joint loss in each; the mean of their gradients, which DDP takes, is the gradient of one process."""
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    value, *gradients = with_gradients(whole_matrix, *joint())
+    for i, limit in ((0, 1e-10), (1, 1e-5)):                           # in tiles; whole, which is in float32
+        (one, *ours), (other, *theirs) = (found[i] for found, *_ in ranks)
+        assert abs(one - value) < limit and abs(other - value) < limit
+        for k in (0, 1):                                               # a process's own features count in itself alone
+            assert error(torch.cat([ours[k], theirs[k]]) / 2, gradients[k]) < limit
+        assert error((ours[2] + theirs[2]) / 2, gradients[2]) < limit
+    image, text = ((9 * x).round() for x in joint()[:2])
+    for _, (values, indices), _ in ranks:
+        assert indices.tolist() == ranked(image, text, 15)
+        torch.testing.assert_close(values, (image @ text.T).gather(1, indices))
+
+
+# ---- regions and phrases
+
+def test_regions_and_phrases_are_a_loop_and_no_large_tensor():
+    torch.manual_seed(0)
+    patches, phrases, project = torch.randn(3, 50, 16), F.normalize(torch.randn(7, 8), dim=1), torch.nn.Linear(16, 8)
+    keep = torch.rand(3, 4, 50) < 0.2
+    keep[1, 2] = False
+    with Largest() as seen:
+        found = region_phrase_similarity(patches, keep, phrases, project)
+    assert found.shape == (3, 4, 7) and seen.elements <= 3 * 50 * 16
+    for b in range(3):
+        for r in range(4):
+            touched = [patches[b, n] for n in range(50) if keep[b, r, n]]
+            region = project(sum(touched) / len(touched)) if touched else project.bias
+            expected = [torch.cosine_similarity(region, phrase, dim=0) for phrase in phrases]
+            torch.testing.assert_close(found[b, r], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+# ---- search
+
+def ranked(queries: torch.Tensor, gallery: torch.Tensor, k: int) -> list[list[int]]:
+    """By a sort of similarities, exact for whole numbers: the highest first, equal ones by index."""
+    scores = (queries.double() @ gallery.double().T).tolist()
+    return [sorted(range(len(row)), key=lambda g: (-row[g], g))[:k] for row in scores]
+
+
+def test_top_k_by_hand():
+    """Similarities 1 3 2 3 0 3 of one query: indices 1, 3, 5 tie and stand in that order."""
+    gallery = torch.tensor([[1.0], [3], [2], [3], [0], [3]])
+    for chunk in (1, 2, 4, 6):
+        values, indices = top_k(torch.tensor([[1.0], [-1.0]]), gallery, 4, chunk)
+        assert values.tolist() == [[3, 3, 3, 2], [0, -1, -2, -3]] and indices.tolist() == [[1, 3, 5, 2], [4, 0, 2, 1]]
+
+
+@pytest.mark.parametrize("k", [1, 10, 57, 200])
+@pytest.mark.parametrize("chunk, block", [(1, 5), (7, 3), (64, 8), (500, 512)])
+@pytest.mark.parametrize("levels", [2, 1000])
+def test_top_k_is_a_sort_with_ties(k, chunk, block, levels):
+    """Whole numbers, so that sums are exact: with two levels nearly everything ties."""
+    torch.manual_seed(k)
+    queries, gallery = torch.randint(0, levels, (8, 3)).float(), torch.randint(0, levels, (200, 3)).float()
+    values, indices = top_k(queries, gallery, k, chunk, block)
+    assert indices.tolist() == ranked(queries, gallery, k)
+    assert torch.equal(values, (queries @ gallery.T).gather(1, indices))
+    assert torch.equal(similarity.sharded_top_k(queries, gallery, k, chunk)[1], indices)
+
+
+def anonymous() -> int:
+    """This process's anonymous memory in bytes."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_gallery_on_disk_stays_there(tmp_path, monkeypatch, precision):
+    """A file of 32 or 64 MiB, searched 1 MiB at a time, takes less than 16 MiB of anonymous memory."""
+    torch.manual_seed(0)
+    gallery = F.normalize(torch.randn(2**18, 64), dim=1).to(precision)
+    save_file({"gallery": gallery}, tmp_path / "gallery.safetensors")
+    wanted = [5, 2**18 - 3, 77777, 131071]
+    queries, expected = gallery[wanted].float(), (gallery[wanted].float() @ gallery.float().T).topk(3).indices
+    del gallery
+    with safe_open(tmp_path / "gallery.safetensors", "pt") as file:
+        mapped = file.get_tensor("gallery")
+    top_k(queries, mapped[:8192], 3, 4096)                             # what a first product takes is not counted
+    before, peak, first_k = anonymous(), [], similarity.first_k
+    monkeypatch.setattr(similarity, "first_k", lambda *inputs: peak.append(anonymous()) or first_k(*inputs))
+    values, indices = top_k(queries, mapped, 3, 4096)
+    assert torch.equal(indices, expected) and indices[:, 0].tolist() == wanted
+    assert max(peak) - before < 16 * 2**20
