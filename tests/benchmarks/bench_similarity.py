@@ -6,7 +6,8 @@
 
 Every line is measured in a fresh process on random unit features and a third of the pairs sharing an identity. Memory
 is the peak of what CUDA allocated, inputs included; on the CPU, of resident memory (anonymous alone with --file, which
-searches a memory-mapped safetensors file) while it ran, beyond that between runs. The floor is the time that the matrix products alone take at the rate measured for a large one.
+searches a memory-mapped safetensors file) while it ran, beyond that between runs. The floor is the time that the
+matrix products alone take at the rate measured for a large one.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def inner(given: argparse.Namespace) -> tuple[float, float]:
 
 
 def ceilings(precision: torch.dtype) -> tuple[float, float]:
-    """What this machine reaches: multiplications and additions a second of a large product, bytes a second of a copy."""
+    """Additions and multiplications a second of a large product, and bytes a second of a copy."""
     size = 8192 if CUDA else 1024
     a = torch.randn(size, size, device=DEVICE, dtype=precision)
     source = torch.empty(2**30 if CUDA else 2**27, dtype=torch.uint8, device=DEVICE).fill_(1)
@@ -163,8 +164,8 @@ def main() -> None:
     if given.inner:
         return print(*inner(given))
     rate, copy = ceilings(PRECISIONS[given.precision])
-    print(f"{torch.cuda.get_device_name() if CUDA else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'}; "
-          f"torch {torch.__version__}; {given.precision}; large product {rate / 1e12:.3g} TFLOP/s, "
+    machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}; torch {torch.__version__}; {given.precision}; large product {rate / 1e12:.3g} TFLOP/s, "
           f"copy {copy / 1e12:.3g} TB/s\n{'':38}{'time':>13}{'peak':>13}{'ratio':>10}{'floor':>13}{'share':>9}")
     for size in given.size:
         count, width = size.split("x")
