@@ -42,10 +42,16 @@ def main() -> None:
     machine = Machine.of(config.device, config.precision)
     machine.say(f"{show(config)}\nRunning on {machine.device} in {machine.precision}, {machine.world} process(es).")
     if config.train_base:
-        machine.say(f"{train_base(config, machine)} is ready.")
-        return None if config.source else train_reader(config, machine)
+        with training.claimed(Path("out") / f"base-{config.size}", machine):
+            machine.say(f"{train_base(config, machine)} is ready.")
+            return None if config.source else train_reader(config, machine)
     out = Path(config.out or default_out(config))
-    training.make_folder(out)
+    with training.claimed(out, machine):
+        make_set(config, machine, out)
+
+
+def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
+    """The whole way from the base to the finished set in `out`."""
     # ---- the model: a frozen base, and a branch that learns the target
     base = load_base(config, machine)
     base_name = checkpoint.digest(base)
@@ -144,9 +150,9 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str
 
     folder = Path("out/dad") / (f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
                                + f"-{config.share:g}" * (config.share < 1))
-    training.make_folder(folder)
-    fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
-        {"target": target.name, "pairs": len(captions), "base": base_name}, config.seed, machine)
+    with training.claimed(folder, machine):
+        fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
+            {"target": target.name, "pairs": len(captions), "base": base_name}, config.seed, machine)
     return branch.eval().requires_grad_(False)
 
 

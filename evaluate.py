@@ -24,7 +24,7 @@ from mra import checkpoint, figures, gallery, ranking, released
 from mra.config import UserError, parse, run
 from mra.data import records, town
 from mra.data.words import clean, noun_phrases
-from mra.training import choose_device, make_folder, queries_of
+from mra.training import choose_device, choose_precision, make_folder, queries_of
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10       # photographs shown of a ranking
@@ -52,12 +52,20 @@ class EvalConfig:
     workers: int = 0                  # image decoding processes
     allow_missing: bool = False       # drop records whose image is missing
     device: str = ""                  # cuda or cpu; empty: cuda where there is one
+    precision: str = ""               # of the encoders, float32 or bf16; empty: bf16 on a GPU
 
 
 def main() -> None:
     config = parse(EvalConfig, __doc__)
     check(config)
     device = choose_device(config.device)
+    precision = choose_precision(config.precision or ("bf16" if device.type == "cuda" else "float32"), device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        evaluate(config, device)
+
+
+def evaluate(config: EvalConfig, device: torch.device) -> None:
+    """The metrics of every dataset, or the answers to the sentences asked."""
     path = Path(config.checkpoint) if config.checkpoint else newest()
     model, tokenizer, facts = released.load_retriever(path, device, config.vocab)
     datasets = config.dataset or (facts["train"]["dataset"],)

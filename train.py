@@ -62,12 +62,16 @@ def pretrain(config: TrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
-    started = time.perf_counter()
     machine = training.Machine.of(config.device, config.precision)
-    device, rank, world, say = machine.device, machine.rank, machine.world, machine.say
     config = dataclasses.replace(config, out=config.out or default_out(config))
-    out = Path(config.out)
-    training.make_folder(out)
+    with training.claimed(Path(config.out), machine):
+        return train_stage(config, machine)
+
+
+def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
+    """`train` in a folder of its own."""
+    started, out = time.perf_counter(), Path(config.out)
+    device, rank, world, say = machine.device, machine.rank, machine.world, machine.say
     say(f"{show(config)}\nTraining on {device} in {machine.precision}, {world} process(es).")
     # ---- data, model, optimiser
     train_set, val_set = load_sets(config, machine)
@@ -88,33 +92,39 @@ def train(config: TrainConfig) -> Path:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
     batches = batches_from(first, plan.steps, dataset, config, rank, world, device)
     log = training.Log.after(first, out / "log.jsonl", plan, config.batch * config.accumulate * world, quiet=rank > 0)
-    for step in range(first, plan.steps):
-        model.train()
-        rate = training.schedule(step, plan.steps, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        fuse = step >= plan.fusion_from
-        torch.manual_seed(hash((config.seed, step, rank)) % 2**62)    # dropout and negatives: the same after a restart
-        # --------------------------------------------------------------------------------------------------------
-        seen = {}
-        for _ in range(config.accumulate):
-            with machine.autocast():
-                terms = step_model(next(batches).to(device), fuse, config.smoothing, config.eda)
-                loss = losses.total(terms, config.beta) / config.accumulate
-            loss.backward()
-            seen |= {name: seen.get(name, 0) + term.detach() / config.accumulate for name, term in terms.items()}
-        seen["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.temperature.data.clamp_(0.001, 0.5)
-        log.terms.append(seen)
-        # --------------------------------------------------------------------------------------------------------
-        done = step + 1
-        if done % config.log_every == 0 or done in plan.evals:
-            log.flush(done, config.lr * rate)
-        if done in plan.evals and rank == 0:
-            best = keep(out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
-                "step": done, "seconds": round(time.perf_counter() - started, 1)})
+    with training.stoppable() as asked:
+        for step in range(first, plan.steps):
+            model.train()
+            rate = training.schedule(step, plan.steps, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            fuse = step >= plan.fusion_from
+            torch.manual_seed(hash((config.seed, step, rank)) % 2**62)    # dropout and negatives, as before a restart
+            # --------------------------------------------------------------------------------------------------------
+            seen = {}
+            for _ in range(config.accumulate):
+                with machine.autocast():
+                    terms = step_model(next(batches).to(device), fuse, config.smoothing, config.eda)
+                    loss = losses.total(terms, config.beta) / config.accumulate
+                loss.backward()
+                seen |= {name: seen.get(name, 0) + term.detach() / config.accumulate for name, term in terms.items()}
+            seen["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            model.temperature.data.clamp_(0.001, 0.5)
+            log.terms.append(seen)
+            # --------------------------------------------------------------------------------------------------------
+            done = step + 1
+            if done % config.log_every == 0 or done in plan.evals:
+                log.flush(done, config.lr * rate)
+            if done in plan.evals and rank == 0:
+                best = keep(out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
+                    "step": done, "seconds": round(time.perf_counter() - started, 1)})
+            if training.any_process(asked.is_set(), machine) and done < plan.steps:
+                if log.terms:
+                    log.flush(done, config.lr * rate)       # which refuses what is not finite
+                machine.first(lambda: checkpoint.save_last(out, model, optimizer, facts | {"step": done, "best": best}))
+                raise KeyboardInterrupt
     if rank == 0:
         print(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
               f"{time.perf_counter() - started:.0f} s.")
@@ -137,12 +147,10 @@ def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.opt
     log.write({"step": facts["step"], "val": result})
     print(f"val at step {facts['step']}: {describe(result)}")
     facts = facts | {"val": result}
-    weights = checkpoint.weights(model)
     if best is None or result["quality"] >= best["quality"]:
         best = result
-        checkpoint.save(out / "best.safetensors", weights, facts)
-    state = weights | checkpoint.optimizer_tensors(model, optimizer)
-    checkpoint.save(out / "last.safetensors", state, facts | {"best": best})
+        checkpoint.save(out / "best.safetensors", checkpoint.weights(model), facts)
+    checkpoint.save_last(out, model, optimizer, facts | {"best": best})
     log.restart()
     return best
 

@@ -28,8 +28,12 @@ VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__}
 def save(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     """Write tensors and facts to `path`, complete or not at all."""
     scratch = path.with_suffix(".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch,
-              metadata={"mra": json.dumps(facts)})
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch,
+                  metadata={"mra": json.dumps(facts)})
+    except safetensors.SafetensorError as error:        # a full disk
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error}); what was saved before it is kept.") from error
     os.chmod(scratch, 0o644)    # safetensors makes it private
     os.replace(scratch, path)
 
@@ -76,6 +80,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             for parameter, state in optimizer.state.items() for kind, value in state.items()}
 
 
+def save_last(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+    """Write what `resume` goes on from; facts with the `step` that is done and the `best` result on val, or None."""
+    save(out / "last.safetensors", weights(model) | optimizer_tensors(model, optimizer), facts)
+
+
 def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy weights into the model: every name and shape must agree, or UserError says which does not."""
     own = weights(model)
@@ -110,9 +119,11 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
     Raises UserError when that checkpoint belongs to a run with another configuration.
     """
     path = out / "last.safetensors"
-    if not path.exists() or not (out / "best.safetensors").exists():
+    if not path.exists():
         return 0, None
     tensors, saved = load(path)
+    if saved["best"] and not (out / "best.safetensors").exists():
+        return 0, None
     now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f.get("train", {})).items()
                   if k not in MAY_DIFFER}    # a flag that an older checkpoint does not know had its default
                  | {f"number of {k}": f.get(k) for k in ("pairs", "processes")} for f in (facts, saved))

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,6 +287,7 @@ def show(config) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; a UserError becomes one sentence on standard error and exit status 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as if by Ctrl-C
     try:
         main()
     except UserError as mistake:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 
 from mra.config import ModelConfig
-from mra.layers import PostNormBlock, PreNormBlock
+from mra.layers import PostNormBlock, PreNormBlock, pick
 
 
 class ImageEncoder(nn.Module):
@@ -108,10 +108,21 @@ class FusionEncoder(nn.Module):
         """Each block's keys and values of the image tokens, to be computed once and shared by every pass."""
         return [block.cross.memory(image) for block in self.blocks]
 
+    def begin(self, x: Tensor, keep: Tensor) -> Tensor:
+        """The part that sees no image, (B, T, D): to be computed once for all images that the words meet."""
+        return self.blocks[0].read(x, keep)
+
     def forward(self, x: Tensor, keep: Tensor, at: Tensor, memories: list[Tensor],
-                image_keep: Tensor | None = None) -> Tensor:
-        """Fused tokens at the positions `at` (B, M), (B, M, D); image_keep (B, S), True = may be looked at."""
-        *blocks, last = zip(self.blocks, memories)
-        for block, memory in blocks:
-            x = block(x, keep, memory, image_keep)
-        return last[0](x, keep, last[1], image_keep, at)                     # (B, M, D)
+                image_keep: Tensor | None = None, begun: bool = False) -> Tensor:
+        """Fused tokens at the positions `at` (B, M), (B, M, D); image_keep (B, S), True = may be looked at.
+
+        With `begun`, x is what `begin` returned.
+        """
+        for i, (block, memory) in enumerate(zip(self.blocks, memories)):
+            ready, last = begun and i == 0, i + 1 == len(self.blocks)
+            if ready:
+                x = pick(x, at) if last else x
+            else:
+                x = block.read(x, keep, at if last else None)
+            x = block.look(x, memory, image_keep)
+        return x                                                             # (B, M, D)

@@ -81,7 +81,8 @@ class PreNormBlock(nn.Module):
 class PostNormBlock(nn.Module):
     """norm(x + attention(x)), with `context_dim` norm(x + cross-attention), norm(x + mlp(x)): BERT's block.
 
-    With `at` (B, M) only those positions are computed and returned, (B, M, D): all that a last layer owes.
+    `read` is its first part, between words; `look` the rest. With `at` (B, M) only those positions are computed and
+    returned, (B, M, D): all that a last layer owes.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None, eps: float = 1e-12):
@@ -94,13 +95,22 @@ class PostNormBlock(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor, memory: Tensor | None = None,
                 memory_keep: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        return self.look(self.read(x, keep, at), memory, memory_keep)
+
+    def read(self, x: Tensor, keep: Tensor, at: Tensor | None = None) -> Tensor:
         words = self.attention.memory(x)
-        if at is not None:
-            x = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))                     # (B, M, D)
-        x = self.attention_norm(x + self.dropout(self.attention(x, words, keep)))
+        x = x if at is None else pick(x, at)                                               # (B, M, D)
+        return self.attention_norm(x + self.dropout(self.attention(x, words, keep)))
+
+    def look(self, x: Tensor, memory: Tensor | None = None, memory_keep: Tensor | None = None) -> Tensor:
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross(x, memory, memory_keep)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+def pick(x: Tensor, at: Tensor) -> Tensor:
+    """Of tokens (B, T, D) those at the positions `at` (B, M): (B, M, D)."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def initialise(module: nn.Module) -> None:

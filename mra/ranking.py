@@ -111,7 +111,7 @@ class Images(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries, encoded: word tokens (Q, T, D), their keep (Q, T), unit features (Q, E)."""
+    """Queries, encoded: tokens (Q, T, D) as the fusion encoder has begun them, keep (Q, T), unit features (Q, E)."""
 
     tokens: Tensor
     keep: Tensor
@@ -123,9 +123,12 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
     """Encode sentences with the text encoder; they are padded to the longest of all."""
     device = next(model.parameters()).device
     ids, keep = pad([tokenizer.encode(caption, model.config.max_tokens) for caption in captions], tokenizer.pad_id)
-    tokens, features = zip(*(model.encode_text(i.to(device), k.to(device))
-                             for i, k in zip(ids.split(batch), keep.split(batch))))
-    return Queries(torch.cat(tokens), keep.to(device), torch.cat(features))
+    keep, begun, features = keep.to(device), [], []
+    for some, own in zip(ids.to(device).split(batch), keep.split(batch)):
+        tokens, feature = model.encode_text(some, own)
+        begun.append(model.fusion_encoder.begin(tokens, own))
+        features.append(feature.float())
+    return Queries(torch.cat(begun), keep, torch.cat(features))
 
 
 @torch.inference_mode()
@@ -134,19 +137,23 @@ def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: in
     """Unit features (2, G, E) of the images and of their mirror images."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
-    pairs = [(model.encode_image(x)[1], model.encode_image(x.flip(-1))[1]) for x in (b.to(device) for b in loader)]
+    pairs = [(model.encode_image(x)[1].float(), model.encode_image(x.flip(-1))[1].float())
+             for x in (b.to(device) for b in loader)]
     return torch.stack([torch.cat(features) for features in zip(*pairs)])
 
 
 @torch.inference_mode()
 def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries: Queries, candidates: Tensor,
-                     mirrored: bool, batch: int, pairs: int = 1024, workers: int = 0) -> Tensor:
+                     mirrored: bool, batch: int, pairs: int = 0, workers: int = 0) -> Tensor:
     """Matching logits (Q, k, 2), [mismatched, matched], of each query with its candidates (Q, k).
 
     Image by image: a gallery image's keys and values are computed once for all queries that ask for it, so no
-    tokens of the gallery are held in memory; an image that no query asks for is not read.
+    tokens of the gallery are held in memory; an image that no query asks for is not read. What a query's words make of
+    each other before they see an image is computed once, the last layer for [CLS] alone, and lengths that are alike
+    stand side by side, rounded up so that few shapes occur. `pairs` are matched at a time; 0: what suits the device.
     """
     device = candidates.device
+    pairs = pairs or (4096 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
     wanted, candidates = candidates.unique(return_inverse=True)                    # now places in wanted (G',)
     images = torch.utils.data.Subset(images, wanted.tolist())
     logits = torch.zeros(candidates.numel(), 2, device=device)
@@ -162,9 +169,9 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
         for some in place[by_length].split(pairs):
             query = some // candidates.shape[1]
             own = candidates.flatten()[some] - start
-            longest = int(lengths[query].max())
+            longest = -(-int(lengths[query].max()) // 8) * 8                       # beyond T, slicing stops there
             logits[some] = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
-                                       [memory[own] for memory in memories]).float()
+                                       [memory[own] for memory in memories], begun=True).float()
     return logits.view(*candidates.shape, 2)
 
 
@@ -183,7 +190,8 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
         features = encode_gallery(model, images, batch, workers)
     if mirror:
         passes.append(encode_queries(model, tokenizer, list(map(swap_left_right, captions))) if swap else passes[0])
-    similarity = sum(words.features @ gallery.T for words, gallery in zip(passes, features)) / len(passes)
+    with torch.autocast(features.device.type, enabled=False):
+        similarity = sum(words.features @ gallery.T for words, gallery in zip(passes, features)) / len(passes)  # (Q, G)
     candidates = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]    # (Q, k)
     if k == 0:
         none = similarity[:, :0].cpu()

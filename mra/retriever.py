@@ -79,10 +79,13 @@ class Retriever(nn.Module):
             x = torch.cat([x, binned(tokens[:, 1:], self.config.bins)], 1)   # (B, (1 + bins) D)
         return tokens[:, :length], F.normalize(self.text_projection(x), dim=-1)
 
-    def match(self, text: Tensor, keep: Tensor, memories: list[Tensor], image_keep: Tensor | None = None) -> Tensor:
-        """Matching logits (B, 2) of text tokens (B, T, D) with image memories, pair by pair."""
+    def match(self, text: Tensor, keep: Tensor, memories: list[Tensor], image_keep: Tensor | None = None,
+              begun: bool = False) -> Tensor:
+        """Matching logits (B, 2) of text tokens (B, T, D), or what `begin` made of them, with image memories."""
         first = torch.zeros(len(text), 1, dtype=torch.long, device=text.device)          # [CLS] alone
-        return self.matching_head(self.fusion_encoder(text, keep, first, memories, image_keep)[:, 0])
+        fused = self.fusion_encoder(text, keep, first, memories, image_keep, begun=begun)[:, 0]       # (B, D)
+        with torch.autocast(fused.device.type, enabled=False):      # bf16 would round what candidates are ordered by
+            return self.matching_head(fused.float())
 
     def forward(self, batch: Batch, fuse: bool = True, smoothing: float = 0.0, eda: float = 0.0) -> dict[str, Tensor]:
         """The loss terms of one batch by name: itc; with `fuse` itm and mlm; with regions rpc and rpm.

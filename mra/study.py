@@ -14,6 +14,7 @@ Before: diffusion/gap.py, ranking.py.
 
 import json
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from mra.data import town
 from mra.data.records import Record, load, share_of
 from mra.diffusion.sampling import Crops, read_base
 from mra.diffusion.transfers import transferred
-from mra.training import queries_of
+from mra.training import choose_device, queries_of
 
 TARGETS = ("cuhk", "icfg", "rstp")
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
@@ -69,15 +70,16 @@ class Run:
     losses: str
     target: str
     seed: int
+    images: int
     size: str = "demo"
 
     @property
-    def short(self) -> str:
-        return self.arm.replace(" ", "-").replace("%", "")
-
-    @property
     def name(self) -> str:
-        return f"{self.short}-{self.losses}-{self.target}-{self.size}-s{self.seed}"
+        return f"{self.losses}-{self.images_of(self.arm)}"
+
+    def images_of(self, kind: str) -> str:
+        """A name for images of that kind for this target and seed."""
+        return f"{re.sub(r'[ %]+', '-', kind).strip('-')}-{self.target}-{self.size}-{self.images}-s{self.seed}"
 
 
 def main() -> None:
@@ -92,30 +94,29 @@ def main() -> None:
     for number, one in enumerate(runs, 1):
         if not config.table and not (out / one.name / "run.json").exists():
             print(f"{number}/{len(runs)}: {one.name}", flush=True)
-            perform(one, out, config.images)
+            perform(one, out)
     report(out)
 
 
 def plan(config: StudyConfig) -> Iterator[Run]:
     """The runs in an order that gives the main table first: seed by seed."""
     if config.quick:
-        yield from (Run(arm, "regions", "icfg", 0, "tiny") for arm in ("source", "dad"))
+        yield from (Run(arm, "regions", "icfg", 0, config.images, "tiny") for arm in ("source", "dad"))
         return
     others = [(arm, "regions") for arm in ARMS if (arm, "regions") not in MAIN]
     others += [("source", "released"), ("exact", "released")]
-    for seed in range(100) if config.seeds else range(5):
-        for target in TARGETS:
+    for seed in map(int, config.seeds or "01234"):
+        for target in config.targets or TARGETS:
             for arm, losses in MAIN + (others if target == "icfg" and (seed < 2 or config.seeds) else []):
-                if (arm in (config.arms or ARMS) and target in (config.targets or TARGETS)
-                        and str(seed) in (config.seeds or map(str, range(5)))):
-                    yield Run(arm, losses, target, seed)
+                if arm in (config.arms or ARMS):
+                    yield Run(arm, losses, target, seed, config.images)
 
 
-def perform(one: Run, out: Path, images: int) -> None:
+def perform(one: Run, out: Path) -> None:
     """All stages of a run, each resumable; its checkpoints are deleted once run.json holds the results."""
     folder, steps = out / one.name, STEPS[one.size]
     shares = (1.0, FEW) if learns(one.arm) else (1.0,)      # in the 10 % protocol DaD sees the same 10 %
-    starts = {share: pretrained(one, out, folder, images, share) for share in shares}
+    starts = {share: pretrained(one, out, folder, share) for share in shares}
     results = {"zero-shot": test(starts[1.0], one, (one.target,))} if one.arm != "none" else {}
     for stage, share in (("tenth", FEW), ("all", 1.0)):
         start = starts.get(share, starts[1.0])
@@ -126,7 +127,7 @@ def perform(one: Run, out: Path, images: int) -> None:
     few, all_of = (sum(len(record.captions) for record in share_of(everything, share).records) for share in (FEW, 1.0))
     labelled = {"zero-shot": all_of if learns(one.arm) else 0, "tenth": few, "all": all_of}
     checkpoint.write_json(folder / "run.json", asdict(one) | {
-        "steps": steps, "images": images, "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
+        "steps": steps, "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
     for stage in folder.iterdir():
         shutil.rmtree(stage) if stage.is_dir() else None
 
@@ -136,14 +137,14 @@ def learns(arm: str) -> bool:
     return arm.startswith("dad") or arm == "restyled"
 
 
-def pretrained(one: Run, out: Path, folder: Path, images: int, share: float) -> str:
+def pretrained(one: Run, out: Path, folder: Path, share: float) -> str:
     """The checkpoint after the source and the mix: made, or found; "none" for the arm without."""
     steps = STEPS[one.size]
     if one.arm == "none":
         return "none"
     first = out / "first" / f"{one.losses}-{one.size}-s{one.seed}"
     start = "none" if one.arm == "shuffled" else train(first, one, "sda", steps["source"], RATE["source"], "none")
-    mix = image_set(one, out, images, share, start)
+    mix = image_set(one, out, share, start)
     return train(folder / f"mix-{share:g}", one, str(mix), steps["mix"], RATE["mix"], start)
 
 
@@ -160,13 +161,13 @@ def call(script: str, *flags: str) -> None:
     command = [sys.executable, str(Path(__file__).parent.parent / script), *flags]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        raise UserError(f"{' '.join(command)} failed: {ran.stderr.strip().splitlines()[-1:] or ran.stdout[-200:]}")
+        raise UserError(f"{' '.join(command)} failed: {ran.stderr.strip()[-500:]}")
 
 
 @torch.inference_mode()
 def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
     """Metrics on test splits, by embeddings and re-ranked, and R@1 of the twins' queries; k and weight as on val."""
-    model, tokenizer, facts = checkpoint.load_retriever(Path(path), torch.device("cpu"))
+    model, tokenizer, facts = checkpoint.load_retriever(Path(path), choose_device(""))
     rows = {}
     for target in targets:
         root = town.ready(target, one.size == "tiny")
@@ -184,19 +185,19 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
 
 # ---- images
 
-def image_set(one: Run, out: Path, images: int, share: float, retriever: str) -> Path:
-    """A folder in SDA format: `images` of the arm's kind, and source images for SOURCE_SHARE as many and the rest."""
-    folder = out / "sets" / f"{one.short}-{one.target}-{one.size}-s{one.seed}-{share:g}"
+def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
+    """A folder in SDA format: images of the arm's kind, and source images for SOURCE_SHARE as many and the rest."""
+    folder = out / "sets" / f"{one.images_of(one.arm)}-{share:g}"
     if (folder / "report.json").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     tiny = one.size == "tiny"
     source = list(load("sda", "train", town.ready("sda", tiny), say=quiet).records)
     random.Random(one.seed).shuffle(source)
-    count = min(round(images * SHARES.get(one.arm, 1)), len(source))
-    total = min(round(images * (1 + SOURCE_SHARE)), len(source))
+    count = min(round(one.images * SHARES.get(one.arm, 1)), len(source))
+    total = min(round(one.images * (1 + SOURCE_SHARE)), len(source))
     if learns(one.arm):
-        own = adapted(one, images, share, retriever)[:count]
+        own = adapted(one, share, retriever)[:count]
     elif one.arm == "source":
         own = [row_of(record) for record in source[:count]]
     elif one.arm in TRANSFERS:
@@ -212,7 +213,7 @@ def image_set(one: Run, out: Path, images: int, share: float, retriever: str) ->
         else:
             name = f"{number:06d}.png"
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "imgs" / name)
-        row |= {"image": name, "image_id": number}
+        row |= {"image": name}
     for start in range(0, len(rows), 5000):
         some = [row for _, row in rows[start:start + 5000]]
         checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", some, indent=None)
@@ -222,22 +223,22 @@ def image_set(one: Run, out: Path, images: int, share: float, retriever: str) ->
 
 def row_of(record: Record) -> tuple[str, dict]:
     """An image's path and its SDA record."""
-    return record.path, {"caption": record.captions[0], "phrases": record.phrases, "boxes": record.boxes,
-                         "logits": [1.0] * len(record.boxes)}
+    return record.path, {"image_id": record.identity, "caption": record.captions[0], "phrases": record.phrases,
+                         "boxes": record.boxes, "logits": [1.0] * len(record.boxes)}
 
 
-def adapted(one: Run, images: int, share: float, retriever: str) -> list[tuple[str, dict]]:
+def adapted(one: Run, share: float, retriever: str) -> list[tuple[str, dict]]:
     """What adapt.py makes of the target's labelled pairs, or of a share of them; in random order."""
-    kind = "dad" if one.arm in SHARES else one.short
-    folder = Path("out/sda") / f"study-{kind}-{one.target}-{one.size}-s{one.seed}-{share:g}"
+    folder = Path("out/sda") / f"study-{one.images_of('dad' if one.arm in SHARES else one.arm)}-{share:g}"
     flags = {"restyled": ("--mode", "restyle"), "dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"),
              "dad matched": ("--checkpoint", retriever)}.get(one.arm, ())
     call("adapt.py", "--target", one.target, "--size", one.size, "--seed", str(one.seed), "--share", str(share),
-         "--images", str(images), "--out", str(folder), "--no-measure", *flags)
+         "--images", str(one.images), "--out", str(folder), "--no-measure", *flags)
     rows = [row for part in sorted(folder.glob("sda_*.json")) for row in json.loads(part.read_text())]
     random.Random(one.seed).shuffle(rows)
     kept = ("caption", "phrases", "boxes", "logits")
-    return [(str(folder / "imgs" / row["image"]), {name: row[name] for name in kept}) for row in rows]
+    return [(str(folder / "imgs" / row["image"]), {name: row[name] for name in kept} | {"image_id": 10**6 + number})
+            for number, row in enumerate(rows)]                                         # each a person of its own
 
 
 def moved(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
@@ -261,8 +262,8 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
     if one.arm == "shuffled":
         random.Random(one.seed).shuffle(words)
     return [(torch.from_numpy(portrait.pixels.copy()).permute(2, 0, 1),
-             {"caption": own.caption, "phrases": own.phrases, "boxes": own.boxes, "logits": [1.0] * len(own.boxes)})
-            for portrait, own in zip(drawn, words)]
+             {"image_id": record.identity, "caption": own.caption, "phrases": own.phrases, "boxes": own.boxes,
+              "logits": [1.0] * len(own.boxes)}) for portrait, own, record in zip(drawn, words, source)]
 
 
 # ---- tables and figure

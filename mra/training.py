@@ -3,12 +3,16 @@
 Before: checkpoint.py. After: train.py, which reads from top to bottom.
 """
 
+import fcntl
 import json
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +64,50 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path}: cannot make this folder ({error.strerror}).") from error
+
+
+@contextmanager
+def claimed(folder: Path, machine: "Machine") -> Iterator[None]:
+    """Within it no other run writes to this folder. Raises UserError where one does already."""
+    make_folder(folder)
+    with open(folder / ".lock", "w") as lock:       # let go by the system, however this process ends
+        try:
+            if machine.rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--out {folder}: another run is writing there; wait for it, or give another --out."
+                            ) from error
+        yield
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """Within it SIGINT and SIGTERM set the event, for a loop to stop after its step; a second SIGINT stops at once."""
+    asked = threading.Event()
+
+    def ask(number: int, _) -> None:
+        if number == signal.SIGINT and asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():       # signals are the main thread's
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_process(asked: bool, machine: "Machine") -> bool:
+    """Whether it is true in any process, so that all of them stop after the same step."""
+    if machine.world == 1:
+        return asked
+    flag = torch.tensor(float(asked), device=machine.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

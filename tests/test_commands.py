@@ -103,7 +103,7 @@ def test_the_demo_draws_pretrains_and_fine_tunes(first):
     for name, pretrained_on, terms in (("icfg", "sda", {"itc", "itm", "mlm"}),
                                        ("sda", "nothing", {"itc", "itm", "mlm", "rpc", "rpm"})):
         out = folder / f"out/{name}-tiny-s0"
-        assert {path.name for path in out.iterdir()} == {"best.safetensors", "last.safetensors", "log.jsonl"}
+        assert {path.name for path in out.iterdir()} == {".lock", "best.safetensors", "last.safetensors", "log.jsonl"}
         lines = log_of(out)
         assert terms <= lines[-2].keys() and lines[-1]["val"]["reranked"].keys() >= {"R@1", "mAP"}
         best, facts = checkpoint.load(out / "best.safetensors")
@@ -276,6 +276,7 @@ def test_flags_of_evaluation(work):
     assert published["icfg embeddings"] == alone["icfg embeddings"] and published.keys() == alone.keys() == plain.keys()
     assert json.loads((work / "out/icfg-tiny-s0/results.json").read_text())["weight"] == 0.002
     assert "'icfg' val: 3 images" in succeed(work, "evaluate.py", "--split", "val")
+    assert rows_of(succeed(work, "evaluate.py", "--precision", "bf16")).keys() == plain.keys()
 
 
 def test_evaluation_of_the_pretrained_model(work):

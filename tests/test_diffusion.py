@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import signal
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -269,8 +272,13 @@ def test_structure_shows_edges_and_not_the_light():
 
 # ---- the loop
 
-def fit_line(path, steps: int, stop_at: int | None = None, seed: int = 0, lr: float = 0.1) -> torch.Tensor:
-    """Fit one weight to 3; `stop_at` raises in the middle. Returns the weight."""
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def fit_line(path, steps: int, stop_at: int | None = None, seed: int = 0, lr: float = 0.1,
+             stop: Callable = interrupt) -> torch.Tensor:
+    """Fit one weight to 3; `stop` is called in the middle, after `stop_at` losses. Returns the weight."""
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1, bias=False)
     calls = []
@@ -278,7 +286,7 @@ def fit_line(path, steps: int, stop_at: int | None = None, seed: int = 0, lr: fl
     def loss_of(draw: torch.Generator, count: int) -> torch.Tensor:
         calls.append(None)
         if stop_at and len(calls) > stop_at:
-            raise KeyboardInterrupt
+            stop()
         x = torch.randn(count, 1, generator=draw)
         return (model(x) - 3 * x).square().mean()
 
@@ -294,6 +302,15 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path):
     assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60), whole) and abs(float(whole) - 3) < 0.2
     assert not (tmp_path / "cut.part").exists()
     assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60, stop_at=1), whole)      # finished: not trained again
+
+
+def test_a_signal_stops_a_fit_after_its_step(tmp_path):
+    before, whole = signal.getsignal(signal.SIGTERM), fit_line(tmp_path / "whole.safetensors", 60)
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(tmp_path / "cut.safetensors", 60, stop_at=67, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert checkpoint.load(tmp_path / "cut.part")[1]["step"] == 34
+    assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60), whole)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_fit_of_other_settings_is_refused(tmp_path):

@@ -194,6 +194,16 @@ def test_search_scores_every_pair_as_by_hand(model, tokenizer, paths, mirror):
     torch.testing.assert_close(by_pair(found), expected[1], atol=1e-5, rtol=1e-5)
 
 
+def test_bf16_rounds_what_encoders_do_and_not_the_order(model, tokenizer, paths):
+    whole = search(model, tokenizer, CAPTIONS, paths, k=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = search(model, tokenizer, CAPTIONS, paths, k=5)
+    for one, other in ((whole.similarity, rounded.similarity), (by_pair(whole), by_pair(rounded))):
+        assert other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.1
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.995
+        assert (other != other.bfloat16().float()).any()            # scores themselves are not rounded
+
+
 def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, paths):
     """Three candidates a query, in no order, chunks of two pairs: each logit is where its candidate is."""
     candidates = torch.tensor([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2], [2, 4, 3]])

@@ -48,7 +48,7 @@ def test_the_main_arms_come_with_five_seeds_on_three_targets_and_the_others_with
     assert {one.target for one in others} == {"icfg"} and {one.seed for one in others} == {0, 1}
     assert len({one.name for one in runs}) == len(runs)
     assert [one.name for one in study.plan(study.StudyConfig(arms=("dad",), targets=("rstp",), seeds=("7",)))] == [
-        "dad-regions-rstp-demo-s7", "dad-pairs-rstp-demo-s7"]
+        "regions-dad-rstp-demo-1500-s7", "pairs-dad-rstp-demo-1500-s7"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def quick(tmp_path_factory):
 def test_quick_runs_from_start_to_table(quick):
     folder, said = quick
     runs = json.loads((folder / "out/study/study.json").read_text())
-    assert [one["arm"] for one in runs] == ["dad", "source"] and "2/2: dad-regions-icfg-tiny-s0" in said
+    assert [one["arm"] for one in runs] == ["dad", "source"] and "2/2: regions-dad-icfg-tiny-60-s0" in said
     for one in runs:
         assert set(one["results"]) == {"zero-shot", "tenth", "all"} and set(one["results"]["all"]) == {*study.TARGETS}
     dad, source = (one["labelled"] for one in runs)
@@ -68,7 +68,7 @@ def test_quick_runs_from_start_to_table(quick):
     assert "| regions | dad | 1 |" in (folder / "out/study/table.md").read_text()
     with Image.open(folder / "out/study/figure.png") as picture:
         assert picture.width > 500
-    assert not list((folder / "out/study").glob("*-tiny-s0/*/*.safetensors"))       # their results are kept, not they
+    assert not list((folder / "out/study").glob("*-icfg-tiny-60-s0/*/*.safetensors"))       # only results are kept
 
 
 def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
@@ -84,8 +84,7 @@ def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
 def test_every_arm_has_the_same_number_of_images(quick, arm, monkeypatch):
     folder, _ = quick
     monkeypatch.chdir(folder)
-    out, images = folder / "out/sets", 8
-    made = study.image_set(study.Run(arm, "regions", "icfg", 0, "tiny"), out, images, 1.0, "none")
+    made = study.image_set(study.Run(arm, "regions", "icfg", 0, 8, "tiny"), folder / "out/sets", 1.0, "none")
     rows = json.loads((made / "sda_0_5000.json").read_text())
     assert len(rows) == 10 and all((made / "imgs" / row["image"]).is_file() for row in rows)
     source = {record.captions[0] for record in load("sda", "train", folder / "data/demo-tiny", say=study.quiet).records}

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -94,6 +96,52 @@ def test_steps_after_the_last_checkpoint_are_done_again(town, tmp_path, monkeypa
     succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
     succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_after_its_step(town, tmp_path, monkeypatch, number):
+    """In step 2, before anything was evaluated."""
+    flags, real, calls = (*SIX, "--dataset", "sda"), losses.total, []
+
+    def interrupted(terms, beta):
+        calls.append(beta)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return real(terms, beta)
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "total", interrupted)
+        status, _, err = command(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
+    assert status == 130 and "the same command goes on" in err and len(calls) == 2
+    assert checkpoint.load(tmp_path / "cut/last.safetensors")[1]["step"] == 2
+    assert not (tmp_path / "cut/best.safetensors").exists()
+    assert "going on after step 2 of 6" in succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
+    succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
+    for name in ("last", "best"):
+        assert same(tensors_of(tmp_path / "whole", name), tensors_of(tmp_path / "cut", name))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(town, tmp_path):
+    with training.claimed(tmp_path, training.Machine.of("cpu", "float32")):
+        assert f"--out {tmp_path}: another run" in refused(town, "train.py", *SIX, "--dataset", "sda",
+                                                           "--out", str(tmp_path))
+    succeed(town, "train.py", *SIX, "--dataset", "sda", "--out", str(tmp_path))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(town, tmp_path):
+    """Files of this process may have as many bytes as the first checkpoint, and no more."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = (*SIX, "--dataset", "sda", "--out", str(tmp_path))
+    succeed(town, "train.py", *flags, "--steps", "3")
+    before = (tmp_path / "best.safetensors").read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+        sentence = refused(town, "train.py", *flags, "--no-resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "best.safetensors cannot be written" in sentence
+    assert (tmp_path / "best.safetensors").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
 def test_the_seed_decides_and_nothing_else(town, tmp_path):

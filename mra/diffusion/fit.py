@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mra import checkpoint
 from mra.config import Fit, UserError
-from mra.training import SHARDS, Machine, schedule
+from mra.training import SHARDS, Machine, any_process, schedule, stoppable
 
 
 def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], Tensor], plan: Fit, path: Path,
@@ -37,27 +37,31 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     part = path.with_suffix(".part")
     first = resume(part, model, average, optimizer, facts)
     started, losses = time.perf_counter(), []
-    for step in range(first, plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
-        loss = backward(loss_of, list(parameters.values()), plan.batch, (seed, step), machine)
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        keep = min(plan.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - keep)
-        losses.append(loss)
-        done = step + 1
-        if done % plan.save_every == 0 or done == plan.steps:
-            mean, losses = float(torch.stack(losses).mean()), []
-            if not math.isfinite(mean):
-                raise UserError(f"{name}: the loss is {mean} near step {done}; what was saved before it is kept.")
-            seconds = (time.perf_counter() - started) / (done - first)
-            machine.say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
-                f"{seconds * (plan.steps - done) / 60:.1f} min left")
-            if machine.rank == 0 and done < plan.steps:
-                checkpoint.save(part, checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer)
-                                | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
+    with stoppable() as asked:
+        for step in range(first, plan.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
+            loss = backward(loss_of, list(parameters.values()), plan.batch, (seed, step), machine)
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            keep = min(plan.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - keep)
+            losses.append(loss)
+            done = step + 1
+            stop = any_process(asked.is_set(), machine) and done < plan.steps
+            if done % plan.save_every == 0 or done == plan.steps or stop:
+                mean, losses = float(torch.stack(losses).mean()), []
+                if not math.isfinite(mean):
+                    raise UserError(f"{name}: the loss is {mean} near step {done}; what was saved before it is kept.")
+                seconds = (time.perf_counter() - started) / (done - first)
+                machine.say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
+                            f"{seconds * (plan.steps - done) / 60:.1f} min left")
+                if machine.rank == 0 and done < plan.steps:
+                    checkpoint.save(part, checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer)
+                                    | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
+                if stop:
+                    raise KeyboardInterrupt
     with torch.no_grad():
         for k, p in parameters.items():
             p.copy_(average[k])

@@ -27,7 +27,7 @@ from mra.diffusion.noising import Schedule, ddim, dpm_solver, q_sample
 from mra.diffusion.prompts import prompts_of
 from mra.diffusion.sampling import Crops, Diffusion, decode, encode, guide, to_float
 from mra.diffusion.transfers import match_moments
-from mra.training import Machine
+from mra.training import Machine, any_process, stoppable
 
 SAMPLERS = {"ddim": ddim, "dpm": dpm_solver}
 PART = 64           # images that are made, judged and written together
@@ -68,7 +68,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
 
     def make_part(number: int) -> None:
         file = out / "parts" / f"{number:06d}.json"
-        if file.exists() and json.loads(file.read_text())["settings"] == settings:
+        if asked.is_set() or file.exists() and json.loads(file.read_text())["settings"] == settings:
             return
         draw = torch.Generator(machine.device).manual_seed(hash((config.seed, number)) % 2**62)
         with torch.no_grad(), machine.autocast():
@@ -84,9 +84,10 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
         machine.say(f"part {number + 1}/{len(parts)}  {PART / seconds:.1f} images/s  "
                     f"{seconds * (len(parts) - number - 1) / 60:.1f} min left")
 
-    machine.map(make_part, range(machine.rank, len(parts), machine.world))
-    if machine.world > 1:
-        torch.distributed.barrier()
+    with stoppable() as asked:
+        machine.map(make_part, range(machine.rank, len(parts), machine.world))
+        if any_process(asked.is_set(), machine):        # which also waits for all
+            raise KeyboardInterrupt
 
 
 def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Wish], target_latents: Tensor,
