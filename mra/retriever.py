@@ -128,7 +128,8 @@ class Retriever(nn.Module):
         own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
         images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])      # (3B,)
         matched, counts = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])
-        logits = self.match(text[texts], keep[texts], [memory[images] for memory in memories],
+        logits = self.match(text.index_select(0, texts), keep[texts],      # text[texts] sums gradients in any order
+                            [memory.index_select(0, images) for memory in memories],
                             None if image_keep is None else image_keep[images])          # (3B, 2)
         return mean_over_processes(losses.matching(logits, matched), counts)
 

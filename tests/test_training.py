@@ -98,6 +98,14 @@ def test_steps_after_the_last_checkpoint_are_done_again(town, tmp_path, monkeypa
     assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))
 
 
+def test_two_processes_of_several_threads_train_alike(town, tmp_path):
+    """One after the other, each fresh: nothing may be summed in an order that threads decide."""
+    for name in ("one", "other"):
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *SIX, "--dataset", "sda", "--batch", "10", "--device",
+                        "cpu", "--out", str(tmp_path / name)], cwd=town, check=True, capture_output=True)
+    assert same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_run_after_its_step(town, tmp_path, monkeypatch, number):
     """In step 2, before anything was evaluated."""
