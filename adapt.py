@@ -42,9 +42,8 @@ def main() -> None:
     machine = Machine.of(config.device, config.precision)
     machine.say(f"{show(config)}\nRunning on {machine.device} in {machine.precision}, {machine.world} process(es).")
     if config.train_base:
-        with training.claimed(Path("out") / f"base-{config.size}", machine):
-            machine.say(f"{train_base(config, machine)} is ready.")
-            return None if config.source else train_reader(config, machine)
+        machine.say(f"{train_base(config, machine)} is ready.")
+        return None if config.source else train_reader(config, machine)
     out = Path(config.out or default_out(config))
     with training.claimed(out, machine):
         make_set(config, machine, out)
@@ -87,8 +86,14 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
 
 def train_base(config: AdaptConfig, machine: Machine) -> Path:
     """Autoencoder, then denoiser, on the source alone; returns the file that holds both."""
-    out, plans, schedule = Path("out") / f"base-{config.size}", FITS[config.size], Schedule.cosine()
-    training.make_folder(out)
+    out = Path("out") / f"base-{config.size}"
+    with training.claimed(out, machine):
+        return fit_base(config, machine, out)
+
+
+def fit_base(config: AdaptConfig, machine: Machine, out: Path) -> Path:
+    """`train_base` in a folder of its own."""
+    plans, schedule = FITS[config.size], Schedule.cosine()
     records = base_records(config, machine)
     images = Crops([record.path for record in records.records], DIFFUSION_PRESETS[config.size]).read(config.workers)
     captions = [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]

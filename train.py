@@ -76,8 +76,6 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
     # ---- data, model, optimiser
     train_set, val_set = load_sets(config, machine)
     model, tokenizer, pretrained_on = load_model(config, device, say)
-    if config.released_regions:
-        model.config = dataclasses.replace(model.config, released_regions=True)
     dataset = PairDataset(train_set, tokenizer, model.config, config)
     plan = training.Plan.of(config, len(dataset), world)
     optimizer = training.make_optimizer(model, config)
@@ -179,7 +177,8 @@ def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tupl
     torch.manual_seed(config.seed)
     if config.init in ("", "none"):
         say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
-        model, tokenizer = weights.start(PRESETS[config.preset], config.bert, config.vit, config.vocab)
+        size = dataclasses.replace(PRESETS[config.preset], released_regions=config.released_regions)
+        model, tokenizer = weights.start(size, config.bert, config.vit, config.vocab)
         return model.to(device), tokenizer, "nothing"
     model, tokenizer, facts = released.load_retriever(Path(config.init), device, config.vocab)
     was = facts["train"]["preset"]
@@ -204,8 +203,8 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if config.vocab and config.init.endswith(".safetensors"):
         raise UserError("--vocab: the checkpoint of --init has its own vocabulary; leave the flag out.")
-    if (config.bert or config.vit) and config.init not in ("", "none"):
-        raise UserError("--bert and --vit start a new model, --init goes on with one: give either.")
+    if (config.bert or config.vit or config.released_regions) and config.init not in ("", "none"):
+        raise UserError("--bert, --vit and --released-regions start a new model, --init goes on with one as it is.")
 
 
 def describe(result: dict) -> str:

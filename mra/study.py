@@ -8,7 +8,9 @@
 A run is an arm (which images the second pretraining stage sees), a set of losses, a target and a seed. Every run trains
 on the source first, the same for all arms; then on a mix, four fifths the arm's images and one fifth the source's; is
 tested on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Steps and images are
-the same in every arm. `adapt.py` and `train.py` are called as a user would, and a finished run is one file, run.json.
+the same in every arm, and so are the recipes (mra/config.py), which were set on val with the source alone; checkpoints
+are chosen on the target's val split, in all arms alike. `adapt.py` and `train.py` are called as a user would, and a
+finished run is one file, run.json.
 Before: diffusion/gap.py, ranking.py.
 """
 
@@ -27,7 +29,7 @@ import torch
 from PIL import Image
 
 from mra import checkpoint, diffusion, figures, ranking
-from mra.config import DIFFUSION_PRESETS, UserError, parse, run
+from mra.config import DIFFUSION_PRESETS, UserError, parse, recipe, run
 from mra.data import town
 from mra.data.records import Record, load, share_of
 from mra.diffusion.sampling import Crops, read_base
@@ -46,7 +48,6 @@ FEW = 0.1                           # of the labelled identities
 STAGES = ("zero-shot", "tenth", "all")
 STEPS = {"demo": {"source": 1500, "mix": 1000, "tenth": 150, "all": 600}, "tiny": dict.fromkeys(
     ("source", "mix", "tenth", "all"), 2)}
-RATE = {"source": 7e-4, "mix": 7e-4, "tenth": 4e-4, "all": 4e-4}     # the demo recipes' (mra/config.py), set on val
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def perform(one: Run, out: Path) -> None:
     for stage, share in (("tenth", FEW), ("all", 1.0)):
         start = starts.get(share, starts[1.0])
         count = steps[stage] + (steps["source"] + steps["mix"] if start == "none" else 0)
-        tuned = train(folder / stage, one, one.target, count, RATE[stage], start, "--share", str(share))
+        tuned = train(folder / stage, one, one.target, count, start, "--share", str(share))
         results[stage] = test(tuned, one, TARGETS if stage == "all" else (one.target,))
     everything = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
     few, all_of = (sum(len(record.captions) for record in share_of(everything, share).records) for share in (FEW, 1.0))
@@ -143,16 +144,19 @@ def pretrained(one: Run, out: Path, folder: Path, share: float) -> str:
     if one.arm == "none":
         return "none"
     first = out / "first" / f"{one.losses}-{one.size}-s{one.seed}"
-    start = "none" if one.arm == "shuffled" else train(first, one, "sda", steps["source"], RATE["source"], "none")
+    start = "none" if one.arm == "shuffled" else train(first, one, "sda", steps["source"], "none")
     mix = image_set(one, out, share, start)
-    return train(folder / f"mix-{share:g}", one, str(mix), steps["mix"], RATE["mix"], start)
+    return train(folder / f"mix-{share:g}", one, str(mix), steps["mix"], start)
 
 
-def train(folder: Path, one: Run, dataset: str, steps: int, rate: float, start: str, *flags: str) -> str:
-    """Call train.py; the checkpoint that is best on val."""
-    call("train.py", "--dataset", dataset, "--preset", one.size, "--seed", str(one.seed), "--out", str(folder),
-         "--init", start, "--steps", str(steps), "--lr", str(rate), "--evals", "3", "--batch", "32", "--head-lr", "1",
-         "--fusion-from", "0.15" if start == "none" else "0", *LOSSES[one.losses], *flags)
+def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: str) -> str:
+    """Call train.py with the recipe of pretraining or of fine-tuning; the checkpoint that is best on val."""
+    settings = recipe(dataset if dataset in TARGETS else "sda", one.size) | {
+        "dataset": dataset, "preset": one.size, "seed": one.seed, "out": folder, "init": start, "steps": steps}
+    settings |= {"fusion_from": 0.15 if start == "none" else 0}      # of weights that have learned, from the first step
+    losses = LOSSES[one.losses] if start == "none" or one.losses == "pairs" else ()     # `released` stays with a model
+    given = [("--" + name.replace("_", "-"), str(value)) for name, value in settings.items()]
+    call("train.py", *sum(given, ()), *losses, *flags)
     return str(folder / "best.safetensors")
 
 

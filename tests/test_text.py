@@ -114,6 +114,7 @@ def test_words_join_pieces(tokenizer, tiny):
 
 
 def test_pickled_copy_gives_the_same_ids(tokenizer):
+    """As a loading process gets it from the one that started it."""
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode(CAPTION) == tokenizer.encode(CAPTION) and len(copy) == len(tokenizer)
 
