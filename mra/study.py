@@ -40,8 +40,9 @@ TARGETS = ("cuhk", "icfg", "rstp")
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
 TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
 SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}       # of the images that DaD makes; the rest stay source
-ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, "dad unfiltered", "dad matched", "exact",
-        "exact again", "shuffled")
+FILTERED = {"dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"), "dad only grey": ("--malformed", "1000"),
+            "dad only malformed": ("--grey-mean", "0"), "dad matched": ("--checkpoint",)}    # dad itself has both
+ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, *FILTERED, "exact", "exact again", "shuffled")
 MAIN = [(arm, losses) for arm in ("source", "dad", "exact") for losses in ("regions", "pairs")]
 SOURCE_SHARE = 0.25                 # source images in the mix, as a share of the arm's
 FEW = 0.1                           # of the labelled identities
@@ -234,8 +235,8 @@ def row_of(record: Record) -> tuple[str, dict]:
 def adapted(one: Run, share: float, retriever: str) -> list[tuple[str, dict]]:
     """What adapt.py makes of the target's labelled pairs, or of a share of them; in random order."""
     folder = Path("out/sda") / f"study-{one.images_of('dad' if one.arm in SHARES else one.arm)}-{share:g}"
-    flags = {"restyled": ("--mode", "restyle"), "dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"),
-             "dad matched": ("--checkpoint", retriever)}.get(one.arm, ())
+    flags = ("--mode", "restyle") if one.arm == "restyled" else FILTERED.get(one.arm, ())
+    flags += (retriever,) * (flags[-1:] == ("--checkpoint",))
     call("adapt.py", "--target", one.target, "--size", one.size, "--seed", str(one.seed), "--share", str(share),
          "--images", str(one.images), "--out", str(folder), "--no-measure", *flags)
     rows = [row for part in sorted(folder.glob("sda_*.json")) for row in json.loads(part.read_text())]
