@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mra import checkpoint, training
-from mra.config import ADAPT_LIMITS, DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, parse, run, show
+from mra.config import ADAPT_LIMITS, DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, harmless, parse, run, show
 from mra.data import town
 from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
     shipped = SHIPPED / f"base-{config.size}.safetensors"
     path = Path(config.base) if config.base else shipped if shipped.exists() else train_base(config, machine)
     base, facts = read_base(path)
-    machine.say(f"Base: {path}, trained on {facts['images']} images of {facts['source']}.")
+    machine.say(f"Base: {path}, trained on {harmless(facts['images'])} images of {harmless(facts['source'])}.")
     return base.to(machine.device).eval().requires_grad_(False)
 
 

@@ -6,6 +6,7 @@
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
     python evaluate.py --queries FILE --gallery DIR           for every line of a text file
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
+    torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 The released code's score depends on the number of processes it runs on: `--fusion published` gives that of one,
 `--fusion published --weight 0.008` about that of four. The clean score of a released checkpoint, which knows no val,
@@ -21,10 +22,10 @@ from pathlib import Path
 import torch
 
 from mra import checkpoint, figures, gallery, ranking, released
-from mra.config import UserError, parse, run
+from mra.config import UserError, harmless, parse, run
 from mra.data import records, town
 from mra.data.words import clean, noun_phrases
-from mra.training import choose_device, choose_precision, make_folder, queries_of
+from mra.training import Machine, choose_device, make_folder, queries_of
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10       # photographs shown of a ranking
@@ -58,41 +59,47 @@ class EvalConfig:
 def main() -> None:
     config = parse(EvalConfig, __doc__)
     check(config)
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision or ("bf16" if device.type == "cuda" else "float32"), device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        evaluate(config, device)
+    on_gpu = choose_device(config.device).type == "cuda"
+    machine = Machine.of(config.device, config.precision or ("bf16" if on_gpu else "float32"))
+    with machine.autocast():
+        evaluate(config, machine)
 
 
-def evaluate(config: EvalConfig, device: torch.device) -> None:
+def evaluate(config: EvalConfig, machine: Machine) -> None:
     """The metrics of every dataset, or the answers to the sentences asked."""
-    path = Path(config.checkpoint) if config.checkpoint else newest()
-    model, tokenizer, facts = released.load_retriever(path, device, config.vocab)
+    path, say = Path(config.checkpoint) if config.checkpoint else newest(), machine.say
+    model, tokenizer, facts = released.load_retriever(path, machine.device, config.vocab)
     datasets = config.dataset or (facts["train"]["dataset"],)
-    if not datasets[0] and not config.gallery:
-        raise UserError(f"{path} does not say what it was trained on; give --dataset.")
-    print(f"{path}: trained on {facts['train']['dataset'] or 'an unnamed set'}, pretrained on "
-          f"{facts['pretrained_on']}, seed {facts['train']['seed']}; evaluating on {device}.")
+    if not (config.dataset or config.gallery or datasets[0] in records.DATASETS
+            or datasets[0] and Path(datasets[0]).resolve().is_relative_to(Path.cwd())):    # a file leads nowhere else
+        raise UserError(f"{path} does not say what it was trained on, or names a folder elsewhere; give --dataset.")
+    say(harmless(f"{path}: trained on {facts['train']['dataset'] or 'an unnamed set'}, pretrained on "
+                 f"{facts['pretrained_on']}, seed {facts['train']['seed']}; evaluating on {machine.device}."))
     out = Path(config.out) if config.out else path.parent
     make_folder(out)
     if config.query or config.queries:
-        return answer(config, model, tokenizer, facts, datasets[0], out)
+        if machine.world > 1:
+            raise UserError("--query and --queries are answered by one process: start it without torchrun.")
+        return answer(config, model, tokenizer, facts, datasets[0], out, machine)
 
     rows, results = [], {}
-    print(f"{'':24}" + "".join(f"{name:>8}" for name in METRICS))
+    say(f"{'':24}" + "".join(f"{name:>8}" for name in METRICS))
     for dataset in datasets:
         started = time.perf_counter()
-        source = records.load(dataset, config.split, data_root(config, facts, dataset), config.allow_missing)
+        source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing,
+                              say)
         captions, query_ids, paths, gallery_ids = queries_of(source)
         found, order = rank(config, model, tokenizer, facts, captions, paths)
         stages = {"embeddings": found.first_order()} | ({} if order is None else {"re-ranked": order})
         metrics = {stage: ranking.order_metrics(ranked, query_ids, gallery_ids) for stage, ranked in stages.items()}
         for stage, values in metrics.items():
-            print(f"{source.name + ' ' + stage:24}" + "".join(f"{values[name]:8.2f}" for name in METRICS))
+            say(f"{source.name + ' ' + stage:24}" + "".join(f"{values[name]:8.2f}" for name in METRICS))
         results[dataset] = metrics | {"queries": len(captions), "gallery": len(paths),
                                       "identities": len(set(gallery_ids.tolist())),
                                       "seconds": round(time.perf_counter() - started, 1)}
         rows += picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, list(stages.values())[-1])
+    if machine.rank > 0:
+        return
     checkpoint.write_json(out / "results.json", {
         "results": results, "evaluation": asdict(config), "checkpoint": str(path), "versions": checkpoint.VERSIONS,
         "pretrained_on": facts["pretrained_on"], "train": facts["train"], "weight": weight_of(config, facts)})
@@ -130,11 +137,14 @@ def newest() -> Path:
     return found[-1]
 
 
-def data_root(config: EvalConfig, facts: dict, dataset: str) -> Path:
+def data_root(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> Path:
     """The folder given, or the demo town, drawn where it is missing."""
     if dataset in records.DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
-    return Path(config.data_root) if config.data_root else town.ready(dataset, facts["train"]["preset"] == "tiny")
+    tiny = facts["train"]["preset"] == "tiny"
+    if not config.data_root:
+        machine.first(lambda: town.ready(dataset, tiny, machine.say))
+    return Path(config.data_root) if config.data_root else town.root(tiny)
 
 
 def weight_of(config: EvalConfig, facts: dict) -> float:
@@ -191,7 +201,7 @@ def sentences(config: EvalConfig, dataset: str) -> list[str]:
     return [sentence for _, sentence in asked]
 
 
-def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out: Path) -> None:
+def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out: Path, machine: Machine) -> None:
     """Rank a folder of photographs, or the test images, for every sentence asked."""
     asked = sentences(config, dataset)
     if config.gallery:
@@ -199,7 +209,7 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
                                                    config.batch, config.workers)
         features = features.to(model.temperature.device)
     else:
-        source = records.load(dataset, config.split, data_root(config, facts, dataset), config.allow_missing)
+        source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing)
         paths, features, left_out = [record.path for record in source.records], None, []
     found, order = rank(config, model, tokenizer, facts, [clean(sentence, dataset) for sentence in asked], paths,
                         features)

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mra import checkpoint, losses, released, training, weights
-from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, parse, recipe, run, show
+from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, harmless, parse, recipe, run, show
 from mra.data import town
 from mra.data.batches import Batch, Order, PairDataset
 from mra.data.check import check_set
@@ -115,8 +116,8 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
             done = step + 1
             if done % config.log_every == 0 or done in plan.evals:
                 log.flush(done, config.lr * rate)
-            if done in plan.evals and rank == 0:
-                best = keep(out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
+            if done in plan.evals:
+                best = keep(machine, out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
                     "step": done, "seconds": round(time.perf_counter() - started, 1)})
             if training.any_process(asked.is_set(), machine) and done < plan.steps:
                 if log.terms:
@@ -138,17 +139,21 @@ def batches_from(first: int, stop: int, dataset: PairDataset, config: TrainConfi
                                             num_workers=config.workers, pin_memory=device.type == "cuda"))
 
 
-def keep(out: Path, model: Retriever, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, val_set: RecordSet,
-         fused: bool, log: training.Log, best: dict | None, facts: dict) -> dict:
+def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Tokenizer,
+         optimizer: torch.optim.Optimizer, val_set: RecordSet, fused: bool, log: training.Log, best: dict | None,
+         facts: dict) -> dict:
     """Evaluate on val and write the last checkpoint, and the best one if this is it; returns the best result."""
+    for buffer in model.buffers() if machine.world > 1 else ():
+        dist.broadcast(buffer, 0)       # batch norms have seen other pairs in each process
     result = training.validate(model, tokenizer, val_set, fused)
     log.write({"step": facts["step"], "val": result})
-    print(f"val at step {facts['step']}: {describe(result)}")
-    facts = facts | {"val": result}
-    if best is None or result["quality"] >= best["quality"]:
-        best = result
-        checkpoint.save(out / "best.safetensors", checkpoint.weights(model), facts)
-    checkpoint.save_last(out, model, optimizer, facts | {"best": best})
+    machine.say(f"val at step {facts['step']}: {describe(result)}")
+    facts, better = facts | {"val": result}, best is None or result["quality"] >= best["quality"]
+    best = result if better else best
+    if machine.rank == 0:
+        if better:
+            checkpoint.save(out / "best.safetensors", checkpoint.weights(model), facts)
+        checkpoint.save_last(out, model, optimizer, facts | {"best": best})
     log.restart()
     return best
 
@@ -183,10 +188,10 @@ def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tupl
     model, tokenizer, facts = released.load_retriever(Path(config.init), device, config.vocab)
     was = facts["train"]["preset"]
     if was != config.preset:
-        if not released.differ_in_size(PRESETS[was], PRESETS[config.preset]):
+        if was not in PRESETS or not released.differ_in_size(PRESETS[was], PRESETS[config.preset]):
             raise UserError(f"{config.init} was trained with --preset {was}; say so here too.")
         model = released.resized(model, PRESETS[config.preset]).to(device)
-    say(f"Starting from {config.init}, trained on {facts['train']['dataset']}.")
+    say(f"Starting from {config.init}, trained on {harmless(facts['train']['dataset'])}.")
     return model, tokenizer, facts["train"]["dataset"]
 
 

@@ -9,8 +9,11 @@ Before: ranking.py. After: training.py.
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import torch
@@ -18,24 +21,21 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mra.config import ModelConfig, TrainConfig, UserError
-from mra.data.tokenizer import Tokenizer
+from mra.config import Config, ModelConfig, TrainConfig, UserError, replacing
+from mra.data.tokenizer import Tokenizer, checked
 from mra.retriever import Retriever
+
+Model = TypeVar("Model", bound=nn.Module)
 
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 def save(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     """Write tensors and facts to `path`, complete or not at all."""
-    scratch = path.with_suffix(".tmp")
-    try:
+    with replacing(path) as scratch:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch,
                   metadata={"mra": json.dumps(facts)})
-    except safetensors.SafetensorError as error:        # a full disk
-        scratch.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error}); what was saved before it is kept.") from error
-    os.chmod(scratch, 0o644)    # safetensors makes it private
-    os.replace(scratch, path)
+        os.chmod(scratch, 0o644)    # safetensors makes it private
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -46,18 +46,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("mra", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint ({error}); remove it or give another.") from error
-    if facts is None:
+    if not isinstance(facts, dict):
         raise UserError(f"{path} holds no configuration: it was not written by train.py.")
     return tensors, facts
 
 
 def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None:
     """Write JSON to `path`, complete or not at all."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -85,15 +84,53 @@ def save_last(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fac
     save(out / "last.safetensors", weights(model) | optimizer_tensors(model, optimizer), facts)
 
 
-def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into the model: every name and shape must agree, or UserError says which does not."""
+@contextmanager
+def trusting(path: Path) -> Iterator[None]:
+    """Within it a file's facts are used as they are; raises UserError where they are not what they should be."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: its facts are incomplete or wrong ({error}).") from error
+
+
+def config_of(kind: type[Config], values: dict, tokenizer: Tokenizer) -> Config:
+    """A model's sizes as a file tells them. Raises TypeError or ValueError for what no model has."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    config = kind(**given)
+    for field in fields(kind):
+        for value in given[field.name] if field.type == tuple[int, ...] else (getattr(config, field.name),):
+            if type(value) is not (int if field.type == tuple[int, ...] else field.type) or not 0 <= value <= 1e6:
+                raise ValueError(f"{field.name} is {value!r}")
+    if config.vocab != len(tokenizer) or not 2 <= config.max_tokens <= config.positions:
+        raise ValueError(f"{len(tokenizer)} word pieces, {config.max_tokens} tokens of {config.positions}")
+    return config
+
+
+def build(make: Callable[[], Model], tensors: dict[str, Tensor], path: Path) -> Model:
+    """`make()` with these weights; made only once it is known that they fit, for facts may ask for any size."""
+    with torch.device("meta"):
+        check_weights(make(), tensors, path)
+    model = make()
+    restore_weights(model, tensors, path)
+    return model
+
+
+def check_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Those of the tensors that are weights: every name and shape must agree, or UserError says which does not."""
     own = weights(model)
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(("optimizer.", "average."))}
-    wrong = sorted(own.keys() ^ given.keys()) or [n for n in own if own[n].shape != given[n].shape]
+    wrong = sorted(own.keys() ^ given.keys()) or [
+        n for n in own if (own[n].shape, own[n].is_floating_point()) != (given[n].shape, given[n].is_floating_point())]
     if wrong:
         raise UserError(f"{path} does not fit this model: {len(wrong)} tensors differ, {wrong[0]} first.")
+    return given
+
+
+def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy weights into the model. Raises UserError where they do not fit."""
+    given = check_weights(model, tensors, path)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in weights(model).items():
             tensor.copy_(given[name])
 
 
@@ -106,11 +143,11 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             if kind == "step":
                 state = tensor.to(parameters[of].device if optimizer.defaults["fused"] else "cpu")
             else:       # laid out in memory as the parameter is
-                state = torch.empty_like(parameters[of], dtype=tensor.dtype).copy_(tensor)
+                state = torch.empty_like(parameters[of], dtype=tensor.dtype).copy_(tensor.view_as(parameters[of]))
             optimizer.state[parameters[of]][kind] = state
 
 
-MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile"}    # between a run and its continuation
+MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch"}    # when a run goes on
 
 
 def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> tuple[int, dict | None]:
@@ -122,29 +159,35 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
     if not path.exists():
         return 0, None
     tensors, saved = load(path)
-    if saved["best"] and not (out / "best.safetensors").exists():
+    if saved.get("best") and not (out / "best.safetensors").exists():
         return 0, None
-    now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f.get("train", {})).items()
-                  if k not in MAY_DIFFER}    # a flag that an older checkpoint does not know had its default
-                 | {f"number of {k}": f.get(k) for k in ("pairs", "processes")} for f in (facts, saved))
-    changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
-    if changed:
-        raise UserError(f"{path} was trained with another {changed[0]}; give another --out, or "
-                        "--no-resume to overwrite it.")
-    restore_weights(model, tensors, path)
-    restore_optimizer(model, optimizer, tensors)
-    return saved["step"], saved["best"]
+    with trusting(path):
+        now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f.get("train", {})).items()
+                      if k not in MAY_DIFFER}    # a flag that an older checkpoint does not know had its default
+                     | {"number of pairs": f["pairs"], "--batch x processes": f["train"]["batch"] * f["processes"]}
+                     for f in (facts, saved))
+        changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+        if changed:
+            raise UserError(f"{path} was trained with another {changed[0]}, {then.get(changed[0])!r}; give another "
+                            "--out, or --no-resume to overwrite it.")
+        restore_weights(model, tensors, path)
+        restore_optimizer(model, optimizer, tensors)
+        return int(saved["step"]), saved["best"]
 
 
 def load_retriever(path: Path, device: torch.device) -> tuple[Retriever, Tokenizer, dict]:
     """The model, the tokenizer and the facts of a checkpoint."""
     tensors, facts = load(path)
-    try:
-        model, tokenizer = Retriever(ModelConfig(**facts["model"])), Tokenizer(facts["vocab"])
-        facts["train"]["preset"], facts["val"], facts["pretrained_on"]      # what the scripts rely on
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: its facts are incomplete ({error}).") from error
-    restore_weights(model, tensors, path)
+    with trusting(path):
+        tokenizer = Tokenizer(checked(facts["vocab"], path))
+        config = config_of(ModelConfig, facts["model"], tokenizer)
+        train = facts["train"]      # what the scripts rely on
+        for text in (train["preset"], train["dataset"], train["data_root"], facts["pretrained_on"]):
+            if not isinstance(text, str):
+                raise TypeError(f"{text!r} in place of a name")
+        if not 0 <= facts["val"].get("weight", 0.0) < float("inf"):
+            raise ValueError(f"weight is {facts['val']['weight']}")
+        model = build(lambda: Retriever(config), tensors, path)
     return model.to(device).eval(), tokenizer, facts
 
 

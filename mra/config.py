@@ -9,12 +9,17 @@ import argparse
 import dataclasses
 import inspect
 import json
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -285,17 +290,32 @@ def show(config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
+def harmless(text) -> str:
+    """Text for a terminal: what is not printable is escaped, what is too long is cut."""
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:2000])
+    return safe + "..." * (len(str(text)) > 2000)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file to write, which becomes `path` at the end: complete or not at all. Raises UserError."""
+    scratch = path.with_suffix(".tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:     # a full disk
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error}); what was saved before it is kept.") from error
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; a UserError becomes one sentence on standard error and exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as if by Ctrl-C
     try:
         main()
-    except UserError as mistake:
+    except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
-        print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:    # a folder that may not be written to, a full disk
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {harmless(sentence)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped; the same command goes on after what was saved last.", file=sys.stderr)

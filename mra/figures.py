@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mra.data.augment import plain_view
-from mra.data.records import open_image
+from mra.data.records import open_image, save_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.retriever import Retriever
 
@@ -67,7 +67,7 @@ def ranking_picture(rows: list[Row], path: Path) -> None:
             sheet.paste(image, (x, y))
             if phrase:
                 pen.text((x, y + CELL[0] + 3), _wrapped(phrase, small, CELL[1]).split("\n")[0], INK, small)
-    sheet.save(path)
+    save_image(sheet, path)
 
 
 def sheet(rows: dict[str, torch.Tensor], path: Path) -> None:
@@ -81,7 +81,7 @@ def sheet(rows: dict[str, torch.Tensor], path: Path) -> None:
             crop = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
             crop = crop.resize((CELL[1], CELL[0]), Image.Resampling.BICUBIC)
             picture.paste(crop, (GAP + i * wide, number * high + 22))
-    picture.save(path)
+    save_image(picture, path)
 
 
 def bars(groups: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
@@ -105,7 +105,7 @@ def bars(groups: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
                 pen.ellipse((x - 3, y - 3, x + 3, y + 3), GREEN)
             pen.text((left + long + GAP, top), f"{mean:.1f}", INK, font)
             top += high
-    picture.save(path)
+    save_image(picture, path)
 
 
 def photograph(path: str) -> Image.Image:
@@ -115,7 +115,7 @@ def photograph(path: str) -> Image.Image:
 def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
     """At most two lines of printable text, each at most `width` pixels."""
     lines = [""]
-    for word in "".join(c if c.isprintable() else " " for c in text).split():
+    for word in "".join(c if c.isprintable() else " " for c in text[:1000]).split():
         if font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()

@@ -78,8 +78,9 @@ def remembered(cache: Path, owner: dict, width: int) -> tuple[list[str], Tensor]
     """Stamps (G) and features (2, G, E) of a cache that this very model wrote; else none."""
     try:
         tensors, facts = checkpoint.load(cache)
-        if {name: facts.get(name) for name in owner} == owner:
-            return facts["files"], tensors["features"]
-    except (UserError, AttributeError, KeyError):       # there is none, or it is of no use: written anew
+        files, features = [str(file) for file in facts["files"]], tensors["features"].float()
+        if {name: facts.get(name) for name in owner} == owner and features.shape == (2, len(files), width):
+            return files, features
+    except (UserError, KeyError, TypeError):       # there is none, or it is of no use: written anew
         pass
     return [], torch.empty(2, 0, width)

@@ -17,6 +17,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.to_query = nn.Linear(dim, dim)
         self.to_memory = nn.Linear(context_dim or dim, 2 * dim)

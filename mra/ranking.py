@@ -18,6 +18,7 @@ from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
 from mra.retriever import Retriever
+from mra.similarity import own_batches, summed
 
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity beside the matching logit
 
@@ -135,11 +136,14 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
 def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int,
                    workers: int = 0) -> Tensor:
     """Unit features (2, G, E) of the images and of their mirror images."""
-    device = next(model.parameters()).device
-    loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
-    pairs = [(model.encode_image(x)[1].float(), model.encode_image(x.flip(-1))[1].float())
-             for x in (b.to(device) for b in loader)]
-    return torch.stack([torch.cat(features) for features in zip(*pairs)])
+    device, own = next(model.parameters()).device, own_batches(len(images), batch)
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, own), batch, num_workers=workers)
+    features = torch.zeros(2, len(images), model.config.embed, device=device)
+    for start, image in zip(own[::batch], loader):
+        for mirrored in (False, True):
+            x = image.to(device)
+            features[int(mirrored), start:start + batch] = model.encode_image(x.flip(-1) if mirrored else x)[1].float()
+    return summed(features)
 
 
 @torch.inference_mode()
@@ -155,11 +159,12 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
     device = candidates.device
     pairs = pairs or (4096 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
     wanted, candidates = candidates.unique(return_inverse=True)                    # now places in wanted (G',)
-    images = torch.utils.data.Subset(images, wanted.tolist())
+    own = own_batches(len(wanted), batch)
+    images = torch.utils.data.Subset(images, wanted[own].tolist())
     logits = torch.zeros(candidates.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
     loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
-    for start, image in zip(range(0, len(images), batch), loader):
+    for start, image in zip(own[::batch], loader):
         place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
@@ -168,11 +173,11 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
         by_length = lengths[query].argsort(stable=True)                            # alike lengths side by side
         for some in place[by_length].split(pairs):
             query = some // candidates.shape[1]
-            own = candidates.flatten()[some] - start
+            column = candidates.flatten()[some] - start
             longest = -(-int(lengths[query].max()) // 8) * 8                       # beyond T, slicing stops there
             logits[some] = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
-                                       [memory[own] for memory in memories], begun=True).float()
-    return logits.view(*candidates.shape, 2)
+                                       [memory[column] for memory in memories], begun=True).float()
+    return summed(logits).view(*candidates.shape, 2)
 
 
 @torch.inference_mode()
@@ -180,6 +185,8 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
            mirror: bool = True, batch: int = 64, workers: int = 0, swap: bool = True,
            features: Tensor | None = None) -> Search:
     """Rank the gallery `paths` for every caption: by similarity, and the first k (at most G, 0: none) by matching.
+
+    Several processes share out the images; all must call this, and all get the same.
 
     `mirror` averages over the mirror images, whose captions get left and right exchanged unless `swap` is off.
     `features` (2, G, E) are those of `encode_gallery`, where they are known.

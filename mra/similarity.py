@@ -209,6 +209,12 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_batches(count: int, batch: int) -> list[int]:
+    """Which of `count` rows this process works on, where all share them out by whole batches."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return [i for i in range(count) if i // batch % processes() == rank]
+
+
 def own_rows(count: int) -> slice:
     """Where this process's `count` rows stand among those of all."""
     start = count * dist.get_rank() if dist.is_initialized() else 0

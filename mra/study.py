@@ -29,9 +29,9 @@ import torch
 from PIL import Image
 
 from mra import checkpoint, diffusion, figures, ranking
-from mra.config import DIFFUSION_PRESETS, UserError, parse, recipe, run
+from mra.config import DIFFUSION_PRESETS, UserError, parse, recipe, replacing, run
 from mra.data import town
-from mra.data.records import Record, load, share_of
+from mra.data.records import Record, load, save_image, share_of
 from mra.diffusion.sampling import Crops, read_base
 from mra.diffusion.transfers import transferred
 from mra.training import choose_device, queries_of
@@ -217,7 +217,7 @@ def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
             shutil.copyfile(image, folder / "imgs" / name)
         else:
             name = f"{number:06d}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "imgs" / name)
+            save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / "imgs" / name)
         row |= {"image": name}
     for start in range(0, len(rows), 5000):
         some = [row for _, row in rows[start:start + 5000]]
@@ -286,7 +286,8 @@ def report(out: Path) -> None:
                 if all(stage in one["results"] for one in some.values())]
         text += f"\n{stage}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}\n"
         text += "".join(f"| {' | '.join(cells.values())} |\n" for cells in rows)
-    (out / "table.md").write_text(text)
+    with replacing(out / "table.md") as scratch:
+        scratch.write_text(text)
     print(text)
     figures.bars({losses: {arm: [score(one, "zero-shot") for one in some.values()] for arm, some in group.items()
                            if arm != "none"} for losses, group in groups.items()},

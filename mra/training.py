@@ -38,7 +38,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))    # the first process evaluates while the others wait
+                                timeout=timedelta(hours=2))    # the first process draws sets while the others wait
     return dist.get_rank(), dist.get_world_size()
 
 

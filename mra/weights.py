@@ -7,7 +7,6 @@ Before: checkpoint.py. After: released.py, which reads the released MRA checkpoi
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -64,8 +63,7 @@ def read(path: Path) -> dict[str, Tensor]:
             with safetensors.safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
-            LookupError) as error:
+    except Exception as error:      # broken files raise almost every type
         raise UserError(f"{path} cannot be read as weights: it is broken, or holds more than tensors "
                         f"({type(error).__name__}).") from error
     found = found.get("model", found) if isinstance(found, dict) else None
@@ -133,7 +131,9 @@ def heads_of(path: Path, dim: int) -> int:
     beside = Path(path).with_name("config.json")
     try:
         said = json.loads(beside.read_text()) if beside.is_file() else {}
-    except ValueError as error:
+        if not isinstance(said, dict) or type(said.get("num_attention_heads", 0)) is not int:
+            raise ValueError("num_attention_heads is no number")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{beside} cannot be read as JSON ({error}).") from error
     said = said if said.get("hidden_size") == dim else {}       # it may be that of other weights
     if said.get("hidden_act", "gelu") != "gelu":

@@ -1,12 +1,13 @@
 """One record type and a reader for every annotation format of the field.
 
 Holds `Record`, `load` (one split of CUHK-PEDES, ICFG-PEDES, RSTPReid, SDA, MALS or a user's own folder) and
-`open_image`. All that can be wrong in a file is found while it is read and told in one sentence, so that code
+`open_image`, and `save_image`. All that can be wrong in a file is found while it is read and told in one sentence, so that code
 further on trusts a `Record`. Boxes and phrases are those of the SDA set of the MRA paper.
 Read before: config.py (UserError). After: check.py, which lists all that is wrong at once; augment.py, which moves
 image and box; batches.py, which collates.
 """
 
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from mra.config import UserError
+from mra.config import UserError, replacing
 from mra.data import Box
 
 SPLITS = ("train", "val", "test")
@@ -317,7 +318,7 @@ class _Images:
 def open_image(path) -> Image.Image:
     """The first frame as RGB, upright, on white where transparent. Raises UserError naming the file."""
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), \
+        with warnings.catch_warnings(action="ignore"), \
                 Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
@@ -327,6 +328,14 @@ def open_image(path) -> Image.Image:
             return _rgb(image)
     except Exception as error:      # decoders raise almost every type on broken data
         raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
+
+
+def save_image(image: Image.Image, path: Path, **options) -> None:
+    """Write a PNG or JPEG, complete or not at all; Pillow itself does not notice a disk that fills up."""
+    packed = io.BytesIO()
+    image.save(packed, {".png": "PNG", ".jpg": "JPEG"}[path.suffix], **options)
+    with replacing(path) as scratch:
+        scratch.write_bytes(packed.getvalue())
 
 
 def _rgb(image: Image.Image) -> Image.Image:

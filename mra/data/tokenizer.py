@@ -102,10 +102,17 @@ def _read_pieces(vocab_file: Path) -> list[str]:
         pieces = Path(vocab_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{vocab_file}: no readable UTF-8 vocabulary ({error}); give a vocab.txt") from None
+    return checked(pieces, vocab_file)
+
+
+def checked(pieces: list[str], source: Path) -> list[str]:
+    """The pieces, if they make a vocabulary; else UserError, naming the file that they come from."""
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        raise UserError(f"{source}: its vocabulary is no list of word pieces")
     if missing := [piece for piece in SPECIAL if piece not in pieces]:
-        raise UserError(f"{vocab_file}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
+        raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
     if repeated := [piece for piece, count in Counter(pieces).items() if count > 1]:
-        raise UserError(f"{vocab_file}: {repeated[0]!r} stands on more than one line; keep one of them")
+        raise UserError(f"{source}: {repeated[0]!r} stands on more than one line; keep one of them")
     return pieces
 
 

@@ -27,9 +27,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from mra.config import UserError, parse, run
+from mra.config import UserError, parse, replacing, run
 from mra.data import Box
 from mra.data.people import Person, Words, describe, sample_person, twin_of
+from mra.data.records import save_image
 
 VERSION = 1                     # of the drawing: sets of another version are drawn again
 HEIGHT, WIDTH, SCALE = 192, 96, 4      # pixels of a file; the figure is drawn SCALE times as large
@@ -603,8 +604,9 @@ def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: in
     if folder.exists() and any(folder.iterdir()) and not (folder / "DRAWN.txt").is_file():
         raise UserError(f"{folder} holds files that were not drawn here: give the demo town another root")
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "imgs").mkdir(parents=True)
-    (folder / "DRAWN.txt").write_text(f"Drawn by mra/data/town.py: {NOTE}.\n")
+    folder.mkdir()
+    with replacing(folder / "DRAWN.txt") as scratch:        # before anything else: the folder is ours
+        scratch.write_text(f"Drawn by mra/data/town.py: {NOTE}.\n")
     people = sum(n for _, n, _ in splits)
     tasks = [(folder, set_name, sizes, seed, i, min(people, i + CHUNK)) for i in range(0, people, CHUNK)]
     if workers > 1:
@@ -612,8 +614,8 @@ def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: in
             _write_records(folder, pool.map(_draw_some, tasks), say)
     else:
         _write_records(folder, map(_draw_some, tasks), say)
-    (folder / "town.part").write_text(manifest)
-    os.replace(folder / "town.part", folder / "town.json")
+    with replacing(folder / "town.json") as scratch:
+        scratch.write_text(manifest)
 
 
 def _draw_some(task: tuple) -> list[tuple[str, str]]:
@@ -623,7 +625,7 @@ def _draw_some(task: tuple) -> list[tuple[str, str]]:
     for shot in shots(set_name, sizes, seed, start, stop):
         image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
         (folder / "imgs" / shot.path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(folder / "imgs" / shot.path, quality=95)
+        save_image(image, folder / "imgs" / shot.path, quality=95)
         rngs = [random.Random(f"{shot.seed}/{i}") for i in (0, 1)]
         words = [describe(shot.person, shot.pose.view, boxes, rng) for rng in rngs]
         name, record = _record(set_name, shot, words)
@@ -641,7 +643,8 @@ def _write_records(folder: Path, made: Iterator[list[tuple[str, str]]], say) -> 
             say(f"  {drawn} images drawn")
     for name, records in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("[\n" + ",\n".join(records) + "\n]\n", encoding="utf-8")
+        with replacing(folder / name) as scratch:
+            scratch.write_text("[\n" + ",\n".join(records) + "\n]\n", encoding="utf-8")
 
 
 def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:

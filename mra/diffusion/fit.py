@@ -25,7 +25,8 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
 
     `loss_of(generator, n)` gives the loss of n random samples. A finished `path` of the same facts is loaded in place
     of training; an unfinished one, beside it as .part, is gone on from: bit for bit on the CPU, since all that is
-    random comes from (seed, step, process, shard). Raises UserError for a loss that is not finite.
+    random comes from (seed, step, shard): two processes on the CPU do what one does. Raises UserError for a loss or
+    gradient that is not finite.
     """
     facts = {"stage": name, "fit": asdict(plan), "seed": seed, **facts}
     if restored(model, path, facts):
@@ -36,24 +37,27 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     optimizer = torch.optim.AdamW(parameters.values(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     part = path.with_suffix(".part")
     first = resume(part, model, average, optimizer, facts)
-    started, losses = time.perf_counter(), []
+    started, seen = time.perf_counter(), []
     with stoppable() as asked:
         for step in range(first, plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
             loss = backward(loss_of, list(parameters.values()), plan.batch, (seed, step), machine)
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             keep = min(plan.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - keep)
-            losses.append(loss)
+            seen.append(torch.stack([loss, norm]))
             done = step + 1
             stop = any_process(asked.is_set(), machine) and done < plan.steps
             if done % plan.save_every == 0 or done == plan.steps or stop:
-                mean, losses = float(torch.stack(losses).mean()), []
-                if not math.isfinite(mean):
-                    raise UserError(f"{name}: the loss is {mean} near step {done}; what was saved before it is kept.")
+                for number, values in enumerate(torch.stack(seen).tolist(), done - len(seen) + 1):
+                    for what, value in zip(("loss", "gradient"), values):
+                        if not math.isfinite(value):
+                            raise UserError(f"{name}: the {what} is {value} at step {number}; what was saved before it "
+                                            "is kept.")
+                mean, seen = float(torch.stack(seen).mean(0)[0]), []
                 seconds = (time.perf_counter() - started) / (done - first)
                 machine.say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
                             f"{seconds * (plan.steps - done) / 60:.1f} min left")
@@ -103,14 +107,14 @@ def same_facts(path: Path, saved: dict, facts: dict) -> None:
 def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list[nn.Parameter], batch: int,
              seeds: tuple[int, int], machine: Machine) -> Tensor:
     """Set the gradients of one step of `batch` samples, the mean over shards and processes; returns the loss."""
-    shards = SHARDS if machine.device.type == "cpu" and batch >= SHARDS * machine.world else 1
+    shards = max(1, SHARDS // machine.world) if machine.device.type == "cpu" else 1        # of this process
 
     def gradients(shard: int) -> tuple[Tensor, ...]:
-        draw = torch.Generator(machine.device).manual_seed(hash((*seeds, machine.rank, shard)) % 2**62)
+        draw = torch.Generator(machine.device).manual_seed(hash((*seeds, *divmod(shard, SHARDS))) % 2**62)
         loss = loss_of(draw, max(1, batch // (shards * machine.world)))
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-    losses, *found = zip(*machine.map(gradients, range(shards)))
+    losses, *found = zip(*machine.map(gradients, range(machine.rank * shards, (machine.rank + 1) * shards)))
     for parameter, parts in zip(parameters, found):
         parameter.grad = sum(parts) / shards             # laid out in memory as the parameter is
         if machine.world > 1:

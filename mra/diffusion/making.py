@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mra import checkpoint
 from mra.config import AdaptConfig
 from mra.data import Box
-from mra.data.records import Record
+from mra.data.records import Record, save_image
 from mra.data.words import noun_phrases
 from mra.diffusion.boxes import phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch, Prompt, structure
@@ -142,7 +142,8 @@ def write_part(file: Path, images: Tensor, rows: list[dict], judged: dict[str, T
     suffix = "png" if images.shape[2] < 128 else "jpg"      # compression would show on small ones
     for i, (row, image) in enumerate(zip(rows, images.cpu())):
         row |= {"image": f"{file.stem}/{i:02d}.{suffix}"} | {k: round(float(v[i]), 5) for k, v in judged.items()}
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.{suffix}", quality=95, subsampling=0)
+        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / f"{i:02d}.{suffix}", quality=95,
+                   subsampling=0)
     checkpoint.write_json(file, {"settings": settings, "records": rows}, indent=None)
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mra import checkpoint
-from mra.config import DiffusionConfig, UserError
+from mra.config import DiffusionConfig
 from mra.data.records import open_image
-from mra.data.tokenizer import Tokenizer, pad
+from mra.data.tokenizer import Tokenizer, checked, pad
 from mra.data.words import swap_left_right
 from mra.diffusion.autoencoder import Autoencoder
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, structure
@@ -43,13 +43,10 @@ class Diffusion(nn.Module):
 def read_base(path: Path) -> tuple[Diffusion, dict]:
     """A base that adapt.py has trained, and the facts of its file."""
     tensors, facts = checkpoint.load(path)
-    try:
-        size = DiffusionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["size"].items()})
-        base = Diffusion(size, Tokenizer(facts["vocab"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no base of adapt.py ({error}).") from error
-    checkpoint.restore_weights(base, tensors, path)
-    return base, facts
+    with checkpoint.trusting(path):
+        tokenizer, _ = Tokenizer(checked(facts["vocab"], path)), (facts["images"], facts["source"])
+        size = checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer)
+        return checkpoint.build(lambda: Diffusion(size, tokenizer), tensors, path), facts
 
 
 class Crops(torch.utils.data.Dataset):
