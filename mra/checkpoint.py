@@ -162,7 +162,7 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
     if saved.get("best") and not (out / "best.safetensors").exists():
         return 0, None
     with trusting(path):
-        now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f.get("train", {})).items()
+        now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f["train"]).items()
                       if k not in MAY_DIFFER}    # a flag that an older checkpoint does not know had its default
                      | {"number of pairs": f["pairs"], "--batch x processes": f["train"]["batch"] * f["processes"]}
                      for f in (facts, saved))

@@ -13,8 +13,8 @@ from mra.data.records import Record, RecordSet
 from mra.retriever import Retriever
 from mra.training import make_optimizer, validate
 
-FACTS = {"pretrained_on": "sda", "train": {"preset": "tiny"}, "step": 7, "words": "grün \x1b",
-         "val": {"R@1": 61.25, "nothing": None}, "list": [1, 0.1]}
+FACTS = {"pretrained_on": "sda", "train": {"preset": "tiny", "dataset": "cuhk", "data_root": ""}, "step": 7,
+         "words": "grün \x1b", "val": {"R@1": 61.25, "nothing": None}, "list": [1, 0.1]}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -58,8 +58,8 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     def crash(content, target, metadata):
         with open(target, "wb") as file:
             file.write(before[:50])
-        raise OSError("No space left on device")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "save_file", crash)
         checkpoint.save(path, tensors(), {})
     assert path.read_bytes() == before and checkpoint.load(path)[1] == FACTS
@@ -74,7 +74,7 @@ def test_json_is_complete_or_the_old_one(tmp_path, monkeypatch):
     before = path.read_text(encoding="utf-8")
     assert json.loads(before)["words"] == "grün"
     monkeypatch.setattr(checkpoint.os, "replace", lambda source, target: (_ for _ in ()).throw(OSError()))
-    with pytest.raises(OSError):                          # written, but not yet in its place
+    with pytest.raises(UserError, match="results.json cannot be written"):      # not yet in its place
         checkpoint.write_json(path, {"R@1": 99.0})
     assert path.read_text(encoding="utf-8") == before
 
@@ -91,7 +91,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         assert str(path) in refusal(checkpoint.load, path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"mra": "not json"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"mra": "not json"}, {"mra": "[1]"}, {"mra": "[" * 9**5}])
 def test_a_foreign_safetensors_file(tmp_path, metadata):
     path = tmp_path / "foreign.safetensors"
     checkpoint.save_file({"a": torch.zeros(2)}, path, metadata=metadata)
@@ -188,7 +188,8 @@ def test_training_goes_on_bit_for_bit(tmp_path, config, batch):
 
 
 def facts_of(model, tokenizer, train: TrainConfig, **more) -> dict:
-    return checkpoint.model_facts(model, tokenizer) | {"train": dataclasses.asdict(train)} | more
+    return checkpoint.model_facts(model, tokenizer) | {
+        "train": dataclasses.asdict(train), "pairs": 99, "processes": 2} | more
 
 
 def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
@@ -210,7 +211,21 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     changed = facts_of(model, tokenizer, dataclasses.replace(train, weight_decay=0.5))
     message = refusal(checkpoint.resume, tmp_path, other, restored, changed)
     assert str(path) in message and "--weight-decay" in message
-    assert "number of pairs" in refusal(checkpoint.resume, tmp_path, other, restored, elsewhere | {"pairs": 99})
+    assert "number of pairs, 99;" in refusal(checkpoint.resume, tmp_path, other, restored, elsewhere | {"pairs": 98})
+
+
+def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path, model, tokenizer, batch):
+    train = TrainConfig(batch=20)
+    optimizer = make_optimizer(model, train)
+    step(model, optimizer, batch, 0)
+    checkpoint.save(tmp_path / "last.safetensors", state(model, optimizer),
+                    facts_of(model, tokenizer, train, step=7, best=None))
+    for processes, own, fits in ((1, 40, True), (4, 10, True), (1, 20, False), (4, 20, False)):
+        now = facts_of(model, tokenizer, dataclasses.replace(train, batch=own), processes=processes)
+        if fits:
+            assert checkpoint.resume(tmp_path, model, optimizer, now) == (7, None)
+        else:
+            assert "--batch x processes, 40;" in refusal(checkpoint.resume, tmp_path, model, optimizer, now)
 
 
 def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokenizer, paint):

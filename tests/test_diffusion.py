@@ -313,6 +313,27 @@ def test_a_signal_stops_a_fit_after_its_step(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
+    """Of step 10, whose loss is finite: what was saved after step 5 stays, and training goes on from there."""
+    torch.manual_seed(0)
+    model, calls = torch.nn.Linear(1, 1, bias=False), []
+
+    def loss_of(draw: torch.Generator, count: int) -> torch.Tensor:
+        calls.append(None)
+        loss = model(torch.randn(count, 1, generator=draw)).square().mean()
+        if len(calls) == 19:        # two shards a step
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    plan = Fit(20, 8, 0.1, save_every=5)
+    with pytest.raises(UserError, match="line: the gradient is nan at step 10"):
+        fit("line", model, loss_of, plan, tmp_path / "x.safetensors", {}, 0, MACHINE)
+    tensors, facts = checkpoint.load(tmp_path / "x.part")
+    assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())
+    fit("line", model, loss_of, plan, tmp_path / "x.safetensors", {}, 0, MACHINE)
+    assert model.weight.isfinite().all()
+
+
 def test_a_fit_of_other_settings_is_refused(tmp_path):
     fit_line(tmp_path / "x.safetensors", 10)
     with pytest.raises(UserError, match="x.safetensors was made with another fit"):

@@ -18,9 +18,11 @@ from test_commands import ROOT, TINY, command, log_of, refused, succeed
 from torch.nn.parallel import DistributedDataParallel
 
 import mra.retriever
-from mra import checkpoint, losses, training
-from mra.config import PRESETS, TrainConfig, UserError
+from mra import checkpoint, losses, ranking, training
+from mra.config import PRESETS, Fit, TrainConfig, UserError
 from mra.data.batches import Batch
+from mra.data.tokenizer import Tokenizer
+from mra.diffusion.fit import fit
 from mra.retriever import Retriever
 from mra.training import Plan, choose_device, choose_precision, make_optimizer, schedule
 
@@ -255,10 +257,35 @@ def terms_and_gradients(batch: Batch, fuse: bool, wrap=lambda model: model) -> d
             | {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
+def searched(folder: str) -> dict[str, torch.Tensor]:
+    """Both stages of a search among seven images, which processes share out in batches of two, the last one smaller."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.read()
+    model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=len(tokenizer))).eval()
+    paths = [f"{folder}/{number}.png" for number in range(7)]
+    found = ranking.search(model, tokenizer, ["a man in red", "a bag", "a woman in a blue coat"], paths, 4, batch=2)
+    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+
+
+def fitted(folder: str, rank: int, world: int) -> torch.Tensor:
+    """A weight that DaD's loop has trained in so many processes."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+
+    def loss_of(draw: torch.Generator, count: int) -> torch.Tensor:
+        x = torch.randn(count, 3, generator=draw)
+        return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+    fit("line", model, loss_of, Fit(9, 16, 0.1), Path(folder) / f"{world}.safetensors", {},
+        0, training.Machine(torch.device("cpu"), "float32", rank, world, lambda line: None))
+    return model.weight.detach()
+
+
 def one_of_two(rank: int, folder: str) -> None:
     """A process of the run that `test_two_processes_are_one` starts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save((searched(folder), fitted(folder, rank, 2)), f"{folder}/{rank}.pt")
     for fuse in (True, False):
         found = terms_and_gradients(half(joined_batch(), rank), fuse, lambda model: DistributedDataParallel(
             model, find_unused_parameters=not fuse))
@@ -270,8 +297,13 @@ def one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path, monkeypatch):
-    """Loss terms, averaged over two processes, and their gradients are those of one process on the joined batch."""
+def test_two_processes_are_one(tmp_path, monkeypatch, paint):
+    """Loss terms, averaged over two processes, and their gradients are those of one process on the joined batch.
+
+    So are both stages of a search, and what DaD's loop trains.
+    """
+    for number in range(7):
+        paint(f"{number}.png", seed=number)
     monkeypatch.setattr(losses, "hard_negatives", next_within_half)     # put back what terms_and_gradients sets
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
@@ -286,6 +318,12 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
             for name in found:
                 expected = wanted.get(name, torch.zeros_like(found[name]))
                 torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+    wanted, weight = searched(str(tmp_path)), fitted(str(tmp_path), 0, 1)
+    for rank in (0, 1):
+        found, trained = torch.load(tmp_path / f"{rank}.pt")
+        assert found["logits"].shape == (3, 4) and found["logits"].std() > 0 and torch.equal(trained, weight)
+        for name, expected in wanted.items():
+            torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
 
 
 def localhost() -> bool:

@@ -1,7 +1,7 @@
 """One record type and a reader for every annotation format of the field.
 
-Holds `Record`, `load` (one split of CUHK-PEDES, ICFG-PEDES, RSTPReid, SDA, MALS or a user's own folder) and
-`open_image`, and `save_image`. All that can be wrong in a file is found while it is read and told in one sentence, so that code
+Holds `Record`, `load` (one split of CUHK-PEDES, ICFG-PEDES, RSTPReid, SDA, MALS or a user's own folder), `open_image`
+and `save_image`. All that can be wrong in a file is found while it is read and told in one sentence, so that code
 further on trusts a `Record`. Boxes and phrases are those of the SDA set of the MRA paper.
 Read before: config.py (UserError). After: check.py, which lists all that is wrong at once; augment.py, which moves
 image and box; batches.py, which collates.

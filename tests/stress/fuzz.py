@@ -434,7 +434,7 @@ def checkpoints(folder: Path) -> Maker:
         if kind == "base":
             asked = ("adapt.py", "--size", "tiny", "--base", str(path), "--images", "2", "--steps", "1", "--no-measure",
                      "--device", "cpu", "--malformed", "1000", "--out", str(run_folder / "out"))
-        return Case(f"{path.name}: {deed}", path.name, read, asked if kind in ("best", "base") else ())
+        return Case(f"{path.name}: {deed}", str(run_folder), read, asked if kind in ("best", "base") else ())
     return make
 
 

@@ -1,0 +1,205 @@
+"""Many processes are one: 1, 2 and 4 of them, over gloo, at tiny size.
+
+    python tests/stress/processes.py
+    python tests/stress/processes.py --only evaluate dying
+
+train      10 steps of contrastive training with smoothing, EDA and erasing, whose epochs end within a batch: weights,
+           moments, losses and val of one process (negatives and dropout are drawn in each process, so they are off)
+adapt      DaD trained and sampled by 2 is bit for bit that of 1; sampled by 4, from the same networks, too
+evaluate   results.json and ranking.png, 22 images in batches of 4
+search     the 100 best of 1,003 for 50 queries
+dying      one of 4 processes killed, or failing: all end within 60 seconds and say why; 2, and then 1, go on from there
+           and come to what one undisturbed process comes to
+
+Prints a line for each, with the largest difference; exit status 1 where one is not as it should be.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from mra import losses, similarity  # noqa: E402
+from mra.config import PRESETS  # noqa: E402
+
+CLOSE = 1e-4        # weights after ten steps of AdamW, which divides gradients by their size: rounding shows
+ENDS = 60           # seconds
+ITC = ("--preset", "tiny", "--dataset", "icfg", "--init", "none", "--device", "cpu", "--precision", "float32", "--lr",
+       "1e-3", "--fusion-from", "1", "--smoothing", "0.2", "--eda", "0.8", "--erase", "0.6", "--log-every", "1")
+ADAPT = ("--size", "tiny", "--device", "cpu", "--precision", "float32", "--images", "260", "--malformed", "1000")
+
+
+# ---- in each process
+
+def worker(script: str, *flags: str) -> None:
+    """Run a script of the package without dropout; at the step and in the process that DIE names, die as it says."""
+    PRESETS["tiny"] = dataclasses.replace(PRESETS["tiny"], dropout=0.0)
+    total, calls = losses.total, []
+
+    def mortal(terms, beta):
+        calls.append(None)
+        how, rank, step = os.environ.get("DIE", "no -1 -1").split()
+        if (rank, len(calls)) == (os.environ.get("RANK"), int(step)):
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "fails":
+                raise RuntimeError("the reason of it all")
+            return total(terms, beta) * math.nan
+        return total(terms, beta)
+    losses.total = mortal
+    if script == "search":
+        return search(Path(flags[0]))
+    sys.argv = [script, *flags]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def search(file: Path) -> None:
+    """The best of a gallery, by all processes; the last of them writes it."""
+    draw = torch.Generator().manual_seed(0)
+    queries, gallery = (torch.randn(count, 16, generator=draw).mul(4).round() for count in (50, 1003))    # with ties
+    if "RANK" not in os.environ:
+        return torch.save(similarity.top_k(queries, gallery, 100), file)
+    dist.init_process_group("gloo")
+    found = similarity.sharded_top_k(queries, gallery, 100, chunk=64)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        torch.save(found, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- the tests
+
+def start(folder: Path, count: int, *command: str, die: str = "no -1 -1") -> subprocess.CompletedProcess:
+    """A script in so many processes."""
+    folder.mkdir(exist_ok=True)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}") if count > 1 else ()
+    return subprocess.run([sys.executable, *torchrun, __file__, "--worker", *command], cwd=folder, capture_output=True,
+                          text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
+                                          "DIE": die})
+
+
+def succeed(folder: Path, count: int, *command: str) -> str:
+    ran = start(folder, count, *command)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference of two checkpoints' tensors."""
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+
+
+def lines_of(folder: Path) -> list[list[float]]:
+    """Every figure of a log but the speed."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [[row[name] for name in sorted(row) if name not in ("images_per_second", "val")]
+            + [row.get("val", {}).get("embeddings", {}).get("mAP", 0.0)] for row in rows]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock" and "adaptation" not in path.name}
+
+
+def train(place: Path) -> str:
+    found = []
+    for count in (1, 2, 4):
+        succeed(place / str(count), count, "train.py", *ITC, "--steps", "10", "--evals", "2", "--batch",
+                str(8 // count), "--out", "out")
+        if count > 1:
+            found.append(difference(place / "1/out/last.safetensors", place / f"{count}/out/last.safetensors"))
+            ours, theirs = (torch.tensor(lines_of(place / str(c) / "out")) for c in (1, count))
+            assert found[-1] < CLOSE and (ours - theirs).abs().max() < 2e-3, (count, found, (ours - theirs).abs().max())
+    return f"2 and 4 processes as 1 to {max(found):.0e}"
+
+
+def adapt(place: Path) -> str:
+    for count in (1, 2):
+        succeed(place / str(count), count, "adapt.py", *ADAPT, "--no-measure")
+    one, two = (files(place / str(count) / "out/sda") for count in (1, 2))
+    assert one == two, [name for name in one.keys() | two if one.get(name) != two.get(name)][:5]
+    shutil.copytree(place / "1", place / "4")
+    shutil.rmtree(place / "4/out/sda")
+    said = succeed(place / "4", 4, "adapt.py", *ADAPT, "--no-measure")
+    four = files(place / "4/out/sda")
+    assert "branch.safetensors is there" in said and one == four, [name for name in one if one[name] != four.get(name)]
+    return f"{sum(name.endswith('.png') for name in one)} images and their records, bit for bit"
+
+
+def evaluate(place: Path) -> str:
+    succeed(place / "1", 1, "train.py", *ITC, "--fusion-from", "0", "--steps", "5", "--evals", "1", "--batch", "4",
+            "--out", "out/x")
+    results = []
+    for count in (1, 2, 4):
+        shutil.copytree(place / "1", place / f"of{count}")
+        said = succeed(place / f"of{count}", count, "evaluate.py", "--dataset", "icfg", "cuhk", "--batch", "4",
+                       "--device", "cpu")
+        assert said.count("cuhk re-ranked") == 1
+        found = json.loads((place / f"of{count}/out/x/results.json").read_text())["results"]
+        results.append(({name: row | {"seconds": 0} for name, row in found.items()},
+                        (place / f"of{count}/out/x/ranking.png").read_bytes()))
+    assert results[0] == results[1] == results[2]
+    return "2 and 4 processes as 1, digit for digit"
+
+
+def searched(place: Path) -> str:
+    for count in (1, 2, 4):
+        succeed(place, count, "search", str(place / f"{count}.pt"))
+    one, two, four = (torch.load(place / f"{count}.pt") for count in (1, 2, 4))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, four))
+    return "2 and 4 processes as 1, with ties"
+
+
+def dying(place: Path) -> str:
+    flags = (*ITC, "--steps", "12", "--evals", "4", "--out", "out")
+    succeed(place / "whole", 1, "train.py", *flags, "--batch", "8")
+    took = []
+    for die, reason in (("killed 2 5", "Signal 9"), ("fails 1 8", "the reason of it all"), ("nan 0 8", "is nan at")):
+        shutil.rmtree(place / "cut", ignore_errors=True)
+        began = time.perf_counter()
+        ran = start(place / "cut", 4, "train.py", *flags, "--batch", "2", die=die)
+        took.append(time.perf_counter() - began)        # with starting, which is more than dying
+        assert ran.returncode != 0 and reason in ran.stderr and took[-1] < ENDS, (die, took, ran.stderr[-3000:])
+    refused = start(place / "cut", 2, "train.py", *flags, "--batch", "2")
+    assert refused.returncode != 0 and "another --batch x processes, 8" in refused.stderr
+    said = succeed(place / "cut", 2, "train.py", *flags, "--batch", "4", "--steps", "12")
+    assert "going on after step 6 of 12" in said
+    found = difference(place / "whole/out/last.safetensors", place / "cut/out/last.safetensors")
+    assert found < CLOSE, found
+    return (f"killed, failing or not finite: all ended {max(took):.0f} s after they were started; 2 went on "
+            f"and came to what 1 undisturbed comes to, to {found:.0e}")
+
+
+TESTS = {"train": train, "adapt": adapt, "evaluate": evaluate, "search": searched, "dying": dying}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=TESTS, default=list(TESTS))
+    for name in parser.parse_args().only:
+        with tempfile.TemporaryDirectory() as place:
+            print(f"{name}: {TESTS[name](Path(place))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
