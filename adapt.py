@@ -69,6 +69,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     machine.first(lambda: (out / "report.json").unlink(missing_ok=True))    # the mark of a finished set, written last
     make(config, machine, base, branch, judge, wanted, encode(base.autoencoder, images), out)
     # ---- the set and its report
+    measured = config.measure and not config.target_root       # drawn people: the exact answer is known
+    reader, source = (train_reader(config, machine), source_records(config, machine)) if measured else (None, None)
     if machine.rank == 0:
         kept, dropped = collect(config, out, len(wanted))
         machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
@@ -76,9 +78,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
             raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
         report = made_with | gap.set_report(base.config, kept, dropped, images, out)
         report["judge of malformed people"] = skill
-        if config.measure and not config.target_root:      # drawn people: the exact answer is known
-            report |= gap.town_report(config, machine, base, branch, train_reader(config, machine), images, kept,
-                                      source_records(config, machine).records, out)
+        if measured:
+            report |= gap.town_report(config, machine, base, branch, reader, images, kept, source.records, out)
         told = {key: value for key, value in report.items() if key not in (*made_with, "gap")}
         machine.say(json.dumps(told, indent=1))
         checkpoint.write_json(out / "report.json", report)
@@ -178,6 +179,7 @@ def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> tuple[
 
 def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
     """The reader of attributes that the report measures with; for demo it ships, with the base."""
+    torch.manual_seed(0)        # the same in every process, whatever it has done before
     reader, plan = gap.make_reader().to(machine.device), FITS[config.size]["reader"]
     shipped, folder = SHIPPED / f"reader-{config.size}.safetensors", Path("out") / f"base-{config.size}"
     if shipped.exists() and not config.train_base:

@@ -45,12 +45,12 @@ def save(path: Path, model: Retriever, tokenizer: Tokenizer, dataset: str, **siz
 
 # ---- spoilt inputs
 
-@pytest.mark.parametrize("kind, cases", [("annotations", 150), ("images", 100), ("checkpoints", 100), ("vocab", 15),
-                                         ("flags", 150)])
+@pytest.mark.parametrize("kind, cases", [("annotations", 200), ("images", 40), ("checkpoints", 60), ("vocab", 12),
+                                         ("flags", 100)])
 def test_spoilt_input_is_read_or_refused_in_one_sentence(tmp_path, kind, cases):
     """A slice of tests/stress/fuzz.py; both ends must occur."""
     told = []
-    ended = fuzz.fuzz(kind, range(cases), 2026, 0, tmp_path / kind, lambda line, **_: told.append(line))
+    ended = fuzz.fuzz(kind, range(cases), 2028, 0, tmp_path / kind, lambda line, **_: told.append(line))
     assert not told and ended["read"] > cases // 20 and ended["refused"] > cases // 5
 
 

@@ -578,6 +578,8 @@ def judge(case: Case) -> str:
             run(case.read)
     except SystemExit as end:
         status = end.code
+        if status == 130:       # it is this process that is asked to stop
+            raise KeyboardInterrupt from end
     except (Exception, Overdue) as error:
         trace = error.__traceback__
         while trace.tb_next:
