@@ -8,8 +8,8 @@ train      10 steps of contrastive training with smoothing, EDA and erasing, who
 adapt      DaD trained and sampled by 2 is bit for bit that of 1; sampled by 4, from the same networks, too
 evaluate   results.json and ranking.png, 22 images in batches of 4
 search     the 100 best of 1,003 for 50 queries
-dying      one of 4 processes killed, or failing: all end within 60 seconds and say why; 2, and then 1, go on from there
-           and come to what one undisturbed process comes to
+dying      one of 4 processes killed, failing, or with a loss that is not finite: all end within 60 seconds and say
+           why; 2 go on from there and come to what one undisturbed process comes to
 
 Prints a line for each, with the largest difference; exit status 1 where one is not as it should be.
 """
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 from mra import losses, similarity  # noqa: E402
 from mra.config import PRESETS  # noqa: E402
 
-CLOSE = 1e-4        # weights after ten steps of AdamW, which divides gradients by their size: rounding shows
+CLOSE = 3e-4        # of weights that ten steps have moved by 0.01: AdamW divides by the size of gradients
 ENDS = 60           # seconds
 ITC = ("--preset", "tiny", "--dataset", "icfg", "--init", "none", "--device", "cpu", "--precision", "float32", "--lr",
        "1e-3", "--fusion-from", "1", "--smoothing", "0.2", "--eda", "0.8", "--erase", "0.6", "--log-every", "1")
@@ -56,6 +56,7 @@ def worker(script: str, *flags: str) -> None:
         calls.append(None)
         how, rank, step = os.environ.get("DIE", "no -1 -1").split()
         if (rank, len(calls)) == (os.environ.get("RANK"), int(step)):
+            Path("died").write_text(str(time.time()))
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "fails":
@@ -174,9 +175,8 @@ def dying(place: Path) -> str:
     took = []
     for die, reason in (("killed 2 5", "Signal 9"), ("fails 1 8", "the reason of it all"), ("nan 0 8", "is nan at")):
         shutil.rmtree(place / "cut", ignore_errors=True)
-        began = time.perf_counter()
         ran = start(place / "cut", 4, "train.py", *flags, "--batch", "2", die=die)
-        took.append(time.perf_counter() - began)        # with starting, which is more than dying
+        took.append(time.time() - float((place / "cut/died").read_text()))
         assert ran.returncode != 0 and reason in ran.stderr and took[-1] < ENDS, (die, took, ran.stderr[-3000:])
     refused = start(place / "cut", 2, "train.py", *flags, "--batch", "2")
     assert refused.returncode != 0 and "another --batch x processes, 8" in refused.stderr
@@ -184,8 +184,8 @@ def dying(place: Path) -> str:
     assert "going on after step 6 of 12" in said
     found = difference(place / "whole/out/last.safetensors", place / "cut/out/last.safetensors")
     assert found < CLOSE, found
-    return (f"killed, failing or not finite: all ended {max(took):.0f} s after they were started; 2 went on "
-            f"and came to what 1 undisturbed comes to, to {found:.0e}")
+    return (f"killed, failing or not finite: all had ended {max(took):.0f} s later; 2 went on and came to what 1 "
+            f"undisturbed comes to, to {found:.0e}")
 
 
 TESTS = {"train": train, "adapt": adapt, "evaluate": evaluate, "search": searched, "dying": dying}
