@@ -58,7 +58,9 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
     base.autoencoder.learn_scale(encode(base.autoencoder, images))     # the frozen base starts in the target's light
     branch = adapt(config, machine, base, base_name, target, images)
-    made_with = {"config": asdict(config), "base": base_name, "branch": checkpoint.digest(branch)}
+    adapt_decoder(config, machine, base, base_name, target, images)
+    made_with = {"config": asdict(config), "base": base_name, "branch": checkpoint.digest(branch),
+                 "decoder": checkpoint.digest(base.autoencoder)}
     if finished(out / "report.json", made_with):
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
@@ -154,12 +156,40 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str
         with machine.autocast():
             return pairs.loss(base.denoiser, step_branch, schedule, draw, count)
 
-    folder = Path("out/dad") / (f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
-                               + f"-{config.share:g}" * (config.share < 1))
+    folder = dad_folder(config)
     with training.claimed(folder, machine):
         fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
             {"target": target.name, "pairs": len(captions), "base": base_name}, config.seed, machine)
     return branch.eval().requires_grad_(False)
+
+
+def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str, target: RecordSet,
+                  images: Tensor) -> None:
+    """Let the base's decoder learn the target's blur and grain from its training images; latents stay what they are.
+
+    Not in the paper. Without it half of what tells made images from the target's is the decoder's work.
+    """
+    decoder, latents = base.autoencoder, encode(base.autoencoder, images)                       # (N, C, h, w)
+
+    def loss_of(draw: torch.Generator, count: int) -> Tensor:
+        some = torch.randint(len(images), (count,), generator=draw, device=machine.device)
+        own = to_float(images[some.cpu()].to(machine.device))
+        with machine.autocast():
+            return decoder.decoder_loss(own, decoder.unscaled(latents[some]))
+
+    for part in (decoder.decoder, decoder.linear_out):
+        part.requires_grad_(True)
+    folder = dad_folder(config)
+    with training.claimed(folder, machine):
+        fit("decoder", decoder, loss_of, FITS[config.size]["decoder"], folder / "decoder.safetensors",
+            {"target": target.name, "images": len(images), "base": base_name}, config.seed, machine)
+    decoder.requires_grad_(False)
+
+
+def dad_folder(config: AdaptConfig) -> Path:
+    """Where what is trained on the target lies."""
+    return Path("out/dad") / (f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
+                              + f"-{config.share:g}" * (config.share < 1))
 
 
 def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> tuple[Judge, dict[str, float]]:

@@ -126,13 +126,17 @@ class Fit:
 
 
 FITS = {
-    "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3), branch=Fit(10, 16, 1e-3),
+    "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3),
+                  decoder=Fit(10, 16, 1e-3), branch=Fit(10, 16, 1e-3),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
-    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3), branch=Fit(900, 32, 1e-3),
+    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3),
+                  decoder=Fit(300, 32, 1e-3), branch=Fit(900, 32, 1e-3),
                   judge=Fit(200, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
-    "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4), branch=Fit(4000, 64, 2e-4),
+    "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4),
+                  decoder=Fit(1000, 32, 3e-4), branch=Fit(4000, 64, 2e-4),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
-    "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4), branch=Fit(10_000, 32, 1e-4),
+    "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4),
+                  decoder=Fit(3000, 16, 2e-4), branch=Fit(10_000, 32, 1e-4),
                   judge=Fit(2000, 64, 1e-3), reader=Fit(10_000, 64, 1e-3)),
 }
 
@@ -197,7 +201,7 @@ class AdaptConfig:
     steps: int = 0                # of the branch's training; 0: as in FITS
     sampler: str = "dpm"          # ddim or dpm (DPM-Solver++ 2M)
     sampling_steps: int = 12
-    guidance: float = 2.0         # on the text; 1: none
+    guidance: float = 2.5         # on the text; 1: none
     domain_guidance: float = 1.0  # on the domain; 1: none
     rescale: float = 0.0          # of the contrast that guidance adds, how much is undone
     strength: float = 0.9         # of the noise that restyling starts from; 1 keeps nothing of the source but structure

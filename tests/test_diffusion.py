@@ -9,13 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from adapt import adapt_decoder
 from mra import checkpoint
-from mra.config import DIFFUSION_PRESETS, Fit, UserError
+from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
+from mra.data.records import RecordSet
 from mra.diffusion import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
 from mra.diffusion.denoiser import DomainBranch, structure
 from mra.diffusion.fit import fit
 from mra.diffusion.noising import guided, rescaled
-from mra.diffusion.sampling import Diffusion, LatentPairs, decode, encode, guide
+from mra.diffusion.sampling import Diffusion, LatentPairs, decode, encode, guide, to_float
 from mra.training import Machine
 
 CAPTIONS = ["a woman in a red coat with a black bag", "a man", "a lady in blue jeans and a white top"]
@@ -209,6 +211,26 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tokenizer, tmp_
     assert all(parameter.requires_grad for parameter in branch.parameters())
     still = [name for name, value in branch.state_dict().items() if torch.equal(first[name], value)]
     assert not still
+
+
+def test_the_decoder_learns_the_target_and_latents_stay(base, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dark = images // 3
+    autoencoder, latents = base.autoencoder, encode(base.autoencoder, dark)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(autoencoder.decoder_loss(to_float(dark), autoencoder.unscaled(latents)))
+
+    start = loss()
+    base.requires_grad_(False)
+    adapt_decoder(AdaptConfig(size="tiny"), MACHINE, base, "base", RecordSet("icfg", "train", ()), dark)
+    assert loss() < start and not any(parameter.requires_grad for parameter in base.parameters())
+    assert torch.equal(encode(autoencoder, dark), latents)
+    changed = {name for name, value in base.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed and all(name.startswith(("autoencoder.decoder", "autoencoder.linear_out")) for name in changed)
+    assert (tmp_path / "out/dad/icfg-tiny-white-s0/decoder.safetensors").exists()
 
 
 def test_guidance_of_one_costs_and_changes_nothing(base):

@@ -106,29 +106,36 @@ class Autoencoder(nn.Module):
         mean, _ = self.posterior(image)
         return (mean - self.mean[:, None, None]) / self.std[:, None, None]
 
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as `picture` takes them, from what `encode` returns."""
+        return latents * self.std[:, None, None] + self.mean[:, None, None]
+
     def decode(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
         """The image of scaled latents, with grain where its `noise` (B, 3, H, W), standard normal, is given.
 
         Its standard deviation is b, less than the 1.25 b of a normal distribution whose mean size is b: a part of
         what the image misses lies along edges, where noise would show as speckles.
         """
-        image, grain = self.picture(latents * self.std[:, None, None] + self.mean[:, None, None])
+        image, grain = self.picture(self.unscaled(latents))
         if noise is None:
             return image
         return image + torch.einsum("ij,bihw->bjhw", OPPONENT.to(image), noise * grain.exp())
 
-    def loss(self, image: Tensor, noise: Tensor, kl_weight: float, grain_weight: float = 0.02) -> Tensor:
-        """L = |r| + w KL(q(z | x) || N(0, 1)) + u (|r'| / b + log b), z = mean + std * noise (B, C, h, w); a scalar.
+    def loss(self, image: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+        """L = L_decoder(x, z) + w KL(q(z | x) || N(0, 1)), z = mean + std * noise (B, C, h, w); a scalar."""
+        mean, log_variance = (x.float() for x in self.posterior(image))
+        divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
+        return self.decoder_loss(image, mean + (log_variance / 2).exp() * noise) + kl_weight * divergence
+
+    def decoder_loss(self, image: Tensor, z: Tensor, grain_weight: float = 0.02) -> Tensor:
+        """L_decoder = |r| + u (|r'| / b + log b) of an image and its latents before scaling; a scalar.
 
         r = x - picture(z). r', the same on OPPONENT axes and without gradient, is what the grain b is learned from:
         the likelihood of a Laplace distribution, largest where b is the mean of |r'|.
         """
-        mean, log_variance = (x.float() for x in self.posterior(image))
-        rebuilt, grain = (x.float() for x in self.picture(mean + (log_variance / 2).exp() * noise))
-        divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
+        rebuilt, grain = (x.float() for x in self.picture(z))
         off = torch.einsum("ij,bjhw->bihw", OPPONENT.to(image), (image - rebuilt).detach()).abs()
-        likelihood = (off * (-grain).exp() + grain).mean()
-        return (rebuilt - image).abs().mean() + kl_weight * divergence + grain_weight * likelihood
+        return (rebuilt - image).abs().mean() + grain_weight * (off * (-grain).exp() + grain).mean()
 
     @torch.no_grad()
     def learn_scale(self, latents: Tensor) -> None:

@@ -238,8 +238,10 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
                  half_pixel_blur(held_out), held_out, config.seed, machine.device, steps),
              "nearest training image": {name: round(float(nearest(images, target).median()), 4)
                                         for name, images in (("made", made), ("held out", held_out))}}
+    truth, captions = drawn(own, 5, poses=[shot.pose for shot in origins]), [row["caption"] for row in rows]
+    facts["garment colours"] = {name: colour_accuracy(reader, images, own, captions)
+                                for name, images in (("made", made), ("exact images of the same people", truth))}
     if config.mode == "restyle":
-        truth = drawn(own, 5, poses=[shot.pose for shot in origins])
         before = Crops([row["origin"] for row in rows], base.config).read(config.workers)
         facts["distance to the exact image of the same person and pose"] = {
             name: distance(images, truth) for name, images in (("source", before), ("restyled", made))}

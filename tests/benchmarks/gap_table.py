@@ -38,6 +38,9 @@ def main(paths: list[str]) -> None:
         for name in ("boxes", "nearest training image", "judge of malformed people"):
             print(f"{name}: " + ", ".join(f"{key} {spread([report[name][key] for report in some])}"
                                           for key in some[0][name]))
+        read = [[statistics.mean(row.values()) for row in report["garment colours"].values()] for report in some]
+        print(f"garment colours read off, as a share of exact images' of the same people: "
+              f"{spread([made / exact for made, exact in read])}")
         print(f"kept: {spread([report['kept'] / report['made'] for report in some])}")
 
 
