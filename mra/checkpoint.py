@@ -120,7 +120,7 @@ def check_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> d
     own = weights(model)
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(("optimizer.", "average."))}
     wrong = sorted(own.keys() ^ given.keys()) or [
-        n for n in own if (own[n].shape, own[n].is_floating_point()) != (given[n].shape, given[n].is_floating_point())]
+        n for n in own if own[n].shape != given[n].shape or own[n].is_floating_point() > given[n].is_floating_point()]
     if wrong:
         raise UserError(f"{path} does not fit this model: {len(wrong)} tensors differ, {wrong[0]} first.")
     return given
