@@ -27,8 +27,6 @@ from mra.data import records, town
 from mra.data.words import clean, noun_phrases
 from mra.training import Machine, choose_device, make_folder, queries_of
 
-METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-FIRST = 10       # photographs shown of a ranking
 PICTURED = 20    # sentences shown in query.png
 
 
@@ -83,17 +81,17 @@ def evaluate(config: EvalConfig, machine: Machine) -> None:
         return answer(config, model, tokenizer, facts, datasets[0], out, machine)
 
     rows, results = [], {}
-    say(f"{'':24}" + "".join(f"{name:>8}" for name in METRICS))
+    say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
     for dataset in datasets:
         started = time.perf_counter()
         source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing,
                               say)
         captions, query_ids, paths, gallery_ids = queries_of(source)
-        found, order = rank(config, model, tokenizer, facts, captions, paths)
-        stages = {"embeddings": found.first_order()} | ({} if order is None else {"re-ranked": order})
-        metrics = {stage: ranking.order_metrics(ranked, query_ids, gallery_ids) for stage, ranked in stages.items()}
+        found, reranked = rank(config, model, tokenizer, facts, captions, paths)
+        stages = {"embeddings": found.candidates} | ({} if reranked is None else {"re-ranked": reranked})
+        metrics = dict(zip(stages, found.metrics(query_ids, gallery_ids, *stages.values())))
         for stage, values in metrics.items():
-            say(f"{source.name + ' ' + stage:24}" + "".join(f"{values[name]:8.2f}" for name in METRICS))
+            say(f"{source.name + ' ' + stage:24}" + "".join(f"{values[name]:8.2f}" for name in ranking.METRICS))
         results[dataset] = metrics | {"queries": len(captions), "gallery": len(paths),
                                       "identities": len(set(gallery_ids.tolist())),
                                       "seconds": round(time.perf_counter() - started, 1)}
@@ -156,9 +154,9 @@ def weight_of(config: EvalConfig, facts: dict) -> float:
 
 def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
          paths: list[str], features: torch.Tensor | None = None) -> tuple[ranking.Search, torch.Tensor | None]:
-    """Both stages for every caption; the order (Q, G) of the second is None where the fusion encoder is untrained.
+    """Both stages for every caption; the second's order (Q, K) is None where the fusion encoder is untrained.
 
-    `features` (2, G, E) of the gallery, where they are known.
+    `features` (G, 2, E) of the gallery, where they are known.
     """
     k = model.config.rerank if config.k < 0 else config.k
     if "weight" not in facts["val"]:
@@ -166,11 +164,7 @@ def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
     clean_score = config.fusion == "clean"
     found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,
                            clean_score, features)
-    if k == 0:
-        return found, None
-    weight = weight_of(config, facts)
-    return found, (found.order(weight) if clean_score else
-                   found.published_scores(weight).argsort(dim=1, descending=True, stable=True))
+    return found, found.reranked(weight_of(config, facts), published=not clean_score) if k else None
 
 
 def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, order, count: int = 6) -> list[figures.Row]:
@@ -207,20 +201,21 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
     if config.gallery:
         paths, features, left_out = gallery.encode(Path(config.gallery), model, out / "gallery.safetensors",
                                                    config.batch, config.workers)
-        features = features.to(model.temperature.device)
     else:
         source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing)
         paths, features, left_out = [record.path for record in source.records], None, []
     found, order = rank(config, model, tokenizer, facts, [clean(sentence, dataset) for sentence in asked], paths,
                         features)
-    order = found.first_order() if order is None else order
+    order = found.candidates if order is None else order
     answers, rows = [], []
     for q, sentence in enumerate(asked):
         print(f"{records.shown(sentence)}:")
         first = []
-        for g in order[q, :FIRST].tolist():
-            logit = found.logits[q, found.candidates[q] == g].tolist()      # empty behind the candidates
-            first.append({"path": paths[g], "similarity": found.similarity[q, g].item()} | dict(zip(["match"], logit)))
+        for g in order[q, :ranking.FIRST].tolist():
+            place = found.candidates[q].tolist().index(g)
+            logit = found.logits[q, place:place + 1].tolist()               # empty behind those that were re-scored
+            first.append({"path": paths[g], "similarity": found.similarity[q, place].item()}
+                         | dict(zip(["match"], logit)))
             match = "".join(f"match {value:6.2f}  " for value in logit)
             print(f"{len(first):3}  similarity {first[-1]['similarity']:.3f}  {match}{records.shown(Path(paths[g]))}")
         answers.append({"query": sentence, "first": first})

@@ -30,7 +30,7 @@ from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError
 from mra.data import town
 from mra.data.batches import Batch, Order, PairDataset
 from mra.data.check import check_set
-from mra.data.records import DATASETS, RecordSet, load, share_of
+from mra.data.records import DATASETS, RecordSet, load_splits, share_of
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 
@@ -172,8 +172,7 @@ def load_sets(config: TrainConfig, machine: training.Machine) -> list[RecordSet]
     root = Path(config.data_root) if config.data_root else town.root(config.preset == "tiny")
     if not config.data_root:
         machine.first(lambda: town.ready(config.dataset, config.preset == "tiny", machine.say))
-    train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
-                          for split in ("train", "val"))
+    train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, machine.say)
     return [share_of(train_set, config.share), val_set]
 
 

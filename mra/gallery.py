@@ -36,10 +36,10 @@ def photographs(folder: Path, say: Callable = print) -> list[str]:
 
 def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int = 0,
            say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
-    """Paths (G) of the readable photographs, features (2, G, E) as of `encode_gallery`, and why others are left out.
+    """Paths (G) of the readable photographs, features (G, 2, E) as of `encode_gallery`, and why others are left out.
 
-    `cache` is the file of embeddings; it is read where it fits and written where something changed, for this folder
-    alone. Raises UserError for a folder without a readable image.
+    `cache` is the file of embeddings, and the features are its own, mapped and not held in memory; it is written where
+    something changed, for this folder alone. Raises UserError for a folder without a readable image.
     """
     stamps = {path: stamp(path) for path in photographs(folder, say)}
     owner = {"weights": checkpoint.digest(model), "model": asdict(model.config)}
@@ -54,18 +54,18 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
     if not paths:
         raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
     say(f"{folder}: {len(paths)} images, {len(new)} of them to encode, the others known from {cache}.")
-    for start in range(0, len(new), PART):
-        part = new[start:start + PART]
+    done = 0
+    while done < len(new):
+        part = new[done:done + max(PART, len(files) // 4)]      # the more there is to write again, the more rarely
         fresh = ranking.encode_gallery(model, ranking.Images(part, model.config), batch, workers)
-        features, files = torch.cat([features, fresh.float().cpu()], 1), files + [stamps[path] for path in part]
+        features, files, done = torch.cat([features, fresh.cpu()]), files + [stamps[p] for p in part], done + len(part)
         checkpoint.save(cache, {"features": features}, owner | {"files": files})
         if len(new) > PART:
-            say(f"  {start + len(part):,} of {len(new):,} encoded")
-    place = {mark: number for number, mark in enumerate(files)}
-    features, kept = features[:, [place[stamps[path]] for path in paths]], [stamps[path] for path in paths]
-    if len(files) > len(kept):
-        checkpoint.save(cache, {"features": features}, owner | {"files": kept})
-    return paths, features, list(broken.values())
+            say(f"  {done:,} of {len(new):,} encoded")
+    place, kept = {mark: number for number, mark in enumerate(files)}, [stamps[path] for path in paths]
+    if files != kept:
+        checkpoint.save(cache, {"features": features[[place[mark] for mark in kept]]}, owner | {"files": kept})
+    return paths, remembered(cache, owner, model.config.embed)[1], list(broken.values())
 
 
 def stamp(path: str) -> str:
@@ -75,12 +75,12 @@ def stamp(path: str) -> str:
 
 
 def remembered(cache: Path, owner: dict, width: int) -> tuple[list[str], Tensor]:
-    """Stamps (G) and features (2, G, E) of a cache that this very model wrote; else none."""
+    """Stamps (G) and features (G, 2, E) of a cache that this very model wrote; else none."""
     try:
         tensors, facts = checkpoint.load(cache)
         files, features = [str(file) for file in facts["files"]], tensors["features"].float()
-        if {name: facts.get(name) for name in owner} == owner and features.shape == (2, len(files), width):
+        if {name: facts.get(name) for name in owner} == owner and features.shape == (len(files), 2, width):
             return files, features
     except (UserError, KeyError, TypeError):       # there is none, or it is of no use: written anew
         pass
-    return [], torch.empty(2, 0, width)
+    return [], torch.empty(0, 2, width)

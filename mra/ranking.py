@@ -18,78 +18,88 @@ from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
 from mra.retriever import Retriever
-from mra.similarity import own_batches, summed
+from mra.similarity import own_batches, summed, top_k
 
+METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
+FIRST = 10       # images found for each query at least
+BLOCK = 512      # queries whose similarity with the whole gallery is in memory at once
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity beside the matching logit
 
 
-def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
-    """R@1, R@5, R@10, mAP and mINP in percent from scores (Q, G), the highest first; equal scores keep their order.
+def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
+    """METRICS of each query (Q', 5) from order (Q, G), the gallery's indices, best first; ids are (Q,) and (G,).
 
-    query_ids (Q,), gallery_ids (G,). A query without a match in the gallery is left out of every mean; nan
-    where no query has one. mINP = number of matches / rank of the last one (Ye et al. 2021).
+    A query without a match in the gallery is left out. mINP is the mean of the number of matches / rank of the last
+    one (Ye et al. 2021).
     """
-    return order_metrics(scores.argsort(dim=1, descending=True, stable=True), query_ids, gallery_ids)
-
-
-def order_metrics(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
-    """The metrics of `retrieval_metrics` from order (Q, G): for each query the gallery's indices, best first."""
-    rows = []
-    for ids, ranked in zip(query_ids.split(512), order.split(512)):                # bounded memory for large Q x G
-        hit = gallery_ids[ranked] == ids[:, None]                                  # (q, G)
-        hit = hit[hit.any(1)].double()
-        found = hit.cumsum(1)                                                      # hits among the first r
-        rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)                # (G,)
-        matches = found[:, -1]
-        last = (hit * rank).amax(1) if len(hit) else matches
-        rows.append(torch.stack([*(found[:, min(k, len(rank)) - 1].clamp(max=1) for k in (1, 5, 10)),
-                                 (found / rank * hit).sum(1) / matches, matches / last], 1))
-    means = 100 * torch.cat(rows).mean(0)
-    return dict(zip(("R@1", "R@5", "R@10", "mAP", "mINP"), means.tolist()))
+    hit = gallery_ids[order] == query_ids[:, None]                                 # (Q, G)
+    hit = hit[hit.any(1)].double()
+    found = hit.cumsum(1)                                                          # hits among the first r
+    rank = torch.arange(1, hit.shape[1] + 1)                                       # (G,)
+    matches = found[:, -1]
+    last = (hit * rank).amax(1) if len(hit) else matches
+    return torch.stack([*(found[:, min(k, len(rank)) - 1].clamp(max=1) for k in (1, 5, 10)),
+                        (found / rank * hit).sum(1) / matches, matches / last], 1)
 
 
 @dataclass(frozen=True)
 class Search:
-    """What two stages found, on the CPU: cosine similarity (Q, G), candidates (Q, k) and their matching logits.
+    """What two stages found. The whole Q x G matrix of similarities exists in blocks alone, and for the metrics alone.
 
-    logits (Q, k) are [matched] - [mismatched], the mean of the passes; matched (passes, Q, k) is the first alone.
+    Similarity is the product of queries (Q, E') and gallery (G, E'), which may lie in a file. On the CPU: the K most
+    similar images of each query, candidates (Q, K), best first, and their similarity (Q, K); the matching logits (Q, k)
+    of the first k of them, [matched] - [mismatched], the mean of the passes; matched (passes, Q, k) is the first alone.
     """
 
+    queries: Tensor
+    gallery: Tensor
     similarity: Tensor
     candidates: Tensor
     logits: Tensor
     matched: Tensor
 
-    def first_order(self) -> Tensor:
-        """Gallery indices (Q, G) by similarity alone."""
-        return self.similarity.argsort(dim=1, descending=True, stable=True)
-
-    def order(self, weight: float) -> Tensor:
-        """Gallery indices (Q, G): candidates by logit + weight * similarity, then the others by similarity."""
-        score = self.logits + weight * self.similarity.gather(1, self.candidates)
-        best = self.candidates.gather(1, score.argsort(dim=1, descending=True, stable=True))
-        return torch.cat([best, self.first_order()[:, best.shape[1]:]], 1)
+    def reranked(self, weight: float, published: bool = False) -> Tensor:
+        """Gallery indices (Q, K): the first k by logit + weight * similarity, or as published; the others as found."""
+        again, others = self.candidates.tensor_split([self.logits.shape[1]], 1)
+        score = (self.published_scores(weight) if published
+                 else self.logits + weight * self.similarity[:, :again.shape[1]])
+        return torch.cat([again.gather(1, score.argsort(dim=1, descending=True, stable=True)), others], 1)
 
     def published_scores(self, weight: float = 0.002) -> Tensor:
-        """The released code's scores (Q, G) on one process: matching + weight * similarity, min-max over the matrix.
+        """The released code's scores (Q, k) on one process: matching + weight * similarity, each min-max scaled.
 
-        Matching is the mean of the passes, each normalised by itself; the rest of the gallery gets the query's
-        lowest. On W processes the released code weighs the similarity about W times more: give W * 0.002.
+        The extremes are those of all pairs of queries and images; matching is the mean of the passes, each scaled by
+        itself. All other images share the query's lowest matching score there, and so stay behind, by similarity.
+        On W processes the released code weighs the similarity about W times more: give W * 0.002.
         """
-        matching = torch.zeros_like(self.similarity)
-        for logits in self.matched:                                                # (Q, k)
-            lowest = logits.amin(1, keepdim=True).expand(self.similarity.shape)
-            matching += _min_max(lowest.scatter(1, self.candidates, logits)) / len(self.matched)
-        return matching + weight * _min_max(self.similarity)
+        lowest = -top_k(-self.queries, self.gallery, 1)[0].max().cpu()
+        scaled = (self.similarity - lowest) / (self.similarity.max() - lowest).clamp(min=1e-12)
+        least, most = self.matched.amin((1, 2), keepdim=True), self.matched.amax((1, 2), keepdim=True)
+        matching = ((self.matched - least) / (most - least).clamp(min=1e-12)).mean(0)            # (Q, k)
+        return matching + weight * scaled[:, :matching.shape[1]]
+
+    def rest(self, some: slice) -> Tensor:
+        """For some queries the images (q, G - K) that are not among the candidates, by similarity."""
+        scores = self.queries[some] @ self.gallery.to(self.queries).T                  # (q, G)
+        scores.scatter_(1, self.candidates[some].to(scores.device), -torch.inf)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return order[:, :scores.shape[1] - self.candidates.shape[1]].cpu()
+
+    def metrics(self, query_ids: Tensor, gallery_ids: Tensor, *firsts: Tensor) -> list[dict[str, float]]:
+        """METRICS in percent of each order of the candidates (Q, K), all other images behind; nan without any match."""
+        parts = [[] for _ in firsts]
+        for start in range(0, len(query_ids), BLOCK):
+            some = slice(start, start + BLOCK)
+            rest = self.rest(some)
+            for part, first in zip(parts, firsts):
+                part.append(metric_rows(torch.cat([first[some], rest], 1), query_ids[some], gallery_ids))
+        return [dict(zip(METRICS, (100 * torch.cat(part).mean(0)).tolist())) for part in parts]
 
 
-def _min_max(x: Tensor) -> Tensor:
-    return (x - x.min()) / (x.max() - x.min()).clamp(min=1e-12)
-
-
-def choose_weight(search: Search, query_ids: Tensor, gallery_ids: Tensor) -> float:
-    """The similarity weight of WEIGHTS with the best `quality`; to be called on val only."""
-    return max(WEIGHTS, key=lambda weight: quality(order_metrics(search.order(weight), query_ids, gallery_ids)))
+def choose_weight(found: Search, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:
+    """The similarity weight of WEIGHTS with the best `quality`, and its metrics; to be called on val only."""
+    results = found.metrics(query_ids, gallery_ids, *map(found.reranked, WEIGHTS))
+    return max(zip(WEIGHTS, results), key=lambda pair: quality(pair[1]))
 
 
 def quality(metrics: dict[str, float]) -> float:
@@ -135,14 +145,14 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
 @torch.inference_mode()
 def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int,
                    workers: int = 0) -> Tensor:
-    """Unit features (2, G, E) of the images and of their mirror images."""
+    """Unit features (G, 2, E) of the images and of their mirror images."""
     device, own = next(model.parameters()).device, own_batches(len(images), batch)
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, own), batch, num_workers=workers)
-    features = torch.zeros(2, len(images), model.config.embed, device=device)
+    features = torch.zeros(len(images), 2, model.config.embed, device=device)
     for start, image in zip(own[::batch], loader):
         for mirrored in (False, True):
             x = image.to(device)
-            features[int(mirrored), start:start + batch] = model.encode_image(x.flip(-1) if mirrored else x)[1].float()
+            features[start:start + batch, int(mirrored)] = model.encode_image(x.flip(-1) if mirrored else x)[1].float()
     return summed(features)
 
 
@@ -189,7 +199,7 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     Several processes share out the images; all must call this, and all get the same.
 
     `mirror` averages over the mirror images, whose captions get left and right exchanged unless `swap` is off.
-    `features` (2, G, E) are those of `encode_gallery`, where they are known.
+    `features` (G, 2, E) are those of `encode_gallery`, where they are known; they may lie in a file, and stay there.
     """
     images = Images(paths, model.config)
     passes = [encode_queries(model, tokenizer, captions)]
@@ -197,13 +207,11 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
         features = encode_gallery(model, images, batch, workers)
     if mirror:
         passes.append(encode_queries(model, tokenizer, list(map(swap_left_right, captions))) if swap else passes[0])
-    with torch.autocast(features.device.type, enabled=False):
-        similarity = sum(words.features @ gallery.T for words, gallery in zip(passes, features)) / len(passes)  # (Q, G)
-    candidates = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]    # (Q, k)
-    if k == 0:
-        none = similarity[:, :0].cpu()
-        return Search(similarity.float().cpu(), candidates.cpu(), none, none[None])
-    pairs = torch.stack([match_candidates(model, images, words, candidates, mirrored=bool(i), batch=batch,
+    queries = torch.cat([words.features for words in passes], 1) / len(passes)     # (Q, passes * E)
+    gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
+    with torch.autocast(queries.device.type, enabled=False):
+        values, candidates = top_k(queries, gallery, max(k, FIRST))     # (Q, K)
+    pairs = torch.stack([match_candidates(model, images, words, candidates[:, :k], mirrored=bool(i), batch=batch,
                                           workers=workers) for i, words in enumerate(passes)]).cpu()
     logits = (pairs[..., 1] - pairs[..., 0]).mean(0)                               # (passes, Q, k, 2) -> (Q, k)
-    return Search(similarity.float().cpu(), candidates.cpu(), logits, pairs[..., 1])
+    return Search(queries, gallery, values.cpu(), candidates.cpu(), logits, pairs[..., 1])

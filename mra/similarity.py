@@ -1,4 +1,4 @@
-"""Similarity without the whole matrix in memory: contrastive loss, regions with phrases, top-k of large galleries.
+"""Similarity without the whole matrix in memory: contrastive loss, regions, top-k of large galleries.
 
 The contrastive loss is that of losses.py (ITC and RPC of MRA section 3) for batches of any size: the N x N logits
 exist only as tiles, whose log-sum-exp is taken in both directions at once and which the backward pass makes again.
@@ -241,22 +241,12 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-# ---- regions and phrases
+# ---- regions
 
 def pool_regions(patches: Tensor, region_keep: Tensor) -> Tensor:
     """Mean (B, R, D) of the patches (B, N, D) that each of R regions touches, region_keep (B, R, N); 0 if none."""
     weights = region_keep.to(patches.dtype) / region_keep.sum(2, keepdim=True).clamp(min=1)      # (B, R, N)
     return weights @ patches
-
-
-def region_phrase_similarity(patches: Tensor, region_keep: Tensor, phrases: Tensor,
-                             project: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """Cosine similarity (B, R, P) of all regions of a batch with all phrases (P, E), which have unit length.
-
-    Regions are pooled by one product from patches (B, N, D) and region_keep (B, R, N), projected to E, then
-    normalised: there is no tensor of B x R x N x D. A region without a patch that `project` leaves at 0 gets 0.
-    """
-    return F.normalize(project(pool_regions(patches, region_keep)), dim=-1) @ phrases.T
 
 
 # ---- search

@@ -181,10 +181,10 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
         of_twins = torch.tensor([int(Path(record.path).name.split("_")[0]) in twins
                                  for record in split.records for _ in record.captions])
         found = ranking.search(model, tokenizer, captions, paths, model.config.rerank, True)
-        orders = {"embeddings": found.first_order(), "re-ranked": found.order(facts["val"].get("weight", 0.0))}
-        rows[target] = {stage: ranking.order_metrics(order, query_ids, gallery_ids) | {
-            "twins R@1": ranking.order_metrics(order[of_twins], query_ids[of_twins], gallery_ids)["R@1"]}
-            for stage, order in orders.items()}
+        orders = found.candidates, found.reranked(facts["val"].get("weight", 0.0))
+        every, twin = (found.metrics(ids, gallery_ids, *orders) for ids in (query_ids, query_ids.where(of_twins, -1)))
+        rows[target] = {stage: metrics | {"twins R@1": of_twin["R@1"]}
+                        for stage, metrics, of_twin in zip(("embeddings", "re-ranked"), every, twin)}
     return rows
 
 

@@ -254,10 +254,9 @@ def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool
     captions, query_ids, paths, gallery_ids = queries_of(val)
     model.eval()
     found = ranking.search(model, tokenizer, captions, paths, model.config.rerank if fused else 0, False, batch)
-    embedded = ranking.order_metrics(found.first_order(), query_ids, gallery_ids)
+    embedded, = found.metrics(query_ids, gallery_ids, found.candidates)
     result = {"embeddings": embedded, "quality": [fused, ranking.quality(embedded)]}
     if fused:
-        weight = ranking.choose_weight(found, query_ids, gallery_ids)
-        reranked = ranking.order_metrics(found.order(weight), query_ids, gallery_ids)
+        weight, reranked = ranking.choose_weight(found, query_ids, gallery_ids)
         result |= {"reranked": reranked, "weight": weight, "quality": [fused, ranking.quality(reranked)]}
     return result

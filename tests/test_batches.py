@@ -92,6 +92,18 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(pairs):
     assert len({tuple(dataset[epoch, 0].phrase) for epoch in range(20)}) == 2
 
 
+def test_every_caption_of_every_record_is_a_pair(pairs):
+    """Records of 2, 1, 3 captions: six pairs, in their order."""
+    dataset = pairs()
+    some = [dataclasses.replace(record, captions=captions) for record, captions in
+            zip(dataset.source.records, (("red", "blue"), ("green",), ("black", "white", "grey")))]
+    dataset = PairDataset(RecordSet("sda", "train", some), dataset.tokenizer, dataset.model, dataset.train)
+    assert len(dataset) == 6
+    words = [dataset.tokenizer.words(dataset[0, index].caption) for index in range(6)]
+    assert words == [["red"], ["blue"], ["green"], ["black"], ["white"], ["grey"]]
+    assert [dataset[0, index].identity for index in range(6)] == [0, 0, 1, 2, 2, 2]
+
+
 # ---- regions
 
 def test_without_boxes_the_region_is_the_whole_image_and_the_phrase_is_the_caption(pairs):

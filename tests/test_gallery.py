@@ -104,6 +104,18 @@ def test_what_has_not_changed_is_not_encoded_again(ask, ours, folder, model):
     torch.testing.assert_close(features, fresh, atol=1e-6, rtol=0)
 
 
+def test_an_unchanged_folder_is_searched_in_its_file(ask, ours, folder, monkeypatch):
+    """Nothing of the embeddings' size is made: what top_k gets is the file, mapped."""
+    ask("--query", ASKED[0], "--gallery", "photos")
+    given, real = [], ranking.top_k
+    monkeypatch.setattr(ranking, "top_k", lambda queries, rows, k: given.append(rows) or real(queries, rows, k))
+    ask("--query", ASKED[0], "--gallery", "photos")
+    start = given[0].data_ptr()
+    ranges = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    home = [part for part in ranges if int(part[0].split("-")[0], 16) <= start < int(part[0].split("-")[1], 16)]
+    assert len(home) == 1 and home[0][-1].endswith("gallery.safetensors")
+
+
 def test_other_weights_or_a_spoilt_cache_encode_everything(ask, ours, folder, model, monkeypatch):
     flags = ("--query", ASKED[0], "--gallery", "photos", "--out", "found", "--checkpoint")
     assert ask(*flags, ours, out="found")[2] == 5

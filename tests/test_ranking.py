@@ -9,7 +9,7 @@ import torch
 from mra import ranking
 from mra.data.augment import plain_view
 from mra.data.records import open_image
-from mra.ranking import Search, choose_weight, order_metrics, retrieval_metrics, search
+from mra.ranking import Search, choose_weight, search
 
 CAPTIONS = ["a man in a red coat with a bag on his left", "a woman",
             "blue jeans and white shoes on the right side", "black hat",
@@ -29,6 +29,30 @@ def naive_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
     return dict(zip(NAMES, (100 * np.mean(rows, axis=0)).tolist()))
 
 
+def made(similarity, logits, candidates=None, passes=None) -> Search:
+    """What a search finds whose similarities (Q, G) and logits (Q, k) are these; mismatches have the logit 0."""
+    similarity, logits = torch.as_tensor(similarity), torch.as_tensor(logits)
+    if candidates is None:
+        candidates = similarity.argsort(dim=1, descending=True, stable=True)
+    return Search(similarity, torch.eye(similarity.shape[1], dtype=similarity.dtype), similarity.gather(1, candidates),
+                  candidates, logits, logits[None] if passes is None else torch.as_tensor(passes))
+
+
+def matrix(found: Search) -> torch.Tensor:
+    return found.queries @ found.gallery.T
+
+
+def order(found: Search, first: torch.Tensor) -> torch.Tensor:
+    """The whole gallery (Q, G), `first` (Q, K) before the others."""
+    return torch.cat([first, found.rest(slice(None))], 1)
+
+
+def retrieval_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
+    """Of scores (Q, G), the best five of each query as candidates."""
+    found = made(scores, scores[:, :0], scores.argsort(dim=1, descending=True, stable=True)[:, :5])
+    return found.metrics(query_ids, gallery_ids, found.candidates)[0]
+
+
 # ---- metrics
 
 def test_metrics_of_a_ranking_made_by_hand():
@@ -39,12 +63,12 @@ def test_metrics_of_a_ranking_made_by_hand():
     Query of 4, ranking 0 1 2 3 4 5 6: its one hit at rank 7.
         R@5 0, R@10 1; AP = INP = 1/7
     """
-    order = torch.tensor([[3, 2, 1, 5, 0, 4, 6], [0, 1, 2, 3, 4, 5, 6]])
-    scores = torch.zeros(2, 7).scatter(1, order, torch.arange(7.0, 0, -1).expand(2, -1))
+    ranks = torch.tensor([[3, 2, 1, 5, 0, 4, 6], [0, 1, 2, 3, 4, 5, 6]])
+    scores = torch.zeros(2, 7).scatter(1, ranks, torch.arange(7.0, 0, -1).expand(2, -1))
     expected = dict(zip(NAMES, (0, 50, 100, 100 * (8 / 15 + 1 / 7) / 2, 100 * (3 / 5 + 1 / 7) / 2)))
     ids = torch.tensor([1, 4]), torch.tensor([1, 2, 1, 3, 2, 1, 4])
     assert retrieval_metrics(scores, *ids) == pytest.approx(expected)
-    assert order_metrics(order, *ids) == pytest.approx(expected)
+    assert made(torch.zeros(2, 7), torch.zeros(2, 0)).metrics(*ids, ranks) == [pytest.approx(expected)]
 
 
 @pytest.mark.parametrize("queries, gallery, levels, people",
@@ -79,43 +103,41 @@ def test_duplicates_of_an_image_are_hits_of_their_own():
 
 # ---- the order of two stages
 
-def logits_of(logits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matching logits of a Search, from a single pass that gives every mismatch 0."""
-    logits = torch.as_tensor(logits)
-    return logits, logits[None]
-
-
 def test_candidates_come_first_and_the_rest_by_similarity():
     """Similarity ranks 2 0 3 1 4; of the candidates 2 0 3 matching prefers 3, then 0.
 
     weight 1: 2 gets 0 + .9, 0 gets 1 + .7, 3 gets 2 + .5.   weight 10: 2 gets 9, 0 gets 8, 3 gets 7.
     """
-    similarity = torch.tensor([[0.7, 0.3, 0.9, 0.5, 0.1]])
-    found = Search(similarity, torch.tensor([[2, 0, 3]]), *logits_of([[0.0, 1, 2]]))
-    assert found.first_order().tolist() == [[2, 0, 3, 1, 4]]
-    assert found.order(0).tolist() == found.order(1).tolist() == [[3, 0, 2, 1, 4]]
-    assert found.order(10).tolist() == [[2, 0, 3, 1, 4]]
+    for count in (3, 4, 5):                                       # found by similarity; the first three re-scored
+        found = made([[0.7, 0.3, 0.9, 0.5, 0.1]], [[0.0, 1, 2]], torch.tensor([[2, 0, 3, 1, 4]])[:, :count])
+        assert order(found, found.candidates).tolist() == [[2, 0, 3, 1, 4]]
+        for weight, expected in ((0, [3, 0, 2, 1, 4]), (1, [3, 0, 2, 1, 4]), (10, [2, 0, 3, 1, 4])):
+            assert found.reranked(weight).tolist() == [expected[:count]]
+            assert order(found, found.reranked(weight)).tolist() == [expected]
 
 
 def test_no_candidates_leave_the_order_of_similarity():
-    similarity = torch.tensor([[0.7, 0.3, 0.9], [0.1, 0.2, 0.3]])
-    found = Search(similarity, torch.zeros(2, 0, dtype=torch.long), *logits_of([[], []]))
-    assert found.order(4.0).tolist() == found.first_order().tolist() == [[2, 0, 1], [2, 1, 0]]
+    found = made([[0.7, 0.3, 0.9], [0.1, 0.2, 0.3]], [[], []])
+    assert order(found, found.reranked(4.0)).tolist() == found.candidates.tolist() == [[2, 0, 1], [2, 1, 0]]
 
 
 @pytest.mark.parametrize("weight", [0.002, 0.5, 30.0])
-def test_published_scores_are_the_formula(weight):
+def test_the_published_order_is_the_formula(weight):
     """Candidates of a query get their logit, its other images its lowest; min-max over the matrix of each pass; sum."""
     rng = np.random.default_rng(0)
     similarity, logits = rng.normal(size=(6, 20)), rng.normal(size=(2, 6, 5))
-    candidates = rng.permuted(np.tile(np.arange(20), (6, 1)), axis=1)[:, :5]
+    candidates = (-similarity).argsort(1)[:, :5]
     matching = np.empty((2, 6, 20))
     for i, q, g in np.ndindex(matching.shape):
         own = [logits[i, q, c] for c in range(5) if candidates[q, c] == g]
         matching[i, q, g] = own[0] if own else min(logits[i, q])
     first, second, scaled = ((x - x.min()) / (x.max() - x.min()) for x in (*matching, similarity))
-    found = Search(*map(torch.tensor, (similarity, candidates, logits[0], logits)))
-    assert found.published_scores(weight).numpy() == pytest.approx((first + second) / 2 + weight * scaled)
+    scores = (first + second) / 2 + weight * scaled
+    found = made(similarity, logits[0], torch.as_tensor(candidates), logits)
+    assert found.published_scores(weight).numpy() == pytest.approx(np.take_along_axis(scores, candidates, 1))
+    ranks = (-scores).argsort(1, kind="stable")
+    assert order(found, found.reranked(weight, published=True)).tolist() == ranks.tolist()
+    assert (ranks[:, :5] != candidates).any()
 
 
 @pytest.mark.parametrize("metric", ["R@1", "mAP"])
@@ -130,11 +152,11 @@ def test_the_best_weight_is_chosen(metric):
         similarity = torch.cat([similarity, torch.ones(2, 2)], 1)
         logits = torch.cat([logits, torch.tensor([[-1000.0, 1000], [1000, -1000]])], 1)
         gallery_ids = torch.tensor([0, 1, 0, 1])
-    found = Search(similarity, torch.arange(len(gallery_ids)).expand(2, -1), *logits_of(logits))
-    values = {weight: order_metrics(found.order(weight), query_ids, gallery_ids)[metric]
-              for weight in ranking.WEIGHTS}
-    assert [weight for weight in values if values[weight] == max(values.values())] == [8.0]
-    assert choose_weight(found, query_ids, gallery_ids) == 8.0
+    found = made(similarity, logits, torch.arange(len(gallery_ids)).expand(2, -1))
+    values = {weight: found.metrics(query_ids, gallery_ids, found.reranked(weight))[0] for weight in ranking.WEIGHTS}
+    best = max(value[metric] for value in values.values())
+    assert [weight for weight, value in values.items() if value[metric] == best] == [8.0]
+    assert choose_weight(found, query_ids, gallery_ids) == (8.0, values[8.0])
 
 
 def test_r_at_1_decides_before_map_and_then_the_smallest_weight():
@@ -143,12 +165,12 @@ def test_r_at_1_decides_before_map_and_then_the_smallest_weight():
     """
     similarity, logits = torch.zeros(1, 20), torch.zeros(1, 20)
     similarity[0, :3], logits[0, :3] = torch.tensor([0.9, 0.8, 1.0]), torch.tensor([1.0, -10.0, 0.5])
-    found = Search(similarity, torch.arange(20)[None], *logits_of(logits))
+    found = made(similarity, logits, torch.arange(20)[None])
     ids = torch.tensor([1]), torch.tensor([1, 1] + [0] * 18)
-    values = {weight: order_metrics(found.order(weight), *ids) for weight in (0.0, 4.0, 64.0)}
+    values = {weight: found.metrics(*ids, found.reranked(weight))[0] for weight in (0.0, 4.0, 64.0)}
     assert [value["R@1"] for value in values.values()] == [100, 100, 0]
     assert [value["mAP"] for value in values.values()] == pytest.approx([55, 55, 350 / 6])
-    assert choose_weight(found, *ids) == 0.0
+    assert choose_weight(found, *ids)[0] == 0.0
 
 
 # ---- search
@@ -172,7 +194,8 @@ def pair_by_hand(model, tokenizer, caption: str, path: str, mirrored: bool) -> t
 
 def by_pair(found: Search) -> torch.Tensor:
     """Matching logits (Q, G), nan where a pair was no candidate."""
-    return torch.full_like(found.similarity, torch.nan).scatter(1, found.candidates, found.logits)
+    candidates = found.candidates[:, :found.logits.shape[1]]
+    return torch.full_like(matrix(found), torch.nan).scatter(1, candidates, found.logits)
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -190,7 +213,8 @@ def test_search_scores_every_pair_as_by_hand(model, tokenizer, paths, mirror):
             expected[:, q, g] = torch.tensor(passes).mean(0)
     found = search(model, tokenizer, CAPTIONS, paths, k=5, mirror=mirror, batch=2)
     assert expected[1].std() > 0.05
-    torch.testing.assert_close(found.similarity, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(matrix(found), expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.similarity, expected[0].gather(1, found.candidates), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(by_pair(found), expected[1], atol=1e-5, rtol=1e-5)
 
 
@@ -198,7 +222,7 @@ def test_bf16_rounds_what_encoders_do_and_not_the_order(model, tokenizer, paths)
     whole = search(model, tokenizer, CAPTIONS, paths, k=5)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = search(model, tokenizer, CAPTIONS, paths, k=5)
-    for one, other in ((whole.similarity, rounded.similarity), (by_pair(whole), by_pair(rounded))):
+    for one, other in ((matrix(whole), matrix(rounded)), (by_pair(whole), by_pair(rounded))):
         assert other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.1
         assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.995
         assert (other != other.bfloat16().float()).any()            # scores themselves are not rounded
@@ -223,23 +247,27 @@ def test_a_pair_scores_the_same_in_any_company(model, tokenizer, paths):
                              ([4, 0], [1])):
         some = [CAPTIONS[q] for q in queries], [paths[g] for g in gallery]
         found = search(model, tokenizer, *some, k=5, batch=2)
-        for alone, together in ((by_pair(found), by_pair(full)), (found.similarity, full.similarity)):
+        for alone, together in ((by_pair(found), by_pair(full)), (matrix(found), matrix(full))):
             torch.testing.assert_close(alone, together[queries][:, gallery], atol=1e-5, rtol=1e-5)
 
 
 def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
     everything = search(model, tokenizer, CAPTIONS, paths, k=100)
     assert everything.candidates.shape == everything.logits.shape == (5, 5)
-    assert everything.order(0.0).tolist() == by_pair(everything).argsort(dim=1, descending=True).tolist()
+    assert everything.reranked(0.0).tolist() == by_pair(everything).argsort(dim=1, descending=True).tolist()
     nothing = search(model, tokenizer, CAPTIONS, paths, k=0)
-    assert nothing.candidates.shape == nothing.logits.shape == (5, 0)
-    assert nothing.order(8.0).tolist() == everything.first_order().tolist()
+    assert nothing.logits.shape == (5, 0)
+    assert nothing.reranked(8.0).tolist() == nothing.candidates.tolist() == everything.candidates.tolist()
 
 
-def test_the_candidates_are_the_most_similar(model, tokenizer, paths):
+def test_the_candidates_are_the_most_similar(model, tokenizer, paths, monkeypatch):
+    """Two are re-scored, three found, the last two ranked for the metrics alone."""
+    monkeypatch.setattr(ranking, "FIRST", 3)
     found = search(model, tokenizer, CAPTIONS, paths, k=2, batch=64)
-    assert found.candidates.sort(1).values.tolist() == found.first_order()[:, :2].sort(1).values.tolist()
-    assert found.order(1.0)[:, 2:].tolist() == found.first_order()[:, 2:].tolist()
+    ranks = matrix(found).argsort(dim=1, descending=True)
+    assert found.candidates.tolist() == ranks[:, :3].tolist() and found.logits.shape == (5, 2)
+    assert found.reranked(1.0)[:, :2].sort(1).values.tolist() == ranks[:, :2].sort(1).values.tolist()
+    assert order(found, found.reranked(1.0))[:, 2:].tolist() == ranks[:, 2:].tolist()
 
 
 def test_images_that_no_query_asks_for(model, tokenizer, paths):
@@ -253,4 +281,4 @@ def test_images_that_no_query_asks_for(model, tokenizer, paths):
 def test_every_image_is_ranked_once_where_equals_straddle_the_last_candidate(model, tokenizer, paths):
     """Forty files with two pictures: none is lost or doubled."""
     found = search(model, tokenizer, CAPTIONS, [paths[i % 2] for i in range(40)], k=13, batch=40)
-    assert found.order(0.0).sort(1).values.tolist() == [list(range(40))] * 5
+    assert order(found, found.reranked(0.0)).sort(1).values.tolist() == [list(range(40))] * 5

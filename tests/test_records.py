@@ -1,6 +1,7 @@
 """Readers against small files written by hand: irregularities of the formats, sentences of refusal."""
 
 import json
+import multiprocessing
 import os
 import struct
 import zlib
@@ -13,7 +14,7 @@ from PIL import Image
 from mra.config import TrainConfig, UserError
 from mra.data import records
 from mra.data.batches import PairDataset
-from mra.data.records import SPLITS, Record, RecordSet, load, open_image, share_of, shown
+from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, open_image, share_of, shown
 
 RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
        "icfg": ("ICFG-PEDES", "ICFG-PEDES.json", "file_path"),
@@ -172,7 +173,7 @@ def test_sda_parts_in_natural_order_with_boxes(tmp_path):
     write(tmp_path / "SDA/finetune/sda_test.json",
           [{"image": "c/0_1.jpg", "caption": ["a", "b"], "image_id": 1}])
     assert load("sda", "test", tmp_path, say=quiet).records[0].captions == ("a", "b")
-    assert load("sda", "train", tmp_path, say=quiet).records == train
+    assert list(load("sda", "train", tmp_path, say=quiet).records) == list(train)
 
 
 def test_mals_has_text_ids_and_no_boxes(tmp_path):
@@ -182,7 +183,7 @@ def test_mals_has_text_ids_and_no_boxes(tmp_path):
             {"image": f"g/{i}.jpg", "caption": "a girl", "image_id": f"c_g_a_{i}", "label": [1, 0, -1] * 9}
             for i in (2 * part, 2 * part + 1)])
     train, val = (load("mals", split, tmp_path, say=quiet).records for split in ("train", "val"))
-    assert sorted(Path(r.path).name for r in train + val) == [f"{i}.jpg" for i in range(4)] and len(val) == 1
+    assert sorted(Path(r.path).name for r in (*train, *val)) == [f"{i}.jpg" for i in range(4)] and len(val) == 1
     assert [r.identity for r in train] == [0, 1, 2] and train[0].boxes == ()
     assert "mals" in refusal("mals", "test", tmp_path)
 
@@ -305,6 +306,62 @@ def test_other_splits_are_not_mapped(tmp_path, split):
     message = refusal("rstp", "train", tmp_path)
     assert "data_captions.json', record 1 " in message and repr(split) in message
     assert "train, val, test" in refusal("rstp", str(split), tmp_path)
+
+
+@pytest.mark.parametrize("dataset, times", [("cuhk", 1), ("sda", 1), ("rstp", 2)])
+def test_what_two_splits_share_is_read_once(tmp_path, monkeypatch, dataset, times):
+    """The raw file of all splits, and the parts from which val is held out; not two processed files."""
+    if dataset == "cuhk":
+        benchmark(tmp_path, dataset, [raw_item("cuhk", f"{i}.jpg", i, ("train", "val")[i % 2]) for i in range(4)])
+    elif dataset == "sda":
+        write(tmp_path / "SDA/sda_0_5000.json", [sda_item(f"{i}.jpg", i) for i in range(30)])
+        touch(tmp_path / "SDA", *(f"{i}.jpg" for i in range(30)))
+    else:
+        for i, split in enumerate(("train", "val")):
+            write(tmp_path / f"finetune/rstp_{split}.json", [{"image": f"{i}.jpg", "caption": "a", "image_id": 7}])
+        touch(tmp_path / "RSTPReid", "0.jpg", "1.jpg")
+    apart = [load(dataset, split, tmp_path, say=quiet) for split in ("train", "val")]
+    read, real = [], records.read_rows
+    monkeypatch.setattr(records, "read_rows", lambda source: read.append(source) or real(source))
+    together = load_splits(dataset, ("train", "val"), tmp_path, say=quiet)
+    assert len(read) == times
+    for one, other in zip(apart, together, strict=True):
+        assert list(one.records) == list(other.records) and one.split == other.split and len(one.records) > 0
+
+
+def test_packed_records_come_out_as_they_went_in():
+    whole = [Record("a/1.jpg", ("Ein Mädchen 女 \U0001f600", ""), 0), Record("b", ("x" * 9999,), 2**40),
+             Record("c", ("a",), 5, ((0.1, 1 / 3, 1, 0.25), (1e-9, 0.5, 0.5, 0.5)), ("hat", "shoes"))]
+    packed = Packed((one.path, one.captions, one.identity, one.boxes, one.phrases) for one in whole)
+    assert list(packed) == whole and packed[-1] == whole[2] and packed[np.int64(1)] == whole[1] and len(packed) == 3
+    assert list(Packed([])) == []
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            packed[index]
+
+
+def own_memory(packed: Packed, pipe) -> None:
+    """How many bytes become a forked process's own when it looks at every record."""
+    def private() -> int:
+        with open("/proc/self/smaps_rollup") as lines:
+            return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private"))
+
+    packed[0]
+    before = private()
+    for _ in packed:
+        pass
+    pipe.send(private() - before)
+
+
+def test_to_look_at_records_does_not_copy_them():
+    """What a loading process sees of 20 MB stays shared; of objects it would own every page after an epoch."""
+    packed = Packed((f"imgs/{i}.jpg", ("a man in a red coat " * 9,), i) for i in range(100_000))
+    assert len(packed.buffer) > 20e6
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=own_memory, args=(packed, there))
+    process.start()
+    assert here.recv() < 2e6
+    process.join()
 
 
 def test_a_share_keeps_whole_identities_and_grows_by_adding():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,8 +14,8 @@ import pytest
 from mra.config import UserError
 from mra.data import people, town
 from mra.data.people import Person, describe, sample_person, twin_of
-from mra.data.records import load
-from mra.data.town import DEFAULT, DOMAINS, FOLDERS, TINY, Pose, render, shots
+from mra.data.records import SPLITS, load
+from mra.data.town import DEFAULT, DOMAINS, FOLDERS, TINY, Pose, TownSizes, render, shots
 
 COLOUR_OF = {name: colour for colour, names in people.COLOURS.items() for name in names}
 HAIR_COLOUR_OF = {name: colour for colour, names in people.HAIR_COLOURS.items() for name in names}
@@ -80,6 +81,7 @@ def test_words_are_true_and_of_what_is_seen():
         assert ("hair" not in caption and "ponytail" not in caption) or "hair" in boxes, caption
         heading = re.search("(?:facing|walking|walking to the) (left|right)", caption)
         assert not heading or heading[1] == view, caption
+
 
 
 def test_colours_named_belong_to_the_person():
@@ -194,6 +196,17 @@ def test_shots(set_name):
     assert all(len(set(used)) == len(used) for used in cameras.values())
     test = [shot for shot in made if shot.split == "test"]
     assert len({shot.identity for shot in test}) >= 200 and len(test) >= 600
+
+
+def test_images_of_a_person_may_be_an_average():
+    """Seven people with ten images: one or two each, and the first ones those that whole numbers give."""
+    sizes = TownSizes(target_train=(7, 10 / 7), target_val=(3, 1), target_test=(4, 2.5))
+    some = list(shots("cuhk", sizes, 0))
+    counts = {split: Counter(shot.identity for shot in some if shot.split == split) for split in SPLITS}
+    assert [sum(count.values()) for count in counts.values()] == [10, 3, 10]
+    assert set(counts["train"].values()) == {1, 2} and set(counts["test"].values()) == {2, 3}
+    whole = set(shots("cuhk", TownSizes(target_train=(7, 2), target_val=(3, 1), target_test=(4, 3)), 0))
+    assert set(some) < whole
 
 
 def test_sets_have_their_own_people():

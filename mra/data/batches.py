@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,22 +67,23 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
         self.source, self.tokenizer, self.model, self.train = source, tokenizer, model, train
-        self.pairs = [(r, c) for r, record in enumerate(source.records) for c in range(len(record.captions))]
+        counts = np.fromiter((len(record.captions) for record in source.records), np.int64, len(source.records))
+        self.ends = counts.cumsum()     # of each record's pairs, so that pair - end counts its captions from behind
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
         self.pretraining = has_boxes or source.name in PRETRAINING_SETS
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return int(self.ends[-1])
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
-        record_index, caption_index = self.pairs[index]
-        record = self.source.records[record_index]
+        place = int(np.searchsorted(self.ends, index, "right"))
+        record = self.source.records[place]
         region = rng.randrange(len(record.boxes)) if record.boxes else None
         box = WHOLE_IMAGE if region is None else record.boxes[region]
-        caption = clean(record.captions[caption_index], self.source.name)
+        caption = clean(record.captions[index - int(self.ends[place])], self.source.name)
         phrase = caption if region is None else record.phrases[region]
         size = self.model.height, self.model.width
         image = open_image(record.path)

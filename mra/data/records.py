@@ -7,17 +7,20 @@ Read before: config.py (UserError). After: check.py, which lists all that is wro
 image and box; batches.py, which collates.
 """
 
+import gc
 import io
 import json
+import marshal
 import math
 import os
 import random
 import re
 import reprlib
 import warnings
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,12 +60,29 @@ class Record:
     phrases: tuple[str, ...] = ()   # parallel to boxes
 
 
+class Packed(Sequence):
+    """Records in one buffer, unpacked when asked for: to look at an object is to copy it into the loading process."""
+
+    def __init__(self, records: Iterable[tuple]):
+        self.buffer, self.ends = bytearray(), array("Q", [0])
+        for record in records:      # the fields of a Record
+            self.buffer += marshal.dumps(record)
+            self.ends.append(len(self.buffer))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Record:
+        index = range(len(self))[index]
+        return Record(*marshal.loads(memoryview(self.buffer)[self.ends[index]:self.ends[index + 1]]))
+
+
 @dataclass(frozen=True)
 class RecordSet:
     """One split, in the order of its annotation files."""
     name: str
     split: str
-    records: tuple[Record, ...]
+    records: Sequence[Record]
 
 
 class Source(NamedTuple):
@@ -85,7 +105,16 @@ class Row(NamedTuple):
     captions: tuple[str, ...]
     boxes: tuple[Box, ...]
     phrases: tuple[str, ...]
-    place: str                      # for messages: file, record number and image
+    at: tuple[str, int, str]        # annotation file, record number, image as it stands there
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return _place(*self.at)
+
+
+def _place(file: str, number: int, image) -> str:
+    return f"{file}, record {number} (the first is 0), image {shown(image)}"
 
 
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
@@ -94,10 +123,39 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same
     ones; train leaves them out. `allow_missing` drops the records whose image is missing.
     """
-    if split not in SPLITS:
-        raise UserError(f"unknown split {shown(split)}: choose one of {', '.join(SPLITS)}")
-    source = locate(dataset, split, Path(data_root))
-    rows = _choose(read_rows(source), split, source, say)
+    return load_splits(dataset, (split,), data_root, allow_missing, say)[0]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: it would look through millions of objects again and again, none in a cycle."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
+def load_splits(dataset: str, splits: tuple[str, ...], data_root: Path, allow_missing: bool = False,
+                say=print) -> list[RecordSet]:
+    """`load` of several splits; the files that two of them share are read once."""
+    sets, before, rows = [], None, []
+    for split in splits:
+        if split not in SPLITS:
+            raise UserError(f"unknown split {shown(split)}: choose one of {', '.join(SPLITS)}")
+        source = locate(dataset, split, Path(data_root))
+        if source != before:
+            rows = read_rows(source)
+        before = source
+        sets.append(_record_set(dataset, split, source, rows, allow_missing, say))
+    return sets
+
+
+def _record_set(dataset: str, split: str, source: Source, rows: list[Row], allow_missing: bool, say) -> RecordSet:
+    rows = _choose(rows, split, source, say)
     missing = [row.place for row in rows if row.missing]
     if missing:
         told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
@@ -107,22 +165,24 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
-    records = tuple(Record(row.path, row.captions, ids[row.identity], row.boxes, row.phrases) for row in rows)
+    records = Packed((row.path, row.captions, ids[row.identity], row.boxes, row.phrases) for row in rows)
     more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
     if (source.images / "town.json").is_file():
         say(f"{shown(source.images)} is drawn data, not photographs.")
-    say(f"{shown(dataset)} {split}: {len(records)} images, {sum(len(r.captions) for r in records)} captions, "
+    say(f"{shown(dataset)} {split}: {len(rows)} images, {sum(len(row.captions) for row in rows)} captions, "
         f"{len(ids)} identities, read from {shown(source.files[0])}{more}")
     return RecordSet(dataset, split, records)
 
 
 def share_of(whole: RecordSet, share: float) -> RecordSet:
     """A share of its identities, at least two: the same ones each time, a smaller share within a larger."""
+    if share == 1:
+        return whole
     count = 1 + max(record.identity for record in whole.records)
     chosen = random.Random(0).sample(range(count), count)[:max(2, round(share * count))]
     place = {identity: i for i, identity in enumerate(sorted(chosen))}
-    return replace(whole, records=tuple(replace(record, identity=place[record.identity]) for record in whole.records
-                                        if record.identity in place))
+    return replace(whole, records=Packed((record.path, record.captions, place[record.identity], record.boxes,
+                                          record.phrases) for record in whole.records if record.identity in place))
 
 
 def shown(value) -> str:
@@ -168,18 +228,18 @@ def _raise(sentence: str) -> None:
     raise UserError(sentence)
 
 
+@_uncollected()
 def read_rows(source: Source, refuse: Callable[[str], None] = _raise) -> list[Row]:
     """All records of all files, of every split they hold; what cannot be used goes to `refuse` as a sentence."""
     images, rows = _Images(source.images), []
     for file in source.files:
         name = shown(file)
         for number, item in enumerate(_json_list(file, refuse)):
-            image = item.get(source.keys[0]) if isinstance(item, dict) else None
-            place = f"{name}, record {number} (the first is 0), image {shown(image)}"
+            at = name, number, item.get(source.keys[0]) if isinstance(item, dict) else None
             try:
-                rows.append(_row(item, source, images, place))
+                rows.append(_row(item, source, images, at))
             except ValueError as error:
-                refuse(f"{place}: {error}")
+                refuse(f"{_place(*at)}: {error}")
     return _grouped(rows, refuse) if source.grouped else rows
 
 
@@ -195,7 +255,7 @@ def _json_list(file: Path, refuse: Callable[[str], None]) -> list:
     return items
 
 
-def _row(item, source: Source, images: "_Images", place: str) -> Row:
+def _row(item, source: Source, images: "_Images", at: tuple) -> Row:
     """Check one record. Raises ValueError saying what is wrong with it."""
     if not isinstance(item, dict):
         raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
@@ -212,7 +272,7 @@ def _row(item, source: Source, images: "_Images", place: str) -> Row:
     if not captions or len(boxes) != len(phrases):
         raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
     path = images.find(image)
-    return Row(split, identity, path or image, path is None, captions, boxes, phrases, place)
+    return Row(split, identity, path or image, path is None, captions, boxes, phrases, at)
 
 
 def _field(item: dict, key: str, *kinds: type):
@@ -226,20 +286,23 @@ def _field(item: dict, key: str, *kinds: type):
 def _texts(values: list, kind: str) -> tuple[str, ...]:
     """Stripped; half of a surrogate pair, which no file can hold, becomes a question mark."""
     for value in values:
-        if not isinstance(value, str) or not any(map(str.isalnum, value)):
+        if not isinstance(value, str) or not (value[:1].isalnum() or any(map(str.isalnum, value))):
             raise ValueError(f"a {kind} is empty or not text: {shown(value)}")
-    return tuple(value.strip().encode(errors="replace").decode() for value in values)
+    return tuple([value.strip() if value.isascii() else value.strip().encode(errors="replace").decode()
+                  for value in values])
 
 
 def _box(value) -> Box:
     """Check a box, and clip what rounding put outside the image."""
-    if not (isinstance(value, list) and len(value) == 4
-            and all(type(x) in (int, float) and abs(x) <= 2 for x in value)):
+    if not (isinstance(value, list) and len(value) == 4 and set(map(type, value)) <= {int, float}
+            and abs(min(value)) <= 2 and abs(max(value)) <= 2):
         raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
     cx, cy, w, h = value
-    edges = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+    left, top, right, bottom = edges = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+    if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+        return cx, cy, w, h
     left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in edges)
-    if left >= right or top >= bottom or min(edges) < -BOX_ROUNDING or max(edges) > 1 + BOX_ROUNDING:
+    if not (left < right and top < bottom) or min(edges) < -BOX_ROUNDING or max(edges) > 1 + BOX_ROUNDING:
         raise ValueError(f"the box {shown(value)} is empty or leaves the image (cx, cy, w, h)")
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 
@@ -289,15 +352,15 @@ class _Images:
 
     def find(self, image: str) -> str | None:
         """The path of `image`; None if missing. Raises ValueError if it lies outside."""
-        if not image or os.path.isabs(image) or "\\" in image or ".." in image.split("/"):
+        if not image or image[0] == "/" or "\\" in image or ".." in image and ".." in image.split("/"):
             raise ValueError("the path is empty or leads out of the image folder")
-        for root in self.roots:
-            folder, _, name = (root + image).rpartition("/")
-            if folder not in self.listed:
-                self.listed[folder] = self._list(folder)
-            if self.listed[folder].get(name):
+        folder, _, name = image.rpartition("/")
+        if folder not in self.listed:
+            self.listed[folder] = [self._list(root + folder) for root in self.roots]
+        for root, names in zip(self.roots, self.listed[folder]):
+            if names.get(name):
                 raise ValueError("a symbolic link leads out of the image folder")
-            if name in self.listed[folder]:
+            if name in names:
                 return root + image
         return None
 

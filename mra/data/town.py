@@ -512,18 +512,18 @@ def _boxes(parts: np.ndarray) -> dict[str, Box]:
 
 @dataclass(frozen=True)
 class TownSizes:
-    """People of each split, and images of each of them. ICFG-PEDES has no val split: those people train."""
-    source_train: tuple[int, int] = (3000, 2)
-    source_test: tuple[int, int] = (200, 3)
-    target_train: tuple[int, int] = (400, 4)
-    target_val: tuple[int, int] = (100, 3)
-    target_test: tuple[int, int] = (240, 3)
+    """People of each split, and images of each of them, on average. ICFG-PEDES has no val split: those people train."""
+    source_train: tuple[int, float] = (3000, 2)
+    source_test: tuple[int, float] = (200, 3)
+    target_train: tuple[int, float] = (400, 4)
+    target_val: tuple[int, float] = (100, 3)
+    target_test: tuple[int, float] = (240, 3)
 
     def times(self, factor: float) -> "TownSizes":
         """The same town with `factor` times the people."""
         return TownSizes(*((max(2, round(n * factor)), images) for n, images in dataclasses.astuple(self)))
 
-    def splits(self, set_name: str) -> list[tuple[str, int, int]]:
+    def splits(self, set_name: str) -> list[tuple[str, int, float]]:
         """(split as written, people, images of each), in the order of the identities."""
         if set_name == "source":
             return [("train", *self.source_train), ("test", *self.source_test)]
@@ -557,7 +557,8 @@ def shots(set_name: str, sizes: TownSizes, seed: int, start: int = 0, stop: int 
         for number in range(max(start, first), min(stop, first + people)):
             rngs = [random.Random(f"{seed}/{set_name}/{first}/{number - i}") for i in (0, 1)]
             person = twin_of(sample_person(rngs[1]), rngs[0]) if number in twins else sample_person(rngs[0])
-            yield from _shots_of(set_name, split, number, person, images, rngs[0])
+            own = round(images * (number - first + 1)) - round(images * (number - first))
+            yield from _shots_of(set_name, split, number, person, own, rngs[0])
         first += people
 
 
@@ -600,7 +601,7 @@ def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: in
                            "look": dataclasses.asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
     if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
         return
-    say(f"{folder}: drawing demo data: {sum(n * images for _, n, images in splits)} {NOTE}")
+    say(f"{folder}: drawing demo data: {sum(round(n * images) for _, n, images in splits)} {NOTE}")
     if folder.exists() and any(folder.iterdir()) and not (folder / "DRAWN.txt").is_file():
         raise UserError(f"{folder} holds files that were not drawn here: give the demo town another root")
     shutil.rmtree(folder, ignore_errors=True)

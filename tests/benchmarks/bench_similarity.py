@@ -91,14 +91,15 @@ def search(side: str, queries: int, gallery: Tensor, k: int) -> Callable:
 
 
 def write_gallery(path: Path, count: int, width: int) -> None:
-    """Random bf16 vectors as a safetensors file, never more than a stretch of them in memory."""
+    """Random unit vectors in bf16 as a safetensors file, a stretch in memory: each is the first with other signs."""
     header = json.dumps({"gallery": {"dtype": "BF16", "shape": [count, width],
                                      "data_offsets": [0, 2 * count * width]}}).encode()
+    stretch = F.normalize(torch.randn(min(2**16, count), width), dim=1).bfloat16()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for start in range(0, count, 2**16):
-            rows = F.normalize(torch.randn(min(2**16, count - start), width), dim=1).bfloat16()
-            file.write(rows.view(torch.uint8).numpy().tobytes())
+            rows = stretch[:count - start] * (2 * torch.randint(2, (width,)) - 1).bfloat16()
+            file.write(rows.view(torch.uint8).numpy())
 
 
 def peak_of_file(path: str, side: str, queries: int, k: int) -> tuple[float, float]:
