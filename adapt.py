@@ -3,7 +3,8 @@
     python adapt.py                                  the demo: images in the look of drawn ICFG, from the shipped base
     python adapt.py --target cuhk --mode restyle     the source's own images in the target's look
     python adapt.py --train-base                     train the base anew, as the shipped one was
-    python adapt.py --size base --source DIR --target cuhk --target-root DIR
+    python adapt.py --size base --source DIR --target cuhk --data-root DIR
+    python adapt.py --size sd15 --weights DIR --target cuhk --data-root DIR     beside Stable Diffusion 1.5
     torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
@@ -11,6 +12,7 @@ set in `out` is in SDA format: `train.py --dataset FOLDER` pretrains on it, `tra
 """
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,12 +26,13 @@ from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion import gap
 from mra.diffusion.autoencoder import random_light
-from mra.diffusion.denoiser import DomainBranch
+from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
 from mra.diffusion.fit import fit
 from mra.diffusion.making import SAMPLERS, collect, make, wishes
 from mra.diffusion.noising import Schedule
 from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, encode, read_base, to_float
+from mra.diffusion.stable import read_stable
 from mra.training import Machine
 
 SHIPPED = Path(__file__).with_name("mra") / "diffusion"      # base-demo.safetensors and reader-demo.safetensors
@@ -37,7 +40,7 @@ BASE_PEOPLE = town.TownSizes(source_train=(12_000, 2), source_test=(800, 3))    
 
 
 def main() -> None:
-    config = parse(AdaptConfig, __doc__)
+    config = parse(AdaptConfig, __doc__, recipe_of=lambda given: FITS.get(given.size, {}).get("flags", {}))
     check(config)
     machine = Machine.of(config.device, config.precision)
     machine.say(f"{show(config)}\nRunning on {machine.device} in {machine.precision}, {machine.world} process(es).")
@@ -56,22 +59,24 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     base_name = checkpoint.digest(base)
     target = target_records(config, machine)
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
-    base.autoencoder.learn_scale(encode(base.autoencoder, images))     # the frozen base starts in the target's light
+    if not base.config.stable:      # a frozen base of ours starts in the target's light
+        base.autoencoder.learn_scale(encode(base.autoencoder, images))
     branch = adapt(config, machine, base, base_name, target, images)
-    adapt_decoder(config, machine, base, base_name, target, images)
+    if not base.config.stable:      # Stable Diffusion's decoder stays as it is, as in the paper
+        adapt_decoder(config, machine, base, base_name, target, images)
     made_with = {"config": asdict(config), "base": base_name, "branch": checkpoint.digest(branch),
                  "decoder": checkpoint.digest(base.autoencoder)}
     if finished(out / "report.json", made_with):
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
     judge, skill = train_judge(config, machine, images)
-    from_source = config.mode == "restyle" or config.captions == "source"
-    wanted = wishes(config, base, (source_records(config, machine) if from_source else target).records)
+    wanted = wishes(config, base, (source_records(config, machine) if from_source(config) else target).records)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: (out / "report.json").unlink(missing_ok=True))    # the mark of a finished set, written last
-    make(config, machine, base, branch, judge, wanted, encode(base.autoencoder, images), out)
+    looks = encode(base.autoencoder, images) if config.mode == "restyle" else None
+    make(config, machine, base, branch, judge, wanted, looks, out)
     # ---- the set and its report
-    measured = config.measure and not config.target_root       # drawn people: the exact answer is known
+    measured = config.measure and not config.data_root         # drawn people: the exact answer is known
     reader, source = (train_reader(config, machine), source_records(config, machine)) if measured else (None, None)
     if machine.rank == 0:
         kept, dropped = collect(config, out, len(wanted))
@@ -103,7 +108,8 @@ def fit_base(config: AdaptConfig, machine: Machine, out: Path) -> Path:
     tokenizer = Tokenizer.read()
     torch.manual_seed(config.seed)
     base = Diffusion(replace(DIFFUSION_PRESETS[config.size], vocab=len(tokenizer)), tokenizer).to(machine.device)
-    facts = {"size": asdict(base.config), "source": records.name, "images": len(images), "captions": len(captions)}
+    size = {name: value for name, value in asdict(base.config).items() if name != "stable"}     # as in older files
+    facts = {"size": size, "source": records.name, "images": len(images), "captions": len(captions)}
     machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
 
     def autoencoder_loss(draw: torch.Generator, count: int) -> Tensor:
@@ -134,6 +140,10 @@ def fit_base(config: AdaptConfig, machine: Machine, out: Path) -> Path:
 
 def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
     """The pretrained base, frozen; trained first where there is none for this size."""
+    if config.weights:
+        base = read_stable(Path(config.weights), DIFFUSION_PRESETS[config.size], config.zero_snr)
+        machine.say(f"Base: {config.weights}, Stable Diffusion.")
+        return base.to(machine.device).eval().requires_grad_(False)
     shipped = SHIPPED / f"base-{config.size}.safetensors"
     path = Path(config.base) if config.base else shipped if shipped.exists() else train_base(config, machine)
     base, facts = read_base(path)
@@ -146,20 +156,32 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str
     """The domain branch, trained on the target's training pairs beside the frozen base."""
     captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
     pairs = LatentPairs(base.autoencoder, images, captions, base.tokenizer, config.conditioned_by)
+    with machine.autocast():
+        pairs.read(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
     machine.say(f"Adapting to {target.name}: {len(images)} images, {len(captions)} captions.")
     torch.manual_seed(config.seed)
     branch = DomainBranch(base.denoiser).to(machine.device)
-    step_branch = torch.compile(branch) if config.compile else branch
-    schedule, plan = Schedule.cosine(), FITS[config.size]["branch"]
+    rounds = base.config.stable and machine.precision == "bf16"
+    if rounds:
+        round_weights(base.denoiser)
+    for stage in [*base.denoiser.modules(), *branch.modules()]:
+        if isinstance(stage, Stage):
+            stage.recompute = config.recompute
+    denoiser, step_branch = (torch.compile(x) if config.compile else x for x in (base.denoiser, branch))
+    plans = FITS[config.size]
+    plan = plans["branch"]
+    steps = config.steps or plan.steps or math.ceil(plans["epochs"] * len(captions) / plan.batch)
 
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         with machine.autocast():
-            return pairs.loss(base.denoiser, step_branch, schedule, draw, count)
+            return pairs.loss(denoiser, step_branch, base.schedule, draw, count)
 
     folder = dad_folder(config)
     with training.claimed(folder, machine):
-        fit("branch", branch, loss_of, replace(plan, steps=config.steps or plan.steps), folder / "branch.safetensors",
+        fit("branch", branch, loss_of, replace(plan, steps=steps), folder / "branch.safetensors",
             {"target": target.name, "pairs": len(captions), "base": base_name}, config.seed, machine)
+    if rounds:
+        round_weights(branch)
     return branch.eval().requires_grad_(False)
 
 
@@ -189,7 +211,7 @@ def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, base_n
 def dad_folder(config: AdaptConfig) -> Path:
     """Where what is trained on the target lies."""
     return Path("out/dad") / (f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
-                              + f"-{config.share:g}" * (config.share < 1))
+                              + f"-{config.share:g}" * (config.share < 1) + "-zero-snr" * config.zero_snr)
 
 
 def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> tuple[Judge, dict[str, float]]:
@@ -254,10 +276,15 @@ def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
 
 def target_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     """The target's training pairs, without those of its val identities."""
-    if not config.target_root:
+    if not config.data_root:
         machine.first(lambda: town.ready(config.target, config.size == "tiny", machine.say))
-    root = Path(config.target_root) if config.target_root else town.root(config.size == "tiny")
+    root = Path(config.data_root) if config.data_root else town.root(config.size == "tiny")
     return share_of(load(config.target, "train", root, say=machine.say), config.share)
+
+
+def from_source(config: AdaptConfig) -> bool:
+    """Whether what is made is made of the source's images or captions."""
+    return config.mode == "restyle" or config.captions == "source"
 
 
 def finished(report: Path, made_with: dict) -> bool:
@@ -282,8 +309,14 @@ def check(config: AdaptConfig) -> None:
     for name, (low, high) in ADAPT_LIMITS.items():
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
-    if bool(config.source) != bool(config.target_root):
-        raise UserError("Give --source and --target-root together: real and drawn sets do not mix.")
+    stable = DIFFUSION_PRESETS[config.size].stable
+    if bool(config.weights) != stable or stable and (config.base or config.train_base or not config.data_root):
+        raise UserError("--size sd15 takes --weights and --data-root, neither --base nor --train-base; no other size "
+                        "takes --weights.")
+    if config.zero_snr and (not stable or config.domain_guidance != 1):
+        raise UserError("--zero-snr is for --size sd15, without --domain-guidance: the base alone cannot predict v.")
+    if (from_source(config) or not stable) and bool(config.source) != bool(config.data_root):
+        raise UserError("Give --source and --data-root together: real and drawn sets do not mix.")
 
 
 if __name__ == "__main__":

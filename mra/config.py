@@ -93,6 +93,7 @@ class DiffusionConfig:
     positions: int = 512
     max_tokens: int = 56
     vocab: int = 0                # set from the vocabulary when the model is made
+    stable: bool = False          # with the details of Stable Diffusion 1.5, so that its weights fit
 
     @property
     def factor(self) -> int:
@@ -111,6 +112,11 @@ DIFFUSION_PRESETS = {
     "demo":  DiffusionConfig(64,    32,   4,   (96,),           12,    (48, 96),            2,          128, 2,    4),
     "small": DiffusionConfig(192,   96,   2,   (64, 128, 256),  8,     (128, 256, 384),     8,          256, 4,    4),
     "base":  DiffusionConfig(384,   256,  2,   (96, 192, 384),  8,     (192, 384, 768, 768), 8,         512, 6,    8),
+    # weights from elsewhere, and for tests the same with other widths
+    "sd15":  DiffusionConfig(384,   256,  1,   (128, 256, 512, 512), 4, (320, 640, 1280, 1280), 8,      768, 12,   12,
+                             positions=77, max_tokens=77, stable=True),
+    "sd15-tiny": DiffusionConfig(128, 64, 1,   (32, 32, 64, 64), 4,    (32, 64, 96, 96),    4,          32,  2,    4,
+                                 positions=77, max_tokens=77, stable=True),
 }
 
 
@@ -118,7 +124,7 @@ DIFFUSION_PRESETS = {
 class Fit:
     """How long and how fast a network of DaD is trained."""
 
-    steps: int
+    steps: int              # 0: `epochs` passes over the pairs
     batch: int              # images of one step, all processes together
     lr: float               # peak; it rises over the first 5 % of the steps and falls linearly to 0
     decay: float = 0.999    # of the moving average of the weights; it starts smaller and grows to this
@@ -138,6 +144,10 @@ FITS = {
     "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4),
                   decoder=Fit(3000, 16, 2e-4), branch=Fit(10_000, 32, 1e-4),
                   judge=Fit(2000, 64, 1e-3), reader=Fit(10_000, 64, 1e-3)),
+    # three epochs of the target's pairs, as in the paper; `flags` are other defaults of the command line
+    "sd15":  dict(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3, judge=Fit(2000, 64, 1e-3),
+                  flags=dict(sampling_steps=20, guidance=7.5)),
+    "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=Fit(1, 8, 2e-3), flags=dict(sampling_steps=2)),
 }
 
 
@@ -194,11 +204,14 @@ class AdaptConfig:
     captions: str = "target"      # whose captions to generate from, target or source
     size: str = "demo"            # a row of DIFFUSION_PRESETS
     base: str = ""                # file of a trained base; empty: the shipped one for demo, else trained first
+    weights: str = ""             # for sd15: folder of Stable Diffusion 1.5 in the layout of diffusers
+    zero_snr: bool = False        # for sd15: end in pure noise and learn v, not the noise
     train_base: bool = False      # train the base and stop
     source: str = ""              # folder with the source set, SDA or MALS; empty: the demo town
-    target_root: str = ""         # folder with the real target set; empty: the demo town
+    data_root: str = ""           # folder with the real target set; empty: the demo town
     out: str = ""                 # folder of the set that is made; empty: out/sda/<target>, -<mode> and the like behind
     steps: int = 0                # of the branch's training; 0: as in FITS
+    recompute: bool = False       # train the branch with gradient checkpointing: less memory, more time
     sampler: str = "dpm"          # ddim or dpm (DPM-Solver++ 2M)
     sampling_steps: int = 12
     guidance: float = 2.5         # on the text; 1: none

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 
 from mra.config import ModelConfig
-from mra.layers import PostNormBlock, PreNormBlock, pick
+from mra.layers import PostNormBlock, PreNormBlock, QuickGELU, pick
 
 
 class ImageEncoder(nn.Module):
@@ -93,6 +93,29 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, keep)
         return x                                                             # (B, T, D)
+
+
+class CausalTextEncoder(nn.Module):
+    """The same as CLIP's text transformer (Radford et al. 2021): a token sees those before it, and all positions count.
+
+    Captions (B, T), each with its last id filled up, go on with that id to all the positions: (B, 77, D).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim = config.text_dim
+        self.words, self.positions = nn.Embedding(config.vocab, dim), nn.Embedding(config.positions, dim)
+        self.blocks = nn.ModuleList(PreNormBlock(dim, config.text_heads, config.dropout, 1e-5, True, QuickGELU)
+                                    for _ in range(config.text_depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+        missing = self.positions.num_embeddings - ids.shape[1]
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)           # (B, 77)
+        x = self.words(ids) + self.positions.weight                          # (B, 77, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
 
 class FusionEncoder(nn.Module):

@@ -15,13 +15,13 @@ class Attention(nn.Module):
     same image (matched, mismatched, masked words) share them.
     """
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None = None):
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
         super().__init__()
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
         self.heads = heads
-        self.to_query = nn.Linear(dim, dim)
-        self.to_memory = nn.Linear(context_dim or dim, 2 * dim)
+        self.to_query = nn.Linear(dim, dim, bias)
+        self.to_memory = nn.Linear(context_dim or dim, 2 * dim, bias)
         self.to_out = nn.Linear(dim, dim)
 
     def memory(self, context: Tensor) -> Tensor:
@@ -29,29 +29,40 @@ class Attention(nn.Module):
         batch, length, _ = context.shape
         return self.to_memory(context).view(batch, length, 2, self.heads, -1).permute(0, 2, 3, 1, 4)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Attend from x (B, T, D) to itself or to `memory`; keep (B, S), True = may be attended to."""
+    def forward(self, x: Tensor, memory: Tensor | None = None, keep: Tensor | None = None,
+                causal: bool = False) -> Tensor:
+        """Attend from x (B, T, D) to itself or to `memory`; keep (B, S), True = may be attended to.
+
+        `causal`, without `keep`: each token attends to itself and to those before it.
+        """
         batch, length, dim = x.shape
         query = self.to_query(x).view(batch, length, self.heads, -1).transpose(1, 2)   # (B, heads, T, D/heads)
         key, value = (self.memory(x) if memory is None else memory).unbind(1)          # (B, heads, S, D/heads)
         mask = None if keep is None else keep[:, None, None, :]                        # (B, 1, 1, S)
-        mixed = attend(query, key, value, mask)                                        # (B, heads, T, D/heads)
+        mixed = attend(query, key, value, mask, causal)                                # (B, heads, T, D/heads)
         return self.to_out(mixed.transpose(1, 2).reshape(batch, length, dim))          # (B, T, D)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     """PyTorch's attention; on the CPU in float32, since its bfloat16 backward pass takes five times as long there."""
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask, is_causal=causal)
 
 
 class MLP(nn.Sequential):
-    """Two linear maps with an exact GELU between them."""
+    """Two linear maps with an exact GELU, or another activation, between them."""
 
-    def __init__(self, dim: int, hidden: int):
-        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+    def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = nn.GELU):
+        super().__init__(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim))
+
+
+class QuickGELU(nn.Module):
+    """CLIP's approximation of a GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
 class GEGLU(nn.Module):
@@ -67,16 +78,18 @@ class GEGLU(nn.Module):
 
 
 class PreNormBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the block of a vision transformer."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): a vision transformer's block, and causal that of CLIP's text."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, eps: float = 1e-6):
+    def __init__(self, dim: int, heads: int, dropout: float, eps: float = 1e-6, causal: bool = False,
+                 activation: type[nn.Module] = nn.GELU):
         super().__init__()
+        self.causal = causal
         self.attention_norm, self.attention = nn.LayerNorm(dim, eps), Attention(dim, heads)
-        self.mlp_norm, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, 4 * dim)
+        self.mlp_norm, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, 4 * dim, activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), causal=self.causal))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

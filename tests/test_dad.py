@@ -281,7 +281,7 @@ def test_restyling_keeps_captions_and_boxes(made):
 def test_sets_of_ones_own_and_two_processes(made):
     """The path of real data: source and target from folders; the work shared out by torchrun."""
     folder, _ = made
-    flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--target-root", "data/demo-tiny",
+    flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--data-root", "data/demo-tiny",
              "--images", "130", "--malformed", "100", "--precision", "float32", "--out", "out/two", "--device", "cpu")
     succeed(folder, "adapt.py", *flags[:2], "--target", "rstp", "--images", "8", "--malformed", "100")    # draws rstp
     ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "adapt.py"),
@@ -302,7 +302,7 @@ def test_train_pretrains_on_the_adapted_set(made):
 @pytest.mark.parametrize("flags, named", [
     (("--target", "market"), "--target market"), (("--images", "0"), "--images 0"),
     (("--guidance", "nan"), "--guidance nan"),
-    (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--target-root"),
+    (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
     (("--sampler", "euler"), "--sampler euler"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):
     status, _, err = command(tmp_path, "adapt.py", *flags)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
-from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from mra.config import UserError
 from mra.data.people import VIEWS, describe, sample_person
@@ -23,6 +23,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORDS = 56       # a caption is cut here before it is split into pieces
 MASK_RATE = 0.25     # share of a caption's pieces to predict ...
 MAX_MASKED = 10      # ... and at most so many
+CLIP_FILES = "vocab.json", "merges.txt"
+CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 SPAN_RATE = 0.2      # share of the picked words that grow to 2 or 3 words
 
 
@@ -57,6 +59,38 @@ class Tokenizer:
         """Whole words, their pieces joined; [PAD], [CLS] and [SEP] are left out."""
         pieces = [self.pieces[i] for i in ids if i not in (self.pad_id, self.cls_id, self.sep_id)]
         return " ".join(pieces).replace(" ##", "").split()
+
+
+class ClipTokenizer:
+    """CLIP's byte-level BPE (Radford et al. 2021), of a folder with vocab.json and merges.txt, as a `Tokenizer`.
+
+    Here a word ends at a marked piece. That piece has seen the others, so it stands for the word in `starts_word`.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            self.engine = Engine(models.BPE.from_file(*(str(Path(folder) / name) for name in CLIP_FILES),
+                                                      end_of_word_suffix="</w>"))
+            ids = self.engine.get_vocab()
+            self.start_id, self.pad_id = (ids[piece] for piece in ("<|startoftext|>", "<|endoftext|>"))
+            if sorted(ids.values()) != list(range(len(ids))):
+                raise ValueError("some ids are missing")
+        except Exception as error:      # the engine raises nothing more special
+            raise UserError(f"{folder}: no readable {' and '.join(CLIP_FILES)} of CLIP ({error}).") from None
+        self.engine.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        self.engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(CLIP_WORD), "removed", invert=True),
+             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        self.starts_word = np.array([piece.endswith("</w>") for piece in sorted(ids, key=ids.get)])     # (V,)
+
+    def __len__(self) -> int:
+        return len(self.starts_word)
+
+    def encode(self, text: str, max_tokens: int = 77) -> list[int]:
+        """<|startoftext|> pieces <|endoftext|>, at most `max_tokens` >= 2 ids."""
+        text = text.encode("utf-8", "ignore").decode()
+        return [self.start_id, *self.engine.encode(text).ids[:max_tokens - 2], self.pad_id]
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,22 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mra.config import DiffusionConfig
+from mra.layers import Attention
 
 # RGB -> orthonormal axes: lightness, yellow-blue, red-green (Ruderman et al. 1998)
 OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0.5, -(2**-0.5), 0.0]])
 START_LOG_VARIANCE = -6.0       # of the latents: little noise before the loss has its say
+STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside a skip; with an embedding (B, T), normalised, and it is added between them."""
+    """Two 3x3 convolutions beside a skip; with an embedding (B, T), normalised, and it is added between them.
 
-    def __init__(self, dim_in: int, dim_out: int, embedding: int = 0):
+    With `eps`, that of its norms, the block is Stable Diffusion's: always normalised, in as many groups both times.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, embedding: int = 0, eps: float = 0.0):
         super().__init__()
-        self.norm1 = group_norm(dim_in) if embedding else nn.Identity()
+        normed, least = embedding or eps, 1 if eps else 8
+        self.norm1 = group_norm(dim_in, 1, eps or 1e-6) if normed else nn.Identity()
         self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
         if embedding:
             self.modulation = nn.Linear(embedding, dim_out)
-        self.norm2 = group_norm(dim_out, 8) if embedding else nn.Identity()    # a norm over one channel would take
-        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)                 # away what the embedding adds to it
+        # a norm over few channels would take away what the embedding adds to them
+        self.norm2 = group_norm(dim_out, least, eps or 1e-6) if normed else nn.Identity()
+        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -34,9 +41,9 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-def group_norm(dim: int, least: int = 1) -> nn.GroupNorm:
+def group_norm(dim: int, least: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
     """32 groups of channels, or fewer where a group would have less than `least`."""
-    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if dim % g == 0 and dim // g >= least), dim, eps=1e-6)
+    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if dim % g == 0 and dim // g >= least), dim, eps)
 
 
 class Up(nn.Sequential):
@@ -143,6 +150,59 @@ class Autoencoder(nn.Module):
         std, mean = torch.std_mean(latents.float(), (0, 2, 3))
         self.mean += self.std * mean
         self.std *= std
+
+
+class PixelAttention(nn.Module):
+    """Pixels (B, C, h, w) attend to each other, with one head; added to what came in."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm, self.attention = group_norm(dim), Attention(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.attention(self.norm(x).flatten(2).transpose(1, 2))                      # (B, h*w, C)
+        return x + tokens.transpose(1, 2).reshape(x.shape)
+
+
+class StableAutoencoder(nn.Module):
+    """Stable Diffusion's (Rombach et al. 2022, KL-f8): images (B, 3, H, W) in -1..1 <-> latents (B, 4, H/8, W/8).
+
+    Two blocks a level down, three up; between them a block, attention, a block. It adds no grain.
+    """
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__()
+        widths, latent, lowest = config.autoencoder, config.latent, config.autoencoder[-1]
+        self.factor = config.factor
+
+        def level(blocks: int, dim_in: int, dim: int) -> list[nn.Module]:
+            return [ResBlock(dim if i else dim_in, dim, eps=1e-6) for i in range(blocks)]
+
+        def last(dim: int, dim_out: int) -> nn.Sequential:
+            return nn.Sequential(group_norm(dim), nn.SiLU(), nn.Conv2d(dim, dim_out, 3, padding=1))
+
+        down = [level(2, above, dim) for above, dim in zip((widths[0], *widths), widths)]
+        up = [level(3, below, dim) for below, dim in zip((lowest, *widths[::-1]), widths[::-1])]
+        for below, above, dim, other in zip(down, up, widths[:-1], widths[:0:-1]):
+            below += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2)]
+            above += [Up(other)]
+        middles = [nn.Sequential(*level(1, lowest, lowest), PixelAttention(lowest), *level(1, lowest, lowest))
+                   for _ in range(2)]
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, padding=1), nn.Sequential(*(nn.Sequential(*some) for some in down)), middles[0],
+            last(lowest, 2 * latent), nn.Conv2d(2 * latent, 2 * latent, 1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent, latent, 1), nn.Conv2d(latent, lowest, 3, padding=1), middles[1],
+            nn.Sequential(*(nn.Sequential(*some) for some in up)), last(widths[0], 3))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The mean latents of an image, scaled."""
+        mean, _ = self.encoder(image).chunk(2, 1)
+        return STABLE_SCALE * mean
+
+    def decode(self, latents: Tensor, _: Tensor | None = None) -> Tensor:
+        """The image of scaled latents; the noise that `Autoencoder` makes grain of is not used."""
+        return self.decoder(latents / STABLE_SCALE)
 
 
 def random_light(image: Tensor, generator: torch.Generator) -> Tensor:

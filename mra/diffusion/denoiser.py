@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mra.config import DiffusionConfig
 from mra.diffusion.autoencoder import ResBlock, Up, group_norm
-from mra.encoders import TextEncoder
+from mra.encoders import CausalTextEncoder, TextEncoder
 from mra.layers import GEGLU, Attention, initialise
+
+STABLE_EPS = 1e-5       # of the norms of Stable Diffusion's denoiser, but those before a transformer
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Prompt:
 class SpatialTransformer(nn.Module):
     """Pixels (B, C, h, w) attend to each other, then to the caption, then an MLP; added to what came in."""
 
-    def __init__(self, dim: int, heads: int, text_dim: int):
+    def __init__(self, dim: int, heads: int, text_dim: int, bias: bool):
         super().__init__()
         self.norm, self.to_in, self.to_out = group_norm(dim), nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)
-        self.self_norm, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
-        self.cross_norm, self.cross = nn.LayerNorm(dim), Attention(dim, heads, text_dim)
+        self.self_norm, self.attention = nn.LayerNorm(dim), Attention(dim, heads, bias=bias)
+        self.cross_norm, self.cross = nn.LayerNorm(dim), Attention(dim, heads, text_dim, bias)
         self.mlp_norm, self.mlp = nn.LayerNorm(dim), GEGLU(dim, 4 * dim)
 
     def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
@@ -52,14 +55,25 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, where the resolution is not the lowest, a transformer."""
+    """A residual block and, where the resolution is not the lowest, a transformer.
+
+    With `recompute` it keeps no activations for the backward pass, which makes them anew (Chen et al. 2016).
+    """
+
+    recompute = False
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int, config: DiffusionConfig, attends: bool):
         super().__init__()
-        self.block = ResBlock(dim_in, dim_out, embedding)
-        self.transformer = SpatialTransformer(dim_out, config.heads, config.text_dim) if attends else None
+        self.block = ResBlock(dim_in, dim_out, embedding, STABLE_EPS if config.stable else 0)
+        self.transformer = (SpatialTransformer(dim_out, config.heads, config.text_dim, not config.stable) if attends
+                            else None)
 
     def forward(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, embedding, prompt, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x, embedding, prompt)
+
+    def compute(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
         x = self.block(x, embedding)
         return x if self.transformer is None else self.transformer(x, prompt)
 
@@ -111,12 +125,12 @@ class Encoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Latents (B, C, h, w) at noise levels t (B,) and a prompt -> v (B, C, h, w)."""
+    """Latents (B, C, h, w) at noise levels t (B,) and a prompt -> v (B, C, h, w), or the noise: the schedule says."""
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
         self.config = config
-        self.text_encoder = TextEncoder(config)
+        self.text_encoder = (CausalTextEncoder if config.stable else TextEncoder)(config)
         self.encoder = Encoder(config)
         embedding, dims, dim = 4 * config.widths[0], list(self.encoder.skip_dims), config.widths[-1]
         self.stages, self.ups = nn.ModuleList(), nn.ModuleList()
@@ -125,7 +139,8 @@ class Denoiser(nn.Module):
                 self.stages.append(Stage(dim + dims.pop(), width, embedding, config, i + 1 < len(config.widths)))
                 dim = width
             self.ups.append(Up(dim) if i else nn.Identity())
-        self.last = nn.Sequential(group_norm(dim), nn.SiLU(), nn.Conv2d(dim, config.latent, 3, padding=1))
+        norm = group_norm(dim, eps=STABLE_EPS if config.stable else 1e-6)
+        self.last = nn.Sequential(norm, nn.SiLU(), nn.Conv2d(dim, config.latent, 3, padding=1))
         self.text_encoder.apply(initialise)
         for module in self.modules():    # every block starts as the identity, and v as 0
             zero(module.conv2 if isinstance(module, ResBlock) else
@@ -133,8 +148,9 @@ class Denoiser(nn.Module):
         zero(self.last[-1])
 
     def read(self, ids: Tensor, keep: Tensor) -> Prompt:
-        """Word pieces (B, T) -> an encoded prompt."""
-        return Prompt(self.text_encoder(ids, keep), keep)
+        """Word pieces (B, T) -> an encoded prompt. Stable Diffusion also looks at what CLIP makes of the padding."""
+        states = self.text_encoder(ids, keep)
+        return Prompt(states, keep.new_ones(states.shape[:2]) if self.config.stable else keep)
 
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt, control: list[Tensor] | None = None) -> Tensor:
         """`control`, from a branch, is added to the skips and the middle."""
@@ -175,6 +191,13 @@ def zero(module: nn.Module | None) -> nn.Module | None:
     for parameter in module.parameters() if module is not None else ():
         nn.init.zeros_(parameter)
     return module
+
+
+def round_weights(network: nn.Module) -> None:
+    """Keep in bf16 the weights that autocast would round at every use: half the memory, the same results."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(torch.bfloat16)
 
 
 def structure(image: Tensor) -> Tensor:

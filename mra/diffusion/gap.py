@@ -26,7 +26,6 @@ from mra.diffusion.boxes import overlap, phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.filters import Judge, tell_apart
 from mra.diffusion.making import FILTERS
-from mra.diffusion.noising import Schedule
 from mra.diffusion.sampling import Crops, Diffusion, encode, to_float
 from mra.diffusion.transfers import transferred
 from mra.training import Machine
@@ -123,8 +122,9 @@ def distance(images: Tensor, others: Tensor) -> float:
 
 def nearest(images: Tensor, others: Tensor) -> Tensor:
     """For each of `images` (N, 3, H, W) uint8, its root mean square pixel distance to the nearest of `others`, 0..1."""
-    flat, rest = (x.flatten(1).float() / 255 for x in (images, others))
-    return torch.cat([torch.cdist(some, rest).amin(1) for some in flat.split(256)]) / flat.shape[1] ** 0.5
+    flat = images.flatten(1).float() / 255
+    rest = (some.flatten(1).float() / 255 for some in others.split(1000))
+    return torch.stack([torch.cdist(flat, some).amin(1) for some in rest]).amin(0) / flat.shape[1] ** 0.5
 
 
 def strangers(count: int, seed: int) -> list[Person]:
@@ -172,7 +172,7 @@ def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], so
     captions = [portrait.words.caption for portrait in drawn]
     condition = torch.ones(len(drawn), 1, base.config.height, base.config.width, device=device)
     maps = word_maps(base.denoiser, branch, encode(base.autoencoder, pixels_of(drawn)), base.read(captions), condition,
-                     Schedule.cosine(), torch.Generator(device).manual_seed(0)).float().cpu()
+                     base.schedule, torch.Generator(device).manual_seed(0)).float().cpu()
     for portrait, caption, own in zip(drawn, captions, maps):
         ids = base.tokenizer.encode(caption, base.config.max_tokens)
         for phrase, truth in zip(portrait.words.phrases, portrait.words.boxes):

@@ -23,7 +23,7 @@ from mra.data.words import noun_phrases
 from mra.diffusion.boxes import phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch, Prompt, structure
 from mra.diffusion.filters import Judge, agreement, colourfulness
-from mra.diffusion.noising import Schedule, ddim, dpm_solver, q_sample
+from mra.diffusion.noising import ddim, dpm_solver, q_sample
 from mra.diffusion.prompts import prompts_of
 from mra.diffusion.sampling import Crops, Diffusion, decode, encode, guide, to_float
 from mra.diffusion.transfers import match_moments
@@ -57,7 +57,7 @@ def wishes(config: AdaptConfig, base: Diffusion, records: Iterable[Record]) -> l
 
 
 def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, judge: Judge,
-         wanted: list[Wish], target_latents: Tensor, out: Path) -> None:
+         wanted: list[Wish], target_latents: Tensor | None, out: Path) -> None:
     """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept."""
     started, parts = time.perf_counter(), [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
     retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
@@ -90,10 +90,10 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
             raise KeyboardInterrupt
 
 
-def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Wish], target_latents: Tensor,
-           draw: torch.Generator) -> tuple[Tensor, Tensor, Prompt]:
+def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Wish],
+           target_latents: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Tensor, Prompt]:
     """Latents (B, C, h, w) of the wishes, the condition (B, 1, H, W) and the prompt they were made with."""
-    device, schedule = draw.device, Schedule.cosine()
+    device, schedule = draw.device, base.schedule
     noise = torch.randn(len(some), *base.config.shape, generator=draw, device=device)
     condition = torch.ones(len(some), 1, base.config.height, base.config.width, device=device)
     strength = 1.0
@@ -118,7 +118,7 @@ def describe(config: AdaptConfig, base: Diffusion, branch: DomainBranch, some: l
     """SDA records without their image: given boxes as they are, else a box for each phrase that is found."""
     rows, maps = [], None
     if config.mode == "generate":
-        maps = word_maps(base.denoiser, branch, latents, prompt, condition, Schedule.cosine(), draw).float().cpu()
+        maps = word_maps(base.denoiser, branch, latents, prompt, condition, base.schedule, draw).float().cpu()
     for i, wish in enumerate(some):
         found = [(phrase, box, 1.0) for phrase, box in zip(wish.phrases, wish.boxes)]
         if maps is not None:

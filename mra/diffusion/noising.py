@@ -3,7 +3,8 @@
 Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1, and the denoiser learns
 v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). The terminal signal-to-noise ratio is zero, alpha_K = 0 exactly
 (Lin et al. 2024): a schedule that leaves some signal at its end cannot make very dark or very bright images, and
-an illumination gap is made of those. A sampler takes any `denoise(latents, t)` that returns v.
+an illumination gap is made of those. A sampler takes any `denoise(latents, t)` that returns v, or with a schedule of
+Stable Diffusion the noise e.
 Before: nothing. After: denoiser.py, which is such a function.
 """
 
@@ -13,15 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]    # latents (B, C, h, w), t (B,) -> v (B, C, h, w)
+Denoise = Callable[[Tensor, Tensor], Tensor]    # latents (B, C, h, w), t (B,) -> v or e
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise)."""
+    """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise).
+
+    What a denoiser learns on it is v, or where `predicts_noise` the noise e.
+    """
 
     alpha: Tensor
     sigma: Tensor
+    predicts_noise: bool = False
 
     @staticmethod
     def cosine(levels: int = 1000) -> "Schedule":
@@ -30,6 +35,19 @@ class Schedule:
         alpha = angle.cos()
         alpha[-1] = 0.0
         return Schedule(alpha.float(), (1 - alpha**2).sqrt().float())
+
+    @staticmethod
+    def scaled_linear(zero_snr: bool = False) -> "Schedule":
+        """Stable Diffusion's: alpha_t^2 = product of 1 - beta, the roots of beta evenly from 0.00085 to 0.012.
+
+        It predicts the noise. With `zero_snr` alpha is shifted to 0 at the end and scaled to what it was at the start
+        (Lin et al. 2024, algorithm 1), and v is predicted: there the noise says nothing about the image.
+        """
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+        alpha = (1 - betas).cumprod(0).sqrt()
+        if zero_snr:
+            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        return Schedule(alpha.float(), (1 - alpha**2).sqrt().float(), not zero_snr)
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of t (B,), shaped to multiply `like` (B, ...)."""
@@ -59,10 +77,10 @@ def q_sample(latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> T
 
 
 def diffusion_loss(denoise: Denoise, latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """L = E |v(z_t, t) - v|^2 with v = alpha_t e - sigma_t z_0; a scalar."""
+    """L = E |v(z_t, t) - v|^2 with v = alpha_t e - sigma_t z_0, or E |e(z_t, t) - e|^2; a scalar."""
     alpha, sigma = schedule.at(t, latents)
-    v = alpha * noise - sigma * latents
-    return (denoise(q_sample(latents, noise, t, schedule), t).float() - v).square().mean()
+    truth = noise if schedule.predicts_noise else alpha * noise - sigma * latents
+    return (denoise(q_sample(latents, noise, t, schedule), t).float() - truth).square().mean()
 
 
 def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
@@ -103,9 +121,11 @@ def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, 
 
 
 def predict(denoise: Denoise, z: Tensor, level: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise that v says z at `level` is made of."""
+    """The clean latents and the noise that v, or e, says z at `level` is made of."""
     v = denoise(z, torch.full((len(z),), level, device=z.device)).float()
     alpha, sigma = schedule.alpha[level], schedule.sigma[level]
+    if schedule.predicts_noise:
+        return (z - sigma * v) / alpha, v
     return alpha * z - sigma * v, sigma * z + alpha * v
 
 

@@ -14,29 +14,32 @@ from torch import Tensor, nn
 from mra import checkpoint
 from mra.config import DiffusionConfig
 from mra.data.records import open_image
-from mra.data.tokenizer import Tokenizer, checked, pad
+from mra.data.tokenizer import ClipTokenizer, Tokenizer, checked, pad
 from mra.data.words import swap_left_right
-from mra.diffusion.autoencoder import Autoencoder
+from mra.diffusion.autoencoder import Autoencoder, StableAutoencoder
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, structure
 from mra.diffusion.noising import Denoise, Schedule, diffusion_loss, guided, rescaled
 
 CONDITIONS = ("white", "structure")
+PIXELS = 2**19      # of the images that the autoencoder works on at once
 
 
 class Diffusion(nn.Module):
-    """The pretrained base: autoencoder and denoiser."""
+    """The pretrained base: autoencoder and denoiser, and the schedule of its noise."""
 
-    def __init__(self, config: DiffusionConfig, tokenizer: Tokenizer):
+    def __init__(self, config: DiffusionConfig, tokenizer: Tokenizer | ClipTokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.autoencoder, self.denoiser = Autoencoder(config), Denoiser(config)
+        self.schedule = Schedule.scaled_linear() if config.stable else Schedule.cosine()
+        self.autoencoder = (StableAutoencoder if config.stable else Autoencoder)(config)
+        self.denoiser = Denoiser(config)
         self.denoiser.to(memory_format=torch.channels_last)     # convolutions are faster so, on CPU and GPU
 
     def read(self, captions: Sequence[str]) -> Prompt:
         """Captions -> an encoded prompt; the empty caption is what guidance steers away from."""
         ids, keep = pad([self.tokenizer.encode(caption, self.config.max_tokens) for caption in captions],
                         self.tokenizer.pad_id)
-        device = self.autoencoder.mean.device
+        device = next(self.parameters()).device
         return self.denoiser.read(ids.to(device), keep.to(device))
 
 
@@ -78,31 +81,38 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(autoencoder: Autoencoder, images: Tensor, batch: int = 256) -> Tensor:
+def encode(autoencoder: Autoencoder | StableAutoencoder, images: Tensor) -> Tensor:
     """uint8 images (N, 3, H, W) -> latents (N, C, h, w)."""
-    device = autoencoder.mean.device
+    device, batch = next(autoencoder.parameters()).device, at_once(*images.shape[2:])
     return torch.cat([autoencoder.encode(to_float(some.to(device))) for some in images.split(batch)])
 
 
-@torch.no_grad()
-def decode(autoencoder: Autoencoder, latents: Tensor, generator: torch.Generator, batch: int = 256) -> Tensor:
-    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W), with their grain."""
-    def noise(some: Tensor) -> Tensor:
-        rows, columns = (n * autoencoder.factor for n in some.shape[2:])
-        return torch.randn(len(some), 3, rows, columns, generator=generator, device=some.device)
+def at_once(height: int, width: int) -> int:
+    """How many images the autoencoder works on at once."""
+    return max(1, min(256, PIXELS // (height * width)))
 
-    return torch.cat([to_bytes(autoencoder.decode(some, noise(some))) for some in latents.split(batch)])
+
+@torch.no_grad()
+def decode(autoencoder: Autoencoder | StableAutoencoder, latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W), with their grain."""
+    size = [n * autoencoder.factor for n in latents.shape[2:]]
+
+    def noise(some: Tensor) -> Tensor:
+        return torch.randn(len(some), 3, *size, generator=generator, device=some.device)
+
+    return torch.cat([to_bytes(autoencoder.decode(some, noise(some))) for some in latents.split(at_once(*size))])
 
 
 class LatentPairs:
     """The latents of N images and of their mirror images, M captions of them, and their conditions, all cached.
 
-    images (N, 3, H, W) uint8; captions: (index of the image, words). `draw` picks random samples of them.
+    images (N, 3, H, W) uint8; captions: (index of the image, words). `draw` picks random samples of them, and equal
+    captions are kept once. After `read` the states of the captions are cached too, in the host's memory.
     """
 
-    def __init__(self, autoencoder: Autoencoder, images: Tensor, captions: list[tuple[int, str]],
-                 tokenizer: Tokenizer, condition: str = "white"):
-        device = autoencoder.mean.device
+    def __init__(self, autoencoder: Autoencoder | StableAutoencoder, images: Tensor, captions: list[tuple[int, str]],
+                 tokenizer: Tokenizer | ClipTokenizer, condition: str = "white"):
+        device, self.states = next(autoencoder.parameters()).device, None
         self.latents = torch.cat([encode(autoencoder, images), encode(autoencoder, images.flip(-1))])    # (2N, C, h, w)
         self.conditions = None
         if condition == "structure":
@@ -110,29 +120,49 @@ class LatentPairs:
             self.conditions = torch.cat([edges, edges.flip(-1)])                                # (2N, 1, H, W)
         words = [caption for _, caption in captions]
         words += [swap_left_right(caption) for caption in words] + [""]
-        self.ids, self.keep = (x.to(device) for x in pad([tokenizer.encode(w) for w in words], tokenizer.pad_id))
+        numbers = {caption: i for i, caption in enumerate(dict.fromkeys(words))}
+        self.ids, self.keep = (x.to(device) for x in pad([tokenizer.encode(w) for w in numbers], tokenizer.pad_id))
+        self.caption_of = torch.tensor([numbers[caption] for caption in words], device=device)  # (2M + 1,)
         index = torch.tensor([i for i, _ in captions], device=device)
         self.image_of = torch.cat([index, index + len(images)])                                 # (2M,)
         self.size = images.shape[-2:]
 
-    def draw(self, generator: torch.Generator, count: int, drop: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents (B, C, h, w), ids and keep (B, T), condition (B, 1, H, W); with chance `drop` without words."""
+    @torch.no_grad()
+    def read(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
+        """Encode all captions, once, with a text encoder that is not trained."""
+        self.states, kept = [], []
+        for ids, keep in zip(self.ids.split(256), self.keep.split(256)):
+            prompt = denoiser.read(ids, keep)
+            self.states.extend(prompt.states.to(dtype).cpu())
+            kept.append(prompt.keep)
+        self.keep = torch.cat(kept)
+
+    def prompt(self, denoiser: Denoiser, caption: Tensor) -> Prompt:
+        """The encoded captions of these numbers (B,)."""
+        keep = self.keep[caption]
+        keep = keep[:, :int(keep.sum(1).max())]                                                 # (B, T)
+        if self.states is None:
+            return denoiser.read(self.ids[caption, :keep.shape[1]], keep)
+        states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
+        return Prompt(states.to(keep.device), keep)
+
+    def draw(self, generator: torch.Generator, count: int, drop: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, C, h, w), numbers of captions (B,), condition (B, 1, H, W); with chance `drop` without words."""
         device = self.latents.device
         pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
         image = self.image_of[pair]
-        pair[torch.rand(count, generator=generator, device=device) < drop] = len(self.ids) - 1
-        longest = int(self.keep[pair].sum(1).max())
+        pair[torch.rand(count, generator=generator, device=device) < drop] = len(self.caption_of) - 1
         condition = (torch.ones(count, 1, *self.size, device=device) if self.conditions is None
                      else self.conditions[image].float())
-        return self.latents[image], self.ids[pair, :longest], self.keep[pair, :longest], condition
+        return self.latents[image], self.caption_of[pair], condition
 
     def loss(self, denoiser: Denoiser, branch: DomainBranch | None, schedule: Schedule, generator: torch.Generator,
              count: int, drop: float = 0.1) -> Tensor:
         """The diffusion loss of `count` samples, of the base alone or with its branch."""
-        latents, ids, keep, condition = self.draw(generator, count, drop)
+        latents, caption, condition = self.draw(generator, count, drop)
         t = schedule.draw(count, generator)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        prompt = denoiser.read(ids, keep)
+        prompt = self.prompt(denoiser, caption)
 
         def denoise(z: Tensor, t: Tensor) -> Tensor:
             return denoiser(z, t, prompt, branch and branch(z, t, prompt, condition))

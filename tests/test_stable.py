@@ -1,0 +1,233 @@
+"""Stable Diffusion 1.5 in our modules, against values that diffusers and transformers gave.
+
+tests/assets/stable.npz was made on the CPU in float32 by diffusers 0.42.1 and transformers 5.24.0 (torch 2.14.1), which
+the tests do not need: UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTokenizer and DDIMScheduler with the
+sizes of the preset sd15-tiny and every tensor made by `filled` below, from its name. Beside them are the names and
+shapes of all tensors of these models, at that size and in full. The schedulers: scaled_linear, trailing,
+set_alpha_to_one, no clipping; 20 steps at guidance 7.5.
+"""
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_commands import command, succeed
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+
+from mra import checkpoint
+from mra.config import DIFFUSION_PRESETS, UserError
+from mra.data.records import load
+from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
+from mra.diffusion.noising import Schedule, ddim
+from mra.diffusion.sampling import Diffusion, LatentPairs, guide
+from mra.diffusion.stable import TEXT, UNET, VAE, read_stable, theirs
+
+GOLDEN = np.load(Path(__file__).with_name("assets") / "stable.npz")
+MERGES = ["r e", "re d</w>", "c o", "co a", "coa t</w>", "j e", "a n", "je an", "jean s</w>", "b l", "bl a", "c k</w>",
+          "bla ck</w>", "w o", "wo m", "wom a", "woma n</w>", "m a", "ma n</w>", "' s</w>", "l e", "le f", "lef t</w>",
+          "s h", "sh i", "shi r", "shir t</w>", "c a", "ca f", "caf Ã", "cafÃ ©</w>"]
+WORDS = ["a woman in a red coat with black jeans", "",
+         "The MAN's  red\tshirt,\nleft-hand 1612 !!! cafe\u0301 CAFÉ",
+         "日本 🙂 it's 'round the woman’s coat; they'll we've \x00 x_y", "red " * 100]
+FILE = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def array(name: str, *shape: int) -> Tensor:
+    """Numbers of a normal distribution that only the name decides."""
+    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32))
+
+
+def shapes(which: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of unet, vae and text_encoder."""
+    found = {part: {} for part in FILE}
+    for part, name, shape in (line.split() for line in str(GOLDEN[which]).split("\n")):
+        found[part][name] = tuple(map(int, shape.split("x")))
+    return found
+
+
+def filled(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Matrices that keep a variance, norms near 1, small biases."""
+    if len(shape) > 1:
+        return array(name, *shape) / np.prod(shape[1:]) ** 0.5
+    return 0.1 * array(name, *shape) + name.endswith(tuple(f"norm{x}.weight" for x in ("", "1", "2", "3", "_out")))
+
+
+def write_tokenizer(folder: Path) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, *(x + "</w>" for x in letters), *(pair.replace(" ", "") for pair in MERGES),
+              "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Random weights in the layout of diffusers."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_tokenizer(folder / "tokenizer")
+    for part, tensors in shapes("tiny_keys").items():
+        (folder / part).mkdir()
+        save_file({name: filled(name, shape) for name, shape in tensors.items()},
+                  folder / part / f"{FILE[part]}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(folder) -> Diffusion:
+    return read_stable(folder, DIFFUSION_PRESETS["sd15-tiny"]).eval().requires_grad_(False)
+
+
+def off(ours: Tensor, name: str) -> float:
+    """The largest difference from a golden array, as a multiple of that array's standard deviation where above 1."""
+    golden = torch.from_numpy(GOLDEN[name])
+    assert ours.shape == golden.shape
+    return float((ours - golden).abs().max() / golden.std().clamp(min=1))
+
+
+def test_everything_agrees_with_diffusers(base):
+    prompt = base.read(WORDS[:3])
+    assert off(prompt.states[:2], "states") < 1e-4 and prompt.keep.all()
+    z, t = array("z", 2, 4, 16, 8), torch.tensor([17, 980])
+    assert off(base.denoiser(z, t, prompt[[0, 2]]), "unet") < 1e-4
+    assert off(base.autoencoder.encode(array("image", 1, 3, 128, 64).clamp(-1, 1)), "encoded") < 1e-4
+    assert off(base.autoencoder.decode(array("latents", 1, 4, 16, 8))[:, :, ::2, ::2], "decoded") < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["", "_zero_snr"])
+def test_a_guided_trajectory_agrees_with_diffusers(base, kind):
+    schedule = Schedule.scaled_linear(bool(kind))
+    assert off(schedule.alpha[::37], "alpha" + kind) < 1e-5
+    assert (schedule.alpha[-1] == 0) == bool(kind) and schedule.predicts_noise != bool(kind)
+    words = base.read([WORDS[0], ""])
+    denoise = guide(base.denoiser, words[:1], words[1:], None, None, 7.5, 1.0, 0.0)
+    assert off(ddim(denoise, array("noise", 1, 4, 16, 8), schedule, 20), "ddim" + kind) < 1e-4
+
+
+@pytest.mark.parametrize("number", range(len(WORDS)))
+def test_token_ids_agree_with_clip(base, number):
+    ids = base.tokenizer.encode(WORDS[number])
+    assert ids + [base.tokenizer.pad_id] * (77 - len(ids)) == GOLDEN["ids"][number].tolist()
+    assert base.tokenizer.starts_word[ids[1:-1]][-1:].all()                # the last piece ends a word
+
+
+def test_names_shapes_and_counts_in_full():
+    with torch.device("meta"):
+        whole = Diffusion(dataclasses.replace(DIFFUSION_PRESETS["sd15"], vocab=49408), None)
+    text = whole.denoiser.text_encoder
+    counts = [sum(p.numel() for p in model.parameters()) for model in (whole.denoiser, whole.autoencoder, text)]
+    assert (counts[0] - counts[2], *counts[1:]) == (859_520_964, 83_653_863, 123_060_480)
+    unet = {k: v for k, v in checkpoint.weights(whole.denoiser).items() if not k.startswith("text_encoder.")}
+    for part, weights, names in (("unet", unet, UNET), ("vae", checkpoint.weights(whole.autoencoder), VAE),
+                                 ("text_encoder", checkpoint.weights(text), TEXT)):
+        parts = {name: theirs(name, names) for name in weights}
+        found = {their: (len(tensor) // len(parts[name]), *tensor.shape[1:])
+                 for name, tensor in weights.items() for their in parts[name]}
+        assert found == shapes("full_keys")[part]
+    branch = DomainBranch(whole.denoiser)
+    assert len(branch.outputs) == 13 and sum(p.numel() for p in branch.parameters()) == 360_214_720
+
+
+def with_part(folder: Path, to: Path, part: str, tensors: dict[str, Tensor], name: str = "") -> Path:
+    """The folder with other tensors in one of its parts."""
+    to.mkdir()
+    for own in folder.iterdir():
+        if own.name != part:
+            (to / own.name).symlink_to(own)
+    (to / part).mkdir()
+    save_file(tensors, to / part / f"{name or FILE[part]}.safetensors")
+    return to
+
+
+def test_older_files_and_half_precision(base, folder, tmp_path):
+    text = load_file(folder / "text_encoder/model.safetensors")
+    older = {f"text_model.{name}": tensor for name, tensor in text.items()}
+    older["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    to = with_part(folder, tmp_path / "a", "text_encoder", older)
+    vae = {}
+    for name, tensor in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{new}.", f".{old}.")
+        vae[name] = tensor.half()
+    to = with_part(to, tmp_path / "b", "vae", vae, "diffusion_pytorch_model.fp16")
+    again = checkpoint.weights(read_stable(to, DIFFUSION_PRESETS["sd15-tiny"]))
+    for name, tensor in checkpoint.weights(base).items():
+        assert torch.equal(again[name], tensor.half().float() if name.startswith("autoencoder.") else tensor)
+
+
+def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
+    whole = load_file(folder / "text_encoder/model.safetensors")
+    bias = "encoder.layers.1.mlp.fc1.bias"
+    for i, (change, said) in enumerate((({bias: None}, f"{bias} is missing"),
+                                        ({"logit_scale": torch.ones(1)}, "no place for logit_scale"),
+                                        ({bias: torch.zeros(7)}, "does not fit this model: 1 tensors differ"))):
+        tensors = {name: tensor for name, tensor in (whole | change).items() if tensor is not None}
+        with pytest.raises(UserError, match=f"text_encoder/model.safetensors.* {said}"):
+            read_stable(with_part(folder, tmp_path / str(i), "text_encoder", tensors), DIFFUSION_PRESETS["sd15-tiny"])
+    with pytest.raises(UserError, match="no readable vocab.json and merges.txt"):
+        read_stable(tmp_path / "nowhere", DIFFUSION_PRESETS["sd15-tiny"])
+    write_tokenizer(tmp_path / "bare/tokenizer")
+    with pytest.raises(UserError, match="bare/unet: no such file of weights"):
+        read_stable(tmp_path / "bare", DIFFUSION_PRESETS["sd15-tiny"])
+
+
+def gradients(base: Diffusion, branch: DomainBranch, pairs: LatentPairs) -> list[Tensor]:
+    loss = pairs.loss(base.denoiser, branch, base.schedule, torch.Generator().manual_seed(3), 3, drop=0.5)
+    return [loss, *torch.autograd.grad(loss, list(branch.parameters()))]
+
+
+def test_cached_states_checkpointing_and_rounded_weights_change_nothing(folder):
+    base = read_stable(folder, DIFFUSION_PRESETS["sd15-tiny"]).eval().requires_grad_(False)
+    branch = DomainBranch(base.denoiser)
+    for parameter in branch.outputs.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    images = (array("images", 2, 3, 128, 64) * 50 + 128).clamp(0, 255).to(torch.uint8)
+    pairs = LatentPairs(base.autoencoder, images, [(0, "a red coat"), (1, "a red coat"), (1, "black on his left")],
+                        base.tokenizer)
+    assert len(pairs.ids) == 4 and len(pairs.caption_of) == 7      # one is mirrored in other words; and without words
+    plain = gradients(base, branch, pairs)
+    pairs.read(base.denoiser, torch.float32)
+    for stage in [*base.denoiser.modules(), *branch.modules()]:
+        if isinstance(stage, Stage):
+            stage.recompute = True
+    for one, other in zip(plain, gradients(base, branch, pairs), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    z, t, prompt = array("z", 1, 4, 16, 8), torch.tensor([500]), base.read(WORDS[:1])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = base.denoiser(z, t, prompt)
+        round_weights(base.denoiser)
+        assert torch.equal(base.denoiser(z, t, prompt), before)
+
+
+# ---- adapt.py
+
+def test_adapt_beside_stable_diffusion(folder, root):
+    flags = ("--size", "sd15-tiny", "--weights", str(folder), "--target", "cuhk", "--data-root", str(root),
+             "--images", "3", "--malformed", "1e3", "--grey-mean", "0", "--box-threshold", "0", "--out", "out/made")
+    said = succeed(root, "adapt.py", *flags)
+    assert "Stable Diffusion" in said and "branch step 3/3" in said and "Kept 3 of 3" in said
+    assert '"sampling_steps": 2,' in said                                  # the preset's, not the demo's
+    records = [record for split in ("train", "val") for record in
+               load(str(root / "out/made"), split, root, say=lambda line: None).records]
+    assert len(records) == 3 and all(record.boxes for record in records)
+    tensors, facts = checkpoint.load(root / "out/dad/cuhk-sd15-tiny-white-s0/branch.safetensors")
+    assert facts["pairs"] == 12 and tensors["outputs.12.weight"].any()
+    said = succeed(root, "adapt.py", *flags[:-1], "out/zero", "--zero-snr", "--recompute", "--steps", "1")
+    assert "Kept 3 of 3" in said and (root / "out/dad/cuhk-sd15-tiny-white-s0-zero-snr/branch.safetensors").exists()
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--size", "sd15"), "--weights"), (("--weights", "."), "--size sd15"),
+    (("--size", "sd15", "--weights", "."), "--data-root"), (("--zero-snr",), "--zero-snr is for --size sd15"),
+    (("--size", "sd15", "--weights", ".", "--data-root", ".", "--mode", "restyle"), "Give --source"),
+    (("--size", "sd15", "--weights", "nowhere", "--data-root", "."), "nowhere/tokenizer"),
+])
+def test_mistakes_are_told_in_a_sentence(tmp_path, flags, said):
+    status, _, err = command(tmp_path, "adapt.py", *flags)
+    assert status == 2 and said in err and err.count("\n") == 1
