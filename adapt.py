@@ -26,6 +26,7 @@ from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion import gap
 from mra.diffusion.autoencoder import random_light
+from mra.diffusion.boxes import usual_places
 from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
 from mra.diffusion.fit import fit
@@ -70,14 +71,16 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
     judge, skill = train_judge(config, machine, images)
-    wanted = wishes(config, base, (source_records(config, machine) if from_source(config) else target).records)
+    source = source_records(config, machine) if config.source or not config.data_root else None
+    places = usual_places(source.records, *base.config.shape[1:]) if source else {}
+    wanted = wishes(config, base, (source if from_source(config) else target).records)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: (out / "report.json").unlink(missing_ok=True))    # the mark of a finished set, written last
     looks = encode(base.autoencoder, images) if config.mode == "restyle" else None
-    make(config, machine, base, branch, judge, wanted, looks, out)
+    make(config, machine, base, branch, judge, wanted, looks, places, out)
     # ---- the set and its report
     measured = config.measure and not config.data_root         # drawn people: the exact answer is known
-    reader, source = (train_reader(config, machine), source_records(config, machine)) if measured else (None, None)
+    reader = train_reader(config, machine) if measured else None
     if machine.rank == 0:
         kept, dropped = collect(config, out, len(wanted))
         machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
@@ -86,7 +89,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
         report = made_with | gap.set_report(base.config, kept, dropped, images, out)
         report["judge of malformed people"] = skill
         if measured:
-            report |= gap.town_report(config, machine, base, branch, reader, images, kept, source.records, out)
+            report |= gap.town_report(config, machine, base, branch, reader, images, kept, source.records, places,
+                                      out)
         told = {key: value for key, value in report.items() if key not in (*made_with, "gap")}
         machine.say(json.dumps(told, indent=1))
         checkpoint.write_json(out / "report.json", report)

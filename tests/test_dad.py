@@ -16,10 +16,10 @@ from test_commands import command, succeed
 from adapt import load_base
 from mra.config import AdaptConfig
 from mra.data.people import COLOURS, sample_person
-from mra.data.records import load
+from mra.data.records import Record, load
 from mra.data.words import noun_phrases
 from mra.diffusion import gap, transfers
-from mra.diffusion.boxes import overlap, phrase_box
+from mra.diffusion.boxes import overlap, phrase_box, usual_places
 from mra.diffusion.filters import SEEN, UNSEEN, colourfulness, distort, tell_apart
 from mra.diffusion.making import filters_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, variant
@@ -100,6 +100,10 @@ def test_a_phrase_gets_the_box_of_its_noun(tokenizer):
     box, sure = phrase_box(maps, ids, phrase, tokenizer.starts_word)
     assert overlap(box, (0.5, 7 / 16, 0.5, 6 / 16)) > 0.6 and 0.5 < sure <= 1
     assert phrase_box(maps, ids, tokenizer.encode("a blue coat")[1:-1], tokenizer.starts_word) is None
+    places = usual_places([Record("", (), 0, ((0.5, 0.25, 1.0, 0.5),), ("a black coat",))], 16, 8)
+    assert list(places) == ["coat"] and places["coat"][:32].all() and not places["coat"][32:].any()
+    upper, _ = phrase_box(maps, ids, phrase, tokenizer.starts_word, places["coat"])
+    assert box[1] + box[3] / 2 > 0.55 and upper[1] + upper[3] / 2 == 0.5          # no coat has been seen lower
 
 
 def test_overlap_by_hand():

@@ -2,12 +2,14 @@
 
 The paper runs an open-set detector on its images. The denoiser that made an image already knows where it put a phrase:
 its cross-attention, with the image noised half-way, is read for the phrase's words. Adjectives attend all over the
-person, so the last word of a phrase, its noun, counts most. Before: sampling.py. After: adapt.py.
+person, so the last word of a phrase, its noun, counts most; and where the source set has boxes, they tell where in an
+image that noun usually is. Before: sampling.py. After: adapt.py.
 """
 
 import math
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mra.data import Box
+from mra.data.records import Record
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt
 from mra.diffusion.noising import Schedule, q_sample
 
 LEVELS = (0.35, 0.5, 0.65)      # of the schedule, at which the attention is read
 ADJECTIVE = 0.2                 # weight of a phrase's other words beside its noun's
-SHARE = 0.5                     # of a map's peak: the pixels above it are the phrase's
+SHARE = 0.45                    # of a map's peak: the pixels above it are the phrase's
+FINE = 4                        # pixels of such a map along one of the latents
 
 
 @contextmanager
@@ -63,10 +67,27 @@ def word_maps(denoiser: Denoiser, branch: DomainBranch | None, latents: Tensor, 
     return total / (len(LEVELS) * len(maps))
 
 
-def phrase_box(maps: Tensor, ids: list[int], phrase: list[int], starts_word) -> tuple[Box, float] | None:
+def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str, Tensor]:
+    """For the last word of every phrase with a box, how often the box covers each place, 0..1.
+
+    Maps of (FINE rows, FINE columns), for latents of (rows, columns).
+    """
+    y, x = (torch.arange(FINE * n).add(0.5) / (FINE * n) for n in (rows, columns))
+    covered, seen = defaultdict(lambda: torch.zeros(len(y), len(x))), defaultdict(int)
+    for record in records:
+        for phrase, (cx, cy, w, h) in zip(record.phrases, record.boxes):
+            noun = phrase.split()[-1]
+            covered[noun] += ((y - cy).abs() < h / 2)[:, None] & ((x - cx).abs() < w / 2)
+            seen[noun] += 1
+    return {noun: count / seen[noun] for noun, count in covered.items() if count.any()}
+
+
+def phrase_box(maps: Tensor, ids: list[int], phrase: list[int], starts_word, usual: Tensor | None = None
+               ) -> tuple[Box, float] | None:
     """The box of a phrase and how sure it is, 0..1, from the maps (T, h, w) of a caption's word pieces.
 
     `ids` are the caption's pieces, `phrase` the phrase's without [CLS] and [SEP]; None where the caption lacks it.
+    `usual` (FINE h, FINE w) is the noun's of `usual_places`, where there is one.
     """
     places = [i for i in range(len(ids) - len(phrase) + 1) if ids[i:i + len(phrase)] == phrase]
     if not places or not phrase:
@@ -74,10 +95,11 @@ def phrase_box(maps: Tensor, ids: list[int], phrase: list[int], starts_word) -> 
     noun = max(i for i, piece in enumerate(phrase) if starts_word[piece] or i == 0)
     weights = torch.tensor([ADJECTIVE if i < noun else 1.0 for i in range(len(phrase))])
     own = (maps[places[0]:places[0] + len(phrase)] * weights[:, None, None]).sum(0)                    # (h, w)
-    usual = maps[1:len(ids) - 1].mean(0)                            # what every word looks at is no sign of this one
-    heat = (own / own.sum() / (usual / usual.sum())).clamp(max=20)
-    heat = F.avg_pool2d(F.pad(heat[None, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0, 0]
-    heat = heat - heat.min()
+    every = maps[1:len(ids) - 1].mean(0)                            # what every word looks at is no sign of this one
+    heat = (own / own.sum() / (every / every.sum())).clamp(max=20)[None, None]
+    heat = F.avg_pool2d(F.pad(heat, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    heat = F.interpolate(heat, scale_factor=FINE, mode="bicubic")[0, 0].clamp(min=0)       # (FINE h, FINE w)
+    heat = heat - heat.min() if usual is None else heat.sqrt() * usual
     inside = heat >= SHARE * heat.max()
     rows, columns = (inside.any(axis).nonzero()[:, 0] for axis in (1, 0))
     top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))

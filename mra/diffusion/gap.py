@@ -9,6 +9,8 @@ Before: filters.py, transfers.py. After: adapt.py, which prints the table.
 import math
 import random
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -160,12 +162,14 @@ def as_text(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], source: list[Record]) -> dict[str, float]:
-    """Mean overlap (IoU) of the boxes that attention gives the phrases of target drawings with the true ones.
+def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], source: Sequence[Record],
+                places: dict[str, Tensor]) -> dict[str, float]:
+    """Mean overlap (IoU) of the boxes that phrases of target drawings get, as made images do, with the true ones.
 
-    Beside it that of a guess which has seen no image: the average box of the phrase's last word in the source set.
+    Beside it that of attention alone, without the nouns' usual `places`, and that of a guess which has seen no image:
+    the average box of the phrase's last word in the source set.
     """
-    device, usual, found, guessed = base.autoencoder.mean.device, defaultdict(list), [], []
+    device, usual, overlaps = next(base.parameters()).device, defaultdict(list), defaultdict(list)
     for record in source:
         for phrase, box in zip(record.phrases, record.boxes):
             usual[phrase.split()[-1]].append(box)
@@ -176,12 +180,15 @@ def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], so
     for portrait, caption, own in zip(drawn, captions, maps):
         ids = base.tokenizer.encode(caption, base.config.max_tokens)
         for phrase, truth in zip(portrait.words.phrases, portrait.words.boxes):
-            box = phrase_box(own, ids, base.tokenizer.encode(phrase)[1:-1], base.tokenizer.starts_word)
-            if box and phrase.split()[-1] in usual:
-                found.append(overlap(box[0], truth))
-                guessed.append(overlap(tuple(np.mean(usual[phrase.split()[-1]], 0)), truth))
-    return {"attention": round(float(np.mean(found)), 4), "average box": round(float(np.mean(guessed)), 4),
-            "phrases": len(found)}
+            noun, pieces = phrase.split()[-1], base.tokenizer.encode(phrase)[1:-1]
+            place = places.get(noun)
+            box, alone = (phrase_box(own, ids, pieces, base.tokenizer.starts_word, where) for where in (place, None))
+            if box and noun in usual:
+                overlaps["made"].append(overlap(box[0], truth))
+                overlaps["attention alone"].append(overlap(alone[0], truth))
+                overlaps["average box"].append(overlap(tuple(np.mean(usual[noun], 0)), truth))
+    return {name: round(float(np.mean(values)), 4) for name, values in overlaps.items()} | {
+        "phrases": len(overlaps["made"])}
 
 
 def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], target: Tensor, out: Path) -> dict:
@@ -202,14 +209,15 @@ def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], tar
 
 
 def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, reader: Judge,
-                target: Tensor, kept: list[dict], source: list[Record], out: Path) -> dict:
+                target: Tensor, kept: list[dict], source: Sequence[Record], places: dict[str, Tensor],
+                out: Path) -> dict:
     """What the demo town adds: distances to held-out target drawings of every way to make images, and the exact one."""
     def drawn(people: list[Person], seed: int, domain: str = config.target, poses: list[Pose] | None = None) -> Tensor:
         return pixels_of(town.portraits(domain, people, seed, (base.config.height, base.config.width), machine.cores,
                                         poses))
 
     rows = random.Random(0).sample(kept, min(ROWS, len(kept)))
-    source = source[:len(rows)]
+    source = list(islice(source, len(rows)))
     shots = {(folder, shot.path): shot for name, folder in town.FOLDERS.items()
              for shot in town.shots(name, town.TINY if config.size == "tiny" else town.DEFAULT, 0)}
     origins, seen = ([shots[Path(path.split("/imgs/")[0]).name, path.split("/imgs/")[1]] for path in paths]
@@ -232,8 +240,8 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     figures.sheet({"source: as the source draws these people": drawn(own[:10], 4, "source"), "adapted": made[:10],
                    f"exact: as {config.target}'s cameras see them": drawn(own[:10], 4),
                    "target: other people": held_out[:10]}, out / "adaptation.png")
-    facts = {"gap": table, "boxes": box_quality(base, branch, town.portraits(
-                 config.target, theirs[:BOXED], 1, (base.config.height, base.config.width), machine.cores), source),
+    boxed = town.portraits(config.target, theirs[:BOXED], 1, (base.config.height, base.config.width), machine.cores)
+    facts = {"gap": table, "boxes": box_quality(base, branch, boxed, source, places),
              "classifier on target blurred by half a pixel": separability(
                  half_pixel_blur(held_out), held_out, config.seed, machine.device, steps),
              "nearest training image": {name: round(float(nearest(images, target).median()), 4)

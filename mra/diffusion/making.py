@@ -57,7 +57,7 @@ def wishes(config: AdaptConfig, base: Diffusion, records: Iterable[Record]) -> l
 
 
 def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, judge: Judge,
-         wanted: list[Wish], target_latents: Tensor | None, out: Path) -> None:
+         wanted: list[Wish], target_latents: Tensor | None, places: dict[str, Tensor], out: Path) -> None:
     """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept."""
     started, parts = time.perf_counter(), [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
     retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
@@ -74,7 +74,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
         with torch.no_grad(), machine.autocast():
             latents, condition, prompt = sample(config, base, networks, parts[number], target_latents, draw)
             images = decode(base.autoencoder, latents, draw)
-            rows = describe(config, base, branch, parts[number], latents, condition, prompt, draw)
+            rows = describe(config, base, branch, parts[number], latents, condition, prompt, places, draw)
         judged = {"colour_mean": colourfulness(images)[0], "colour_variance": colourfulness(images)[1],
                   "malformed": judge.score(images)[:, 0]}
         if retriever:
@@ -114,7 +114,7 @@ def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some
 
 
 def describe(config: AdaptConfig, base: Diffusion, branch: DomainBranch, some: list[Wish], latents: Tensor,
-             condition: Tensor, prompt: Prompt, draw: torch.Generator) -> list[dict]:
+             condition: Tensor, prompt: Prompt, places: dict[str, Tensor], draw: torch.Generator) -> list[dict]:
     """SDA records without their image: given boxes as they are, else a box for each phrase that is found."""
     rows, maps = [], None
     if config.mode == "generate":
@@ -123,8 +123,8 @@ def describe(config: AdaptConfig, base: Diffusion, branch: DomainBranch, some: l
         found = [(phrase, box, 1.0) for phrase, box in zip(wish.phrases, wish.boxes)]
         if maps is not None:
             ids = base.tokenizer.encode(wish.caption, base.config.max_tokens)
-            boxes = [phrase_box(maps[i], ids, base.tokenizer.encode(phrase)[1:-1], base.tokenizer.starts_word)
-                     for phrase in wish.phrases]
+            boxes = [phrase_box(maps[i], ids, base.tokenizer.encode(phrase)[1:-1], base.tokenizer.starts_word,
+                                places.get(phrase.split()[-1])) for phrase in wish.phrases]
             found = [(phrase, *box) for phrase, box in zip(wish.phrases, boxes)
                      if box and box[1] >= config.box_threshold]
         found = found or [(wish.caption, (0.5, 0.5, 1.0, 1.0), 1.0)]    # no phrase: the whole image (MRA section 2)
