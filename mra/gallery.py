@@ -78,8 +78,9 @@ def remembered(cache: Path, owner: dict, width: int) -> tuple[list[str], Tensor]
     """Stamps (G) and features (G, 2, E) of a cache that this very model wrote; else none."""
     try:
         tensors, facts = checkpoint.load(cache)
-        files, features = [str(file) for file in facts["files"]], tensors["features"].float()
-        if {name: facts.get(name) for name in owner} == owner and features.shape == (len(files), 2, width):
+        files, features = [str(file) for file in facts["files"]], tensors["features"]
+        fits = features.dtype == torch.float32 and features.shape == (len(files), 2, width)
+        if fits and {name: facts.get(name) for name in owner} == owner:
             return files, features
     except (UserError, KeyError, TypeError):       # there is none, or it is of no use: written anew
         pass
