@@ -16,6 +16,7 @@ OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0
 START_LOG_VARIANCE = -6.0       # of the latents: little noise before the loss has its say
 STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
 
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions beside a skip; with an embedding (B, T), normalised, and it is added between them.
 

@@ -81,10 +81,11 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(autoencoder: Autoencoder | StableAutoencoder, images: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) -> latents (N, C, h, w)."""
+def encode(autoencoder: Autoencoder | StableAutoencoder, images: Tensor, mirrored: bool = False) -> Tensor:
+    """uint8 images (N, 3, H, W), or their mirror images, -> latents (N, C, h, w)."""
     device, batch = next(autoencoder.parameters()).device, at_once(*images.shape[2:])
-    return torch.cat([autoencoder.encode(to_float(some.to(device))) for some in images.split(batch)])
+    return torch.cat([autoencoder.encode(to_float((some.flip(-1) if mirrored else some).to(device)))
+                      for some in images.split(batch)])
 
 
 def at_once(height: int, width: int) -> int:
@@ -113,7 +114,7 @@ class LatentPairs:
     def __init__(self, autoencoder: Autoencoder | StableAutoencoder, images: Tensor, captions: list[tuple[int, str]],
                  tokenizer: Tokenizer | ClipTokenizer, condition: str = "white"):
         device, self.states = next(autoencoder.parameters()).device, None
-        self.latents = torch.cat([encode(autoencoder, images), encode(autoencoder, images.flip(-1))])    # (2N, C, h, w)
+        self.latents = torch.cat([encode(autoencoder, images, mirrored) for mirrored in (False, True)])  # (2N, C, h, w)
         self.conditions = None
         if condition == "structure":
             edges = torch.cat([structure(to_float(some)) for some in images.split(256)]).half().to(device)

@@ -334,10 +334,38 @@ class Evil:
         return os.system, (f"touch '{self.mark}'",)
 
 
-def checkpoints(folder: Path) -> Maker:
-    """Ours, the optimiser's, the embeddings', DaD's, BERT's and the released: spoilt in facts, tensors and bytes."""
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Files of every kind before they are spoilt, and what reads them: tensors and facts by kind, and a small model."""
+
+    folder: Path
+    files: dict[str, tuple[dict[str, torch.Tensor], dict]]
+    model: Retriever
+    optimizer: torch.optim.Optimizer
+
+    def reader(self, kind: str, path: Path) -> Callable[[], object]:
+        """What the scripts do with a file of that kind."""
+        photo, facts = str(self.folder / "photos/1.png"), self.files["best"][1]
+
+        def ask() -> None:
+            found, own_tokenizer, said = released.load_retriever(path, CPU)
+            config = evaluate.EvalConfig(query="a man in a red coat", k=2)
+            f"{said['train']['dataset'] or ''} {said['pretrained_on']} {said['train']['seed']}"
+            evaluate.rank(config, found, own_tokenizer, said, [config.query], [photo] * 3)
+            if dataclasses.asdict(self.model.config) == said["model"]:
+                train.load_model(TrainConfig(preset="tiny", init=str(path)), CPU, lambda line: None)
+
+        return {"best": ask, "last": lambda: checkpoint.resume(path.parent, self.model, self.optimizer, facts),
+                "gallery": lambda: gallery.encode(self.folder / "photos", self.model, path, 4, say=lambda line: None),
+                "base": lambda: read_base(path)[0].read(["a man"]),
+                "bert": lambda: weights.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
+                "vit": lambda: weights.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
+
+
+def whole_files(folder: Path) -> Whole:
+    """A file of each kind: ours, the optimiser's, the embeddings', DaD's, BERT's, a ViT's."""
     torch.manual_seed(0)
-    tokenizer, mark = Tokenizer.read(), folder / "it was run"
+    tokenizer = Tokenizer.read()
     model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=len(tokenizer)))
     base = Diffusion(DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2, vocab=len(tokenizer)), tokenizer)
     settings = dataclasses.asdict(TrainConfig(preset="tiny", init="none"))
@@ -351,48 +379,70 @@ def checkpoints(folder: Path) -> Maker:
     own = checkpoint.weights(model)
     paint(folder / "photos/1.png")
     gallery.encode(folder / "photos", model.eval(), folder / "valid.gallery", 4, say=lambda line: None)
-    valid = {
+    return Whole(folder, {
         "best": (own, facts), "last": (own | checkpoint.optimizer_tensors(model, optimizer), facts),
         "gallery": checkpoint.load(folder / "valid.gallery"),
         "base": (checkpoint.weights(base), {"size": dataclasses.asdict(base.config), "vocab": tokenizer.pieces,
                                             "images": 3, "source": "sda"}),
         "bert": (Bert(len(tokenizer)).released_names(), {}),
         "vit": (VisionTransformer(32, 8, 1, 2, 32, 64).state_dict(), {}),
-    }
+    }, model, optimizer)
 
-    def odd_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
-        return rng.choice((lambda t: t.to(torch.int64), lambda t: t.bool(), lambda t: t.half(), lambda t: t[None],
-                           lambda t: t.flatten(), lambda t: t * torch.nan, lambda t: torch.zeros(0),
-                           lambda t: torch.zeros(2, 3), lambda t: t.to(torch.complex64), lambda t: t * 1e30,
-                           lambda t: t.to(torch.float8_e5m2), lambda t: torch.zeros(())))(tensor.detach()).clone()
 
-    def reader(kind: str, path: Path) -> Callable[[], object]:
-        def ask() -> None:
-            found, own_tokenizer, said = released.load_retriever(path, CPU)
-            config = evaluate.EvalConfig(query="a man in a red coat", k=2)
-            f"{said['train']['dataset'] or ''} {said['pretrained_on']} {said['train']['seed']}"
-            evaluate.rank(config, found, own_tokenizer, said, [config.query], [str(folder / "photos/1.png")] * 3)
-            facts_of_run = facts | {"model": said["model"]}
-            if dataclasses.asdict(model.config) == facts_of_run["model"]:
-                train.load_model(TrainConfig(preset="tiny", init=str(path)), CPU, lambda line: None)
+def odd_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Of another type, shape or size."""
+    return rng.choice((lambda t: t.to(torch.int64), lambda t: t.bool(), lambda t: t.half(), lambda t: t[None],
+                       lambda t: t.flatten(), lambda t: t * torch.nan, lambda t: torch.zeros(0),
+                       lambda t: torch.zeros(2, 3), lambda t: t.to(torch.complex64), lambda t: t * 1e30,
+                       lambda t: t.to(torch.float8_e5m2), lambda t: torch.zeros(())))(tensor.detach()).clone()
 
-        return {"best": ask, "last": lambda: checkpoint.resume(path.parent, model, optimizer, facts),
-                "gallery": lambda: gallery.encode(folder / "photos", model, path, 4, say=lambda line: None),
-                "base": lambda: read_base(path)[0].read(["a man"]),
-                "bert": lambda: weights.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
-                "vit": lambda: weights.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
+
+def spoil_tensors(tensors: dict[str, torch.Tensor], deed: str, rng: random.Random) -> dict[str, torch.Tensor]:
+    """One of them odd, under another name, or missing, as `deed` says."""
+    tensors, chosen = dict(tensors), rng.choice(sorted(tensors))
+    if deed == "tensor":
+        tensors[chosen] = odd_tensor(tensors[chosen], rng)
+    elif deed == "name":
+        tensors[str(rng.choice(ODD))[:100] + rng.choice(("", "optimizer.", chosen))] = tensors.pop(chosen)
+    elif deed == "missing":
+        del tensors[chosen]
+    return tensors
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor], said: dict, deed: str, mark: Path, model: Retriever,
+                  rng: random.Random) -> None:
+    """A safetensors file, or a pickled one that may also hold what must not be run."""
+    if path.suffix == ".safetensors":
+        text = text_of(said, rng)[0].decode("utf-8", "replace") if deed == "metadata" else json.dumps(said)
+        names = {name.encode("utf-8", "replace").decode(): tensor for name, tensor in tensors.items()}
+        return save_file(names, path, metadata={"mra": text})
+    content = rng.choice((tensors, {"model": tensors}, {"model": tensors, "config": Evil(mark)}, Evil(mark),
+                          [Evil(mark)], {"model": Evil(mark)}, {"model": tensors, "lr": 3}, tensors | {"x": 1},
+                          model, [tensors], {1: tensors}, {"model": {"a": [1]}}))
+    torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.7)
+
+
+def write_sizes(folder: Path, rng: random.Random) -> None:
+    """The config.json beside a BERT, now and then spoilt."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4}
+    if rng.random() < 0.2:
+        sizes = spoil(sizes | {"hidden_act": "gelu"}, rng)[0]
+    said = text_of(sizes, rng)[0] if rng.random() < 0.1 else json.dumps(sizes).encode()
+    (folder / "config.json").write_bytes(said)
+
+
+def checkpoints(folder: Path) -> Maker:
+    """Ours, the optimiser's, the embeddings', DaD's, BERT's and the released: spoilt in facts, tensors and bytes."""
+    whole, mark = whole_files(folder), folder / "it was run"
 
     def make(rng: random.Random) -> Case:
-        kind = rng.choice(list(valid))
+        kind = rng.choice(list(whole.files))
         run_folder = folder / "run"
         shutil.rmtree(run_folder, ignore_errors=True)
         run_folder.mkdir()
-        sizes = rng.choice(({"hidden_size": 32, "num_attention_heads": 4},) * 4 + (spoil(
-            {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "gelu"}, rng)[0],))
-        said_sizes = text_of(sizes, rng)[0] if rng.random() < 0.1 else json.dumps(sizes).encode()
-        (run_folder / "config.json").write_bytes(said_sizes)
+        write_sizes(run_folder, rng)
         (run_folder / "best.safetensors").touch()
-        tensors, said = valid[kind]
+        tensors, said = whole.files[kind]
         deed = rng.choice(("facts",) * 3 + ("metadata", "bytes", "header", "tensor", "name", "missing", "pickle"))
         pickled = deed == "pickle" or kind in ("bert", "vit") and rng.random() < 0.5
         suffix = rng.choice((".bin", ".pth")) if pickled else ".safetensors"
@@ -401,22 +451,7 @@ def checkpoints(folder: Path) -> Maker:
             for _ in range(rng.choice((1, 1, 2))):
                 said, how = spoil(said, rng)
             deed = f"facts: {how}"
-        chosen = rng.choice(sorted(tensors))
-        if deed == "tensor":
-            tensors[chosen] = odd_tensor(tensors[chosen], rng)
-        elif deed == "name":
-            tensors[str(rng.choice(ODD))[:100] + rng.choice(("", "optimizer.", chosen))] = tensors.pop(chosen)
-        elif deed == "missing":
-            del tensors[chosen]
-        if suffix == ".safetensors":
-            text = text_of(said, rng)[0].decode("utf-8", "replace") if deed == "metadata" else json.dumps(said)
-            names = {name.encode("utf-8", "replace").decode(): tensor for name, tensor in tensors.items()}
-            save_file(names, path, metadata={"mra": text})
-        else:
-            content = rng.choice((tensors, {"model": tensors}, {"model": tensors, "config": Evil(mark)}, Evil(mark),
-                                  [Evil(mark)], {"model": Evil(mark)}, {"model": tensors, "lr": 3}, tensors | {"x": 1},
-                                  model, [tensors], {1: tensors}, {"model": {"a": [1]}}))
-            torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.7)
+        write_weights(path, spoil_tensors(tensors, deed, rng), said, deed, mark, whole.model, rng)
         if deed in ("bytes", "header", "pickle") and (deed != "pickle" or rng.random() < 0.6):
             content, how = spoil_bytes(path.read_bytes(), rng, 4000 if deed == "header" else 0)
             path.write_bytes(content)
@@ -426,7 +461,7 @@ def checkpoints(folder: Path) -> Maker:
         def read() -> None:
             torch.manual_seed(0)
             try:
-                reader(read_as, path)()
+                whole.reader(read_as, path)()
             finally:
                 assert not mark.exists(), "code in the file was run"
         asked = ("evaluate.py", "--checkpoint", str(path), "--query", "a man in a red coat", "--gallery",
