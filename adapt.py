@@ -178,7 +178,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str
 
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         with machine.autocast():
-            return pairs.loss(denoiser, step_branch, base.schedule, draw, count)
+            return pairs.loss(denoiser, step_branch, base.schedule, draw, count, middle=plan.middle)
 
     folder = dad_folder(config)
     with training.claimed(folder, machine):
@@ -313,6 +313,8 @@ def check(config: AdaptConfig) -> None:
     for name, (low, high) in ADAPT_LIMITS.items():
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
+    if config.guidance_from > config.guidance_to:
+        raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
     stable = DIFFUSION_PRESETS[config.size].stable
     if bool(config.weights) != stable or stable and (config.base or config.train_base or not config.data_root):
         raise UserError("--size sd15 takes --weights and --data-root, neither --base nor --train-base; no other size "

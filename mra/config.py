@@ -129,24 +129,25 @@ class Fit:
     lr: float               # peak; it rises over the first 5 % of the steps and falls linearly to 0
     decay: float = 0.999    # of the moving average of the weights; it starts smaller and grows to this
     save_every: int = 200   # steps
+    middle: bool = False    # noise levels are drawn mostly from the middle, not evenly
 
 
 FITS = {
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3),
-                  decoder=Fit(10, 16, 1e-3), branch=Fit(10, 16, 1e-3),
+                  decoder=Fit(10, 16, 1e-3), branch=Fit(10, 16, 1e-3, middle=True),
                   judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
     "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3),
-                  decoder=Fit(300, 32, 1e-3), branch=Fit(900, 32, 1e-3),
+                  decoder=Fit(300, 32, 1e-3), branch=Fit(3000, 16, 3e-3, middle=True),
                   judge=Fit(200, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4),
-                  decoder=Fit(1000, 32, 3e-4), branch=Fit(4000, 64, 2e-4),
+                  decoder=Fit(1000, 32, 3e-4), branch=Fit(4000, 64, 2e-4, middle=True),
                   judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
     "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4),
-                  decoder=Fit(3000, 16, 2e-4), branch=Fit(10_000, 32, 1e-4),
+                  decoder=Fit(3000, 16, 2e-4), branch=Fit(10_000, 32, 1e-4, middle=True),
                   judge=Fit(2000, 64, 1e-3), reader=Fit(10_000, 64, 1e-3)),
     # three epochs of the target's pairs, as in the paper; `flags` are other defaults of the command line
     "sd15":  dict(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3, judge=Fit(2000, 64, 1e-3),
-                  flags=dict(sampling_steps=20, guidance=7.5)),
+                  flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
     "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=Fit(1, 8, 2e-3), flags=dict(sampling_steps=2)),
 }
 
@@ -214,7 +215,9 @@ class AdaptConfig:
     recompute: bool = False       # train the branch with gradient checkpointing: less memory, more time
     sampler: str = "dpm"          # ddim or dpm (DPM-Solver++ 2M)
     sampling_steps: int = 12
-    guidance: float = 2.5         # on the text; 1: none
+    guidance: float = 3.5         # on the text; 1: none ...
+    guidance_from: float = 0.2    # ... at the noise levels from this, 0 being clean, ...
+    guidance_to: float = 0.8      # ... to this, 1 being pure noise
     domain_guidance: float = 1.0  # on the domain; 1: none
     rescale: float = 0.0          # of the contrast that guidance adds, how much is undone
     strength: float = 0.9         # of the noise that restyling starts from; 1 keeps nothing of the source but structure
@@ -247,6 +250,7 @@ LIMITS = {  # what a number may be, at least and at most
 
 ADAPT_LIMITS = {
     "share": (1e-6, 1), "images": (1, 1e9), "steps": (0, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100),
+    "guidance_from": (0, 1), "guidance_to": (0, 1),
     "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1), "grey_variance": (0, 1),
     "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1), "seed": (0, 2**31), "workers": (0, 256),
 }

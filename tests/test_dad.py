@@ -305,7 +305,7 @@ def test_train_pretrains_on_the_adapted_set(made):
 
 @pytest.mark.parametrize("flags, named", [
     (("--target", "market"), "--target market"), (("--images", "0"), "--images 0"),
-    (("--guidance", "nan"), "--guidance nan"),
+    (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
     (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
     (("--sampler", "euler"), "--sampler euler"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):

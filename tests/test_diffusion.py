@@ -242,14 +242,16 @@ def test_guidance_of_one_costs_and_changes_nothing(base):
     prompt, nothing = both[:3], both[3:]
     z, t, white = torch.randn(3, *base.config.shape), torch.full((3,), 700), torch.ones(3, 1, 32, 16)
 
-    def v(text: float, domain: float, rescale: float = 0.0) -> torch.Tensor:
-        return guide(base.denoiser, prompt, nothing, branch, white, text, domain, rescale)(z, t)
+    def v(text: float, domain: float, rescale: float = 0.0, span: tuple = (0, 1000)) -> torch.Tensor:
+        return guide(base.denoiser, prompt, nothing, branch, white, text, domain, rescale, span)(z, t)
 
     words = base.denoiser(z, t, prompt, branch(z, t, prompt, white))
     empty = base.denoiser(z, t, nothing, branch(z, t, nothing, white))
     plain = base.denoiser(z, t, nothing)
     assert torch.equal(v(1, 1, 0.7), words)
     assert torch.allclose(v(3, 1), empty + 3 * (words - empty), atol=1e-5)
+    assert torch.equal(v(3, 1, span=(700, 700)), v(3, 1))
+    assert torch.equal(v(3, 1, span=(0, 699)), words) and torch.equal(v(3, 1, span=(701, 1000)), words)
     assert torch.allclose(v(3, 2), plain + 2 * (empty - plain) + 3 * (words - empty), atol=1e-5)
 
 
@@ -257,6 +259,9 @@ def test_levels_are_drawn_evenly_and_each_as_often():
     drawn = torch.stack([SCHEDULE.draw(10, torch.Generator().manual_seed(seed)) for seed in range(400)])    # (400, 10)
     assert all(set((row // 100).tolist()) == set(range(10)) for row in drawn)
     assert 450 < drawn[:, 0].float().mean() < 550 and 0 <= drawn.min() < 5 and 995 <= drawn.max() < 1000
+    middle = torch.cat([SCHEDULE.draw(10, torch.Generator().manual_seed(seed), middle=True) for seed in range(400)])
+    found = torch.quantile(middle.float(), torch.tensor([0.1, 0.5, 0.9]))
+    assert torch.allclose(found, 1000 * torch.tensor([-1.2816, 0, 1.2816]).sigmoid(), atol=15)
 
 
 def test_strength_zero_gives_the_reconstruction(base, images):

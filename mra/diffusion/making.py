@@ -108,8 +108,9 @@ def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some
     both = base.read([wish.caption for wish in some] + [""] * len(some))
     prompt, nothing = both[:len(some)], both[len(some):]
     denoiser, branch = networks
+    span = config.guidance_from * len(schedule.alpha), config.guidance_to * len(schedule.alpha)
     denoise = guide(denoiser, prompt, nothing, branch, condition, config.guidance, config.domain_guidance,
-                    config.rescale)
+                    config.rescale, span)
     return SAMPLERS[config.sampler](denoise, noise, schedule, config.sampling_steps, strength), condition, prompt
 
 

@@ -54,10 +54,15 @@ class Schedule:
         shape = -1, *[1] * (like.ndim - 1)
         return tuple(x.to(like.device)[t].view(shape) for x in (self.alpha, self.sigma))
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` random levels, evenly spread to take noise out of the loss (Kingma et al. 2021, appendix I.1)."""
+    def draw(self, count: int, generator: torch.Generator, middle: bool = False) -> Tensor:
+        """`count` random levels, evenly spread to take noise out of the loss (Kingma et al. 2021, appendix I.1).
+
+        With `middle` spread logit-normally: more where shapes are decided, fewer at the ends (Esser et al. 2024).
+        """
         device = generator.device
         spread = (torch.rand(1, generator=generator, device=device) + torch.arange(count, device=device) / count) % 1
+        if middle:
+            spread = torch.special.ndtri(spread).sigmoid()
         return (spread * len(self.alpha)).long().clamp(max=len(self.alpha) - 1)
 
     def trailing(self, steps: int, strength: float = 1.0) -> list[int]:

@@ -3,6 +3,7 @@
 Before: denoiser.py, noising.py. After: prompts.py, fit.py; adapt.py puts them together.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -158,10 +159,10 @@ class LatentPairs:
         return self.latents[image], self.caption_of[pair], condition
 
     def loss(self, denoiser: Denoiser, branch: DomainBranch | None, schedule: Schedule, generator: torch.Generator,
-             count: int, drop: float = 0.1) -> Tensor:
-        """The diffusion loss of `count` samples, of the base alone or with its branch."""
+             count: int, drop: float = 0.1, middle: bool = False) -> Tensor:
+        """The diffusion loss of `count` samples, of the base alone or with its branch; `middle`: see Schedule.draw."""
         latents, caption, condition = self.draw(generator, count, drop)
-        t = schedule.draw(count, generator)
+        t = schedule.draw(count, generator, middle)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         prompt = self.prompt(denoiser, caption)
 
@@ -172,13 +173,15 @@ class LatentPairs:
 
 
 def guide(denoiser: Denoiser, prompt: Prompt, nothing: Prompt, branch: DomainBranch | None, condition: Tensor | None,
-          text: float, domain: float, rescale: float) -> Denoise:
+          text: float, domain: float, rescale: float, span: tuple[float, float] = (0, math.inf)) -> Denoise:
     """A `denoise` for the samplers, with guidance on the text and on the domain.
 
     v = v(nothing, base) + domain (v(nothing, branch) - v(nothing, base)) + text (v(words, branch) - v(nothing, branch))
 
     `nothing` is the empty caption, B times. The domain's null is the base without its branch, which was never trained
-    on the target, so neither needs dropping in training. Guidance of 1 costs no pass.
+    on the target, so neither needs dropping in training. Guidance of 1 costs no pass. Outside `span`, the lowest and
+    the highest level t, the text has none: of much noise guidance takes the variety, at little it does nothing
+    (Kynkaanniemi et al. 2024).
     """
     both = Prompt(torch.cat([prompt.states, nothing.states]), torch.cat([prompt.keep, nothing.keep]))
 
@@ -187,7 +190,7 @@ def guide(denoiser: Denoiser, prompt: Prompt, nothing: Prompt, branch: DomainBra
             zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
             return denoiser(zs, ts, asked, branch and branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))).float()
 
-        if text == 1:
+        if text == 1 or not span[0] <= t[0] <= span[1]:
             v = conditional = predict(1, prompt)
         else:
             conditional, unconditional = predict(2, both).chunk(2)
