@@ -18,7 +18,7 @@ from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
 from mra.retriever import Retriever
-from mra.similarity import own_batches, summed, top_k
+from mra.similarity import own_batches, sharded_top_k, summed, top_k
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10       # images found for each query at least
@@ -210,7 +210,7 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     queries = torch.cat([words.features for words in passes], 1) / len(passes)     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):
-        values, candidates = top_k(queries, gallery, max(k, FIRST))     # (Q, K)
+        values, candidates = sharded_top_k(queries, gallery, max(k, FIRST))             # (Q, K)
     pairs = torch.stack([match_candidates(model, images, words, candidates[:, :k], mirrored=bool(i), batch=batch,
                                           workers=workers) for i, words in enumerate(passes)]).cpu()
     logits = (pairs[..., 1] - pairs[..., 0]).mean(0)                               # (passes, Q, k, 2) -> (Q, k)
