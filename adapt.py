@@ -313,6 +313,8 @@ def check(config: AdaptConfig) -> None:
     for name, (low, high) in ADAPT_LIMITS.items():
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
+    if config.mode == "generate" and config.condition == "structure":
+        raise UserError("--condition structure needs --mode restyle: what is made from nothing has no edges to follow.")
     if config.guidance_from > config.guidance_to:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
     stable = DIFFUSION_PRESETS[config.size].stable

@@ -114,10 +114,12 @@ def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list
         loss = loss_of(draw, max(1, batch // (shards * machine.world)))
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-    losses, *found = zip(*machine.map(gradients, range(machine.rank * shards, (machine.rank + 1) * shards)))
-    for parameter, parts in zip(parameters, found):
-        parameter.grad = sum(parts) / shards             # laid out in memory as the parameter is
+    (loss, *total), *others = machine.map(gradients, range(machine.rank * shards, (machine.rank + 1) * shards))
+    for other_loss, *other in others:
+        loss, total = loss + other_loss, torch._foreach_add(total, other)
+    for parameter, gradient in zip(parameters, torch._foreach_div(total, shards)):
+        parameter.grad = gradient                        # laid out in memory as the parameter is
         if machine.world > 1:
             dist.all_reduce(parameter.grad)
             parameter.grad /= machine.world
-    return torch.stack(losses).mean()
+    return loss / shards

@@ -240,16 +240,17 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     figures.sheet({"source: as the source draws these people": drawn(own[:10], 4, "source"), "adapted": made[:10],
                    f"exact: as {config.target}'s cameras see them": drawn(own[:10], 4),
                    "target: other people": held_out[:10]}, out / "adaptation.png")
-    boxed = town.portraits(config.target, theirs[:BOXED], 1, (base.config.height, base.config.width), machine.cores)
-    facts = {"gap": table, "boxes": box_quality(base, branch, boxed, source, places),
-             "classifier on target blurred by half a pixel": separability(
+    facts = {"gap": table, "classifier on target blurred by half a pixel": separability(
                  half_pixel_blur(held_out), held_out, config.seed, machine.device, steps),
              "nearest training image": {name: round(float(nearest(images, target).median()), 4)
                                         for name, images in (("made", made), ("held out", held_out))}}
     truth, captions = drawn(own, 5, poses=[shot.pose for shot in origins]), [row["caption"] for row in rows]
     facts["garment colours"] = {name: colour_accuracy(reader, images, own, captions)
                                 for name, images in (("made", made), ("exact images of the same people", truth))}
-    if config.mode == "restyle":
+    if config.mode == "generate":
+        boxed = town.portraits(config.target, theirs[:BOXED], 1, (base.config.height, base.config.width), machine.cores)
+        facts["boxes"] = box_quality(base, branch, boxed, source, places)
+    else:
         before = Crops([row["origin"] for row in rows], base.config).read(config.workers)
         facts["distance to the exact image of the same person and pose"] = {
             name: distance(images, truth) for name, images in (("source", before), ("restyled", made))}
