@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
-set in `out` is in SDA format: `train.py --dataset FOLDER` pretrains on it, `train.py --dataset icfg` finds it itself.
+set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it, `train.py --dataset cuhk` finds it.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mra import checkpoint, training
-from mra.config import ADAPT_LIMITS, DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, harmless, parse, run, show
+from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_numbers, harmless, parse, run, show
 from mra.data import town
 from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     base_name = checkpoint.digest(base)
     target = target_records(config, machine)
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
-    if not base.config.stable:      # a frozen base of ours starts in the target's light
+    if not base.config.stable:      # the target's latents get mean 0 and variance 1, as the source's had: its light
         base.autoencoder.learn_scale(encode(base.autoencoder, images))
     branch = adapt(config, machine, base, base_name, target, images)
     if not base.config.stable:      # Stable Diffusion's decoder stays as it is, as in the paper
@@ -195,21 +195,21 @@ def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, base_n
 
     Not in the paper. Without it half of what tells made images from the target's is the decoder's work.
     """
-    decoder, latents = base.autoencoder, encode(base.autoencoder, images)                       # (N, C, h, w)
+    autoencoder, latents = base.autoencoder, encode(base.autoencoder, images)                   # (N, C, h, w)
 
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         some = torch.randint(len(images), (count,), generator=draw, device=machine.device)
         own = to_float(images[some.cpu()].to(machine.device))
         with machine.autocast():
-            return decoder.decoder_loss(own, decoder.unscaled(latents[some]))
+            return autoencoder.decoder_loss(own, autoencoder.unscaled(latents[some]))
 
-    for part in (decoder.decoder, decoder.linear_out):
+    for part in (autoencoder.decoder, autoencoder.linear_out):
         part.requires_grad_(True)
     folder = dad_folder(config)
     with training.claimed(folder, machine):
-        fit("decoder", decoder, loss_of, FITS[config.size]["decoder"], folder / "decoder.safetensors",
+        fit("decoder", autoencoder, loss_of, FITS[config.size]["decoder"], folder / "decoder.safetensors",
             {"target": target.name, "images": len(images), "base": base_name}, config.seed, machine)
-    decoder.requires_grad_(False)
+    autoencoder.requires_grad_(False)
 
 
 def dad_folder(config: AdaptConfig) -> Path:
@@ -224,7 +224,7 @@ def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> tuple[
     Beside it what it does on images and kinds of damage that it has not seen.
     """
     half = len(images) // 2
-    judge = tell_apart(images[:half], distort(images[:half], SEEN, 0), FITS[config.size]["judge"].steps, config.seed,
+    judge = tell_apart(images[:half], distort(images[:half], SEEN, 0), FITS[config.size]["judge"], config.seed,
                        machine.device)
     good, bad = judge.score(images[half:])[:, 0], judge.score(distort(images[half:], UNSEEN, 1))[:, 0]
     skill = {"good images kept": round(float((good <= config.malformed).float().mean()), 4),
@@ -236,13 +236,13 @@ def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> tuple[
 def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
     """The reader of attributes that the report measures with; for demo it ships, with the base."""
     torch.manual_seed(0)        # the same in every process, whatever it has done before
-    reader, plan = gap.make_reader().to(machine.device), FITS[config.size]["reader"]
+    reader, plan = Judge(sum(gap.SIZES)).to(machine.device), FITS[config.size]["reader"]
     shipped, folder = SHIPPED / f"reader-{config.size}.safetensors", Path("out") / f"base-{config.size}"
     if shipped.exists() and not config.train_base:
         checkpoint.restore_weights(reader, checkpoint.load(shipped)[0], shipped)
         return reader.eval()
     training.make_folder(folder)
-    count, size = (60, 6000)[config.size == "demo"], DIFFUSION_PRESETS[config.size]
+    count, size = 60 if config.size == "tiny" else 6000, DIFFUSION_PRESETS[config.size]
     people = gap.strangers(count, seed=0)
     drawn = {domain: town.portraits(domain, people, 0, (size.height, size.width), machine.cores)
              for domain in gap.TARGETS}
@@ -310,9 +310,7 @@ def check(config: AdaptConfig) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(filter(None, allowed))}.")
-    for name, (low, high) in ADAPT_LIMITS.items():
-        if not low <= getattr(config, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
+    check_numbers(config)
     if config.mode == "generate" and config.condition == "structure":
         raise UserError("--condition structure needs --mode restyle: what is made from nothing has no edges to follow.")
     if config.guidance_from > config.guidance_to:

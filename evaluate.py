@@ -42,7 +42,7 @@ class EvalConfig:
     k: int = -1                       # candidates that the fusion encoder re-scores; -1: the preset's; 0: none
     mirror: bool = True               # average over the mirror image
     fusion: str = "clean"             # clean: a pair's score depends on that pair; published: as the released code
-    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002 a process
+    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002
     query: str = ""                   # a sentence: rank a gallery for it instead
     queries: str = ""                 # a text file with a sentence in each line, besides --query
     gallery: str = ""                 # a folder of photographs for these sentences; empty: the test images

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mra import checkpoint, losses, released, training, weights
-from mra.config import LIMITS, PRESETS, PRETRAINING_SETS, TrainConfig, UserError, harmless, parse, recipe, run, show
+from mra.config import PRESETS, TrainConfig, UserError, check_numbers, harmless, parse, pretrains, recipe, run, show
 from mra.data import town
 from mra.data.batches import Batch, Order, PairDataset
 from mra.data.check import check_set
@@ -42,7 +42,7 @@ def main() -> None:
         root = Path(config.data_root) if config.data_root else town.ready(config.dataset, config.preset == "tiny")
         well = check_set(config.dataset, root, config.workers or os.cpu_count() or 1)
         sys.exit(0 if well else 1)
-    if config.init or config.dataset in PRETRAINING_SETS:
+    if config.init or pretrains(config.dataset):
         train(config)
     elif config.data_root:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
@@ -56,8 +56,9 @@ def pretrain(config: TrainConfig) -> Path:
     adapted = Path("out/sda") / config.dataset
     source = str(adapted) if config.dataset in DATASETS and (adapted / "report.json").exists() else "sda"
     print(f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
-    shared = {name: getattr(config, name) for name in ("preset", "seed", "device", "resume", "compile", "precision",
-                                                       "bert", "vit", "vocab", "regions", "workers")}
+    shared = {name: getattr(config, name) for name in (
+        "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
+        "released_regions", "workers")}
     return train(TrainConfig(**recipe("sda", config.preset) | shared | {"dataset": source}))
 
 
@@ -124,9 +125,8 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
                     log.flush(done, config.lr * rate)       # which refuses what is not finite
                 machine.first(lambda: checkpoint.save_last(out, model, optimizer, facts | {"step": done, "best": best}))
                 raise KeyboardInterrupt
-    if rank == 0:
-        print(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
-              f"{time.perf_counter() - started:.0f} s.")
+    say(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
+        f"{time.perf_counter() - started:.0f} s.")
     return out / "best.safetensors"
 
 
@@ -162,7 +162,8 @@ def default_out(config: TrainConfig) -> str:
     """out/<dataset>-<preset>-s<seed>, and what else sets this run apart: no regions, where it started from."""
     name = config.dataset if config.dataset in DATASETS else "-".join(Path(config.dataset).resolve().parts[-2:])
     parts = [name, config.preset, f"s{config.seed}"] + ["noregions"] * (not config.regions)
-    if config.init and not (config.init == "none" and config.dataset in PRETRAINING_SETS):
+    parts += ["released"] * config.released_regions
+    if config.init and not (config.init == "none" and pretrains(config.dataset)):
         parts += ["scratch"] if config.init == "none" else ["from", Path(config.init).resolve().parent.name]
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
@@ -198,9 +199,7 @@ def check(config: TrainConfig) -> None:
     """Raise UserError for values that no run can use."""
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}.")
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(config, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
+    check_numbers(config)
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
         raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
     if config.init not in ("", "none") and not Path(config.init).is_file():

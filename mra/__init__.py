@@ -2,14 +2,14 @@
 
 Read in this order; each file's docstring says what comes before and after.
 
-    config.py             every number: presets, recipes, the command line
+    config.py             presets, recipes, the command line
     data/people.py        identities as sets of attributes, and their words
     data/town.py          the drawn data sets, one source and three targets
     data/records.py       one record type, a reader for every annotation format;  data/check.py  is a set whole?
     data/augment.py       image and box move together
     data/tokenizer.py     WordPiece and whole-word masking;  data/words.py  EDA, left and right
     data/batches.py       records to a Batch
-    layers.py             the one attention, the one MLP, one block for each norm order
+    layers.py             the one attention, the MLPs, one block for each norm order
     encoders.py           image, text and fusion encoders
     losses.py             contrastive, matching and masked-word losses as pure functions
     similarity.py         the contrastive loss of large batches in tiles, pooled regions, top-k of large galleries
@@ -21,10 +21,11 @@ Read in this order; each file's docstring says what comes before and after.
     training.py           optimiser, schedule and the loop
     figures.py            pictures for people
     diffusion/            DaD: images of the source's people in the target's look; has a reading order of its own
+    study.py              the ablation: which images, which losses, how many labels
 
 Shape letters, the same everywhere (masks end in `_keep`: True = use it):
 
-    B batch      N patches    T caption tokens   P phrase tokens   M masked words
+    B batch      N patches    T caption tokens   P phrase tokens   M masked words   R regions
     D width      E embedding  S keys attended    V vocabulary      H x W pixels
     Q queries    G gallery images   in diffusion/: C channels   h x w pixels of the latents   K noise levels
 

@@ -1,4 +1,4 @@
-"""Every number of the package: model presets, training recipes, and the command line made from their fields.
+"""The numbers of the package: model presets, training recipes, and the command line made from their fields.
 
 Read this after `mra/__init__.py`; next is data/people.py. A configuration is a frozen dataclass; the command
 line is its fields (`batch: int` is `--batch`), a flag that is not a field is an error, and the resolved
@@ -132,23 +132,23 @@ class Fit:
     middle: bool = False    # noise levels are drawn mostly from the middle, not evenly
 
 
-FITS = {
+FITS = {    # of each size; judge: steps of filters.tell_apart
     "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3),
                   decoder=Fit(10, 16, 1e-3), branch=Fit(10, 16, 1e-3, middle=True),
-                  judge=Fit(20, 64, 2e-3), reader=Fit(20, 64, 2e-3)),
+                  judge=20, reader=Fit(20, 64, 2e-3)),
     "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3),
                   decoder=Fit(300, 32, 1e-3), branch=Fit(3000, 16, 3e-3, middle=True),
-                  judge=Fit(200, 64, 2e-3), reader=Fit(3000, 64, 2e-3)),
+                  judge=200, reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4),
                   decoder=Fit(1000, 32, 3e-4), branch=Fit(4000, 64, 2e-4, middle=True),
-                  judge=Fit(1000, 64, 1e-3), reader=Fit(6000, 64, 1e-3)),
+                  judge=1000, reader=Fit(6000, 64, 1e-3)),
     "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4),
                   decoder=Fit(3000, 16, 2e-4), branch=Fit(10_000, 32, 1e-4, middle=True),
-                  judge=Fit(2000, 64, 1e-3), reader=Fit(10_000, 64, 1e-3)),
+                  judge=2000, reader=Fit(10_000, 64, 1e-3)),
     # three epochs of the target's pairs, as in the paper; `flags` are other defaults of the command line
-    "sd15":  dict(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3, judge=Fit(2000, 64, 1e-3),
+    "sd15":  dict(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3, judge=2000,
                   flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
-    "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=Fit(1, 8, 2e-3), flags=dict(sampling_steps=2)),
+    "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=1, flags=dict(sampling_steps=2)),
 }
 
 
@@ -240,20 +240,23 @@ class AdaptConfig:
         return self.condition or ("white" if self.mode == "generate" else "structure")
 
 
-LIMITS = {  # what a number may be, at least and at most
-    "share": (1e-6, 1), "epochs": (1e-6, 1e6), "seed": (0, 2**31), "batch": (1, 1e6), "accumulate": (1, 1e6),
-    "steps": (0, 1e9),
-    "evals": (1, 1e6), "log_every": (1, 1e9), "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1),
-    "weight_decay": (0, 10), "clip": (1e-9, 1e9), "beta": (0, 1e3), "smoothing": (0, 1), "eda": (0, 1e3),
-    "erase": (0, 1), "fusion_from": (0, 1), "workers": (0, 256),
+LIMITS = {  # what a number of TrainConfig or AdaptConfig may be, at least and at most
+    "share": (1e-6, 1), "seed": (0, 2**31), "steps": (0, 1e9), "workers": (0, 256),
+    "epochs": (1e-6, 1e6), "batch": (1, 1e6), "accumulate": (1, 1e6), "evals": (1, 1e6), "log_every": (1, 1e9),
+    "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 10), "clip": (1e-9, 1e9),
+    "beta": (0, 1e3), "smoothing": (0, 1), "eda": (0, 1e3), "erase": (0, 1), "fusion_from": (0, 1),
+    "images": (1, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100), "guidance_from": (0, 1),
+    "guidance_to": (0, 1), "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1),
+    "grey_variance": (0, 1), "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1),
 }
 
-ADAPT_LIMITS = {
-    "share": (1e-6, 1), "images": (1, 1e9), "steps": (0, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100),
-    "guidance_from": (0, 1), "guidance_to": (0, 1),
-    "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1), "grey_variance": (0, 1),
-    "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1), "seed": (0, 2**31), "workers": (0, 256),
-}
+
+def check_numbers(config) -> None:
+    """Raise UserError for a number outside its LIMITS."""
+    for name, (low, high) in LIMITS.items():
+        if hasattr(config, name) and not low <= getattr(config, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
+
 
 # What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.
 PAPER = {
@@ -265,15 +268,17 @@ DEMO = {
     "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100),
     "finetune": dict(epochs=12, batch=32, lr=4e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100),
 }
-PRETRAINING_SETS = ("sda", "mals")
+
+
+def pretrains(dataset: str) -> bool:
+    """Whether a set is one to pretrain on: SDA, MALS, or a folder of SDA parts, as adapt.py makes."""
+    return dataset in ("sda", "mals") or any(Path(dataset).glob("sda_*.json"))
 
 
 def recipe(dataset: str, preset: str) -> dict:
     """The fields that `dataset` sets at `preset` before the command line has its say."""
-    stage = "pretrain" if dataset in PRETRAINING_SETS else dataset
-    if preset in ("tiny", "demo"):
-        return DEMO["pretrain" if stage == "pretrain" else "finetune"]
-    return PAPER.get(stage, PAPER["cuhk"])
+    table, usual = (DEMO, "finetune") if preset in ("tiny", "demo") else (PAPER, "cuhk")
+    return table.get("pretrain" if pretrains(dataset) else dataset, table[usual])
 
 
 Config = TypeVar("Config")

@@ -143,16 +143,16 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
 
 
 @torch.inference_mode()
-def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int,
-                   workers: int = 0) -> Tensor:
-    """Unit features (G, 2, E) of the images and of their mirror images."""
+def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int, workers: int = 0,
+                   mirror: bool = True) -> Tensor:
+    """Unit features (G, 2, E) of the images and of their mirror images, or without `mirror` (G, 1, E)."""
     device, own = next(model.parameters()).device, own_batches(len(images), batch)
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, own), batch, num_workers=workers)
-    features = torch.zeros(len(images), 2, model.config.embed, device=device)
+    features = torch.zeros(len(images), 1 + mirror, model.config.embed, device=device)
     for start, image in zip(own[::batch], loader):
-        for mirrored in (False, True):
-            x = image.to(device)
-            features[start:start + batch, int(mirrored)] = model.encode_image(x.flip(-1) if mirrored else x)[1].float()
+        image = image.to(device)
+        for i, x in enumerate((image, image.flip(-1))[:1 + mirror]):
+            features[start:start + batch, i] = model.encode_image(x)[1].float()
     return summed(features)
 
 
@@ -204,7 +204,7 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     images = Images(paths, model.config)
     passes = [encode_queries(model, tokenizer, captions)]
     if features is None:
-        features = encode_gallery(model, images, batch, workers)
+        features = encode_gallery(model, images, batch, workers, mirror)
     if mirror:
         passes.append(encode_queries(model, tokenizer, list(map(swap_left_right, captions))) if swap else passes[0])
     queries = torch.cat([words.features for words in passes], 1) / len(passes)     # (Q, passes * E)

@@ -129,20 +129,16 @@ def geometric_ratio(terms: int, reach: int) -> float:
     return ratio
 
 
-def export(path: Path, vocab: str = "") -> Path:
-    """Write a released checkpoint as one of ours beside it: no pickle, with configuration and vocabulary inside."""
-    model, tokenizer, facts = load_retriever(path, torch.device("cpu"), vocab)
-    target = Path(path).with_suffix(".safetensors")
-    checkpoint.save(target, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | facts)
-    return target
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=export.__doc__)
+    """Write a released checkpoint as one of ours beside it: no pickle, with configuration and vocabulary inside."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--vocab", default="", help="BERT's vocab.txt; by default the one beside the checkpoint")
     given = parser.parse_args()
-    print(f"Wrote {export(given.checkpoint, given.vocab)}.")
+    model, tokenizer, facts = load_retriever(given.checkpoint, torch.device("cpu"), given.vocab)
+    target = given.checkpoint.with_suffix(".safetensors")
+    checkpoint.save(target, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | facts)
+    print(f"Wrote {target}.")
 
 
 if __name__ == "__main__":

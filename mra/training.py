@@ -75,8 +75,7 @@ def claimed(folder: Path, machine: "Machine") -> Iterator[None]:
             if machine.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--out {folder}: another run is writing there; wait for it, or give another --out."
-                            ) from error
+            raise UserError(f"{folder}: another run is writing there; wait for it, or give another --out.") from error
         yield
 
 
@@ -249,7 +248,7 @@ def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool
     """R@1 and mAP on val by embeddings and, when the fusion encoder is trained, re-ranked with the best weight.
 
     `quality` is what checkpoints are compared by: whether the fusion encoder is trained, then how good
-    the last stage is. No mirror pass, to save time.
+    the last stage is. No mirror images, to save time.
     """
     captions, query_ids, paths, gallery_ids = queries_of(val)
     model.eval()

@@ -31,11 +31,10 @@ BERT_BLOCK = {
 }
 CROSS = {name.replace("attention", "cross"): tuple(part.replace("attention", "crossattention") for part in parts)
          for name, parts in BERT_BLOCK.items() if name.startswith("attention")}
-VIT_BLOCK = {
+VIT_BLOCK = BERT_BLOCK | {
     "attention.to_query": ("attention.attention.query",),
     "attention.to_memory": ("attention.attention.key", "attention.attention.value"),
-    "attention.to_out": ("attention.output.dense",), "attention_norm": ("layernorm_before",),
-    "mlp.0": ("intermediate.dense",), "mlp.2": ("output.dense",), "mlp_norm": ("layernorm_after",),
+    "attention_norm": ("layernorm_before",), "mlp_norm": ("layernorm_after",),
 }
 USUAL_HEADS = {768: 12, 1024: 16, 1280: 16}      # BERT and ViT, base and large; torchvision's vit_h_14
 # Patterns and what to put in their place.

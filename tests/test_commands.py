@@ -231,6 +231,9 @@ def test_adapted_pairs_come_before_the_plain_source(work):
     assert json.loads((work / "out/new/results.json").read_text())["pretrained_on"] == "out/sda/icfg"
     out = succeed(work, "train.py", "--dataset", "cuhk", *TINY, "--steps", "1")      # adapted to another set
     assert "pretraining on the demo source first" in out
+    out = succeed(work, "train.py", "--dataset", "out/sda/icfg", *TINY, "--steps", "1", "--out", "out/direct")
+    assert "No --init given" not in out and "Starting from random weights" in out
+    assert log_of(work / "out/direct")[0].keys() >= {"rpc", "rpm"}
 
 
 def test_adapted_pairs_without_a_report_are_not_complete(work):

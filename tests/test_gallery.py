@@ -105,10 +105,10 @@ def test_what_has_not_changed_is_not_encoded_again(ask, ours, folder, model):
 
 
 def test_an_unchanged_folder_is_searched_in_its_file(ask, ours, folder, monkeypatch):
-    """Nothing of the embeddings' size is made: what top_k gets is the file, mapped."""
+    """Nothing of the embeddings' size is made: what sharded_top_k gets is the file, mapped."""
     ask("--query", ASKED[0], "--gallery", "photos")
-    given, real = [], ranking.top_k
-    monkeypatch.setattr(ranking, "top_k", lambda queries, rows, k: given.append(rows) or real(queries, rows, k))
+    given, real = [], ranking.sharded_top_k
+    monkeypatch.setattr(ranking, "sharded_top_k", lambda queries, rows, k: given.append(rows) or real(queries, rows, k))
     ask("--query", ASKED[0], "--gallery", "photos")
     start = given[0].data_ptr()
     ranges = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mra.config import PRETRAINING_SETS, ModelConfig, TrainConfig
+from mra.config import ModelConfig, TrainConfig, pretrains
 from mra.data.augment import box_to_patches, finetune_view, pretrain_view
 from mra.data.records import RecordSet, open_image
 from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad
@@ -71,7 +71,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.ends = counts.cumsum()     # of each record's pairs, so that pair - end counts its captions from behind
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
-        self.pretraining = has_boxes or source.name in PRETRAINING_SETS
+        self.pretraining = has_boxes or pretrains(source.name)
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -670,9 +670,8 @@ def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
 
 
 class Portrait(NamedTuple):
-    """A drawing in memory: pixels (H, W, 3) uint8, the boxes of its parts, one annotator's words, its camera."""
+    """A drawing in memory: pixels (H, W, 3) uint8, one annotator's words, its camera."""
     pixels: np.ndarray
-    boxes: dict[str, Box]
     words: Words
     camera: int
 
@@ -693,7 +692,7 @@ def _portrait(task: tuple) -> Portrait:
     shot = next(_shots_of(domain, "", 0, person, 1, rng))
     pose = pose or shot.pose
     image, boxes = render(person, pose, domain, shot.camera, shot.seed)
-    return Portrait(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)), boxes,
+    return Portrait(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)),
                     describe(person, pose.view, boxes, rng), shot.camera)
 
 

@@ -1,9 +1,10 @@
 """What may be done to a caption without an image in sight: cleaning, left <-> right, and EDA.
 
 EDA (Wei & Zou, EMNLP 2019) makes a caption's variants by synonym replacement, random insertion of a synonym,
-random swap and random deletion. It feeds the second positive of fine-tuning and the prompts of the diffusion
-(paper sections 2 and 3). The synonyms come from the small lexicon of clothing and appearance in lexicon.txt, not
-WordNet; it holds no stop words, and a colour is only ever exchanged for another name of the same colour.
+random swap and random deletion. It feeds the second positive of fine-tuning (paper section 3); its synonyms and the
+phrases found here make the prompts of the diffusion (section 2). The synonyms come from the small lexicon of clothing
+and appearance in lexicon.txt, not WordNet; it holds no stop words, and a colour is only ever exchanged for another name
+of the same colour.
 Before: records.py (captions). After: tokenizer.py (ids), augment.py (mirrors the image).
 """
 

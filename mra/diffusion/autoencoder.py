@@ -1,7 +1,8 @@
 """The convolutional autoencoder with a KL term that the diffusion works in the latents of (Rombach et al. 2022).
 
 It owns the scale of its latents: `encode` returns them with mean 0 and variance 1 in each channel over the images
-it was trained on, `decode` takes them so. Before: nothing. After: denoiser.py.
+that `learn_scale` was last given, the source's and then the target's; `decode` takes them so.
+Before: nothing. After: denoiser.py.
 """
 
 import torch

@@ -78,16 +78,6 @@ class Stage(nn.Module):
         return x if self.transformer is None else self.transformer(x, prompt)
 
 
-class Down(nn.Conv2d):
-    """Half the resolution."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor, *_) -> Tensor:
-        return super().forward(x)
-
-
 class Encoder(nn.Module):
     """The way down and the middle, with the embedding of the noise level."""
 
@@ -102,7 +92,7 @@ class Encoder(nn.Module):
             for _ in range(2):
                 self.stages.append(Stage(dim, width, embedding, config, not lowest))
                 dim = width
-            self.stages.extend([] if lowest else [Down(dim)])
+            self.stages.extend([] if lowest else [nn.Conv2d(dim, dim, 3, stride=2, padding=1)])
             self.skip_dims += [dim] * (2 if lowest else 3)
         self.middle = nn.ModuleList(Stage(dim, dim, embedding, config, attends) for attends in (True, False))
 
@@ -118,7 +108,7 @@ class Encoder(nn.Module):
         x = x if hint is None else x + hint
         found = [x]
         for stage in self.stages:
-            found.append(x := stage(x, embedding, prompt))
+            found.append(x := stage(x, embedding, prompt) if isinstance(stage, Stage) else stage(x))
         for stage in self.middle:
             x = stage(x, embedding, prompt)
         return [*found, x]

@@ -140,17 +140,14 @@ SEEN, UNSEEN = [shuffle_bands, replace_block, overlay, repeat_band], [shift_half
 
 
 @torch.inference_mode()
-def agreement(model: Retriever, tokenizer: Tokenizer, images: Tensor, captions: list[str], batch: int = 64) -> Tensor:
-    """Log-odds (N,) of the retriever's matching head that each uint8 image shows its caption."""
-    config, device, scores = model.config, next(model.parameters()).device, []
+def agreement(model: Retriever, tokenizer: Tokenizer, images: Tensor, captions: list[str]) -> Tensor:
+    """Log-odds (N,) of the retriever's matching head that each uint8 image shows its caption, all at once."""
+    config, device = model.config, next(model.parameters()).device
     mean, std = (torch.from_numpy(x).view(3, 1, 1).to(device) for x in (MEAN, STD))
-    for start in range(0, len(images), batch):
-        some = images[start:start + batch].to(device).float() / 255
-        some = F.interpolate(some, (config.height, config.width), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens, _ = model.encode_image((some - mean) / std)
-        ids, keep = pad([tokenizer.encode(caption, config.max_tokens) for caption in captions[start:start + batch]],
-                        tokenizer.pad_id)
-        text, _ = model.encode_text(ids.to(device), keep.to(device))
-        logits = model.match(text, keep.to(device), model.fusion_encoder.memories(tokens))
-        scores.append((logits[:, 1] - logits[:, 0]).float().cpu())
-    return torch.cat(scores)
+    x = F.interpolate(images.to(device) / 255, (config.height, config.width), mode="bicubic", antialias=True)
+    tokens, _ = model.encode_image((x.clamp(0, 1) - mean) / std)
+    ids, keep = (x.to(device) for x in pad([tokenizer.encode(caption, config.max_tokens) for caption in captions],
+                                           tokenizer.pad_id))
+    text, _ = model.encode_text(ids, keep)
+    logits = model.match(text, keep, model.fusion_encoder.memories(tokens))
+    return (logits[:, 1] - logits[:, 0]).float().cpu()

@@ -29,7 +29,8 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     gradient that is not finite.
     """
     facts = {"stage": name, "fit": asdict(plan), "seed": seed, **facts}
-    if restored(model, path, facts):
+    if path.exists():
+        checkpoint.restore_weights(model, load_same(path, facts)[0], path)
         machine.say(f"{name}: {path} is there.")
         return
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -74,23 +75,12 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
         part.unlink(missing_ok=True)
 
 
-def restored(model: nn.Module, path: Path, facts: dict) -> bool:
-    """Load `path` into the model, if it is there. Raises UserError where it was trained with other facts."""
-    if not path.exists():
-        return False
-    tensors, saved = checkpoint.load(path)
-    same_facts(path, saved, facts)
-    checkpoint.restore_weights(model, tensors, path)
-    return True
-
-
 def resume(part: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer,
            facts: dict) -> int:
     """Go on from an unfinished run, if there is one; returns the number of steps done."""
     if not part.exists():
         return 0
-    tensors, saved = checkpoint.load(part)
-    same_facts(part, saved, facts)
+    tensors, saved = load_same(part, facts)
     checkpoint.restore_weights(model, tensors, part)
     checkpoint.restore_optimizer(model, optimizer, tensors)
     for name, value in average.items():
@@ -98,10 +88,13 @@ def resume(part: Path, model: nn.Module, average: dict[str, Tensor], optimizer: 
     return saved["step"]
 
 
-def same_facts(path: Path, saved: dict, facts: dict) -> None:
+def load_same(path: Path, facts: dict) -> tuple[dict[str, Tensor], dict]:
+    """A checkpoint's tensors and facts. Raises UserError where it was trained with other facts."""
+    tensors, saved = checkpoint.load(path)
     wrong = [key for key, value in json.loads(json.dumps(facts)).items() if saved.get(key) != value]
     if wrong:
-        raise UserError(f"{path} was made with another {wrong[0]}; remove it, or give another --out.")
+        raise UserError(f"{path} was made with another {wrong[0]}; remove it to train anew.")
+    return tensors, saved
 
 
 def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list[nn.Parameter], batch: int,

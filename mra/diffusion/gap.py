@@ -42,11 +42,6 @@ SIZES = [*map(len, KINDS.values()), len(CAMERAS)]                   # the reader
 GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # what the report reads off: garment colours
 
 
-def make_reader() -> Judge:
-    """Images -> scores of every value of every attribute and of every camera, one after the other."""
-    return Judge(sum(SIZES))
-
-
 def labels_of(people: list[Person]) -> Tensor:
     """(N, attributes): the number of each attribute's value."""
     return torch.tensor([[list(values).index(getattr(person, name)) for name, values in KINDS.items()]
@@ -211,7 +206,10 @@ def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], tar
 def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, reader: Judge,
                 target: Tensor, kept: list[dict], source: Sequence[Record], places: dict[str, Tensor],
                 out: Path) -> dict:
-    """What the demo town adds: distances to held-out target drawings of every way to make images, and the exact one."""
+    """What the demo town adds: distances to held-out target drawings of every way to make images, and the exact one.
+
+    The row "moments" is decoded as made images are, by the decoder that has learned the target's blur and grain.
+    """
     def drawn(people: list[Person], seed: int, domain: str = config.target, poses: list[Pose] | None = None) -> Tensor:
         return pixels_of(town.portraits(domain, people, seed, (base.config.height, base.config.width), machine.cores,
                                         poses))
@@ -228,7 +226,7 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     held_out, others = (drawn(strangers(len(rows), seed), seed) for seed in (2, 3))
     sets = {"source": plain, **transferred(plain, target, base.autoencoder), f"dad {config.mode}": made,
             "exact": drawn(theirs, 1), "target": others}
-    steps, table = FITS[config.size]["judge"].steps, {}
+    steps, table = FITS[config.size]["judge"], {}
     measured = machine.map(lambda images: measure(images, held_out, reader, config.seed, machine.device, steps),
                            sets.values())
     for (name, images), table[name] in zip(sets.items(), measured):

@@ -75,8 +75,8 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
             latents, condition, prompt = sample(config, base, networks, parts[number], target_latents, draw)
             images = decode(base.autoencoder, latents, draw)
             rows = describe(config, base, branch, parts[number], latents, condition, prompt, places, draw)
-        judged = {"colour_mean": colourfulness(images)[0], "colour_variance": colourfulness(images)[1],
-                  "malformed": judge.score(images)[:, 0]}
+        mean, variance = colourfulness(images)
+        judged = {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
         if retriever:
             judged["match"] = agreement(*retriever, images, [wish.caption for wish in parts[number]])
         write_part(file, images, rows, judged, settings)

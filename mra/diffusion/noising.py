@@ -1,10 +1,10 @@
 """Noise in, noise out: the schedule, the loss and two samplers side by side.
 
 Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1, and the denoiser learns
-v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). The terminal signal-to-noise ratio is zero, alpha_K = 0 exactly
-(Lin et al. 2024): a schedule that leaves some signal at its end cannot make very dark or very bright images, and
-an illumination gap is made of those. A sampler takes any `denoise(latents, t)` that returns v, or with a schedule of
-Stable Diffusion the noise e.
+v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). The terminal signal-to-noise ratio of ours is zero, alpha_(K-1) = 0
+exactly (Lin et al. 2024): a schedule that leaves some signal at its end cannot make very dark or very bright images,
+and an illumination gap is made of those. A sampler takes any `denoise(latents, t)` that returns v, or with a schedule
+of Stable Diffusion the noise e.
 Before: nothing. After: denoiser.py, which is such a function.
 """
 
@@ -19,7 +19,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]    # latents (B, C, h, w), t (B,) -
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise).
+    """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise, or nearly).
 
     What a denoiser learns on it is v, or where `predicts_noise` the noise e.
     """

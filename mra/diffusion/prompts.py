@@ -12,7 +12,7 @@ import random
 from mra.data.words import noun_phrases, replace_synonyms
 
 VARIANTS = 19       # of each caption, beside itself (paper section 2)
-ALPHA = 0.5         # share of the terms or phrases that an operation changes
+ALPHA = 0.5         # share that an operation changes: of the words, of which it is the terms, or of the phrases
 
 
 def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, str]]:
@@ -37,7 +37,7 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
 
 
 def replace_phrases(caption: str, phrases: list[str], rng: random.Random) -> str:
-    """The caption with synonyms for half of its terms."""
+    """The caption with synonyms for up to half as many terms as it has words."""
     return replace_synonyms(caption, rng, ALPHA)
 
 
