@@ -72,7 +72,7 @@ def evaluate(config: EvalConfig, machine: Machine) -> None:
             or datasets[0] and Path(datasets[0]).resolve().is_relative_to(Path.cwd())):    # a file leads nowhere else
         raise UserError(f"{path} does not say what it was trained on, or names a folder elsewhere; give --dataset.")
     say(harmless(f"{path}: trained on {facts['train']['dataset'] or 'an unnamed set'}, pretrained on "
-                 f"{facts['pretrained_on']}, seed {facts['train']['seed']}; evaluating on {machine.device}."))
+                 f"{facts['pretrained_on']}, seed {facts['train'].get('seed')}; evaluating on {machine.device}."))
     out = Path(config.out) if config.out else path.parent
     make_folder(out)
     if config.query or config.queries:

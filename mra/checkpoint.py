@@ -182,7 +182,7 @@ def load_retriever(path: Path, device: torch.device) -> tuple[Retriever, Tokeniz
         tokenizer = Tokenizer(checked(facts["vocab"], path))
         config = config_of(ModelConfig, facts["model"], tokenizer)
         train = facts["train"]      # what the scripts rely on
-        for text in (train["preset"], train["dataset"], train["data_root"], str(train["seed"]), facts["pretrained_on"]):
+        for text in (train["preset"], train["dataset"], train["data_root"], facts["pretrained_on"]):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} in place of a name")
         if not 0 <= facts["val"].get("weight", 0.0) < float("inf"):
