@@ -55,7 +55,7 @@ def main(paths: list[str]) -> None:
             for key in reports[0].get(name, {}):
                 facts[f"{name}, {key}"] = [report[name][key] for report in reports]
         for name, values in facts.items():
-            print(f"- {name}: {spread(values, 3 * (values[0] <= 1))}")
+            print(f"- {name}: {spread(values, 3 * (values[0] < 10))}")
 
 
 if __name__ == "__main__":
