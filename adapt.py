@@ -60,7 +60,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     base_name = checkpoint.digest(base)
     target = target_records(config, machine)
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
-    if not base.config.stable:      # the target's latents get mean 0 and variance 1, as the source's had: its light
+    if not base.config.stable:      # its latents, too, get mean 0 and variance 1; pixels come back in its light
         base.autoencoder.learn_scale(encode(base.autoencoder, images))
     branch = adapt(config, machine, base, base_name, target, images)
     if not base.config.stable:      # Stable Diffusion's decoder stays as it is, as in the paper

@@ -148,7 +148,8 @@ FITS = {    # of each size; judge: steps of filters.tell_apart
     # three epochs of the target's pairs, as in the paper; `flags` are other defaults of the command line
     "sd15":  dict(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3, judge=2000,
                   flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
-    "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=1, flags=dict(sampling_steps=2)),
+    "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=1,
+                      flags=dict(sampling_steps=2, guidance_from=0.0, guidance_to=1.0)),
 }
 
 

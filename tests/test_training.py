@@ -133,7 +133,7 @@ def test_a_signal_stops_the_run_after_its_step(town, tmp_path, monkeypatch, numb
 def test_a_second_run_in_the_same_folder_is_refused(town, tmp_path):
     with training.claimed(tmp_path, training.Machine.of("cpu", "float32")):
         assert f"{tmp_path}: another run" in refused(town, "train.py", *SIX, "--dataset", "sda",
-                                                           "--out", str(tmp_path))
+                                                     "--out", str(tmp_path))
     succeed(town, "train.py", *SIX, "--dataset", "sda", "--out", str(tmp_path))
 
 

@@ -12,7 +12,7 @@ import random
 from mra.data.words import noun_phrases, replace_synonyms
 
 VARIANTS = 19       # of each caption, beside itself (paper section 2)
-ALPHA = 0.5         # share that an operation changes: of the words, of which it is the terms, or of the phrases
+ALPHA = 0.5         # an operation changes this share of the phrases, or terms as many as this share of the words
 
 
 def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, str]]:
