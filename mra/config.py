@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 
@@ -340,6 +341,8 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as if by Ctrl-C
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()    # its threads must end before the interpreter does, or may abort the process
     except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
         print(f"error: {harmless(sentence)}", file=sys.stderr)
