@@ -76,7 +76,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     wanted = wishes(config, base, (source if from_source(config) else target).records)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: (out / "report.json").unlink(missing_ok=True))    # the mark of a finished set, written last
-    looks = encode(base.autoencoder, images) if config.mode == "restyle" else None
+    looks = encode(base.autoencoder, images) if config.mode == "restyle" or not base.config.stable else None
     make(config, machine, base, branch, judge, wanted, looks, places, out)
     # ---- the set and its report
     measured = config.measure and not config.data_root         # drawn people: the exact answer is known

@@ -138,7 +138,7 @@ FITS = {    # of each size; judge: steps of filters.tell_apart
                   decoder=Fit(10, 16, 1e-3), branch=Fit(10, 16, 1e-3, middle=True),
                   judge=20, reader=Fit(20, 64, 2e-3)),
     "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3),
-                  decoder=Fit(300, 32, 1e-3), branch=Fit(3000, 16, 3e-3, middle=True),
+                  decoder=Fit(600, 32, 2e-3), branch=Fit(2400, 16, 3e-3, middle=True),
                   judge=200, reader=Fit(3000, 64, 2e-3)),
     "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4),
                   decoder=Fit(1000, 32, 3e-4), branch=Fit(4000, 64, 2e-4, middle=True),

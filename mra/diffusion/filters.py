@@ -60,7 +60,7 @@ def tell_apart(first: Tensor, second: Tensor, steps: int, seed: int, device: tor
     """
     with ONE_AT_A_TIME:                             # threads share the generator that initialises weights
         torch.manual_seed(seed)
-        judge = Judge(1).to(device)
+        judge = Judge(1).to(device, memory_format=torch.channels_last)
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     labels = (torch.arange(batch, device=device) >= batch // 2).float()
