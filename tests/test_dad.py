@@ -14,11 +14,12 @@ from PIL import Image
 from test_commands import command, succeed
 
 from adapt import load_base
+from adapt import main as adapt_main
 from mra.config import AdaptConfig
 from mra.data.people import COLOURS, sample_person
 from mra.data.records import Record, load
 from mra.data.words import noun_phrases
-from mra.diffusion import gap, transfers
+from mra.diffusion import gap, making, transfers
 from mra.diffusion.boxes import overlap, phrase_box, usual_places
 from mra.diffusion.filters import SEEN, UNSEEN, colourfulness, distort, tell_apart
 from mra.diffusion.making import filters_of
@@ -53,6 +54,34 @@ def test_prompts_visit_every_caption_before_any_twice():
     assert [prompt for _, prompt in made[:7]] == [captions[i] for i, _ in made[:7]]
     assert made == prompts_of(captions, 17, seed=1) != prompts_of(captions, 17, seed=2)
     assert len(prompts_of(captions, 1000, seed=1)) == 7 * (VARIANTS + 1)
+
+
+def test_samples_are_moved_to_the_targets_mean_and_variance_at_each_place(monkeypatch):
+    target = 0.5 * torch.randn(500, 2, 3, 2) + torch.arange(12.0).view(2, 3, 2)
+    machine, drawn = Machine.of("cpu", ""), []
+
+    def sample(config, base, networks, some, latents, draw):
+        assert len(some) == making.PART and latents is target
+        drawn.append(3 * torch.randn(len(some), 2, 3, 2, generator=draw) - 1)
+        return drawn[-1], None, None
+    monkeypatch.setattr(making, "sample", sample)
+    scale, shift = making.calibrate(AdaptConfig(), machine, None, [], list("abc"), target)
+    moved = scale * torch.cat(drawn) + shift
+    torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moved.std(0), target.std(0), atol=1e-4, rtol=1e-4)
+    assert len({float(some[0, 0, 0, 0]) for some in drawn}) == making.PROBES        # each with noise of its own
+    scale, shift = making.calibrate(AdaptConfig(), machine, None, [], list("abc"), None)
+    assert scale == 1 and shift == 0
+
+
+def test_what_calibration_says_is_done(monkeypatch, tmp_path):
+    """Scaled by 0, all images of a set are the same one, but for their grain."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(making, "calibrate", lambda *_: (torch.zeros(()), torch.zeros(())))
+    monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--no-measure", "--malformed", "99"])
+    adapt_main()
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted(tmp_path.glob("out/sda/icfg/imgs/*/*.png"))])
+    assert len(images) == 8 and images.astype(float).std(0).mean() < 12 < images.astype(float).std()
 
 
 # ---- filters

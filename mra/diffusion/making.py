@@ -60,13 +60,12 @@ def wishes(config: AdaptConfig, base: Diffusion, records: Iterable[Record]) -> l
 def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, judge: Judge,
          wanted: list[Wish], target_latents: Tensor | None, places: dict[str, Tensor], out: Path) -> None:
     """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept."""
-    started, parts = time.perf_counter(), [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
+    parts = [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
     retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
     used = replace(config, workers=0, out="", grey_mean=0, grey_variance=0, malformed=0, mismatch=0)
     weights = " ".join(checkpoint.digest(network) for network in (base, branch, judge))
     settings = hashlib.sha256(f"{used} {weights}".encode()).hexdigest()[:16]
     networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
-
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     missing = [number for number in range(machine.rank, len(parts), machine.world)
                if not files[number].exists() or json.loads(files[number].read_text())["settings"] != settings]
@@ -92,6 +91,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     with stoppable() as asked:
         if missing:
             scale, shift = calibrate(config, machine, base, networks, wanted, target_latents)
+        started = time.perf_counter()
         machine.map(make_part, missing)
         if any_process(asked.is_set(), machine):        # which also waits for all
             raise KeyboardInterrupt
