@@ -107,7 +107,8 @@ def light(images: Tensor) -> dict[str, list[float]]:
     x = images.float() / 255
     measures = {"brightness": x.mean((1, 2, 3)), "saturation": (x.amax(1) - x.amin(1)).mean((1, 2)),
                 "red-blue": (x[:, 0] - x[:, 2]).mean((1, 2))}
-    return {name: [round(float(values.mean()), 4), round(float(values.std(correction=0)), 4)] for name, values in measures.items()}
+    return {name: [round(float(values.mean()), 4), round(float(values.std(correction=0)), 4)]
+            for name, values in measures.items()}
 
 
 def distance(images: Tensor, others: Tensor) -> float:
