@@ -11,9 +11,11 @@ Every field of mra.config.AdaptConfig is a flag. What is finished for the same c
 set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it, `train.py --dataset cuhk` finds it.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,8 +31,8 @@ from mra.diffusion.autoencoder import random_light
 from mra.diffusion.boxes import usual_places
 from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
-from mra.diffusion.fit import fit
-from mra.diffusion.making import SAMPLERS, collect, make, wishes
+from mra.diffusion.fit import fit, load_same
+from mra.diffusion.making import PROBES, SAMPLERS, Looks, collect, make, unfinish, wishes
 from mra.diffusion.noising import Schedule
 from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, encode, read_base, to_float
 from mra.diffusion.stable import read_stable
@@ -55,40 +57,52 @@ def main() -> None:
 
 def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way from the base to the finished set in `out`."""
+    if any(out.glob("*.json")) and not (out / "parts").is_dir():
+        raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
+    retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
     # ---- the model: a frozen base, and a branch that learns the target
     base = load_base(config, machine)
-    base_name = checkpoint.digest(base)
-    target = target_records(config, machine)
+    target, stable = target_records(config, machine), base.config.stable
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
-    if not base.config.stable:      # its latents, too, get mean 0 and variance 1; pixels come back in its light
+    learned_from = {"target": target.name, "contents": contents(target, images), "base": checkpoint.digest(base)}
+    if not stable:                  # its latents, too, get mean 0 and variance 1; pixels come back in its light
         base.autoencoder.learn_scale(encode(base.autoencoder, images))
-    branch = adapt(config, machine, base, base_name, target, images)
-    if not base.config.stable:      # Stable Diffusion's decoder stays as it is, as in the paper
-        adapt_decoder(config, machine, base, base_name, target, images)
-    made_with = {"config": asdict(config), "base": base_name, "branch": checkpoint.digest(branch),
-                 "decoder": checkpoint.digest(base.autoencoder)}
+    latents = None if stable and config.mode == "generate" else encode(base.autoencoder, images)     # (N, C, h, w)
+    branch = adapt(config, machine, base, learned_from, target, images)
+    if not stable:                  # Stable Diffusion's decoder stays as it is, as in the paper
+        adapt_decoder(config, machine, base, learned_from, images, latents)
+    made_with = {"config": asdict(replace(config, out="", device="", workers=0)), **learned_from,
+                 "branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
+                 "retriever": retriever and checkpoint.digest(retriever[0])}
     if finished(out / "report.json", made_with):
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
-    judge, skill = train_judge(config, machine, images)
+    judge, skill = train_judge(config, machine, learned_from, images)
     source = source_records(config, machine) if config.source or not config.data_root else None
     places = usual_places(source.records, *base.config.shape[1:]) if source else {}
     wanted = wishes(config, base, (source if from_source(config) else target).records)
+    looks, probes = Looks(None, latents), []
+    if config.mode == "restyle":
+        some = [record.path for record in islice(source.records, gap.ROWS)]
+        looks = Looks(encode(base.autoencoder, Crops(some, base.config).read(config.workers)), latents)
+    elif not stable:
+        probes = wishes(replace(config, images=max(config.images, PROBES)), base, target.records)
     machine.say(f"Making {len(wanted)} images in {out}.")
-    machine.first(lambda: (out / "report.json").unlink(missing_ok=True))    # the mark of a finished set, written last
-    looks = encode(base.autoencoder, images) if config.mode == "restyle" or not base.config.stable else None
-    make(config, machine, base, branch, judge, wanted, looks, places, out)
+    machine.first(lambda: unfinish(out))
+    parts = make(config, machine, base, branch, judge, retriever, wanted, probes, looks, places, out)
     # ---- the set and its report
     measured = config.measure and not config.data_root         # drawn people: the exact answer is known
     reader = train_reader(config, machine) if measured else None
     if machine.rank == 0:
-        kept, dropped = collect(config, out, len(wanted))
+        kept, dropped = collect(config, parts, out)
         machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
         if not kept:
             raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
         report = made_with | gap.set_report(base.config, kept, dropped, images, out)
         report["judge of malformed people"] = skill
-        if measured:
+        if measured and len(kept) < 2:
+            machine.say("A single image has no distribution: the gap is not measured.")
+        elif measured:
             report |= gap.town_report(config, machine, base, branch, reader, images, kept, source.records, places,
                                       out)
         told = {key: value for key, value in report.items() if key not in (*made_with, "gap")}
@@ -113,7 +127,8 @@ def fit_base(config: AdaptConfig, machine: Machine, out: Path) -> Path:
     torch.manual_seed(config.seed)
     base = Diffusion(replace(DIFFUSION_PRESETS[config.size], vocab=len(tokenizer)), tokenizer).to(machine.device)
     size = {name: value for name, value in asdict(base.config).items() if name != "stable"}     # as in older files
-    facts = {"size": size, "source": records.name, "images": len(images), "captions": len(captions)}
+    facts = {"size": size, "source": records.name, "root": source_root(config), "images": len(images),
+             "captions": len(captions), "contents": contents(records, images)}
     machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
 
     def autoencoder_loss(draw: torch.Generator, count: int) -> Tensor:
@@ -148,14 +163,19 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         base = read_stable(Path(config.weights), DIFFUSION_PRESETS[config.size], config.zero_snr)
         machine.say(f"Base: {config.weights}, Stable Diffusion.")
         return base.to(machine.device).eval().requires_grad_(False)
-    shipped = SHIPPED / f"base-{config.size}.safetensors"
-    path = Path(config.base) if config.base else shipped if shipped.exists() else train_base(config, machine)
+    shipped, trained = SHIPPED / f"base-{config.size}.safetensors", Path("out") / f"base-{config.size}/base.safetensors"
+    path = Path(config.base) if config.base else shipped if shipped.exists() else trained
+    if path == trained and not path.exists():
+        train_base(replace(config, seed=0), machine)
     base, facts = read_base(path)
+    if path == trained and not config.base and facts.get("root") != source_root(config):
+        raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or give it "
+                        "as --base.")
     machine.say(f"Base: {path}, trained on {harmless(facts['images'])} images of {harmless(facts['source'])}.")
     return base.to(machine.device).eval().requires_grad_(False)
 
 
-def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str, target: RecordSet,
+def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: dict, target: RecordSet,
           images: Tensor) -> DomainBranch:
     """The domain branch, trained on the target's training pairs beside the frozen base."""
     captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
@@ -183,19 +203,19 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str
     folder = dad_folder(config)
     with training.claimed(folder, machine):
         fit("branch", branch, loss_of, replace(plan, steps=steps), folder / "branch.safetensors",
-            {"target": target.name, "pairs": len(captions), "base": base_name}, config.seed, machine)
+            learned_from, config.seed, machine)
     if rounds:
         round_weights(branch)
     return branch.eval().requires_grad_(False)
 
 
-def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, base_name: str, target: RecordSet,
-                  images: Tensor) -> None:
+def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: dict, images: Tensor,
+                  latents: Tensor) -> None:
     """Let the base's decoder learn the target's blur and grain from its training images; latents stay what they are.
 
     Not in the paper. Without it half of what tells made images from the target's is the decoder's work.
     """
-    autoencoder, latents = base.autoencoder, encode(base.autoencoder, images)                   # (N, C, h, w)
+    autoencoder = base.autoencoder
 
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         some = torch.randint(len(images), (count,), generator=draw, device=machine.device)
@@ -208,7 +228,7 @@ def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, base_n
     folder = dad_folder(config)
     with training.claimed(folder, machine):
         fit("decoder", autoencoder, loss_of, FITS[config.size]["decoder"], folder / "decoder.safetensors",
-            {"target": target.name, "images": len(images), "base": base_name}, config.seed, machine)
+            learned_from, config.seed, machine)
     autoencoder.requires_grad_(False)
 
 
@@ -218,14 +238,33 @@ def dad_folder(config: AdaptConfig) -> Path:
                               + f"-{config.share:g}" * (config.share < 1) + "-zero-snr" * config.zero_snr)
 
 
-def train_judge(config: AdaptConfig, machine: Machine, images: Tensor) -> tuple[Judge, dict[str, float]]:
+def contents(records: RecordSet, images: Tensor) -> str:
+    """A short name for these captions and images."""
+    found = hashlib.sha256(images.numpy())
+    for record in records.records:
+        found.update("\n".join(record.captions).encode() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def train_judge(config: AdaptConfig, machine: Machine, learned_from: dict,
+                images: Tensor) -> tuple[Judge, dict[str, float]]:
     """A judge of malformed people, from the target's images against what cutting and pasting makes of them.
 
     Beside it what it does on images and kinds of damage that it has not seen.
     """
-    half = len(images) // 2
-    judge = tell_apart(images[:half], distort(images[:half], SEEN, 0), FITS[config.size]["judge"], config.seed,
-                       machine.device)
+    half, path, steps = len(images) // 2, dad_folder(config) / "judge.safetensors", FITS[config.size]["judge"]
+    facts = {"stage": "judge", "steps": steps, "seed": config.seed, **learned_from}
+
+    def train() -> None:
+        if not path.exists():
+            checkpoint.save(path, checkpoint.weights(tell_apart(
+                images[:half], distort(images[:half], SEEN, 0), steps, config.seed, machine.device)), facts)
+
+    with training.claimed(dad_folder(config), machine):
+        machine.first(train)
+    judge = Judge(1)
+    checkpoint.restore_weights(judge, load_same(path, facts)[0], path)
+    judge.to(machine.device, memory_format=torch.channels_last).eval()
     good, bad = judge.score(images[half:])[:, 0], judge.score(distort(images[half:], UNSEEN, 1))[:, 0]
     skill = {"good images kept": round(float((good <= config.malformed).float().mean()), 4),
              "damaged images dropped": round(float((bad > config.malformed).float().mean()), 4)}
@@ -241,7 +280,6 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
     if shipped.exists() and not config.train_base:
         checkpoint.restore_weights(reader, checkpoint.load(shipped)[0], shipped)
         return reader.eval()
-    training.make_folder(folder)
     count, size = 60 if config.size == "tiny" else 6000, DIFFUSION_PRESETS[config.size]
     people = gap.strangers(count, seed=0)
     drawn = {domain: town.portraits(domain, people, 0, (size.height, size.width), machine.cores)
@@ -255,7 +293,8 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
         with machine.autocast():
             return gap.reading_loss(reader, images[some].to(machine.device), labels[some].to(machine.device))
 
-    fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine)
+    with training.claimed(folder, machine):
+        fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine)
     return reader.eval()
 
 
@@ -266,6 +305,11 @@ def base_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     root = Path("data/base")
     machine.first(lambda: town.build(root, "source", BASE_PEOPLE, 1, machine.cores, machine.say))
     return load("sda", "train", root, say=machine.say)
+
+
+def source_root(config: AdaptConfig) -> str:
+    """The folder of the source set; empty for the drawn one."""
+    return str(Path(config.source).resolve()) if config.source else ""
 
 
 def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
@@ -293,13 +337,14 @@ def from_source(config: AdaptConfig) -> bool:
 
 def finished(report: Path, made_with: dict) -> bool:
     """Whether there is a report on a set made with just that."""
-    return report.exists() and made_with.items() <= json.loads(report.read_text()).items()
+    return report.exists() and made_with.items() <= checkpoint.read_json(report).items()
 
 
 def default_out(config: AdaptConfig) -> str:
     """out/sda/<target>, and what sets this run apart from the default one."""
-    parts = [config.target] + [config.mode] * (config.mode != "generate") + [f"s{config.seed}"] * (config.seed != 0)
-    parts += [f"{config.share:g}"] * (config.share < 1)
+    parts = [config.target] + [config.size] * (config.size != "demo") + [config.mode] * (config.mode != "generate")
+    parts += [config.condition] * bool(config.condition) + ["source"] * (config.captions == "source")
+    parts += [f"s{config.seed}"] * (config.seed != 0) + [f"{config.share:g}"] * (config.share < 1)
     return "out/sda/" + "-".join(parts)
 
 
@@ -321,7 +366,10 @@ def check(config: AdaptConfig) -> None:
                         "takes --weights.")
     if config.zero_snr and (not stable or config.domain_guidance != 1):
         raise UserError("--zero-snr is for --size sd15, without --domain-guidance: the base alone cannot predict v.")
-    if (from_source(config) or not stable) and bool(config.source) != bool(config.data_root):
+    if config.train_base:
+        if config.base or config.out or config.data_root:
+            raise UserError("--train-base writes to out/base-<size>, and takes neither --base, --out nor --data-root.")
+    elif (from_source(config) or not stable) and bool(config.source) != bool(config.data_root):
         raise UserError("Give --source and --data-root together: real and drawn sets do not mix.")
 
 

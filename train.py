@@ -14,6 +14,7 @@ best on val lies in `out` as best.safetensors.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 import sys
@@ -47,19 +48,25 @@ def main() -> None:
     elif config.data_root:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
     else:
-        training.make_folder(Path(config.out or default_out(config)))       # before the long pretraining
-        train(dataclasses.replace(config, out=config.out or default_out(config), init=str(pretrain(config))))
+        out = config.out or default_out(config)
+        training.make_folder(Path(out))       # before the long pretraining
+        train(dataclasses.replace(config, out=out, init=str(pretrain(config))))
 
 
 def pretrain(config: TrainConfig) -> Path:
     """The checkpoint that a demo fine-tuning starts from; made first unless it is there already."""
-    adapted = Path("out/sda") / config.dataset
-    source = str(adapted) if config.dataset in DATASETS and (adapted / "report.json").exists() else "sda"
+    source = str(adapted_set(config) or "sda")
     print(f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
     shared = {name: getattr(config, name) for name in (
         "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
         "released_regions", "workers")}
     return train(TrainConfig(**recipe("sda", config.preset) | shared | {"dataset": source}))
+
+
+def adapted_set(config: TrainConfig) -> Path | None:
+    """The set that adapt.py made for this target, if there is one."""
+    made = Path("out/sda") / (config.dataset + "-tiny" * (config.preset == "tiny"))
+    return made if config.dataset in DATASETS and (made / "report.json").exists() else None
 
 
 def train(config: TrainConfig) -> Path:
@@ -83,7 +90,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
     optimizer = training.make_optimizer(model, config)
     facts = checkpoint.model_facts(model, tokenizer) | {
         "train": dataclasses.asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
-        "pairs": len(dataset), "processes": world, "versions": checkpoint.VERSIONS}
+        "pairs": len(dataset), "adapted": made_by(config.dataset), "processes": world, "versions": checkpoint.VERSIONS}
     first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
@@ -163,9 +170,17 @@ def default_out(config: TrainConfig) -> str:
     name = config.dataset if config.dataset in DATASETS else "-".join(Path(config.dataset).resolve().parts[-2:])
     parts = [name, config.preset, f"s{config.seed}"] + ["noregions"] * (not config.regions)
     parts += ["released"] * config.released_regions
+    if not config.init and not pretrains(config.dataset) and adapted_set(config):
+        parts += ["adapted"]
     if config.init and not (config.init == "none" and pretrains(config.dataset)):
         parts += ["scratch"] if config.init == "none" else ["from", Path(config.init).resolve().parent.name]
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
+
+
+def made_by(dataset: str) -> str:
+    """A short name for what adapt.py's report says of a set; empty where there is none."""
+    report = Path(dataset) / "report.json"
+    return hashlib.sha256(report.read_bytes()).hexdigest()[:16] if report.is_file() else ""
 
 
 def load_sets(config: TrainConfig, machine: training.Machine) -> list[RecordSet]:

@@ -59,6 +59,14 @@ def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None
         scratch.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict | list:
+    """What `write_json` wrote. Raises UserError where the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it to have it made anew.") from error
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors by name, a shared one (the tied word decoder) once."""
     return {name: parameter for name, parameter in model.named_parameters()} | dict(model.named_buffers())
@@ -164,7 +172,8 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
     with trusting(path):
         now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f["train"]).items()
                       if k not in MAY_DIFFER}    # a flag that an older checkpoint does not know had its default
-                     | {"number of pairs": f["pairs"], "--batch x processes": f["train"]["batch"] * f["processes"]}
+                     | {"number of pairs": f["pairs"], "adapted set": f.get("adapted", ""),
+                        "--batch x processes": f["train"]["batch"] * f["processes"]}
                      for f in (facts, saved))
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if changed:

@@ -212,7 +212,7 @@ class AdaptConfig:
     train_base: bool = False      # train the base and stop
     source: str = ""              # folder with the source set, SDA or MALS; empty: the demo town
     data_root: str = ""           # folder with the real target set; empty: the demo town
-    out: str = ""                 # folder of the set that is made; empty: out/sda/<target>, -<mode> and the like behind
+    out: str = ""                 # folder of the set that is made; empty: out/sda/<target>, -<size> and the like behind
     steps: int = 0                # of the branch's training; 0: as in FITS
     recompute: bool = False       # train the branch with gradient checkpointing: less memory, more time
     sampler: str = "dpm"          # ddim or dpm (DPM-Solver++ 2M)

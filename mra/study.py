@@ -239,7 +239,7 @@ def adapted(one: Run, share: float, retriever: str) -> list[tuple[str, dict]]:
     flags += (retriever,) * (flags[-1:] == ("--checkpoint",))
     call("adapt.py", "--target", one.target, "--size", one.size, "--seed", str(one.seed), "--share", str(share),
          "--images", str(one.images), "--out", str(folder), "--no-measure", *flags)
-    rows = [row for part in sorted(folder.glob("sda_*.json")) for row in json.loads(part.read_text())]
+    rows = [row for part in sorted(folder.glob("sda_*.json")) for row in checkpoint.read_json(part)]
     random.Random(one.seed).shuffle(rows)
     kept = ("caption", "phrases", "boxes", "logits")
     return [(str(folder / "imgs" / row["image"]), {name: row[name] for name in kept} | {"image_id": 10**6 + number})
@@ -275,7 +275,7 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
 
 def report(out: Path) -> None:
     """study.json with every run, table.md and figure.png, of the runs that are finished."""
-    runs = [json.loads(file.read_text()) for file in sorted(out.glob("*/run.json"))]
+    runs = [checkpoint.read_json(file) for file in sorted(out.glob("*/run.json"))]
     if not runs:
         raise UserError(f"{out} holds no finished run.")
     checkpoint.write_json(out / "study.json", runs)

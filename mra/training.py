@@ -75,7 +75,7 @@ def claimed(folder: Path, machine: "Machine") -> Iterator[None]:
             if machine.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another run is writing there; wait for it, or give another --out.") from error
+            raise UserError(f"{folder}: another run is writing there; wait for it to end.") from error
         yield
 
 

@@ -214,7 +214,7 @@ def test_a_folder_of_ones_own_is_a_data_set(work):
 
 def adapted_pairs(work: Path) -> None:
     """Source pairs in the target's look: SDA-format annotations, images, and the report that completes them."""
-    source, target = work / "data/demo-tiny/SDA", work / "out/sda/icfg"
+    source, target = work / "data/demo-tiny/SDA", work / "out/sda/icfg-tiny"
     shutil.copytree(source / "imgs", target / "imgs")
     for file in source.glob("sda_*.json"):
         shutil.copy(file, target)
@@ -224,21 +224,26 @@ def adapted_pairs(work: Path) -> None:
 def test_adapted_pairs_come_before_the_plain_source(work):
     adapted_pairs(work)
     out = succeed(work, "train.py", "--dataset", "icfg", *TINY, "--out", "out/new")
-    assert "pretraining on out/sda/icfg first" in out
-    start = re.search(r"^Starting from (\S+), trained on out/sda/icfg", out, re.M)[1]
+    assert "pretraining on out/sda/icfg-tiny first" in out
+    start = re.search(r"^Starting from (\S+), trained on out/sda/icfg-tiny", out, re.M)[1]
     assert log_of((work / start).parent)[-2].keys() >= {"rpc", "rpm"}
-    assert "pretrained on out/sda/icfg" in succeed(work, "evaluate.py", "--checkpoint", "out/new/best.safetensors")
-    assert json.loads((work / "out/new/results.json").read_text())["pretrained_on"] == "out/sda/icfg"
+    assert "pretrained on out/sda/icfg-tiny" in succeed(work, "evaluate.py", "--checkpoint", "out/new/best.safetensors")
+    assert json.loads((work / "out/new/results.json").read_text())["pretrained_on"] == "out/sda/icfg-tiny"
+    assert (work / "out/icfg-tiny-s0/best.safetensors").exists()     # made before; adapted ones go elsewhere
+    assert "out/icfg-tiny-s0-adapted/best" in succeed(work, "train.py", "--dataset", "icfg", *TINY, "--steps", "1")
+    (work / "out/sda/icfg-tiny/report.json").write_text('{"pairs": 12, "made": "anew"}')
+    status, _, err = command(work, "train.py", "--dataset", "icfg", *TINY, "--steps", "1")
+    assert status == 2 and "another adapted set" in err
     out = succeed(work, "train.py", "--dataset", "cuhk", *TINY, "--steps", "1")      # adapted to another set
     assert "pretraining on the demo source first" in out
-    out = succeed(work, "train.py", "--dataset", "out/sda/icfg", *TINY, "--steps", "1", "--out", "out/direct")
+    out = succeed(work, "train.py", "--dataset", "out/sda/icfg-tiny", *TINY, "--steps", "1", "--out", "out/direct")
     assert "No --init given" not in out and "Starting from random weights" in out
     assert log_of(work / "out/direct")[0].keys() >= {"rpc", "rpm"}
 
 
 def test_adapted_pairs_without_a_report_are_not_complete(work):
     adapted_pairs(work)
-    (work / "out/sda/icfg/report.json").unlink()
+    (work / "out/sda/icfg-tiny/report.json").unlink()
     assert "pretraining on the demo source first" in succeed(work, "train.py", "--dataset", "icfg", *TINY)
 
 

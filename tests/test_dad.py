@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,31 +60,32 @@ def test_prompts_visit_every_caption_before_any_twice():
 
 def test_samples_are_moved_to_the_targets_mean_and_variance_at_each_place(monkeypatch):
     target = 0.5 * torch.randn(500, 2, 3, 2) + torch.arange(12.0).view(2, 3, 2)
-    machine, drawn = Machine.of("cpu", ""), []
+    drawn = []
 
-    def sample(config, base, networks, some, latents, draw):
-        assert len(some) == making.PART and latents is target
+    def sample(config, base, networks, some, looks, draw):
+        assert len(some) == making.PART and looks.target is target
         drawn.append(3 * torch.randn(len(some), 2, 3, 2, generator=draw) - 1)
         return drawn[-1], None, None
     monkeypatch.setattr(making, "sample", sample)
-    scale, shift = making.calibrate(AdaptConfig(), machine, None, [], list("abc"), target)
+    scale, shift = making.calibrate(AdaptConfig(), Machine.of("cpu", ""), None, [], list("abc"), target)
     moved = scale * torch.cat(drawn) + shift
     torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moved.std(0), target.std(0), atol=1e-4, rtol=1e-4)
-    assert len({float(some[0, 0, 0, 0]) for some in drawn}) == making.PROBES        # each with noise of its own
-    scale, shift = making.calibrate(AdaptConfig(), machine, None, [], list("abc"), None)
-    assert scale == 1 and shift == 0
+    assert len({float(some[0, 0, 0, 0]) for some in drawn}) == making.PROBES // making.PART     # each of its own noise
 
 
-def test_what_calibration_says_is_done(monkeypatch, tmp_path):
-    """Scaled by 0 and shifted by 3, all latents are 3."""
-    real, seen = making.decode, []
+def test_what_calibration_says_is_done_to_generated_images(monkeypatch, tmp_path):
+    """Scaled by 0 and shifted by 3, all latents are 3. The target's captions are asked for, many more than images."""
+    real, seen, probed = making.decode, [], []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(making, "calibrate", lambda *_: (torch.zeros(()), torch.full((), 3.0)))
+    monkeypatch.setattr(making, "calibrate", lambda *given: probed.append(given[4]) or (0.0, 3.0))
     monkeypatch.setattr(making, "decode", lambda some, latents, draw: seen.append(latents) or real(some, latents, draw))
-    monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--no-measure"])
-    adapt_main()
-    assert torch.equal(torch.cat(seen), torch.full_like(seen[0], 3.0)) and len(seen[0]) == 8
+    for flags in (("--captions", "source"), ("--mode", "restyle")):
+        monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--no-measure", "--malformed",
+                                          "99", *flags])
+        adapt_main()
+    assert torch.equal(seen[0], torch.full_like(seen[0], 3.0)) and len(seen[0]) == 8 and seen[1].std() > 0
+    assert len(probed) == 1 and len(probed[0]) > 100 and all("ICFG" in wish.origin for wish in probed[0])
 
 
 # ---- filters
@@ -103,6 +106,8 @@ def test_each_filter_has_its_threshold():
     for name, change in (("greyscale", {"colour_mean": 0.05}), ("malformed", {"malformed": 1.1}),
                          ("mismatch", {"match": -1.1})):
         assert filters_of(config, good | change) == [name]
+    unjudged = {name: value for name, value in good.items() if name != "match"}
+    assert filters_of(replace(config, mismatch=1.0), unjudged) == []
 
 
 def test_damage_is_damage_and_the_judge_learns_it():
@@ -182,7 +187,7 @@ def test_latent_moments_match_person_and_background_apart():
     torch.manual_seed(0)
     source, target = torch.randn(50, 4, 16, 8), 2 * torch.randn(60, 4, 16, 8) + 1
     target[:, :, :, :2] -= 5
-    moved = transfers.match_moments(source, target)
+    moved = transfers.match_moments(source, source, target)
     for region in ((slice(1, -1), slice(2, -2)), (slice(None), slice(0, 2))):
         if region[1] == slice(2, -2):
             a, b = moved[:, :, region[0], region[1]], target[:, :, region[0], region[1]]
@@ -266,32 +271,80 @@ def made(tmp_path_factory) -> tuple[Path, str]:
 def test_adapt_makes_a_set_that_is_read_as_sda(made):
     folder, said = made
     assert "Training the tiny base" in said and "Adapting to icfg" in said and "is drawn data" in said
-    sets = [load(str(folder / "out/sda/icfg"), split, folder, say=lambda line: None) for split in ("train", "val")]
+    sets = [load(str(folder / "out/sda/icfg-tiny"), split, folder, say=lambda line: None) for split in ("train", "val")]
     records = [record for some in sets for record in some.records]
     assert len(records) == 70 and all(record.boxes for record in records)
     with Image.open(records[0].path) as image:
         assert image.size == (16, 32)
-    report = json.loads((folder / "out/sda/icfg/report.json").read_text())
+    report = json.loads((folder / "out/sda/icfg-tiny/report.json").read_text())
     assert report["made"] == report["kept"] == 70 and report["gap"]["source"]["gap_closed"] == 0
     assert set(report["gap"]) == {"source", "reinhard", "histogram", "fourier", "moments", "dad generate", "exact",
                                   "target"}
     assert all(math.isfinite(row["frechet"]) and 0 <= row["classifier"] <= 1 for row in report["gap"].values())
-    with Image.open(folder / "out/sda/icfg/adaptation.png") as picture:
+    with Image.open(folder / "out/sda/icfg-tiny/adaptation.png") as picture:
         assert picture.width > 500
 
 
 def test_nothing_is_made_twice(made):
     folder, first = made
-    images = sorted((folder / "out/sda/icfg/imgs").rglob("*.png"))
+    images = sorted((folder / "out/sda/icfg-tiny/imgs").rglob("*.png"))
     before = {path: path.stat().st_mtime_ns for path in images}
     again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
-    assert "branch.safetensors is there" in again and "out/sda/icfg is complete" in again
-    report = folder / "out/sda/icfg/report.json"
+    assert "branch.safetensors is there" in again and "out/sda/icfg-tiny is complete" in again
+    report = folder / "out/sda/icfg-tiny/report.json"
     measured = json.loads(report.read_text())
     report.unlink()
     again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
     assert "part 1" not in again and json.loads(report.read_text()) == measured
     assert {path: path.stat().st_mtime_ns for path in images} == before and len(images) == 70
+
+
+def test_a_finished_set_outlives_mistakes(made):
+    """What cannot be used is told before anything is taken away; another's set is never written to."""
+    folder, _ = made
+    before = {path: path.read_bytes() for path in (folder / "out/sda/icfg-tiny").glob("*.json")}
+    same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "100")
+    assert len(before) == 2
+    for flags, named in ((("--checkpoint", "nowhere.safetensors"), "nowhere.safetensors"),
+                         (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds a set"),
+                         (("--steps", "11"), "another steps")):
+        status, _, err = command(folder, "adapt.py", *same, *flags)
+        assert status == 2 and named in err
+    assert {path: path.read_bytes() for path in before} == before
+    (folder / "out/sda/icfg-tiny/report.json").write_text("{")
+    status, _, err = command(folder, "adapt.py", *same)
+    assert status == 2 and "report.json cannot be read" in err
+    (folder / "out/sda/icfg-tiny/report.json").write_bytes(before[folder / "out/sda/icfg-tiny/report.json"])
+
+
+def test_a_set_half_made_anew_is_no_set(made):
+    """Its images are others already: neither the old annotation nor the old part's record may vouch for them."""
+    folder, _ = made
+    flags = ("--images", "70", "--malformed", "100", "--no-measure", "--out", "out/half")
+    adapt(folder, *flags)
+    whole = {path: path.read_bytes() for path in sorted((folder / "out/half").rglob("*")) if path.is_file()}
+    run = subprocess.Popen([sys.executable, str(ROOT / "adapt.py"), "--size", "tiny", "--precision", "float32", *flags,
+                            "--captions", "source"], cwd=folder, stdout=subprocess.PIPE, text=True)
+    while "parts made" not in (line := run.stdout.readline()):
+        assert line, "it ended before a part was made"
+    run.kill()
+    run.wait()
+    assert not list((folder / "out/half").glob("*.json"))
+    adapt(folder, *flags)
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_another_seed_another_target_a_single_image(made):
+    """The base of the first seed serves all; what was learned from other images is not taken for one's own."""
+    folder, _ = made
+    assert "icfg-tiny-s1" in adapt(folder, "--seed", "1", "--images", "8", "--malformed", "100", "--no-measure")
+    assert "single image" in adapt(folder, "--images", "1", "--malformed", "100", "--out", "out/one")
+    shutil.copytree(folder / "data/demo-tiny", folder / "other")
+    path = next((folder / "other/ICFG-PEDES/imgs/train").rglob("*.jpg"))
+    Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+    status, _, err = command(folder, "adapt.py", "--size", "tiny", "--source", "data/demo-tiny", "--data-root", "other",
+                             "--base", "out/base-tiny/base.safetensors")
+    assert status == 2 and "another contents" in err
 
 
 def test_filters_that_drop_everything_say_so(made):
@@ -305,7 +358,7 @@ def test_restyling_keeps_captions_and_boxes(made):
     adapt(folder, "--mode", "restyle", "--images", "8", "--malformed", "100", "--sampler", "dpm")
     source = {record.path: record for record in
               load("sda", "train", folder / "data/demo-tiny", say=lambda line: None).records}
-    rows = json.loads((folder / "out/sda/icfg-restyle/sda_0_5000.json").read_text())
+    rows = json.loads((folder / "out/sda/icfg-tiny-restyle/sda_0_5000.json").read_text())
     for row in rows:
         record = source[str(folder / row["origin"])] if row["origin"].startswith("data") else source[row["origin"]]
         assert row["caption"] == record.captions[0] and tuple(row["phrases"]) == record.phrases
@@ -316,7 +369,8 @@ def test_sets_of_ones_own_and_two_processes(made):
     """The path of real data: source and target from folders; the work shared out by torchrun."""
     folder, _ = made
     flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--data-root", "data/demo-tiny",
-             "--images", "130", "--malformed", "100", "--precision", "float32", "--out", "out/two", "--device", "cpu")
+             "--images", "130", "--malformed", "100", "--precision", "float32", "--out", "out/two", "--device", "cpu",
+             "--base", "out/base-tiny/base.safetensors")
     succeed(folder, "adapt.py", *flags[:2], "--target", "rstp", "--images", "8", "--malformed", "100")    # draws rstp
     ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "adapt.py"),
                           *flags], cwd=folder, capture_output=True, text=True, timeout=300)
@@ -329,8 +383,8 @@ def test_sets_of_ones_own_and_two_processes(made):
 
 def test_train_pretrains_on_the_adapted_set(made):
     folder, _ = made
-    assert "pretraining on out/sda/icfg first" in succeed(folder, "train.py", "--dataset", "icfg", "--preset", "tiny",
-                                                         "--steps", "2")
+    assert "pretraining on out/sda/icfg-tiny first" in succeed(folder, "train.py", "--dataset", "icfg", "--preset",
+                                                               "tiny", "--steps", "2")
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -13,7 +13,6 @@ import torch
 from adapt import adapt_decoder
 from mra import checkpoint
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
-from mra.data.records import RecordSet
 from mra.diffusion import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
 from mra.diffusion.denoiser import DomainBranch, structure
 from mra.diffusion.fit import fit
@@ -226,7 +225,7 @@ def test_the_decoder_learns_the_target_and_latents_stay(base, images, tmp_path, 
 
     start = loss()
     base.requires_grad_(False)
-    adapt_decoder(AdaptConfig(size="tiny"), MACHINE, base, "base", RecordSet("icfg", "train", ()), dark)
+    adapt_decoder(AdaptConfig(size="tiny"), MACHINE, base, {"base": "this"}, dark, latents)
     assert loss() < start and not any(parameter.requires_grad for parameter in base.parameters())
     assert torch.equal(encode(autoencoder, dark), latents)
     changed = {name for name, value in base.state_dict().items() if not torch.equal(before[name], value)}
@@ -339,6 +338,9 @@ def test_a_signal_stops_a_fit_after_its_step(tmp_path):
     assert checkpoint.load(tmp_path / "cut.part")[1]["step"] == 34
     assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60), whole)
     assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(KeyboardInterrupt):          # after the last step: it is finished, and nothing else is begun
+        fit_line(tmp_path / "last.safetensors", 60, stop_at=119, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert torch.equal(fit_line(tmp_path / "last.safetensors", 60, stop_at=1), whole)
 
 
 def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
@@ -364,7 +366,7 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
 
 def test_a_fit_of_other_settings_is_refused(tmp_path):
     fit_line(tmp_path / "x.safetensors", 10)
-    with pytest.raises(UserError, match="x.safetensors was made with another fit"):
+    with pytest.raises(UserError, match="x.safetensors was made with another steps"):
         fit_line(tmp_path / "x.safetensors", 11)
     with pytest.raises(UserError, match="another seed"):
         fit_line(tmp_path / "x.safetensors", 10, seed=1)

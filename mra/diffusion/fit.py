@@ -28,7 +28,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     random comes from (seed, step, shard): two processes on the CPU do what one does. Raises UserError for a loss or
     gradient that is not finite.
     """
-    facts = {"stage": name, "fit": asdict(plan), "seed": seed, **facts}
+    facts = {"stage": name, **asdict(plan), "seed": seed, **facts}
     if path.exists():
         checkpoint.restore_weights(model, load_same(path, facts)[0], path)
         machine.say(f"{name}: {path} is there.")
@@ -51,7 +51,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - keep)
             seen.append(torch.stack([loss, norm]))
             done = step + 1
-            stop = any_process(asked.is_set(), machine) and done < plan.steps
+            stop = any_process(asked.is_set(), machine)
             if done % plan.save_every == 0 or done == plan.steps or stop:
                 for number, values in enumerate(torch.stack(seen).tolist(), done - len(seen) + 1):
                     for what, value in zip(("loss", "gradient"), values):
@@ -65,7 +65,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
                 if machine.rank == 0 and done < plan.steps:
                     checkpoint.save(part, checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer)
                                     | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
-                if stop:
+                if stop and done < plan.steps:
                     raise KeyboardInterrupt
     with torch.no_grad():
         for k, p in parameters.items():
@@ -73,6 +73,8 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     if machine.rank == 0:
         checkpoint.save(path, checkpoint.weights(model), facts | {"seconds": round(time.perf_counter() - started)})
         part.unlink(missing_ok=True)
+    if asked.is_set():
+        raise KeyboardInterrupt
 
 
 def resume(part: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer,

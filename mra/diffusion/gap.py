@@ -192,7 +192,7 @@ def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], tar
     def images_of(rows: list[dict]) -> Tensor:
         return Crops([str(out / "imgs" / row["image"]) for row in rows], size).read()
 
-    made = images_of(kept[:ROWS])
+    made = images_of(random.Random(0).sample(kept, min(ROWS, len(kept))))
     reasons = {name: [row for row in dropped if name in row["dropped_by"]] for name in FILTERS}
     pictured = {name: images_of(rows[:10]) for name, rows in reasons.items() if rows}
     if pictured:

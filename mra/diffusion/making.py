@@ -4,12 +4,12 @@ Before: sampling.py, prompts.py, filters.py, boxes.py. After: gap.py, adapt.py.
 """
 
 import hashlib
-import json
 import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from mra import checkpoint
 from mra.config import AdaptConfig
 from mra.data import Box
 from mra.data.records import Record, save_image
+from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
 from mra.diffusion.boxes import phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch, Prompt, structure
@@ -27,11 +28,12 @@ from mra.diffusion.noising import ddim, dpm_solver, q_sample
 from mra.diffusion.prompts import prompts_of
 from mra.diffusion.sampling import Crops, Diffusion, decode, encode, guide, to_float
 from mra.diffusion.transfers import match_moments
+from mra.retriever import Retriever
 from mra.training import Machine, any_process, stoppable
 
 SAMPLERS = {"ddim": ddim, "dpm": dpm_solver}
 PART = 64           # images that are made, judged and written together
-PROBES = 4          # parts that are sampled first, to see what the branch leaves wrong on average
+PROBES = 256        # images that are sampled first, to see what the branch leaves wrong on average
 FILE = 5000         # records of an annotation file
 FILTERS = ("greyscale", "malformed", "mismatch")
 
@@ -46,8 +48,15 @@ class Wish:
     boxes: tuple[Box, ...] = ()
 
 
+class Looks(NamedTuple):
+    """Latents (N, C, h, w) of images of the source, when they are restyled, and (M, C, h, w) of the target's."""
+
+    source: Tensor | None
+    target: Tensor | None
+
+
 def wishes(config: AdaptConfig, base: Diffusion, records: Iterable[Record]) -> list[Wish]:
-    """What to make of these records, captions of like length side by side."""
+    """What to make of these records; captions to generate from are sorted by length, so that few need padding."""
     if config.mode == "restyle":
         chosen = random.Random(config.seed).sample(list(records), min(config.images, len(records)))
         return [Wish(record.captions[0], record.path, record.phrases, record.boxes) for record in chosen]
@@ -58,24 +67,30 @@ def wishes(config: AdaptConfig, base: Diffusion, records: Iterable[Record]) -> l
 
 
 def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, judge: Judge,
-         wanted: list[Wish], target_latents: Tensor | None, places: dict[str, Tensor], out: Path) -> None:
-    """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept."""
+         retriever: tuple[Retriever, Tokenizer] | None, wanted: list[Wish], probes: list[Wish], looks: Looks,
+         places: dict[str, Tensor], out: Path) -> list[Path]:
+    """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept.
+
+    Returns the parts' files. See `calibrate` for the probes, boxes.py for the places.
+    """
     parts = [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
-    retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
-    used = replace(config, workers=0, out="", grey_mean=0, grey_variance=0, malformed=0, mismatch=0)
-    weights = " ".join(checkpoint.digest(network) for network in (base, branch, judge))
+    files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
+    # what decides the images and what is said of each: not the thresholds, not the machine
+    used = replace(config, workers=0, out="", device="", measure=True, checkpoint="", grey_mean=0, grey_variance=0,
+                   malformed=0, mismatch=0)
+    weights = " ".join(checkpoint.digest(network) for network in (base, branch, judge, *(retriever or ())[:1]))
     settings = hashlib.sha256(f"{used} {weights}".encode()).hexdigest()[:16]
     networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
-    files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     missing = [number for number in range(machine.rank, len(parts), machine.world)
-               if not files[number].exists() or json.loads(files[number].read_text())["settings"] != settings]
+               if not files[number].exists() or checkpoint.read_json(files[number])["settings"] != settings]
+    done = []
 
     def make_part(number: int) -> None:
         if asked.is_set():
             return
         draw = torch.Generator(machine.device).manual_seed(hash((config.seed, number)) % 2**62)
         with torch.no_grad(), machine.autocast():
-            latents, condition, prompt = sample(config, base, networks, parts[number], target_latents, draw)
+            latents, condition, prompt = sample(config, base, networks, parts[number], looks, draw)
             latents = scale * latents + shift
             images = decode(base.autoencoder, latents, draw)
             rows = describe(config, base, branch, parts[number], latents, condition, prompt, places, draw)
@@ -84,43 +99,44 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
         if retriever:
             judged["match"] = agreement(*retriever, images, [wish.caption for wish in parts[number]])
         write_part(files[number], images, rows, judged, settings)
-        seconds = (time.perf_counter() - started) / (number + 1)
-        machine.say(f"part {number + 1}/{len(parts)}  {PART / seconds:.1f} images/s  "
-                    f"{seconds * (len(parts) - number - 1) / 60:.1f} min left")
+        done.append(number)
+        seconds = (time.perf_counter() - started) / len(done)
+        machine.say(f"{len(done)} of {len(missing)} parts made  {PART / seconds:.1f} images/s  "
+                    f"{seconds * (len(missing) - len(done)) / 60:.1f} min left")
 
     with stoppable() as asked:
-        if missing:
-            scale, shift = calibrate(config, machine, base, networks, wanted, target_latents)
+        scale, shift = (calibrate(config, machine, base, networks, probes, looks.target) if missing and probes
+                        else (1.0, 0.0))
         started = time.perf_counter()
         machine.map(make_part, missing)
         if any_process(asked.is_set(), machine):        # which also waits for all
             raise KeyboardInterrupt
+    return files
 
 
-def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: list[nn.Module], wanted: list[Wish],
-              target_latents: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C, h, w): what gives samples the mean and variance of the target at each place.
+def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: list[nn.Module], probes: list[Wish],
+              target: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C, h, w): what gives samples the mean and variance of the `target`'s latents at each place.
 
     Not in the paper. A branch of few steps gets the commonest pose and background a little wrong on average; that is
-    measured on samples of random wishes, and undone. Without the target's latents nothing is.
+    measured on samples of some of the probes, and undone. These must be wishes for the target as a whole: from its own
+    captions, and many. What is restyled shows other people, and is left as it is.
     """
-    if target_latents is None:
-        return torch.ones((), device=machine.device), torch.zeros((), device=machine.device)
-    chosen = sorted(random.Random(config.seed).choices(range(len(wanted)), k=PROBES * PART))
+    chosen = sorted(random.Random(config.seed).choices(range(len(probes)), k=PROBES))
 
     def probe(number: int) -> Tensor:
         draw = torch.Generator(machine.device).manual_seed(hash((config.seed, 2**32 + number)) % 2**62)
-        some = [wanted[i] for i in chosen[number * PART:(number + 1) * PART]]
+        some = [probes[i] for i in chosen[number * PART:(number + 1) * PART]]
         with torch.no_grad(), machine.autocast():
-            return sample(config, base, networks, some, target_latents, draw)[0]
+            return sample(config, base, networks, some, Looks(None, target), draw)[0]
 
-    std, mean = torch.std_mean(torch.cat(machine.map(probe, range(PROBES))), 0)
-    target_std, target_mean = torch.std_mean(target_latents, 0)
+    std, mean = torch.std_mean(torch.cat(machine.map(probe, range(PROBES // PART))), 0)
+    target_std, target_mean = torch.std_mean(target, 0)
     return target_std / std, target_mean - target_std / std * mean
 
 
 def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Wish],
-           target_latents: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Tensor, Prompt]:
+           looks: Looks, draw: torch.Generator) -> tuple[Tensor, Tensor, Prompt]:
     """Latents (B, C, h, w) of the wishes, the condition (B, 1, H, W) and the prompt they were made with."""
     device, schedule = draw.device, base.schedule
     noise = torch.randn(len(some), *base.config.shape, generator=draw, device=device)
@@ -131,7 +147,7 @@ def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some
         if config.conditioned_by == "structure":
             condition = structure(to_float(images))
         strength, visited = config.strength, schedule.trailing(config.sampling_steps, config.strength)
-        moved = match_moments(encode(base.autoencoder, images), target_latents)
+        moved = match_moments(encode(base.autoencoder, images), *looks)
         first = torch.full((len(some),), visited[0] if visited else 0, device=device)
         noise = q_sample(moved, noise, first, schedule) if visited else moved
     both = base.read([wish.caption for wish in some] + [""] * len(some))
@@ -169,6 +185,7 @@ def write_part(file: Path, images: Tensor, rows: list[dict], judged: dict[str, T
     folder = file.parent.parent / "imgs" / file.stem
     folder.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)            # of another configuration: it would vouch for images that are not its own
     suffix = "png" if images.shape[2] < 128 else "jpg"      # compression would show on small ones
     for i, (row, image) in enumerate(zip(rows, images.cpu())):
         row |= {"image": f"{file.stem}/{i:02d}.{suffix}"} | {k: round(float(v[i]), 5) for k, v in judged.items()}
@@ -180,20 +197,24 @@ def write_part(file: Path, images: Tensor, rows: list[dict], judged: dict[str, T
 def filters_of(config: AdaptConfig, row: dict) -> list[str]:
     """Names of the filters that drop a record."""
     grey = row["colour_mean"] < config.grey_mean and row["colour_variance"] < config.grey_variance
-    drops = (grey, row["malformed"] > config.malformed, row.get("match", 0.0) < config.mismatch)
+    drops = (grey, row["malformed"] > config.malformed, "match" in row and row["match"] < config.mismatch)
     return [name for name, drop in zip(FILTERS, drops) if drop]
 
 
-def collect(config: AdaptConfig, out: Path, count: int) -> tuple[list[dict], list[dict]]:
+def collect(config: AdaptConfig, parts: list[Path], out: Path) -> tuple[list[dict], list[dict]]:
     """Write the annotation files of what passes the filters; returns the records kept and those dropped."""
-    parts = [out / "parts" / f"{number:06d}.json" for number in range(-(-count // PART))]
-    rows = [row for part in parts for row in json.loads(part.read_text())["records"]]
+    rows = [row for part in parts for row in checkpoint.read_json(part)["records"]]
     kept, dropped = [], []
     for number, row in enumerate(rows):
         row |= {"image_id": number, "dropped_by": filters_of(config, row)}
         (dropped if row["dropped_by"] else kept).append(row)
-    for old in out.glob("sda_*.json"):
-        old.unlink()
+    unfinish(out)
     for start in range(0, len(kept), FILE):
         checkpoint.write_json(out / f"sda_{start}_{start + FILE}.json", kept[start:start + FILE], indent=None)
     return kept, dropped
+
+
+def unfinish(out: Path) -> None:
+    """Take away what says that the images in `out` are a whole set: first the report, then the annotation files."""
+    for file in (out / "report.json", *out.glob("sda_*.json")):
+        file.unlink(missing_ok=True)

@@ -190,13 +190,14 @@ def guide(denoiser: Denoiser, prompt: Prompt, nothing: Prompt, branch: DomainBra
             zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
             return denoiser(zs, ts, asked, branch and branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))).float()
 
-        if text == 1 or not span[0] <= t[0] <= span[1]:
-            v = conditional = predict(1, prompt)
-        else:
+        steered, pulled = text != 1 and span[0] <= t[0] <= span[1], domain != 1 and branch is not None
+        if steered or pulled:
             conditional, unconditional = predict(2, both).chunk(2)
-            v = guided(conditional, unconditional, text)
-        if domain != 1 and branch:
-            v = v + (domain - 1) * (predict(1, nothing) - denoiser(z, t, nothing).float())
+        else:
+            conditional = predict(1, prompt)
+        v = guided(conditional, unconditional, text) if steered else conditional
+        if pulled:
+            v = v + (domain - 1) * (unconditional - denoiser(z, t, nothing).float())
         return rescaled(v, conditional, rescale)
 
     return denoise

@@ -51,14 +51,16 @@ def transferred(images: Tensor, targets: Tensor, autoencoder: Autoencoder) -> di
     """The images (B, 3, H, W) in the look of the targets (M, 3, H, W), by each of the four ways."""
     draw = torch.Generator().manual_seed(0)
     donors = targets[torch.randint(len(targets), (len(images),), generator=draw)]
-    moved = match_moments(encode(autoencoder, images), encode(autoencoder, targets))
+    latents = encode(autoencoder, images)
+    moved = match_moments(latents, latents, encode(autoencoder, targets))
     moved = decode(autoencoder, moved, torch.Generator(moved.device).manual_seed(0)).cpu()
     return {"reinhard": reinhard(images, donors), "histogram": histogram(images, donors),
             "fourier": fourier(images, donors), "moments": moved}
 
 
-def match_moments(latents: Tensor, targets: Tensor) -> Tensor:
-    """Latents (B, C, h, w) with the target latents' mean and variance of each channel, person and background apart.
+def match_moments(latents: Tensor, own: Tensor, targets: Tensor) -> Tensor:
+    """Latents (B, C, h, w) of a set, moved as its `own` (N, C, h, w) have to move to get the mean and variance of
+    the `targets` (M, C, h, w) in each channel, person and background apart.
 
     The person is taken to be in the middle of the picture. Unlike the others it takes the moments of the whole target
     set, not of one image.
@@ -68,7 +70,7 @@ def match_moments(latents: Tensor, targets: Tensor) -> Tensor:
     inside[rows:-rows, columns:-columns] = True
     moved = torch.empty_like(latents)
     for region in (inside, ~inside):
-        std, mean = torch.std_mean(latents[:, :, region], (0, 2), keepdim=True)
+        std, mean = torch.std_mean(own[:, :, region], (0, 2), keepdim=True)
         target_std, target_mean = torch.std_mean(targets[:, :, region], (0, 2), keepdim=True)
         moved[:, :, region] = (latents[:, :, region] - mean) / std * target_std + target_mean
     return moved
