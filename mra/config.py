@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 
@@ -341,8 +340,10 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as if by Ctrl-C
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()    # its threads must end before the interpreter does, or may abort the process
+        if "LOCAL_RANK" in os.environ:      # torchrun's: the group's threads must end before the interpreter does
+            import torch.distributed as dist    # here, for processes that draw or load images do without it
+            if dist.is_initialized():
+                dist.destroy_process_group()
     except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
         print(f"error: {harmless(sentence)}", file=sys.stderr)
