@@ -341,7 +341,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         if "LOCAL_RANK" in os.environ:      # torchrun's: the group's threads must end before the interpreter does
-            import torch.distributed as dist    # here, for processes that draw or load images do without it
+            import torch.distributed as dist  # here, for processes that draw or load images do without it
             if dist.is_initialized():
                 dist.destroy_process_group()
     except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to

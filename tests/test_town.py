@@ -5,8 +5,11 @@ import hashlib
 import json
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -318,3 +321,9 @@ def test_two_runs_at_once_draw_a_set_once(tmp_path):
         for done in [pool.submit(town.build, tmp_path, "rstp", TINY, 5, 1, lines.append) for _ in range(2)]:
             done.result()
     assert len(lines) == 1 and len(list((tmp_path / "RSTPReid/imgs").iterdir())) == 34
+
+
+def test_drawing_processes_do_without_torch():
+    """Importing it takes ten times as long as all else that they need."""
+    code = "import sys; import mra.data.town; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
