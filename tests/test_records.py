@@ -14,7 +14,7 @@ from PIL import Image
 from mra.config import TrainConfig, UserError
 from mra.data import records
 from mra.data.batches import PairDataset
-from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, open_image, share_of, shown
+from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, open_image, pack, share_of, shown
 
 RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
        "icfg": ("ICFG-PEDES", "ICFG-PEDES.json", "file_path"),
@@ -329,10 +329,31 @@ def test_what_two_splits_share_is_read_once(tmp_path, monkeypatch, dataset, time
         assert list(one.records) == list(other.records) and one.split == other.split and len(one.records) > 0
 
 
+def test_several_processes_read_what_one_does(tmp_path, monkeypatch):
+    for part in range(17):
+        write(tmp_path / f"SDA/sda_{part}_{part + 1}.json", [
+            {"image": f"{part}.jpg", "caption": f"a {part}", "image_id": part, "boxes": [[0.5, 0.5, 1, 1]],
+             "phrases": ["a"]}] * 2)
+    touch(tmp_path / "SDA", *(f"{part}.jpg" for part in range(17)))
+    sets, starts, real = [], [], records.ProcessPoolExecutor
+    monkeypatch.setattr(records, "ProcessPoolExecutor", lambda count, how: starts.append(count) or real(count, how))
+    for cores in (1, 64):
+        monkeypatch.setattr(records.os, "cpu_count", lambda cores=cores: cores)
+        sets.append(list(load("sda", "train", tmp_path, say=quiet).records))
+    assert sets[0] == sets[1] and len(sets[0]) > 20 and starts == [2]
+    away = {"image": "../9.jpg", "caption": "a", "image_id": 9, "boxes": [], "phrases": []}
+    write(tmp_path / "SDA/sda_9_10.json", [away, {"image": "9.jpg"}])
+    write(tmp_path / "SDA/sda_12_13.json", {"no": "list"})
+    found = []
+    records.read_rows(records.locate("sda", "train", tmp_path), found.append)
+    assert ["leads out" in found[0], "record 1" in found[1], "must hold a list" in found[2]] == [True] * 3 == [
+        "sda_9_10" in found[0], "sda_9_10" in found[1], "sda_12_13" in found[2]]
+
+
 def test_packed_records_come_out_as_they_went_in():
     whole = [Record("a/1.jpg", ("Ein Mädchen 女 \U0001f600", ""), 0), Record("b", ("x" * 9999,), 2**40),
              Record("c", ("a",), 5, ((0.1, 1 / 3, 1, 0.25), (1e-9, 0.5, 0.5, 0.5)), ("hat", "shoes"))]
-    packed = Packed((one.path, one.captions, one.identity, one.boxes, one.phrases) for one in whole)
+    packed = Packed((one.path, one.identity, pack(one.captions, one.boxes, one.phrases)) for one in whole)
     assert list(packed) == whole and packed[-1] == whole[2] and packed[np.int64(1)] == whole[1] and len(packed) == 3
     assert list(Packed([])) == []
     for index in (3, -4):
@@ -355,7 +376,7 @@ def own_memory(packed: Packed, pipe) -> None:
 
 def test_to_look_at_records_does_not_copy_them():
     """What a loading process sees of 20 MB stays shared; of objects it would own every page after an epoch."""
-    packed = Packed((f"imgs/{i}.jpg", ("a man in a red coat " * 9,), i) for i in range(100_000))
+    packed = Packed((f"imgs/{i}.jpg", i, pack(("a man in a red coat " * 9,), (), ())) for i in range(100_000))
     assert len(packed.buffer) > 20e6
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=own_memory, args=(packed, there))

@@ -39,7 +39,7 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
         raise UserError([*wrong["unusable"], *wrong["not found"], *absent, f"{shown(dataset)} has no records."][0])
     for sentence in absent:
         say(f"Note: {sentence}")
-    counts = {split: (len({row.identity for row in some}), len(some), sum(len(row.captions) for row in some))
+    counts = {split: (len({row.identity for row in some}), len(some), sum(row.captions for row in some))
               for split, some in rows.items()}
     say(f"{shown(dataset)} in {shown(source.images)}{' (drawn data, not photographs)' * drawn}\n"
         + table(counts, published))
@@ -52,7 +52,7 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
     present = list(dict.fromkeys(row.path for row in every if not row.missing))
     wrong["missing image"] = [row.place for row in every if row.missing]
     wrong["image that stands in two splits"] = in_two_splits(rows)
-    wordless = [row.place for row in every for caption in row.captions if not clean(caption, dataset)]
+    wordless = [row.place for row in every for caption in row.said[0] if not clean(caption, dataset)]
     if wordless:        # as of Chinese signs alone: trained on and searched with like any other
         say(f"Note: {len(wordless):,} captions have no word left after cleaning, the first in {wordless[0]}")
     wrong["image that does not decode"] = list(troubles(present, workers, say).values())

@@ -12,6 +12,7 @@ import io
 import json
 import marshal
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -20,8 +21,10 @@ import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,18 +66,28 @@ class Record:
 class Packed(Sequence):
     """Records in one buffer, unpacked when asked for: to look at an object is to copy it into the loading process."""
 
-    def __init__(self, records: Iterable[tuple]):
+    def __init__(self, records: Iterable[tuple[str, int, bytes]]):
         self.buffer, self.ends = bytearray(), array("Q", [0])
-        for record in records:      # the fields of a Record
-            self.buffer += marshal.dumps(record)
-            self.ends.append(len(self.buffer))
+        for path, identity, body in records:        # the body of `pack`
+            for part in (marshal.dumps((path, identity)), body):
+                self.buffer += part
+                self.ends.append(len(self.buffer))
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.ends) // 2
 
     def __getitem__(self, index: int) -> Record:
-        index = range(len(self))[index]
-        return Record(*marshal.loads(memoryview(self.buffer)[self.ends[index]:self.ends[index + 1]]))
+        first = 2 * range(len(self))[index]
+        start, middle, end = self.ends[first:first + 3]
+        buffer = memoryview(self.buffer)
+        (path, identity), (captions, boxes, phrases) = (marshal.loads(buffer[start:middle]),
+                                                        marshal.loads(buffer[middle:end]))
+        return Record(path, captions, identity, boxes, phrases)
+
+
+def pack(captions: tuple[str, ...], boxes: tuple[Box, ...], phrases: tuple[str, ...]) -> bytes:
+    """What a record says of its image, small: 1.2 million of them are held while a set is read."""
+    return marshal.dumps((captions, boxes, phrases))
 
 
 @dataclass(frozen=True)
@@ -102,10 +115,14 @@ class Row(NamedTuple):
     identity: str
     path: str
     missing: bool
-    captions: tuple[str, ...]
-    boxes: tuple[Box, ...]
-    phrases: tuple[str, ...]
+    captions: int                   # how many
+    body: bytes                     # of `pack`
     at: tuple[str, int, str]        # annotation file, record number, image as it stands there
+
+    @property
+    def said(self) -> tuple[tuple[str, ...], tuple[Box, ...], tuple[str, ...]]:
+        """Captions, boxes and phrases."""
+        return marshal.loads(self.body)
 
     @property
     def place(self) -> str:
@@ -165,11 +182,11 @@ def _record_set(dataset: str, split: str, source: Source, rows: list[Row], allow
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
-    records = Packed((row.path, row.captions, ids[row.identity], row.boxes, row.phrases) for row in rows)
+    records = Packed((row.path, ids[row.identity], row.body) for row in rows)
     more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
     if (source.images / "town.json").is_file():
         say(f"{shown(source.images)} is drawn data, not photographs.")
-    say(f"{shown(dataset)} {split}: {len(rows)} images, {sum(len(row.captions) for row in rows)} captions, "
+    say(f"{shown(dataset)} {split}: {len(rows)} images, {sum(row.captions for row in rows)} captions, "
         f"{len(ids)} identities, read from {shown(source.files[0])}{more}")
     return RecordSet(dataset, split, records)
 
@@ -181,8 +198,9 @@ def share_of(whole: RecordSet, share: float) -> RecordSet:
     count = 1 + max(record.identity for record in whole.records)
     chosen = random.Random(0).sample(range(count), count)[:max(2, round(share * count))]
     place = {identity: i for i, identity in enumerate(sorted(chosen))}
-    return replace(whole, records=Packed((record.path, record.captions, place[record.identity], record.boxes,
-                                          record.phrases) for record in whole.records if record.identity in place))
+    return replace(whole, records=Packed(
+        (record.path, place[record.identity], pack(record.captions, record.boxes, record.phrases))
+        for record in whole.records if record.identity in place))
 
 
 def shown(value) -> str:
@@ -232,31 +250,51 @@ def _raise(sentence: str) -> None:
 def read_rows(source: Source, refuse: Callable[[str], None] = _raise) -> list[Row]:
     """All records of all files, of every split they hold; what cannot be used goes to `refuse` as a sentence."""
     images, rows = _Images(source.images), []
-    for file in source.files:
-        name = shown(file)
-        for number, item in enumerate(_json_list(file, refuse)):
-            at = name, number, item.get(source.keys[0]) if isinstance(item, dict) else None
-            try:
-                rows.append(_row(item, source, images, at))
-            except ValueError as error:
-                refuse(f"{_place(*at)}: {error}")
+    for row in _read_files(source):
+        if isinstance(row, str):
+            refuse(row)
+            continue
+        try:
+            path = images.find(row.path)
+        except ValueError as error:
+            refuse(f"{row.place}: {error}")
+        else:
+            rows.append(row._replace(path=path or row.path, missing=path is None))
     return _grouped(rows, refuse) if source.grouped else rows
 
 
-def _json_list(file: Path, refuse: Callable[[str], None]) -> list:
+def _read_files(source: Source) -> Iterator[Row | str]:
+    """`_read_file` of all of them, where there are many in several processes."""
+    workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(source.files) // 8)
+    if workers < 2:
+        for file in source.files:
+            yield from _read_file(source, file)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:    # forked: they only read text
+        for some in pool.map(partial(_read_file, source), source.files):
+            yield from some
+
+
+def _read_file(source: Source, file: Path) -> list[Row | str]:
+    """A file's records, their images not looked for yet; in place of one that cannot be used, a sentence."""
+    name, rows = shown(file), []
     try:
         items = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        refuse(f"{shown(file)} cannot be read as JSON; is it cut short? ({error})")
-        return []
+        return [f"{name} cannot be read as JSON; is it cut short? ({error})"]
     if not isinstance(items, list) or not items:
-        refuse(f"{shown(file)} must hold a list of records and holds {shown(items)}")
-        return []
-    return items
+        return [f"{name} must hold a list of records and holds {shown(items)}"]
+    for number, item in enumerate(items):
+        at = name, number, item.get(source.keys[0]) if isinstance(item, dict) else None
+        try:
+            rows.append(_row(item, source, at))
+        except ValueError as error:
+            rows.append(f"{_place(*at)}: {error}")
+    return rows
 
 
-def _row(item, source: Source, images: "_Images", at: tuple) -> Row:
-    """Check one record. Raises ValueError saying what is wrong with it."""
+def _row(item, source: Source, at: tuple) -> Row:
+    """Check one record but for its path. Raises ValueError saying what is wrong with it."""
     if not isinstance(item, dict):
         raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
     image_key, captions_key, identity_key = source.keys
@@ -271,8 +309,7 @@ def _row(item, source: Source, images: "_Images", at: tuple) -> Row:
     phrases = _texts(_field(item, "phrases", list), "phrase") if boxed else ()
     if not captions or len(boxes) != len(phrases):
         raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
-    path = images.find(image)
-    return Row(split, identity, path or image, path is None, captions, boxes, phrases, at)
+    return Row(split, identity, image, False, len(captions), pack(captions, boxes, phrases), at)
 
 
 def _field(item: dict, key: str, *kinds: type):
@@ -315,8 +352,8 @@ def _grouped(rows: list[Row], refuse: Callable[[str], None]) -> list[Row]:
         if before.identity != row.identity:
             refuse(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
         elif before is not row:
-            joined[row.path] = before._replace(captions=before.captions + row.captions,
-                                               boxes=before.boxes + row.boxes, phrases=before.phrases + row.phrases)
+            joined[row.path] = before._replace(captions=before.captions + row.captions, body=pack(
+                *(one + other for one, other in zip(before.said, row.said))))
     return list(joined.values())
 
 
