@@ -347,6 +347,25 @@ def test_another_seed_another_target_a_single_image(made):
     assert status == 2 and "another contents" in err
 
 
+def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
+    """With a compiler that compiles nothing: a compiled module must be able to stand in the module's place."""
+    folder, _ = made
+    monkeypatch.chdir(folder)
+    real, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or real(module, backend="eager"))
+    for flags in (("--compile", "--domain-guidance", "1.5"), ("--domain-guidance", "1.5")):
+        monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--seed", "7", "--steps", "2", "--images", "8",
+                                          "--malformed", "100", "--no-measure", "--precision", "float32",
+                                          "--out", f"out/compile{len(flags)}", *flags])
+        adapt_main()
+    first, second = (json.loads((folder / f"out/compile{n}/sda_0_5000.json").read_text()) for n in (3, 2))
+    assert len(compiled) == 4 and len(first) == 8       # denoiser and branch, to train and to sample
+    for one, other in zip(first, second, strict=True):
+        images = [np.asarray(Image.open(folder / f"out/compile{n}/imgs" / row["image"]), np.int16)
+                  for n, row in ((3, one), (2, other))]
+        assert one["caption"] == other["caption"] and abs(images[0] - images[1]).max() <= 1
+
+
 def test_filters_that_drop_everything_say_so(made):
     folder, _ = made
     status, out, err = command(folder, "adapt.py", "--size", "tiny", "--malformed", "-100", "--out", "out/none")

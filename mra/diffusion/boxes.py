@@ -57,7 +57,7 @@ def word_maps(denoiser: Denoiser, branch: DomainBranch | None, latents: Tensor, 
         t = torch.full((len(latents),), int(share * len(schedule.alpha)), device=latents.device)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         z = q_sample(latents, noise, t, schedule)
-        control = branch and branch(z, t, prompt, condition)
+        control = None if branch is None else branch(z, t, prompt, condition)
         with recorded(denoiser) as maps:
             denoiser(z, t, prompt, control)
         for found in maps:

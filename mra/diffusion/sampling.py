@@ -167,7 +167,7 @@ class LatentPairs:
         prompt = self.prompt(denoiser, caption)
 
         def denoise(z: Tensor, t: Tensor) -> Tensor:
-            return denoiser(z, t, prompt, branch and branch(z, t, prompt, condition))
+            return denoiser(z, t, prompt, None if branch is None else branch(z, t, prompt, condition))
 
         return diffusion_loss(denoise, latents, noise, t, schedule)
 
@@ -188,7 +188,8 @@ def guide(denoiser: Denoiser, prompt: Prompt, nothing: Prompt, branch: DomainBra
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         def predict(passes: int, asked: Prompt) -> Tensor:
             zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
-            return denoiser(zs, ts, asked, branch and branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))).float()
+            control = None if branch is None else branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))
+            return denoiser(zs, ts, asked, control).float()
 
         steered, pulled = text != 1 and span[0] <= t[0] <= span[1], domain != 1 and branch is not None
         if steered or pulled:
