@@ -203,7 +203,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
     folder = dad_folder(config)
     with training.claimed(folder, machine):
         fit("branch", branch, loss_of, replace(plan, steps=steps), folder / "branch.safetensors",
-            learned_from, config.seed, machine)
+            learned_from | {"pairs": len(captions)}, config.seed, machine)
     if rounds:
         round_weights(branch)
     return branch.eval().requires_grad_(False)

@@ -101,6 +101,8 @@ def phrase_box(maps: Tensor, ids: list[int], phrase: list[int], starts_word, usu
     heat = F.interpolate(heat, scale_factor=FINE, mode="bicubic")[0, 0].clamp(min=0)       # (FINE h, FINE w)
     heat = heat - heat.min() if usual is None else heat.sqrt() * usual
     inside = heat >= SHARE * heat.max()
+    if not inside.any():        # attention of broken weights, which is not a number
+        return None
     rows, columns = (inside.any(axis).nonzero()[:, 0] for axis in (1, 0))
     top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
     sure = float(heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9))
