@@ -14,6 +14,7 @@ set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it
 import hashlib
 import json
 import math
+import random
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -98,12 +99,14 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
         machine.say(f"Kept {len(kept)} of {len(wanted)} images.")
         if not kept:
             raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
-        report = made_with | gap.set_report(base.config, kept, dropped, images, out)
+        rows = random.Random(0).sample(kept, min(gap.ROWS, len(kept)))
+        made = gap.images_of(rows, base.config, out)
+        report = made_with | gap.set_report(base.config, kept, dropped, made, images, out)
         report["judge of malformed people"] = skill
         if measured and len(kept) < 2:
             machine.say("A single image has no distribution: the gap is not measured.")
         elif measured:
-            report |= gap.town_report(config, machine, base, branch, reader, images, kept, source.records, places,
+            report |= gap.town_report(config, machine, base, branch, reader, images, rows, made, source.records, places,
                                       out)
         told = {key: value for key, value in report.items() if key not in (*made_with, "gap")}
         machine.say(json.dumps(told, indent=1))

@@ -73,7 +73,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     if machine.rank == 0:
         checkpoint.save(path, checkpoint.weights(model), facts | {"seconds": round(time.perf_counter() - started)})
         part.unlink(missing_ok=True)
-    if asked.is_set():
+    if any_process(asked.is_set(), machine):
         raise KeyboardInterrupt
 
 

@@ -118,11 +118,12 @@ def distance(images: Tensor, others: Tensor) -> float:
     return round(float((first - second).square().mean((1, 2, 3)).sqrt().mean()), 4)
 
 
-def nearest(images: Tensor, others: Tensor) -> Tensor:
-    """For each of `images` (N, 3, H, W) uint8, its root mean square pixel distance to the nearest of `others`, 0..1."""
+def nearest(images: Tensor, others: Tensor) -> float:
+    """Of `images` (N, 3, H, W) uint8, the median root mean square pixel distance to the nearest of `others`, 0..1."""
     flat = images.flatten(1).float() / 255
     rest = (some.flatten(1).float() / 255 for some in others.split(1000))
-    return torch.stack([torch.cdist(flat, some).amin(1) for some in rest]).amin(0) / flat.shape[1] ** 0.5
+    found = torch.stack([torch.cdist(flat, some).amin(1) for some in rest]).amin(0) / flat.shape[1] ** 0.5      # (N,)
+    return round(float(found.median()), 4)
 
 
 def strangers(count: int, seed: int) -> list[Person]:
@@ -187,42 +188,43 @@ def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], so
         "phrases": len(overlaps["made"])}
 
 
-def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], target: Tensor, out: Path) -> dict:
-    """What every run reports: what was made and dropped, its light, whether it repeats training images. Pictures."""
-    def images_of(rows: list[dict]) -> Tensor:
-        return Crops([str(out / "imgs" / row["image"]) for row in rows], size).read()
+def images_of(rows: list[dict], size: DiffusionConfig, out: Path) -> Tensor:
+    """The made images (N, 3, H, W) of these records."""
+    return Crops([str(out / "imgs" / row["image"]) for row in rows], size).read()
 
-    made = images_of(random.Random(0).sample(kept, min(ROWS, len(kept))))
+
+def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], made: Tensor, target: Tensor,
+               out: Path) -> dict:
+    """What every run reports: what was made and dropped, its light, whether it repeats training images. Pictures."""
     reasons = {name: [row for row in dropped if name in row["dropped_by"]] for name in FILTERS}
-    pictured = {name: images_of(rows[:10]) for name, rows in reasons.items() if rows}
+    pictured = {name: images_of(rows[:10], size, out) for name, rows in reasons.items() if rows}
     if pictured:
         figures.sheet(pictured, out / "dropped.png")
     figures.sheet({"adapted": made[:10], "target": target[:10]}, out / "adaptation.png")
     return {"versions": checkpoint.VERSIONS, "made": len(kept) + len(dropped),
             "kept": len(kept), "dropped": {name: len(rows) for name, rows in reasons.items()},
             "light": {"made": light(made), "target": light(target)},
-            "nearest training image": {"made": round(float(nearest(made, target).median()), 4)}}
+            "nearest training image": {"made": nearest(made, target)}}
 
 
 def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, reader: Judge,
-                target: Tensor, kept: list[dict], source: Sequence[Record], places: dict[str, Tensor],
+                target: Tensor, rows: list[dict], made: Tensor, source: Sequence[Record], places: dict[str, Tensor],
                 out: Path) -> dict:
     """What the demo town adds: distances to held-out target drawings of every way to make images, and the exact one.
 
+    `rows` are records of the set, `made` (N, 3, H, W) their images.
     The row "moments" is decoded as made images are, by the decoder that has learned the target's blur and grain.
     """
     def drawn(people: list[Person], seed: int, domain: str = config.target, poses: list[Pose] | None = None) -> Tensor:
         return pixels_of(town.portraits(domain, people, seed, (base.config.height, base.config.width), machine.cores,
                                         poses))
 
-    rows = random.Random(0).sample(kept, min(ROWS, len(kept)))
     source = list(islice(source, len(rows)))
     shots = {(folder, shot.path): shot for name, folder in town.FOLDERS.items()
              for shot in town.shots(name, town.TINY if config.size == "tiny" else town.DEFAULT, 0)}
     origins, seen = ([shots[Path(path.split("/imgs/")[0]).name, path.split("/imgs/")[1]] for path in paths]
                      for paths in ([row["origin"] for row in rows], [record.path for record in source]))
     own, theirs = ([shot.person for shot in some] for some in (origins, seen))
-    made = Crops([str(out / "imgs" / row["image"]) for row in rows], base.config).read(config.workers)
     plain = Crops([record.path for record in source], base.config).read(config.workers)
     held_out, others = (drawn(strangers(len(rows), seed), seed) for seed in (2, 3))
     sets = {"source": plain, **transferred(plain, target, base.autoencoder), f"dad {config.mode}": made,
@@ -241,8 +243,7 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
                    "target: other people": held_out[:10]}, out / "adaptation.png")
     facts = {"gap": table, "classifier on target blurred by half a pixel": separability(
                  half_pixel_blur(held_out), held_out, config.seed, machine.device, steps),
-             "nearest training image": {name: round(float(nearest(images, target).median()), 4)
-                                        for name, images in (("made", made), ("held out", held_out))}}
+             "nearest training image": {"made": nearest(made, target), "held out": nearest(held_out, target)}}
     truth, captions = drawn(own, 5, poses=[shot.pose for shot in origins]), [row["caption"] for row in rows]
     facts["garment colours"] = {name: colour_accuracy(reader, images, own, captions)
                                 for name, images in (("made", made), ("exact images of the same people", truth))}

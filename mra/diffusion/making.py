@@ -208,7 +208,6 @@ def collect(config: AdaptConfig, parts: list[Path], out: Path) -> tuple[list[dic
     for number, row in enumerate(rows):
         row |= {"image_id": number, "dropped_by": filters_of(config, row)}
         (dropped if row["dropped_by"] else kept).append(row)
-    unfinish(out)
     for start in range(0, len(kept), FILE):
         checkpoint.write_json(out / f"sda_{start}_{start + FILE}.json", kept[start:start + FILE], indent=None)
     return kept, dropped
