@@ -82,12 +82,12 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     source = source_records(config, machine) if config.source or not config.data_root else None
     places = usual_places(source.records, *base.config.shape[1:]) if source else {}
     wanted = wishes(config, base, (source if from_source(config) else target).records)
-    looks, probes = Looks(None, latents), []
-    if config.mode == "restyle":
+    restyles, looks = config.mode == "restyle", Looks(None, latents)
+    many = replace(config, images=max(config.images, PROBES))
+    probes = [] if stable else wishes(many, base, (source if restyles else target).records)
+    if restyles:
         some = [record.path for record in islice(source.records, gap.ROWS)]
         looks = Looks(encode(base.autoencoder, Crops(some, base.config).read(config.workers)), latents)
-    elif not stable:
-        probes = wishes(replace(config, images=max(config.images, PROBES)), base, target.records)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: unfinish(out))
     parts = make(config, machine, base, branch, judge, retriever, wanted, probes, looks, places, out)
@@ -182,7 +182,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
           images: Tensor) -> DomainBranch:
     """The domain branch, trained on the target's training pairs beside the frozen base."""
     captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
-    pairs = LatentPairs(base.autoencoder, images, captions, base.tokenizer, config.conditioned_by)
+    pairs = LatentPairs(base.autoencoder, images, captions, base.tokenizer, config.condition)
     with machine.autocast():
         pairs.read(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
     machine.say(f"Adapting to {target.name}: {len(images)} images, {len(captions)} captions.")
@@ -237,7 +237,7 @@ def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, learne
 
 def dad_folder(config: AdaptConfig) -> Path:
     """Where what is trained on the target lies."""
-    return Path("out/dad") / (f"{config.target}-{config.size}-{config.conditioned_by}-s{config.seed}"
+    return Path("out/dad") / (f"{config.target}-{config.size}-{config.condition}-s{config.seed}"
                               + f"-{config.share:g}" * (config.share < 1) + "-zero-snr" * config.zero_snr)
 
 
@@ -346,18 +346,18 @@ def finished(report: Path, made_with: dict) -> bool:
 def default_out(config: AdaptConfig) -> str:
     """out/sda/<target>, and what sets this run apart from the default one."""
     parts = [config.target] + [config.size] * (config.size != "demo") + [config.mode] * (config.mode != "generate")
-    parts += [config.condition] * bool(config.condition) + ["source"] * (config.captions == "source")
+    parts += [config.condition] * (config.condition != "white") + ["source"] * (config.captions == "source")
     parts += [f"s{config.seed}"] * (config.seed != 0) + [f"{config.share:g}"] * (config.share < 1)
     return "out/sda/" + "-".join(parts)
 
 
 def check(config: AdaptConfig) -> None:
     """Raise UserError for values that no run can use."""
-    choices = {"target": gap.TARGETS, "mode": ("generate", "restyle"), "condition": ("", *CONDITIONS),
+    choices = {"target": gap.TARGETS, "mode": ("generate", "restyle"), "condition": CONDITIONS,
                "captions": ("target", "source"), "size": tuple(DIFFUSION_PRESETS), "sampler": tuple(SAMPLERS)}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
-            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(filter(None, allowed))}.")
+            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(allowed)}.")
     check_numbers(config)
     if config.mode == "generate" and config.condition == "structure":
         raise UserError("--condition structure needs --mode restyle: what is made from nothing has no edges to follow.")

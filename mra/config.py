@@ -202,7 +202,7 @@ class AdaptConfig:
     mode: str = "generate"        # generate from captions, or restyle the source's images
     share: float = 1.0            # of the target's training identities that is used, as in train.py
     images: int = 1500            # how many are made, before the filters
-    condition: str = ""           # of the branch, white or structure; empty: white to generate, structure to restyle
+    condition: str = "white"      # of the branch; to restyle also structure, the edges of the source image
     captions: str = "target"      # whose captions to generate from, target or source
     size: str = "demo"            # a row of DIFFUSION_PRESETS
     base: str = ""                # file of a trained base; empty: the shipped one for demo, else trained first
@@ -221,7 +221,7 @@ class AdaptConfig:
     guidance_to: float = 0.8      # ... to this, 1 being pure noise
     domain_guidance: float = 1.0  # on the domain; 1: none
     rescale: float = 0.0          # of the contrast that guidance adds, how much is undone
-    strength: float = 0.9         # of the noise that restyling starts from; 1 keeps nothing of the source but structure
+    strength: float = 0.8         # of the noise that restyling starts from; 0: no diffusion, 1: from pure noise
     grey_mean: float = 0.02       # dropped as near-greyscale: mean ...
     grey_variance: float = 0.0005  # ... and variance of the channel differences both below these
     malformed: float = 1.0        # dropped as malformed: log-odds of the judge above this
@@ -234,12 +234,6 @@ class AdaptConfig:
     device: str = ""              # cuda or cpu; empty: cuda where there is one
     precision: str = ""           # float32 or bf16; empty: bf16 where the device computes in it
     compile: bool = False         # torch.compile the networks
-
-    @property
-    def conditioned_by(self) -> str:
-        """The branch's condition, white or structure."""
-        return self.condition or ("white" if self.mode == "generate" else "structure")
-
 
 LIMITS = {  # what a number of TrainConfig or AdaptConfig may be, at least and at most
     "share": (1e-6, 1), "seed": (0, 2**31), "steps": (0, 1e9), "workers": (0, 256),

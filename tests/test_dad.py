@@ -67,15 +67,16 @@ def test_samples_are_moved_to_the_targets_mean_and_variance_at_each_place(monkey
         drawn.append(3 * torch.randn(len(some), 2, 3, 2, generator=draw) - 1)
         return drawn[-1], None, None
     monkeypatch.setattr(making, "sample", sample)
-    scale, shift = making.calibrate(AdaptConfig(), Machine.of("cpu", ""), None, [], list("abc"), target)
+    scale, shift = making.calibrate(AdaptConfig(), Machine.of("cpu", ""), None, [], list("abc"), making.Looks(None, target))
     moved = scale * torch.cat(drawn) + shift
     torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moved.std(0), target.std(0), atol=1e-4, rtol=1e-4)
     assert len({float(some[0, 0, 0, 0]) for some in drawn}) == making.PROBES // making.PART     # each of its own noise
 
 
-def test_what_calibration_says_is_done_to_generated_images(monkeypatch, tmp_path):
-    """Scaled by 0 and shifted by 3, all latents are 3. The target's captions are asked for, many more than images."""
+def test_what_calibration_says_is_done_to_images(monkeypatch, tmp_path):
+    """Scaled by 0 and shifted by 3, all latents are 3. More probes than images are asked for: the target's
+    captions, or the images to restyle."""
     real, seen, probed = making.decode, [], []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(making, "calibrate", lambda *given: probed.append(given[4]) or (0.0, 3.0))
@@ -84,8 +85,9 @@ def test_what_calibration_says_is_done_to_generated_images(monkeypatch, tmp_path
         monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--no-measure", "--malformed",
                                           "99", *flags])
         adapt_main()
-    assert torch.equal(seen[0], torch.full_like(seen[0], 3.0)) and len(seen[0]) == 8 and seen[1].std() > 0
-    assert len(probed) == 1 and len(probed[0]) > 100 and all("ICFG" in wish.origin for wish in probed[0])
+    assert len(seen) == 2 and all(torch.equal(latents, torch.full_like(latents, 3.0)) for latents in seen)
+    for probes, folder in zip(probed, ("ICFG", "SDA"), strict=True):
+        assert len(probes) > 8 and all(folder in wish.origin for wish in probes)
 
 
 # ---- filters
@@ -374,10 +376,10 @@ def test_filters_that_drop_everything_say_so(made):
 
 def test_restyling_keeps_captions_and_boxes(made):
     folder, _ = made
-    adapt(folder, "--mode", "restyle", "--images", "8", "--malformed", "100", "--sampler", "dpm")
+    adapt(folder, "--mode", "restyle", "--condition", "structure", "--images", "8", "--malformed", "100")
     source = {record.path: record for record in
               load("sda", "train", folder / "data/demo-tiny", say=lambda line: None).records}
-    rows = json.loads((folder / "out/sda/icfg-tiny-restyle/sda_0_5000.json").read_text())
+    rows = json.loads((folder / "out/sda/icfg-tiny-restyle-structure/sda_0_5000.json").read_text())
     for row in rows:
         record = source[str(folder / row["origin"])] if row["origin"].startswith("data") else source[row["origin"]]
         assert row["caption"] == record.captions[0] and tuple(row["phrases"]) == record.phrases

@@ -105,7 +105,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
                     f"{seconds * (len(missing) - len(done)) / 60:.1f} min left")
 
     with stoppable() as asked:
-        scale, shift = (calibrate(config, machine, base, networks, probes, looks.target) if missing and probes
+        scale, shift = (calibrate(config, machine, base, networks, probes, looks) if missing and probes
                         else (1.0, 0.0))
         started = time.perf_counter()
         machine.map(make_part, missing)
@@ -115,12 +115,12 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
 
 
 def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: list[nn.Module], probes: list[Wish],
-              target: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C, h, w): what gives samples the mean and variance of the `target`'s latents at each place.
+              looks: Looks) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C, h, w): what gives samples the mean and variance of the target's latents at each place.
 
     Not in the paper. A branch of few steps gets the commonest pose and background a little wrong on average; that is
-    measured on samples of some of the probes, and undone. These must be wishes for the target as a whole: from its own
-    captions, and many. What is restyled shows other people, and is left as it is.
+    measured on samples of some of the probes, and undone. These must be many, and wishes for a set as a whole: the
+    target's own captions, or the images to restyle.
     """
     chosen = sorted(random.Random(config.seed).choices(range(len(probes)), k=PROBES))
 
@@ -128,10 +128,10 @@ def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: 
         draw = torch.Generator(machine.device).manual_seed(hash((config.seed, 2**32 + number)) % 2**62)
         some = [probes[i] for i in chosen[number * PART:(number + 1) * PART]]
         with torch.no_grad(), machine.autocast():
-            return sample(config, base, networks, some, Looks(None, target), draw)[0]
+            return sample(config, base, networks, some, looks, draw)[0]
 
     std, mean = torch.std_mean(torch.cat(machine.map(probe, range(PROBES // PART))), 0)
-    target_std, target_mean = torch.std_mean(target, 0)
+    target_std, target_mean = torch.std_mean(looks.target, 0)
     return target_std / std, target_mean - target_std / std * mean
 
 
@@ -144,7 +144,7 @@ def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some
     strength = 1.0
     if config.mode == "restyle":
         images = Crops([wish.origin for wish in some], base.config).read().to(device)
-        if config.conditioned_by == "structure":
+        if config.condition == "structure":
             condition = structure(to_float(images))
         strength, visited = config.strength, schedule.trailing(config.sampling_steps, config.strength)
         moved = match_moments(encode(base.autoencoder, images), *looks)
