@@ -6,13 +6,14 @@
 
 A set in SDA's format is written to a temporary folder: parts of 5,000 records with 2 to 4 boxes and phrases, a file
 for each image (hard links to a few JPEG files of 384x256, 24 KB each). Then, each in a fresh process: what train.py
-reads before its first step (train and val, `PairDataset`), in seconds of CPU and GiB at most; what each of several
+reads before its first step (train and val, `PairDataset`), in seconds and GiB at most; what each of several
 loading processes holds of its own (not shared) after it has looked at every record; and the samples a second of CPU
 that one of them makes at `base`, for pretraining (224x224 in the paper, 384x256 here) and for fine-tuning with an
 augmented caption. A GPU that trains on R images/s needs R / that rate workers; half as many more for a slow disk.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -34,7 +36,6 @@ from mra.data.people import describe, sample_person
 from mra.data.records import RecordSet, load, load_splits
 from mra.data.tokenizer import Tokenizer
 from mra.data.town import Pose, render
-from tests.benchmarks.bench_similarity import resident
 
 PART, PICTURES = 5000, 40       # records of a file; an ext4 file takes 65,000 links
 
@@ -78,14 +79,37 @@ def own_memory(dataset: PairDataset, pipe) -> None:
     pipe.send(sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 2**20)
 
 
+def together() -> float:
+    """GiB of this process and its children, what they share counted once."""
+    total = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        with contextlib.suppress(OSError):      # it has just ended
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 2**20
+    return total
+
+
+def cpu() -> float:
+    """Seconds of CPU of this process and of its children that have ended."""
+    return sum(used.ru_utime + used.ru_stime
+               for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
 def measure_start(root: Path, workers: int) -> None:
-    before = resident("VmRSS")
-    started = time.process_time()
+    before, seen, over = together(), [], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            seen.append(together())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started, used = time.perf_counter(), cpu()
     dataset, _ = start_up(root)
-    took = time.process_time() - started
-    peak, after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, resident("VmRSS")
-    print(f"{len(dataset):,} pairs ready after {took:.1f} s of CPU, {1e6 * took / len(dataset):.1f} us each; at most "
-          f"{peak:.2f} GiB, then {after:.2f} GiB, of which {before:.2f} are libraries")
+    took, used = time.perf_counter() - started, cpu() - used
+    over.set()
+    watcher.join()
+    print(f"{len(dataset):,} pairs ready after {took:.1f} s ({os.cpu_count()} cores; {used:.1f} s of CPU); at most "
+          f"{max(seen):.2f} GiB, all processes together, then {together():.2f}, of which {before:.2f} are libraries")
     pipes = []
     for _ in range(workers):
         here, there = multiprocessing.Pipe()
