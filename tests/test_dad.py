@@ -67,7 +67,8 @@ def test_samples_are_moved_to_the_targets_mean_and_variance_at_each_place(monkey
         drawn.append(3 * torch.randn(len(some), 2, 3, 2, generator=draw) - 1)
         return drawn[-1], None, None
     monkeypatch.setattr(making, "sample", sample)
-    scale, shift = making.calibrate(AdaptConfig(), Machine.of("cpu", ""), None, [], list("abc"), making.Looks(None, target))
+    looks = making.Looks(None, target)
+    scale, shift = making.calibrate(AdaptConfig(), Machine.of("cpu", ""), None, [], list("abc"), looks)
     moved = scale * torch.cat(drawn) + shift
     torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moved.std(0), target.std(0), atol=1e-4, rtol=1e-4)
