@@ -1,6 +1,6 @@
 """All that attacks: hours on two cores at full counts.
 
-    python -m tests.stress                 fuzz.py, processes.py, long.py, killed.py one after another
+    python -m tests.stress                 fuzz, processes, long, precision and killed, one after another
     python -m tests.stress --share 0.05    a twentieth of the cases, steps and kills
 
 Each stops at the first thing that is not as it should be; exit status 1 where one did.
@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-COUNTS = {"fuzz.py": ("--cases", 2000), "processes.py": (), "long.py": ("--steps", 2000), "killed.py": ("--kills", 50)}
+COUNTS = {"fuzz.py": ("--cases", 2000), "processes.py": (), "long.py": ("--steps", 2000),
+          "precision.py": ("--steps", 300), "killed.py": ("--kills", 50)}
 
 
 def main() -> None:

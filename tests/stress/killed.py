@@ -3,14 +3,17 @@
     python tests/stress/killed.py                    50 kills each of train.py, adapt.py, evaluate.py and the study
     python tests/stress/killed.py --kills 5 --commands train adapt
 
-Tiny size, on the CPU. Whenever a command gets to its end, what it wrote must be what an undisturbed run wrote, bit for
-bit but for seconds and dates; then its output is removed and it starts over. Prints a line for each command.
+Tiny size, on the CPU; a command dies with all its processes. Whenever one gets to its end, what it wrote must be what
+an undisturbed run wrote, bit for bit but for seconds and dates; then its output is removed and it starts over. Prints
+a line for each command.
 """
 
 import argparse
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,7 +81,7 @@ def survive(name: str, kills: int, folder: Path) -> str:
         try:
             status = process.wait(rng.uniform(0, length) if killed < kills else None)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             killed += 1
             continue
