@@ -6,7 +6,7 @@ Before: sampling.py, prompts.py, filters.py, boxes.py. After: gap.py, adapt.py.
 import hashlib
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +55,12 @@ class Looks(NamedTuple):
     target: Tensor | None
 
 
-def wishes(config: AdaptConfig, base: Diffusion, records: Iterable[Record]) -> list[Wish]:
+def wishes(config: AdaptConfig, base: Diffusion, records: Sequence[Record]) -> list[Wish]:
     """What to make of these records; captions to generate from are sorted by length, so that few need padding."""
     if config.mode == "restyle":
-        chosen = random.Random(config.seed).sample(list(records), min(config.images, len(records)))
-        return [Wish(record.captions[0], record.path, record.phrases, record.boxes) for record in chosen]
+        chosen = random.Random(config.seed).sample(range(len(records)), min(config.images, len(records)))
+        return [Wish(record.captions[0], record.path, record.phrases, record.boxes)
+                for record in map(records.__getitem__, chosen)]
     pairs = [(caption, record.path) for record in records for caption in record.captions]
     made = prompts_of([caption for caption, _ in pairs], config.images, config.seed)
     found = [Wish(prompt, pairs[i][1], tuple(dict.fromkeys(noun_phrases(prompt)))) for i, prompt in made]
