@@ -235,6 +235,7 @@ class AdaptConfig:
     precision: str = ""           # float32 or bf16; empty: bf16 where the device computes in it
     compile: bool = False         # torch.compile the networks
 
+
 LIMITS = {  # what a number of TrainConfig or AdaptConfig may be, at least and at most
     "share": (1e-6, 1), "seed": (0, 2**31), "steps": (0, 1e9), "workers": (0, 256),
     "epochs": (1e-6, 1e6), "batch": (1, 1e6), "accumulate": (1, 1e6), "evals": (1, 1e6), "log_every": (1, 1e9),

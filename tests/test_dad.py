@@ -73,6 +73,9 @@ def test_samples_are_moved_to_the_targets_mean_and_variance_at_each_place(monkey
     torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moved.std(0), target.std(0), atol=1e-4, rtol=1e-4)
     assert len({float(some[0, 0, 0, 0]) for some in drawn}) == making.PROBES // making.PART     # each of its own noise
+    monkeypatch.setattr(making, "sample", lambda *given: (torch.ones(making.PART, 2, 3, 2), None, None))    # all alike
+    scale, shift = making.calibrate(AdaptConfig(), Machine.of("cpu", ""), None, [], list("abc"), looks)
+    torch.testing.assert_close(scale + shift, target.mean(0), atol=1e-3, rtol=1e-3)
 
 
 def test_what_calibration_says_is_done_to_images(monkeypatch, tmp_path):
@@ -138,6 +141,7 @@ def test_a_phrase_gets_the_box_of_its_noun(tokenizer):
     box, sure = phrase_box(maps, ids, phrase, tokenizer.starts_word)
     assert overlap(box, (0.5, 7 / 16, 0.5, 6 / 16)) > 0.6 and 0.5 < sure <= 1
     assert phrase_box(maps, ids, tokenizer.encode("a blue coat")[1:-1], tokenizer.starts_word) is None
+    assert phrase_box(maps * float("nan"), ids, phrase, tokenizer.starts_word) is None
     places = usual_places([Record("", (), 0, ((0.5, 0.25, 1.0, 0.5),), ("a black coat",))], 16, 8)
     assert list(places) == ["coat"] and places["coat"][:32].all() and not places["coat"][32:].any()
     upper, _ = phrase_box(maps, ids, phrase, tokenizer.starts_word, places["coat"])

@@ -133,7 +133,8 @@ def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: 
 
     std, mean = torch.std_mean(torch.cat(machine.map(probe, range(PROBES // PART))), 0)
     target_std, target_mean = torch.std_mean(looks.target, 0)
-    return target_std / std, target_mean - target_std / std * mean
+    scale = target_std / std.clamp(min=1e-3)        # a single image without diffusion has none
+    return scale, target_mean - scale * mean
 
 
 def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Wish],

@@ -13,7 +13,6 @@ augmented caption. A GPU that trains on R images/s needs R / that rate workers; 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -75,18 +74,22 @@ def own_memory(dataset: PairDataset, pipe) -> None:
     """In a forked process: GiB of its own after it has read every record."""
     for index in range(len(dataset)):
         dataset.source.records[index]
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    pipe.send(sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 2**20)
+    pipe.send(memory(os.getpid(), "Private"))
+
+
+def memory(pid: int, kind: str) -> float:
+    """GiB of a process that are `Private`, or with its share of what it shares `Pss:`; 0 if it has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**20
 
 
 def together() -> float:
     """GiB of this process and its children, what they share counted once."""
-    total = 0
-    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
-        with contextlib.suppress(OSError):      # it has just ended
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 2**20
-    return total
+    children = [child.pid for child in multiprocessing.active_children()]
+    return sum(memory(pid, "Pss:") for pid in [os.getpid(), *children])
 
 
 def cpu() -> float:

@@ -26,7 +26,7 @@ def curves(precision: str, seed: int, steps: int, folder: Path) -> dict[str, lis
     out = folder / f"{precision}-s{seed}"
     subprocess.run([sys.executable, str(ROOT / "train.py"), "--dataset", "sda", "--init", "none", "--device", "cpu",
                     "--precision", precision, "--seed", str(seed), "--steps", str(steps), "--evals", "1",
-                    "--log-every", str(steps // PARTS), "--out", str(out)], cwd=folder, check=True,
+                    "--log-every", str(max(1, steps // PARTS)), "--out", str(out)], cwd=folder, check=True,
                    stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return {name: [line[name] for line in lines if name in line][:PARTS] for name in LOSSES}
