@@ -99,7 +99,7 @@ def cpu() -> float:
 
 
 def measure_start(root: Path, workers: int) -> None:
-    before, seen, over = together(), [], threading.Event()
+    seen, over = [together()], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.2):
@@ -112,7 +112,7 @@ def measure_start(root: Path, workers: int) -> None:
     over.set()
     watcher.join()
     print(f"{len(dataset):,} pairs ready after {took:.1f} s ({os.cpu_count()} cores; {used:.1f} s of CPU); at most "
-          f"{max(seen):.2f} GiB, all processes together, then {together():.2f}, of which {before:.2f} are libraries")
+          f"{max(seen):.2f} GiB, all processes together, then {together():.2f}, of which {seen[0]:.2f} are libraries")
     pipes = []
     for _ in range(workers):
         here, there = multiprocessing.Pipe()
