@@ -3,8 +3,9 @@
     python tests/stress/long.py                   2,000 steps of pretraining with all losses, 20 evaluations
     python tests/stress/long.py --steps 400 --workers 0
 
-Resident memory and open files are read at every line of the log. Between a tenth of the run, when everything has been
-used once, and its end memory may grow by 5 % and files not at all. Exit status 1 where they do.
+Resident memory and open files are read at every line of the log. In the second half memory may grow by 5 % and files
+not at all; the first half is for oneDNN, which keeps its kernels for every shape it has seen (1,024 at most), and
+captions have many lengths. Exit status 1 where they do.
 """
 
 import argparse
@@ -46,12 +47,12 @@ def main() -> None:
         lines = Path("out/log.jsonl").read_text().splitlines()
         names = {path.name for path in Path("out").iterdir()}
         os.chdir("/")
-    early = len(memory) // 10
-    print(f"{given.steps} steps: resident memory {memory[early]:.0f} MiB after a tenth, {max(memory[early:]):.0f} MiB "
-          f"at most, {memory[-1]:.0f} MiB at the end; open files {handles[early]}, {handles[-1]} at the end; "
+    half = len(memory) // 2
+    print(f"{given.steps} steps: resident memory {memory[half // 5]:.0f} MiB after a tenth, {memory[half]:.0f} MiB "
+          f"after half, {max(memory[half:]):.0f} MiB at most; open files {handles[half]}, {handles[-1]} at the end; "
           f"{len(lines)} lines of log; {len(names)} files")
-    assert max(memory[early:]) <= GROWTH * memory[early], "memory grows"
-    assert handles[-1] <= handles[early], "files stay open"
+    assert max(memory[half:]) <= GROWTH * memory[half], "memory grows"
+    assert handles[-1] <= handles[half], "files stay open"
     assert names == {".lock", "best.safetensors", "last.safetensors", "log.jsonl"}, names
     assert len(lines) <= given.steps // EVERY + 2 * given.evals, "more log than lines"
 
