@@ -108,6 +108,27 @@ def bars(groups: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
     save_image(picture, path)
 
 
+def curve(points: dict[float, list[float]], title: str, path: Path) -> None:
+    """Write a chart of values over shares 0..1: a line through the mean at each share, each value a dot."""
+    font, left, wide, high = ImageFont.load_default(15), 60, 600, 300
+    picture = Image.new("RGB", (left + wide + 40, high + 80), "white")
+    pen, most = ImageDraw.Draw(picture), max(max(values) for values in points.values()) or 1
+
+    def place(share: float, value: float) -> tuple[float, float]:
+        return left + wide * share, 40 + high * (1 - value / most)
+
+    pen.text((GAP, GAP), title, INK, font)
+    pen.line([place(0, most), place(0, 0), place(1, 0)], GREY, 2)
+    means = {share: sum(values) / len(values) for share, values in points.items()}
+    pen.line([place(*point) for point in means.items()], GREEN, 3)
+    for share, values in points.items():
+        for x, y in (place(share, value) for value in values):
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), GREEN)
+        pen.text((place(share, 0)[0] - 12, high + 48), f"{share:.0%}", INK, font)
+        pen.text((place(share, 0)[0] - 12, place(share, max(values))[1] - 22), f"{means[share]:.1f}", INK, font)
+    save_image(picture, path)
+
+
 def photograph(path: str) -> Image.Image:
     return open_image(path).resize((CELL[1], CELL[0]), Image.Resampling.BICUBIC)
 

@@ -171,7 +171,7 @@ def call(script: str, *flags: str) -> None:
 
 @torch.inference_mode()
 def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
-    """Metrics on test splits, by embeddings and re-ranked, and R@1 of the twins' queries; k and weight as on val."""
+    """Metrics on test splits, by embeddings and re-ranked, R@1 of twins' queries and the rest; k, weight as on val."""
     model, tokenizer, facts = checkpoint.load_retriever(Path(path), choose_device(""))
     rows = {}
     for target in targets:
@@ -182,9 +182,10 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
                                  for record in split.records for _ in record.captions])
         found = ranking.search(model, tokenizer, captions, paths, model.config.rerank, True)
         orders = found.candidates, found.reranked(facts["val"].get("weight", 0.0))
-        every, twin = (found.metrics(ids, gallery_ids, *orders) for ids in (query_ids, query_ids.where(of_twins, -1)))
-        rows[target] = {stage: metrics | {"twins R@1": of_twin["R@1"]}
-                        for stage, metrics, of_twin in zip(("embeddings", "re-ranked"), every, twin)}
+        asked = query_ids, query_ids.where(of_twins, -1), query_ids.where(~of_twins, -1)        # -1: not counted
+        rows[target] = {stage: every | {"twins R@1": twin["R@1"], "rest R@1": rest["R@1"]}
+                        for stage, every, twin, rest in zip(
+                            ("embeddings", "re-ranked"), *(found.metrics(ids, gallery_ids, *orders) for ids in asked))}
     return rows
 
 
@@ -274,25 +275,26 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
 # ---- tables and figure
 
 def report(out: Path) -> None:
-    """study.json with every run, table.md and figure.png, of the runs that are finished."""
+    """study.json with every run, table.md, figure.png and curve.png, of the runs that are finished."""
     runs = [checkpoint.read_json(file) for file in sorted(out.glob("*/run.json"))]
     if not runs:
         raise UserError(f"{out} holds no finished run.")
     checkpoint.write_json(out / "study.json", runs)
     groups = {losses: {arm: some for arm in ARMS if (some := of(runs, losses, arm))} for losses in LOSSES}
-    text = ""
-    for stage in STAGES:
-        rows = [row(runs, losses, arm, stage) for losses, group in groups.items() for arm, some in group.items()
-                if all(stage in one["results"] for one in some.values())]
-        text += f"\n{stage}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}\n"
-        text += "".join(f"| {' | '.join(cells.values())} |\n" for cells in rows)
+    tables = {stage: [row(runs, losses, arm, stage) for losses, group in groups.items() for arm, some in group.items()
+                      if all(stage in one["results"] for one in some.values())] for stage in STAGES}
+    tables["what the region losses add"] = [cells for arm in groups["regions"] for stage in STAGES
+                                            if (cells := regions_row(runs, arm, stage))]
+    text = "\n".join(f"{title}\n\n{as_table(rows)}" for title, rows in tables.items() if rows)
     with replacing(out / "table.md") as scratch:
         scratch.write_text(text)
     print(text)
     figures.bars({losses: {arm: [score(one, "zero-shot") for one in some.values()] for arm, some in group.items()
                            if arm != "none"} for losses, group in groups.items()},
                  "R@1 on the target without fine-tuning", out / "figure.png")
-    print(f"Wrote {out / 'study.json'}, table.md and figure.png.")
+    if (points := curve(groups["regions"])):
+        figures.curve(points, "R@1 without fine-tuning against the share of adapted images", out / "curve.png")
+    print(f"Wrote {out / 'study.json'}, table.md, figure.png{' and curve.png' if points else ''}.")
 
 
 def of(runs: list[dict], losses: str, arm: str) -> dict[tuple[str, int], dict]:
@@ -305,20 +307,55 @@ def score(one: dict, stage: str, metric: str = "R@1", ranked: str = "embeddings"
     return one["results"][stage][one["target"]][ranked][metric]
 
 
+def paired(some: dict, others: dict, stage: str, metric: str = "R@1") -> dict[tuple[str, int], float]:
+    """By how much an arm is better than another, for every (target, seed) that both have."""
+    return {key: score(some[key], stage, metric) - score(others[key], stage, metric)
+            for key in sorted(some.keys() & others.keys())}
+
+
 def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
     """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds."""
     some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
-    gains = {key: score(some[key], stage) - score(source[key], stage) for key in some.keys() & source.keys()}
-    whole = {key: score(exact[key], stage) - score(source[key], stage) for key in gains.keys() & exact.keys()}
-    closed = sum(gains[key] for key in whole) / sum(whole.values()) if whole and sum(whole.values()) else None
+    gains, whole = paired(some, source, stage), paired(exact, source, stage)
+    both = gains.keys() & whole.keys()
+    gap = sum(whole[key] for key in both)
     labelled = sorted({one["labelled"][stage] for one in some.values()})
+    elsewhere = [statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
+                                 if target != one["target"])
+                 for one in some.values() if len(one["results"][stage]) > 1]
     return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
             "R@1": spread([score(one, stage) for one in some.values()]),
             "mAP": spread([score(one, stage, "mAP") for one in some.values()]),
             "re-ranked R@1": spread([score(one, stage, "R@1", "re-ranked") for one in some.values()]),
             "R@1 of twins": spread([score(one, stage, "twins R@1") for one in some.values()]),
-            "R@1 - source": "" if arm == "source" else interval([gains[key] for key in sorted(gains)]),
-            "gap closed": "" if closed is None else f"{100 * closed:.0f} %"}
+            "R@1 - source": "" if arm == "source" else interval([*gains.values()]),
+            "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap else "",
+            } | ({"R@1 on other targets": spread(elsewhere)} if elsewhere else {})
+
+
+def regions_row(runs: list[dict], arm: str, stage: str) -> dict[str, str]:
+    """R@1 with the region losses less R@1 without, for all queries, the twins' and the rest; nothing if not run."""
+    with_regions, without, released = (of(runs, losses, arm) for losses in ("regions", "pairs", "released"))
+    if not with_regions.keys() & without.keys():
+        return {}
+    gains = {name: interval([*paired(with_regions, without, stage, metric).values()]) for name, metric in
+             {"R@1": "R@1", "R@1 of twins": "twins R@1", "R@1 of the rest": "rest R@1"}.items()}
+    return {"arm": arm, "stage": stage} | gains | {
+        "R@1 where RPC ignores the box": interval([*paired(released, without, stage).values()])}
+
+
+def curve(group: dict[str, dict]) -> dict[float, list[float]]:
+    """R@1 on the target without fine-tuning by the share of adapted images, for what all shares have been run."""
+    shares = {0.0: "source", **{share: arm for arm, share in SHARES.items()}, 1.0: "dad"}
+    common = set.intersection(*(set(group.get(arm, ())) for arm in shares.values()))
+    return {share: [score(group[arm][key], "zero-shot") for key in sorted(common)] for share, arm in shares.items()
+            } if common else {}
+
+
+def as_table(rows: list[dict[str, str]]) -> str:
+    """Markdown; the rows have the same columns."""
+    return f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}\n" + "".join(
+        f"| {' | '.join(cells.values())} |\n" for cells in rows)
 
 
 def spread(values: list[float]) -> str:

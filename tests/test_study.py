@@ -12,7 +12,7 @@ from mra.data.records import load
 
 
 def made_run(arm, target, seed, r1, losses="regions"):
-    metrics = {"R@1": r1, "mAP": r1 / 2, "twins R@1": r1 - 5}
+    metrics = {"R@1": r1, "mAP": r1 / 2, "twins R@1": r1 - 5, "rest R@1": r1 + 2}
     return {"arm": arm, "losses": losses, "target": target, "seed": seed, "labelled": {"zero-shot": 0},
             "results": {"zero-shot": {target: {"embeddings": metrics, "re-ranked": metrics | {"R@1": r1 + 1}}}}}
 
@@ -29,6 +29,38 @@ def test_a_row_is_paired_with_source_and_exact_of_the_same_target_and_seed():
     assert study.row(runs, "regions", "source", "zero-shot")["gap closed"] == "0 %"
     assert study.row(runs, "regions", "exact", "zero-shot")["gap closed"] == "100 %"
     assert study.row(runs, "pairs", "source", "zero-shot")["gap closed"] == ""
+
+
+def test_what_the_region_losses_add_is_paired_too():
+    runs = [made_run("dad", target, 0, r1, losses) for losses, r1 in
+            (("regions", 40.0), ("pairs", 37.0), ("released", 38.0)) for target in study.TARGETS]
+    for one in runs:
+        if one["losses"] == "pairs":
+            one["results"]["zero-shot"][one["target"]]["embeddings"]["twins R@1"] -= 4
+    gain = "{0} [{0}, {0}]".format
+    assert study.regions_row(runs, "dad", "zero-shot") == {
+        "arm": "dad", "stage": "zero-shot", "R@1": gain("+3.0"), "R@1 of twins": gain("+7.0"),
+        "R@1 of the rest": gain("+3.0"), "R@1 where RPC ignores the box": gain("+1.0")}
+    assert study.regions_row([one for one in runs if one["losses"] != "pairs"], "dad", "zero-shot") == {}
+
+
+def test_other_targets_have_a_column_where_they_were_tested():
+    run = made_run("dad", "icfg", 0, 40.0)
+    run["results"]["zero-shot"] |= {"cuhk": {"embeddings": {"R@1": 10.0}}, "rstp": {"embeddings": {"R@1": 30.0}}}
+    assert study.row([run], "regions", "dad", "zero-shot")["R@1 on other targets"] == "20.0"
+
+
+def test_the_curve_is_of_the_seeds_that_every_share_has(tmp_path):
+    arms = ("source", *study.SHARES, "dad")
+    group = {arm: {("icfg", seed): made_run(arm, "icfg", seed, 10.0 * number + seed) for seed in (0, 1)}
+             for number, arm in enumerate(arms)}
+    del group["dad"]["icfg", 1]
+    points = study.curve(group)
+    assert points == {0.0: [0.0], 0.05: [10.0], 0.25: [20.0], 0.5: [30.0], 1.0: [40.0]}
+    study.figures.curve(points, "R@1", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:       # the values at 25 and 50 %
+        assert picture.getpixel((210, 190)) == picture.getpixel((360, 115)) == (30, 150, 60)
+    assert study.curve(group | {"dad": {}}) == {}
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -63,9 +95,11 @@ def test_quick_runs_from_start_to_table(quick):
     assert [one["arm"] for one in runs] == ["dad", "source"] and "2/2: regions-dad-icfg-tiny-60-s0" in said
     for one in runs:
         assert set(one["results"]) == {"zero-shot", "tenth", "all"} and set(one["results"]["all"]) == {*study.TARGETS}
+        assert all(0 <= one["results"]["all"]["icfg"]["embeddings"][f"{part} R@1"] <= 100 for part in ("twins", "rest"))
     dad, source = (one["labelled"] for one in runs)
     assert source["zero-shot"] == 0 and dad["zero-shot"] == source["all"] > source["tenth"] > 0
-    assert "| regions | dad | 1 |" in (folder / "out/study/table.md").read_text()
+    table = (folder / "out/study/table.md").read_text()
+    assert "| regions | dad | 1 |" in table and "R@1 on other targets" in table
     with Image.open(folder / "out/study/figure.png") as picture:
         assert picture.width > 500
     assert not list((folder / "out/study").glob("*-icfg-tiny-60-s0/*/*.safetensors"))       # only results are kept
