@@ -322,15 +322,12 @@ def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
         root = Path(config.source)
         name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
         return load(name, "train", root, say=machine.say)
-    machine.first(lambda: town.ready("sda", config.size == "tiny", machine.say))
-    return load("sda", "train", town.root(config.size == "tiny"), say=machine.say)
+    return load("sda", "train", machine.root("", "sda", config.size == "tiny"), say=machine.say)
 
 
 def target_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     """The target's training pairs, without those of its val identities."""
-    if not config.data_root:
-        machine.first(lambda: town.ready(config.target, config.size == "tiny", machine.say))
-    root = Path(config.data_root) if config.data_root else town.root(config.size == "tiny")
+    root = machine.root(config.data_root, config.target, config.size == "tiny")
     return share_of(load(config.target, "train", root, say=machine.say), config.share)
 
 

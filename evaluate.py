@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from mra import checkpoint, figures, gallery, ranking, released
-from mra.config import UserError, harmless, parse, run
-from mra.data import records, town
+from mra.config import UserError, check_numbers, harmless, parse, run
+from mra.data import records
 from mra.data.words import clean, noun_phrases
 from mra.training import Machine, choose_device, make_folder, queries_of
 
@@ -111,8 +111,7 @@ def check(config: EvalConfig) -> None:
         raise UserError(f"--fusion {config.fusion}: choose clean or published.")
     if config.k < -1:
         raise UserError(f"--k {config.k}: give the number of candidates to re-rank, 0 for none.")
-    if config.batch < 1 or config.workers < 0:
-        raise UserError(f"--batch {config.batch} --workers {config.workers}: give at least 1 and 0.")
+    check_numbers(config)
     if config.weight != -1 and not 0 <= config.weight < float("inf"):
         raise UserError(f"--weight {config.weight}: give 0 or more, or leave it out.")
     asked = config.query or config.queries
@@ -139,10 +138,7 @@ def data_root(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -
     """The folder given, or the demo town, drawn where it is missing."""
     if dataset in records.DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
-    tiny = facts["train"]["preset"] == "tiny"
-    if not config.data_root:
-        machine.first(lambda: town.ready(dataset, tiny, machine.say))
-    return Path(config.data_root) if config.data_root else town.root(tiny)
+    return machine.root(config.data_root, dataset, facts["train"]["preset"] == "tiny")
 
 
 def weight_of(config: EvalConfig, facts: dict) -> float:
@@ -172,11 +168,15 @@ def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, orde
     rows = []
     for number, q in enumerate(torch.linspace(0, len(captions) - 1, min(count, len(captions))).long().tolist()):
         first = order[q, :10].tolist()
-        phrases = noun_phrases(captions[q])[-2:] if number < count // 2 else []
-        heat = tuple((phrase, figures.heat_map(model, tokenizer, paths[first[0]], phrase)) for phrase in phrases)
+        heat = heat_maps(model, tokenizer, captions[q], paths[first[0]]) if number < count // 2 else ()
         rows.append(figures.Row(captions[q], [paths[g] for g in first],
                                 [bool(gallery_ids[g] == query_ids[q]) for g in first], heat))
     return rows
+
+
+def heat_maps(model, tokenizer, sentence: str, path: str) -> tuple:
+    """The last two phrases of a sentence, each with its heat map on a photograph."""
+    return tuple((phrase, figures.heat_map(model, tokenizer, path, phrase)) for phrase in noun_phrases(sentence)[-2:])
 
 
 def sentences(config: EvalConfig, dataset: str) -> list[str]:
@@ -221,9 +221,8 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
         answers.append({"query": sentence, "first": first})
         if q < PICTURED:
             shown = [each["path"] for each in first]
-            heat = tuple((phrase, figures.heat_map(model, tokenizer, shown[0], phrase))
-                         for phrase in noun_phrases(sentence)[-2:])
-            rows.append(figures.Row(sentence, shown, [None] * len(shown), heat))
+            rows.append(figures.Row(sentence, shown, [None] * len(shown),
+                                    heat_maps(model, tokenizer, sentence, shown[0])))
     figures.ranking_picture(rows, out / "query.png")
     checkpoint.write_json(out / "query.json", {"gallery": config.gallery or dataset, "images": len(paths),
                                                "left_out": left_out, "answers": answers})

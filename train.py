@@ -184,10 +184,8 @@ def made_by(dataset: str) -> str:
 
 
 def load_sets(config: TrainConfig, machine: training.Machine) -> list[RecordSet]:
-    """Train and val; the first process draws what is missing of the demo town while the others wait."""
-    root = Path(config.data_root) if config.data_root else town.root(config.preset == "tiny")
-    if not config.data_root:
-        machine.first(lambda: town.ready(config.dataset, config.preset == "tiny", machine.say))
+    """Train and val."""
+    root = machine.root(config.data_root, config.dataset, config.preset == "tiny")
     train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, machine.say)
     return [share_of(train_set, config.share), val_set]
 
@@ -203,11 +201,12 @@ def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tupl
     model, tokenizer, facts = released.load_retriever(Path(config.init), device, config.vocab)
     was = facts["train"]["preset"]
     if was != config.preset:
-        if was not in PRESETS or not released.differ_in_size(PRESETS[was], PRESETS[config.preset]):
+        if was not in PRESETS or released.with_size(PRESETS[was], PRESETS[config.preset]) != PRESETS[config.preset]:
             raise UserError(f"{config.init} was trained with --preset {was}; say so here too.")
         model = released.resized(model, PRESETS[config.preset]).to(device)
-    say(f"Starting from {config.init}, trained on {harmless(facts['train']['dataset'])}.")
-    return model, tokenizer, facts["train"]["dataset"]
+    trained_on = facts["train"]["dataset"] or "an unnamed set"
+    say(f"Starting from {config.init}, trained on {harmless(trained_on)}.")
+    return model, tokenizer, trained_on
 
 
 def check(config: TrainConfig) -> None:
@@ -219,8 +218,6 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
     if config.init not in ("", "none") and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
-    if config.vocab and config.init.endswith(".safetensors"):
-        raise UserError("--vocab: the checkpoint of --init has its own vocabulary; leave the flag out.")
     if (config.bert or config.vit or config.released_regions) and config.init not in ("", "none"):
         raise UserError("--bert, --vit and --released-regions start a new model, --init goes on with one as it is.")
 

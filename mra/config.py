@@ -8,12 +8,14 @@ configuration is printed and saved with the weights.
 import argparse
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +238,7 @@ class AdaptConfig:
     compile: bool = False         # torch.compile the networks
 
 
-LIMITS = {  # what a number of TrainConfig or AdaptConfig may be, at least and at most
+LIMITS = {  # what a number on the command line may be, at least and at most
     "share": (1e-6, 1), "seed": (0, 2**31), "steps": (0, 1e9), "workers": (0, 256),
     "epochs": (1e-6, 1e6), "batch": (1, 1e6), "accumulate": (1, 1e6), "evals": (1, 1e6), "log_every": (1, 1e9),
     "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 10), "clip": (1e-9, 1e9),
@@ -333,6 +335,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; a UserError becomes one sentence on standard error and exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as if by Ctrl-C
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")           # for a terminal that cannot show every sign
     try:
         main()
         if "LOCAL_RANK" in os.environ:      # torchrun's: the group's threads must end before the interpreter does
@@ -342,6 +346,9 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
         print(f"error: {harmless(sentence)}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenExecutor:
+        print("error: a helping process was killed, perhaps for lack of memory; give fewer --workers.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped; the same command goes on after what was saved last.", file=sys.stderr)

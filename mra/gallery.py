@@ -6,7 +6,7 @@ of change or the model's weights are others. Before: ranking.py, checkpoint.py. 
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,14 +23,19 @@ from mra.retriever import Retriever
 PART = 2000     # photographs encoded between two writings of the cache
 
 
-def photographs(folder: Path, say: Callable = print) -> list[str]:
-    """Paths of the files below `folder` with an image's suffix, sorted; other files are counted, hidden ones not."""
+def photographs(folder: Path, say: Callable = print, but: Collection[Path] = ()) -> list[str]:
+    """Paths of the files below `folder` with an image's suffix, sorted; other files are counted, hidden ones not.
+
+    Links to folders are not followed. `but`: pictures of earlier results.
+    """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
-    files = sorted(path for path in folder.rglob("*") if path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in suffixes)
+    found = sorted(path for path in folder.rglob("*")
+                   if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    files = [path for path in found if path.is_file() and path.resolve() not in but]
+    others = Counter(shown(path.suffix.lower()) for path in files if path.suffix.lower() not in suffixes)
+    others |= Counter("links to folders" for path in found if path.is_symlink() and path.is_dir())
     if others:
-        say("Not read as images: " + ", ".join(f"{n} {shown(suffix)}" for suffix, n in sorted(others.items())))
+        say("Not read as images: " + ", ".join(f"{n} {kind}" for kind, n in sorted(others.items())))
     return [str(path) for path in files if path.suffix.lower() in suffixes]
 
 
@@ -41,8 +46,11 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
     `cache` is the file of embeddings, and the features are its own, mapped and not held in memory; it is written where
     something changed, for this folder alone. Raises UserError for a folder without a readable image.
     """
-    stamps = {path: stamp(path) for path in photographs(folder, say)}
-    owner = {"weights": checkpoint.digest(model), "model": asdict(model.config)}
+    own = {cache.with_name(name).resolve() for name in ("query.png", "ranking.png")}
+    stamps = {path: stamp(path) for path in photographs(folder, say, own)}
+    device = next(model.parameters()).device.type
+    owner = {"weights": checkpoint.digest(model), "model": asdict(model.config),
+             "bf16": torch.is_autocast_enabled(device)}
     files, features = remembered(cache, owner, model.config.embed)
     known = set(files)
     new = [path for path, mark in stamps.items() if mark not in known]
@@ -53,7 +61,7 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
     paths = [path for path in stamps if path not in broken]
     if not paths:
         raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
-    say(f"{folder}: {len(paths)} images, {len(new)} of them to encode, the others known from {cache}.")
+    say(f"{shown(folder)}: {len(paths)} images, {len(new)} of them to encode, the others known from {cache}.")
     done = 0
     while done < len(new):
         part = new[done:done + max(PART, len(files) // 4)]      # the more there is to write again, the more rarely
@@ -65,7 +73,11 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
     place, kept = {mark: number for number, mark in enumerate(files)}, [stamps[path] for path in paths]
     if files != kept:
         checkpoint.save(cache, {"features": features[[place[mark] for mark in kept]]}, owner | {"files": kept})
-    return paths, remembered(cache, owner, model.config.embed)[1], list(broken.values())
+    files, features = remembered(cache, owner, model.config.embed)
+    if files != kept:
+        raise UserError(f"{cache} cannot be read again as it was written: does another run write there? Give another "
+                        "--out.")
+    return paths, features, list(broken.values())
 
 
 def stamp(path: str) -> str:

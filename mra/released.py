@@ -57,6 +57,8 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
     A released one takes the vocabulary `vocab`, else the vocab.txt beside it; its facts name the preset.
     """
     if Path(path).suffix == ".safetensors":
+        if vocab:
+            raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
         return checkpoint.load_retriever(path, device)
     tensors, config, preset = read_released(path)
     tokenizer = read_vocabulary(vocab, Path(path), config.vocab)
@@ -76,11 +78,6 @@ def build(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> Retrie
 def with_size(config: ModelConfig, like: ModelConfig) -> ModelConfig:
     """The configuration for images of the size of `like`, and its windows."""
     return replace(config, height=like.height, width=like.width, window=like.window)
-
-
-def differ_in_size(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether `resized` makes one of the other."""
-    return with_size(one, other) == other
 
 
 def resized(model: Retriever, like: ModelConfig) -> Retriever:
@@ -135,8 +132,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--vocab", default="", help="BERT's vocab.txt; by default the one beside the checkpoint")
     given = parser.parse_args()
-    model, tokenizer, facts = load_retriever(given.checkpoint, torch.device("cpu"), given.vocab)
     target = given.checkpoint.with_suffix(".safetensors")
+    if target.exists():
+        raise UserError(f"{target} is there already; move it away to write it anew.")
+    model, tokenizer, facts = load_retriever(given.checkpoint, torch.device("cpu"), given.vocab)
     checkpoint.save(target, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | facts)
     print(f"Wrote {target}.")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mra import ranking
 from mra.config import TrainConfig, UserError
+from mra.data import town
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
@@ -153,6 +154,12 @@ class Machine:
             make()
         if self.world > 1:
             dist.barrier()
+
+    def root(self, data_root: str, dataset: str, tiny: bool) -> Path:
+        """The folder of the sets: the one given, or the demo town's, where the first process draws what is missing."""
+        if not data_root:
+            self.first(lambda: town.ready(dataset, tiny, self.say))
+        return Path(data_root) if data_root else town.root(tiny)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

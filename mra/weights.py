@@ -87,13 +87,16 @@ class Source:
 
     def __init__(self, path: Path, rules: Iterable[tuple[str, str]], dropped: Iterable[str]):
         self.path, self.dropped = path, re.compile("|".join(dropped))
-        self.left = {renamed(name, rules): tensor for name, tensor in read(path).items()}
+        self.left = {}
+        for name, tensor in read(path).items():
+            if self.left.setdefault(renamed(name, rules), tensor) is not tensor:
+                raise UserError(f"{path}: {name} is there twice, once under another name.")
 
     def __enter__(self) -> "Source":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, RuntimeError | ValueError | IndexError):
+        if isinstance(error, RuntimeError | ValueError | IndexError | ArithmeticError):
             raise UserError(f"{self.path}: the shapes of its tensors do not fit together.") from error
         over = sorted(name for name in self.left if not self.dropped.match(name))
         if over and not error:
@@ -106,10 +109,13 @@ class Source:
         return self.left[name].shape
 
     def take(self, *names: str) -> Tensor:
-        """One tensor, or several, one below the other."""
+        """One tensor, or several of the same shape, one below the other."""
         for name in names:
-            self.shape(name)
+            if self.shape(name) != self.shape(names[0]):
+                raise ValueError(f"{name} is of another shape than {names[0]}")
         parts = [self.left.pop(name) for name in names]
+        if not all(part.isfinite().all() for part in parts):
+            raise UserError(f"{self.path}: {names[0]} holds values that are not finite.")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def layers(self, ours: str, theirs: str, table: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
@@ -138,7 +144,7 @@ def heads_of(path: Path, dim: int) -> int:
     if said.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: its activation is {said['hidden_act']}; only gelu will do.")
     heads = said.get("num_attention_heads", USUAL_HEADS.get(dim))
-    if not heads or dim % heads:
+    if not heads or heads < 1 or dim % heads:
         raise UserError(f"{path}: put its config.json beside it, which tells the number of attention heads.")
     return heads
 
@@ -151,9 +157,11 @@ def bert_tensors(source: Source, text_depth: int) -> dict[str, Tensor]:
     Every token is of type 0 here, so that row goes into the position embeddings.
     """
     words = source.take("embeddings.word_embeddings.weight")
-    types = source.take("embeddings.token_type_embeddings.weight")
+    positions, types = (source.take(f"embeddings.{kind}_embeddings.weight") for kind in ("position", "token_type"))
+    if positions.shape[1:] != types.shape[1:]:
+        raise ValueError("positions and types differ in width")
     tensors = {"text_encoder.words.weight": words,
-               "text_encoder.positions.weight": source.take("embeddings.position_embeddings.weight") + types[0]}
+               "text_encoder.positions.weight": positions + types[0]}
     tensors |= source.layers("text_encoder", "embeddings", {"norm": ("LayerNorm",)})
     for i in range(source.count(r"encoder\.layer\.(\d+)\.")):
         ours = f"text_encoder.blocks.{i}" if i < text_depth else f"fusion_encoder.blocks.{i - text_depth}"
@@ -163,9 +171,10 @@ def bert_tensors(source: Source, text_depth: int) -> dict[str, Tensor]:
     if "cls.predictions.bias" in source.left:
         head = "cls.predictions.transform"
         tensors |= source.layers("word_head.transform", head, {"0": ("dense",), "2": ("LayerNorm",)})
-        tensors["word_head.decoder.bias"] = source.take("cls.predictions.bias")
-        if not torch.equal(source.left.get("cls.predictions.decoder.weight", words), words):
-            raise UserError(f"{source.path}: its word head is not tied to its word embeddings.")
+        bias = tensors["word_head.decoder.bias"] = source.take("cls.predictions.bias")
+        for kind, own in (("weight", words), ("bias", bias)):
+            if not torch.equal(source.left.get(f"cls.predictions.decoder.{kind}", own), own):
+                raise UserError(f"{source.path}: its word head is not tied to its word embeddings, or has two biases.")
     return tensors
 
 
@@ -175,22 +184,26 @@ def bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfi
     `path` is model.safetensors, pytorch_model.bin or their folder. Its layers, however many, are divided between
     the encoders as `config`'s are. Raises UserError for anything missing or unknown.
     """
-    path = in_folder(path, ("model.safetensors", "pytorch_model.bin"))
+    path = in_folder(path)
     with Source(path, BERT_NAMES, BERT_DROPPED) as source:
         vocab, dim = source.shape("embeddings.word_embeddings.weight")
+        positions, _ = source.shape("embeddings.position_embeddings.weight")
         depth = source.count(r"encoder\.layer\.(\d+)\.")
         text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)
         if not 0 < text_depth < depth:
             raise UserError(f"{path}: {depth} layers are too few for a text and a fusion encoder.")
         config = replace(config, text_dim=dim, text_depth=text_depth, fusion_depth=depth - text_depth,
-                         text_heads=heads_of(path, dim), vocab=vocab,
-                         positions=source.shape("embeddings.position_embeddings.weight")[0])
+                         text_heads=heads_of(path, dim), vocab=vocab, positions=positions,
+                         max_tokens=min(config.max_tokens, positions))
         return bert_tensors(source, text_depth), config
 
 
-def in_folder(path: Path, names: Iterable[str]) -> Path:
-    """`path`, or the first of these files in the folder `path`."""
-    return next((Path(path) / name for name in names if (Path(path) / name).is_file()), Path(path))
+def in_folder(path: Path, names: Iterable[str] = ("model.safetensors", "pytorch_model.bin")) -> Path:
+    """`path`, or the first of these files in the folder `path`. Raises UserError for a folder without any."""
+    found = next((Path(path) / name for name in names if (Path(path) / name).is_file()), Path(path))
+    if found.is_dir():
+        raise UserError(f"{path} holds no weights: none of {', '.join(names)}.")
+    return found
 
 
 # ---- vision transformers
@@ -201,12 +214,14 @@ def vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig
     torchvision's names (vit_b_16) or Hugging Face's. Its position embeddings are interpolated to `config`'s image,
     and its class token becomes one that the patches look at.
     """
-    path = in_folder(path, ("model.safetensors", "pytorch_model.bin"))
+    path = in_folder(path)
     with Source(path, VIT_NAMES, VIT_DROPPED) as source:
         dim, _, patch, _ = source.shape("embeddings.patch_embeddings.projection.weight")
         depth = source.count(r"encoder\.layer\.(\d+)\.")
         config = replace(config, patch=patch, image_dim=dim, image_depth=depth, image_heads=heads_of(path, dim),
                          window=0, class_token=True)
+        if not depth:
+            raise UserError(f"{path}: it has no layers, so these are not the weights they should be.")
         if config.height % patch or config.width % patch:
             raise UserError(f"{path}: its patches of {patch} pixels do not tile an image of "
                             f"{config.height}x{config.width}; choose another --preset.")
@@ -223,8 +238,11 @@ def vit_tensors(source: Source, depth: int, grid: tuple[int, int]) -> dict[str, 
     side = math.isqrt(positions.shape[1] - 1)
     if side * side != positions.shape[1] - 1:
         raise UserError(f"{source.path}: {positions.shape[1] - 1} position embeddings are no square of patches.")
+    token = source.take("embeddings.cls_token")
+    if token.shape != positions[:, :1].shape:
+        raise ValueError("class token and positions differ in width")
     tensors = {f"{ours}.positions": resized_grid(positions[:, 1:], (side, side), grid),
-               f"{ours}.class_token": source.take("embeddings.cls_token") + positions[:, :1]}
+               f"{ours}.class_token": token + positions[:, :1]}
     tensors |= source.layers(ours, "embeddings", {"patches": ("patch_embeddings.projection",)})
     for i in range(depth):
         tensors |= source.layers(f"{ours}.blocks.{i}", f"encoder.layer.{i}", VIT_BLOCK)

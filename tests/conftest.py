@@ -84,7 +84,7 @@ def root(tmp_path, paint) -> Path:
             for view in range(2):
                 name = f"{split}/{person}_{view}.png"
                 paint(f"CUHK-PEDES/imgs/{name}", seed=person)
-                records.append({"split": split, "file_path": name, "id": person + 1,
+                records.append({"split": split, "file_path": name, "id": len(records) // 2 + 1,
                                 "captions": [f"a man with {person} bags on his left", "a woman in black"]})
     (tmp_path / "CUHK-PEDES" / "reid_raw.json").write_text(json.dumps(records))
     return tmp_path

@@ -64,17 +64,27 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
         items[13]["id"] = None                              # test 0_1
         items[14]["captions"] = ["穿红衣", "if (x) { return; } 穿"]
         items[15]["split"] = "query"
+        items[16]["file_path"] = items[17]["file_path"]
     records_of(root, spoil)
     status, out = checked()
     assert status == 1 and out.endswith("Not all is well: see above.\n")
-    for line in ("3 x unusable:", "7 x missing image:", "1 x image that stands in two splits:",
+    for line in ("3 x unusable:", "7 x missing image:", "2 x image that has two records:",
                  "missing in the folders 'val' 6, 'train' 1\n"):
         assert line in out
     for number, words in ((3, "a caption is empty or not text: ' '"), (13, "the field 'id' has the wrong type"),
-                          (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train")):
+                          (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train, record 1"),
+                          (17, "also in test, record 16")):
         assert any(f"record {number} (" in line and words in line for line in out.splitlines()), words
     assert "train: 5 images, published 6" in out and "train: 11 captions, published 12" in out
     assert "test: 4 images, published 6" in out and "test: 8 captions, published 12" in out
+
+
+def test_an_identity_of_two_splits_is_noted(checked, root):
+    def spoil(items):
+        items[6]["id"] = items[0]["id"]                     # val 0_0
+    records_of(root, spoil)
+    _, out = checked()
+    assert "Note: 1 identities stand in two splits, the first: " in out and "also in train" in out
 
 
 def test_images_that_do_not_decode(checked, root):

@@ -4,9 +4,15 @@ import ast
 import contextlib
 import io
 import json
+import multiprocessing
+import os
+import re
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +210,17 @@ def test_a_full_disk_ends_a_command_in_one_sentence(tmp_path, full_disk):
         run(lambda: log.write({"step": 1}))
     full_disk(None)
     assert end.value.code == 2 and err.getvalue() == "error: [Errno 27] File too large\n"
+
+
+def test_a_killed_helper_and_a_plain_terminal(capsys):
+    """One sentence where a process that draws or decodes was killed; signs that a terminal lacks are escaped."""
+    def killed() -> None:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(os._exit, 9).result()
+    with pytest.raises(SystemExit) as end:
+        run(killed)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and re.fullmatch("error: a helping process was killed.*--workers.\n", said)
+    shown = subprocess.run([sys.executable, "-c", "from mra.config import run; run(lambda: print('穿'))"], cwd=ROOT,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, "\\u7a7f\n")

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from mra import checkpoint, gallery, ranking
-from mra.config import run
+from mra.config import UserError, run
 from mra.data import words
 from tests.test_ranking import pair_by_hand
 from tests.test_released import small, write  # noqa: F401 (fixtures: a small released checkpoint)
@@ -102,6 +102,31 @@ def test_what_has_not_changed_is_not_encoded_again(ask, ours, folder, model):
     kept, features, _ = gallery.encode(Path("photos"), model, ours.parent / "gallery.safetensors", 64)
     assert kept == paths and checkpoint.load(ours.parent / "gallery.safetensors")[0]["features"].shape == fresh.shape
     torch.testing.assert_close(features, fresh, atol=1e-6, rtol=0)
+
+
+def test_earlier_results_and_linked_folders_are_no_photographs(ask, ours, folder):
+    (folder / "linked").symlink_to(folder / "b")
+    for _ in range(2):
+        out, found, _ = ask("--query", ASKED[0], "--gallery", "photos", "--checkpoint", ours, "--out", "photos/found",
+                            out="photos/found")
+        assert found["images"] == 5 and "1 links to folders" in out
+    assert Path("photos/found/query.png").is_file()
+
+
+def test_another_precision_is_encoded_anew(ask, ours, folder):
+    flags = ("--query", ASKED[0], "--gallery", "photos", "--precision")
+    assert [ask(*flags, precision)[2] for precision in ("float32", "bf16", "bf16")] == [5, 5, 0]
+
+
+def test_embeddings_of_another_run_are_not_taken_for_ones_own(ours, folder, model, monkeypatch, tmp_path):
+    """Another run writes the same file between the last write and the reading."""
+    cache, real = tmp_path / "gallery.safetensors", checkpoint.save
+
+    def save(path, tensors, facts):
+        real(path, tensors, facts | {"files": facts["files"][::-1]})
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(UserError, match="another run"):
+        gallery.encode(folder, model, cache, 64)
 
 
 def test_an_unchanged_folder_is_searched_in_its_file(ask, ours, folder, monkeypatch):

@@ -549,6 +549,12 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert pixels(tmp_path / "i.tif")[..., 2].tolist() == [[0, 1, 128, 255]]
 
 
+def test_fractions_of_an_unknown_range_are_refused(tmp_path):
+    Image.fromarray(np.array([[0.0, 1.0]], np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match="fractions"):
+        pixels(tmp_path / "f.tif")
+
+
 def test_cmyk(tmp_path):
     ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))        # no cyan, all magenta and yellow: red
     ink.save(tmp_path / "c.jpg", quality=100)

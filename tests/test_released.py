@@ -123,6 +123,9 @@ def test_fusion_and_matching(cuhk):
         torch.testing.assert_close(fused[:, ::8], GOLDEN["A.fusion_cls"][4 * query:4 * query + 4], **CLOSE)
         torch.testing.assert_close(model.match(*pairs, memories), GOLDEN["A.itm_logits"][4 * query:4 * query + 4],
                                    **CLOSE)
+        fused = model.fusion_encoder(text, pairs[1][:1], torch.arange(length)[None],
+                                     [memory[query:query + 1] for memory in memories])[0]
+        torch.testing.assert_close(fused[::7, ::16], GOLDEN["A.fusion_all_diag"][query, :len(fused[::7])], **CLOSE)
 
 
 class Spoken:
@@ -187,7 +190,12 @@ def test_pretraining(filled, monkeypatch):
         close(pool_region(tokens, regions)[0][:, 0, ::8], "C.region_pooled")
         own = model(batch)
         model.config = dataclasses.replace(model.config, released_regions=True)
+        features = []
+        for projection in (model.image_projection, model.text_projection):
+            projection.register_forward_hook(lambda module, given, feature: features.append(feature[:, ::16]))
         terms = model(batch)
+    for feature, name in zip(features, ("image_feat", None, "image_feat_box", "text_feat_box")):    # None: captions
+        close(feature, f"C.{name}") if name else None
     close(terms["rpc"], "C.region_itc")
     close(torch.stack([terms["itc"], terms["itm"], terms["mlm"], 0.8 * (terms["rpc"] + terms["rpm"])]),
           "C.losses_argmax")
@@ -350,7 +358,7 @@ def test_another_image_size(small, one, other):
     torch.manual_seed(0)
     model = Retriever(PRESETS[one]).eval()
     found = released.resized(model, PRESETS[other]).eval()
-    assert found.config == PRESETS[other] and released.differ_in_size(PRESETS[one], PRESETS[other])
+    assert found.config == PRESETS[other]
     before, after = checkpoint.weights(model), checkpoint.weights(found)
     changed = {name for name in before if before[name].shape != after[name].shape}
     assert {name.rsplit(".", 1)[1] for name in changed} == {"relative_position_bias_table", "relative_position_index"}
@@ -365,7 +373,7 @@ def test_another_size_of_a_vit():
     model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=1011, class_token=True))
     found = released.resized(model, dataclasses.replace(PRESETS["tiny"], height=64, width=24))
     assert found.encode_image(torch.randn(1, 3, 64, 24))[0].shape == (1, 1 + 24, 32)
-    assert not released.differ_in_size(PRESETS["tiny"], PRESETS["demo"])
+    assert released.with_size(PRESETS["tiny"], PRESETS["demo"]) != PRESETS["demo"]
 
 
 # ---- the commands

@@ -268,10 +268,37 @@ def test_too_few_layers(tmp_path):
     assert "1 layers" in refusal(weights.bert, path, TINY)
 
 
-def test_a_word_head_of_its_own(tmp_path, reference):
-    own = reference.released_names()
-    path = write(tmp_path, own | {"cls.predictions.decoder.weight": own["cls.predictions.decoder.weight"] + 1}, **HEADS)
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_a_word_head_of_its_own(tmp_path, reference, kind):
+    own, name = reference.released_names(), f"cls.predictions.decoder.{kind}"
+    path = write(tmp_path, own | {name: own[name] + 1}, **HEADS)
     assert "tied" in refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
+
+
+@pytest.mark.parametrize("name, shape, said", [
+    ("bert.embeddings.token_type_embeddings.weight", (2,), "shapes"),               # what broadcasting would hide
+    ("bert.embeddings.token_type_embeddings.weight", (2, 1), "shapes"),
+    ("bert.embeddings.position_embeddings.weight", (64, 1), "shapes"),
+    ("bert.encoder.layer.1.attention.self.key.weight", (30, 32), "shapes"),
+    ("bert.embeddings.LayerNorm.gamma", (32,), "is there twice"),
+    ("bert.embeddings.LayerNorm.weight", None, "not finite")])
+def test_a_bert_that_only_seems_to_fit(tmp_path, reference, name, shape, said):
+    other = torch.zeros(shape) if shape else torch.full((32,), torch.nan)
+    path = write(tmp_path, reference.released_names() | {name: other}, **HEADS)
+    assert said in refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
+
+
+def test_a_bert_with_few_positions_reads_short_captions(tmp_path, reference, root, monkeypatch):
+    own = reference.released_names()
+    del own["bert.embeddings.position_ids"]
+    write(tmp_path / "short", own | {"bert.embeddings.position_embeddings.weight": torch.zeros(12, 32)}, **HEADS)
+    (tmp_path / "short/vocab.txt").write_text(VOCAB_FILE.read_text())
+    model, _ = weights.start(TINY, str(tmp_path / "short"), "", "")
+    assert (model.config.positions, model.config.max_tokens) == (12, 12)
+
+
+def test_a_folder_without_weights(tmp_path):
+    assert "holds no weights: none of model.safetensors" in refusal(weights.bert, tmp_path, TINY)
 
 
 def test_a_vocabulary_that_is_missing_or_another(bert_folder, tmp_path):
@@ -286,6 +313,8 @@ def test_what_config_json_says(tmp_path, reference):
     path = write(tmp_path, reference.released_names(), hidden_size=768, num_attention_heads=4)
     assert "config.json" in refusal(weights.bert, path, TINY)
     assert weights.heads_of(tmp_path / "elsewhere.pth", 768) == 4 and weights.heads_of(Path("vit_b_16.pth"), 1024) == 16
+    write(tmp_path, {}, "other.pth", hidden_size=32, num_attention_heads=-4)
+    assert "number of attention heads" in refusal(weights.bert, path, TINY)
     write(tmp_path, {}, "other.pth", **HEADS, hidden_act="relu")
     assert "relu" in refusal(weights.bert, path, TINY)
     (tmp_path / "config.json").write_text("{")
@@ -296,6 +325,9 @@ def test_a_vit_with_one_tensor_too_few_or_too_many_or_that_does_not_fit(tmp_path
     own, name = torchvision_vit.state_dict(), "encoder.layers.encoder_layer_1.ln_2.weight"
     for tensors, named in (({k: v for k, v in own.items() if k != name}, "layer.1.layernorm_after.weight"),
                            (own | {"extra": own[name]}, "extra"), (own | {name: torch.zeros(3)}, "blocks.1.mlp_norm"),
+                           (own | {"class_token": torch.zeros(1, 1, 1)}, "shapes"),
+                           (own | {"conv_proj.weight": torch.zeros(128, 3, 0, 0)}, "shapes"),
+                           ({k: v for k, v in own.items() if ".layers." not in k}, "no layers"),
                            (own | {"encoder.pos_embedding": torch.zeros(1, 13, 128)}, "12 position embeddings")):
         assert named in refusal(weights.start, TINY, "", str(write(tmp_path, tensors, "vit.pth", **VIT_HEADS)), "")
     path = write(tmp_path, own, "vit.pth")

@@ -26,6 +26,7 @@ CHUNK = 64      # images that a process decodes before it is given others
 def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print) -> bool:
     """Print what a set holds and all that is wrong with it; whether nothing is. Raises UserError if there is none."""
     published, rows, wrong, absent, drawn = PUBLISHED.get(dataset, {}), {}, defaultdict(list), [], False
+    before, read = None, []
     for split in SPLITS:
         try:
             source = locate(dataset, split, Path(data_root))
@@ -33,8 +34,10 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
             (wrong["not found"] if split in published else absent).append(str(error))
             continue
         drawn = drawn or (source.images / "town.json").is_file()
+        if source != before:
+            before, read = source, read_rows(source, wrong["unusable"].append)
         if source.split in (None, split):       # else val is to be held out of train
-            rows[split] = [row for row in read_rows(source, wrong["unusable"].append) if row.split == split]
+            rows[split] = [row for row in read if row.split == split]
     if not any(rows.values()):
         raise UserError([*wrong["unusable"], *wrong["not found"], *absent, f"{shown(dataset)} has no records."][0])
     for sentence in absent:
@@ -51,7 +54,9 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
     every = [row for some in rows.values() for row in some]
     present = list(dict.fromkeys(row.path for row in every if not row.missing))
     wrong["missing image"] = [row.place for row in every if row.missing]
-    wrong["image that stands in two splits"] = in_two_splits(rows)
+    wrong["image that has two records"] = twice(every)
+    if before.split is None and (shared := in_two_splits(rows)):        # else each file may count from 0
+        say(f"Note: {len(shared):,} identities stand in two splits, the first: {shared[0]}")
     wordless = [row.place for row in every for caption in row.said[0] if not clean(caption, dataset)]
     if wordless:        # as of Chinese signs alone: trained on and searched with like any other
         say(f"Note: {len(wordless):,} captions have no word left after cleaning, the first in {wordless[0]}")
@@ -73,11 +78,19 @@ def table(counts: dict[str, tuple], published: dict[str, tuple]) -> str:
     return "\n".join(lines)
 
 
-def in_two_splits(rows: dict[str, list[Row]]) -> list[str]:
-    """The records whose image another split has too: whoever trains on it has seen the answer."""
+def twice(every: list[Row]) -> list[str]:
+    """The records whose image an earlier one has too; of two splits, whoever trains on it has seen the answer."""
     first = {}
-    return [f"{row.place}: also in {first[row.path]}" for split, some in rows.items() for row in some
-            if first.setdefault(row.path, split) != split]
+    return [f"{row.place}: also in {first[row.path].split}, record {first[row.path].at[1]}" for row in every
+            if first.setdefault(row.path, row) is not row]
+
+
+def in_two_splits(rows: dict[str, list[Row]]) -> list[str]:
+    """Identities that an earlier split has, too."""
+    first = {}
+    return [f"{row.place}: identity {shown(identity)} is also in {first[identity]}" for split, some in rows.items()
+            for identity, row in {row.identity: row for row in some}.items()
+            if first.setdefault(identity, split) != split]
 
 
 def trouble(path: str) -> str | None:
@@ -105,10 +118,9 @@ def troubles(paths: list[str], workers: int, say: Callable = print) -> dict[str,
 def tell(wrong: dict[str, list[str]], every: list[Row], say: Callable) -> bool:
     """Print the first of each kind of trouble, and the missing images by folder; whether there is none."""
     for kind, sentences in wrong.items():
-        some = list(dict.fromkeys(sentences))       # a file of all splits was read for each of them
-        if some:
-            say("\n  ".join([f"{len(some):,} x {kind}:", *some[:LISTED]]
-                            + [f"... and {len(some) - LISTED:,} more"] * (len(some) > LISTED)))
+        if sentences:
+            say("\n  ".join([f"{len(sentences):,} x {kind}:", *sentences[:LISTED]]
+                            + [f"... and {len(sentences) - LISTED:,} more"] * (len(sentences) > LISTED)))
     folders = Counter(row.path.rpartition("/")[0] for row in every if row.missing).most_common(LISTED)
     if folders:
         say("missing in the folders " + ", ".join(f"{shown(name)} {n:,}" for name, n in folders))

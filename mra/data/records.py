@@ -422,6 +422,8 @@ def open_image(path) -> Image.Image:
                 Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            if image.mode == "F":
+                raise ValueError("its pixels are fractions, of a range that nothing tells")
             image.load()
             with suppress(Exception):       # broken EXIF does not spoil the pixels
                 image = ImageOps.exif_transpose(image)
