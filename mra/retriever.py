@@ -103,7 +103,8 @@ class Retriever(nn.Module):
             terms["mlm"] = self.predict_words(batch, memories)
         if batch.region_keep is not None:
             region, region_keep = pool_region(image, batch.region_keep, not self.config.released_regions)
-            feature = self.image_feature(region, batch.region_keep)          # (B, E)
+            seen = image if self.config.released_regions else region         # whose token 0 is not the box's
+            feature = self.image_feature(seen, batch.region_keep)            # (B, E)
             memories = self.fusion_encoder.memories(region)
             aligned = self.align(region, feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
                                  batch.phrase_class, smoothing)

@@ -7,10 +7,11 @@
 
 A run is an arm (which images the second pretraining stage sees), a set of losses, a target and a seed. Every run trains
 on the source first, the same for all arms; then on a mix, four fifths the arm's images and one fifth the source's; is
-tested on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Steps and images are
-the same in every arm, and so are the recipes (mra/config.py), which were set on val with the source alone; checkpoints
-are chosen on the target's val split, in all arms alike. `adapt.py` and `train.py` are called as a user would, and a
-finished run is one file, run.json.
+tested on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Steps, number and
+resolution of the images are the same in every arm, and so are the recipes (mra/config.py), which were set on val with
+the source alone. Of the first stage the checkpoint is the best on the source's val, of the mix the last one, of
+fine-tuning the best on the target's val. `adapt.py` and `train.py` are called as a user would, and a finished run is
+one file, run.json.
 Before: diffusion/gap.py, ranking.py.
 """
 
@@ -18,9 +19,11 @@ import json
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ from PIL import Image
 from mra import checkpoint, diffusion, figures, ranking
 from mra.config import DIFFUSION_PRESETS, UserError, parse, recipe, replacing, run
 from mra.data import town
-from mra.data.records import Record, load, save_image, share_of
+from mra.data.records import Record, load, load_splits, save_image, share_of
 from mra.diffusion.sampling import Crops, read_base
 from mra.diffusion.transfers import transferred
 from mra.training import choose_device, queries_of
@@ -44,9 +47,21 @@ FILTERED = {"dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"), "dad 
             "dad only malformed": ("--grey-mean", "0"), "dad matched": ("--checkpoint",)}    # dad itself has both
 ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, *FILTERED, "exact", "exact again", "shuffled")
 MAIN = [(arm, losses) for arm in ("source", "dad", "exact") for losses in ("regions", "pairs")]
+KEPT = 2 / 3                        # as many images as this share of what DaD makes are in every arm; filters drop some
 SOURCE_SHARE = 0.25                 # source images in the mix, as a share of the arm's
 FEW = 0.1                           # of the labelled identities
-STAGES = ("zero-shot", "tenth", "all")
+STAGES = ("zero-shot", "zero-shot after a tenth", "tenth", "all")      # the second: DaD has seen a tenth of the pairs
+CONTRASTS = {   # what is compared with what, on the targets and seeds that both have: (losses, arm)
+    "regions and DaD - DaD alone": (("regions", "dad"), ("pairs", "dad")),
+    "regions and DaD - regions alone": (("regions", "dad"), ("regions", "source")),
+    "DaD alone - source alone": (("pairs", "dad"), ("pairs", "source")),
+    "regions alone - source alone": (("regions", "source"), ("pairs", "source")),
+    "exact: regions - none": (("regions", "exact"), ("pairs", "exact")),
+    **{f"{arm}: regions - regions that ignore the box": (("regions", arm), ("released", arm))
+       for arm in ("source", "exact")},
+    **{f"DaD - {arm}": (("regions", "dad"), ("regions", arm)) for arm in (*TRANSFERS, "restyled", *FILTERED)},
+    "exact again - exact": (("regions", "exact again"), ("regions", "exact"))}
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # 97.5 % of t with 1 to 9 degrees of freedom
 STEPS = {"demo": {"source": 1500, "mix": 1000, "tenth": 150, "all": 600}, "tiny": dict.fromkeys(
     ("source", "mix", "tenth", "all"), 2)}
 
@@ -59,7 +74,7 @@ class StudyConfig:
     targets: tuple[str, ...] = ()      # of cuhk, icfg, rstp; empty: all
     seeds: tuple[str, ...] = ()        # empty: 0 to 4 for the main arms, 0 and 1 for the others
     out: str = "out/study"
-    images: int = 1500                 # of every arm
+    images: int = 1500                 # that DaD makes; two thirds of it are the images of every arm
     table: bool = False                # make no run: tables and figure of those that are there
     quick: bool = False                # source and dad at tiny size, one seed
 
@@ -93,11 +108,13 @@ def main() -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     runs = list(plan(config))
+    if not runs:
+        raise UserError("There is no such run: of the arms beside the main ones, only icfg is a target.")
     for number, one in enumerate(runs, 1):
         if not config.table and not (out / one.name / "run.json").exists():
             print(f"{number}/{len(runs)}: {one.name}", flush=True)
             perform(one, out)
-    report(out)
+    report(out, runs[0].size, config.images)
 
 
 def plan(config: StudyConfig) -> Iterator[Run]:
@@ -109,7 +126,7 @@ def plan(config: StudyConfig) -> Iterator[Run]:
     others += [("source", "released"), ("exact", "released")]
     for seed in map(int, config.seeds or "01234"):
         for target in config.targets or TARGETS:
-            for arm, losses in MAIN + (others if target == "icfg" and (seed < 2 or config.seeds) else []):
+            for arm, losses in MAIN + (others if target == "icfg" and (seed < 2 or config.arms) else []):
                 if arm in (config.arms or ARMS):
                     yield Run(arm, losses, target, seed, config.images)
 
@@ -119,15 +136,21 @@ def perform(one: Run, out: Path) -> None:
     folder, steps = out / one.name, STEPS[one.size]
     shares = (1.0, FEW) if learns(one.arm) else (1.0,)      # in the 10 % protocol DaD sees the same 10 %
     starts = {share: pretrained(one, out, folder, share) for share in shares}
-    results = {"zero-shot": test(starts[1.0], one, (one.target,))} if one.arm != "none" else {}
+    results = {}
+    if one.arm != "none":
+        seen_all = test(starts[1.0], one, (one.target,))
+        seen_few = test(starts[FEW], one, (one.target,)) if FEW in starts else seen_all     # without DaD none are seen
+        results = dict(zip(STAGES, (seen_all, seen_few)))
     for stage, share in (("tenth", FEW), ("all", 1.0)):
         start = starts.get(share, starts[1.0])
         count = steps[stage] + (steps["source"] + steps["mix"] if start == "none" else 0)
         tuned = train(folder / stage, one, one.target, count, start, "--share", str(share))
         results[stage] = test(tuned, one, TARGETS if stage == "all" else (one.target,))
-    everything = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
-    few, all_of = (sum(len(record.captions) for record in share_of(everything, share).records) for share in (FEW, 1.0))
-    labelled = {"zero-shot": all_of if learns(one.arm) else 0, "tenth": few, "all": all_of}
+    whole, val = load_splits(one.target, ("train", "val"), town.ready(one.target, one.size == "tiny"), say=quiet)
+    few, every, chosen_on = (sum(len(record.captions) for record in some.records)
+                             for some in (share_of(whole, FEW), whole, val))
+    seen = (every, few) if learns(one.arm) else (0, 0)
+    labelled = dict(zip(STAGES, (*seen, few + chosen_on, every + chosen_on)))
     checkpoint.write_json(folder / "run.json", asdict(one) | {
         "steps": steps, "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
     for stage in folder.iterdir():
@@ -145,9 +168,11 @@ def pretrained(one: Run, out: Path, folder: Path, share: float) -> str:
     if one.arm == "none":
         return "none"
     first = out / "first" / f"{one.losses}-{one.size}-s{one.seed}"
-    start = "none" if one.arm == "shuffled" else train(first, one, "sda", steps["source"], "none")
+    shuffled = one.arm == "shuffled"            # nothing but wrong captions, for as long
+    start = "none" if shuffled else train(first, one, "sda", steps["source"], "none")
     mix = image_set(one, out, share, start)
-    return train(folder / f"mix-{share:g}", one, str(mix), steps["mix"], start)
+    return train(folder / f"mix-{share:g}", one, str(mix), steps["mix"] + steps["source"] * shuffled, start,
+                 "--evals", "1")
 
 
 def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: str) -> str:
@@ -156,7 +181,7 @@ def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: 
         "dataset": dataset, "preset": one.size, "seed": one.seed, "out": folder, "init": start, "steps": steps}
     settings |= {"fusion_from": 0.15 if start == "none" else 0}      # of weights that have learned, from the first step
     losses = LOSSES[one.losses] if start == "none" or one.losses == "pairs" else ()     # `released` stays with a model
-    given = [("--" + name.replace("_", "-"), str(value)) for name, value in settings.items()]
+    given = [("--" + name.replace("_", "-"), str(value)) for name, value in settings.items()]       # later ones win
     call("train.py", *sum(given, ()), *losses, *flags)
     return str(folder / "best.safetensors")
 
@@ -164,9 +189,18 @@ def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: 
 def call(script: str, *flags: str) -> None:
     """Run one of the three scripts, quietly; what it said is shown if it fails."""
     command = [sys.executable, str(Path(__file__).parent.parent / script), *flags]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        raise UserError(f"{' '.join(command)} failed: {ran.stderr.strip()[-500:]}")
+    ran = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = ran.communicate()
+    except KeyboardInterrupt:       # it stops after its step, and saves it
+        ran.send_signal(signal.SIGINT)
+        ran.communicate()
+        raise
+    if ran.returncode and "another run is writing there" in said:       # an arm of another process needs the same
+        time.sleep(20)
+        call(script, *flags)
+    elif ran.returncode:
+        raise UserError(f"{' '.join(command)} failed: {said.strip()[-500:]}")
 
 
 @torch.inference_mode()
@@ -200,17 +234,17 @@ def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
     tiny = one.size == "tiny"
     source = list(load("sda", "train", town.ready("sda", tiny), say=quiet).records)
     random.Random(one.seed).shuffle(source)
-    count = min(round(one.images * SHARES.get(one.arm, 1)), len(source))
-    total = min(round(one.images * (1 + SOURCE_SHARE)), len(source))
-    if learns(one.arm):
-        own = adapted(one, share, retriever)[:count]
-    elif one.arm == "source":
-        own = [row_of(record) for record in source[:count]]
-    elif one.arm in TRANSFERS:
-        own = moved(one, source[:count])
-    else:
-        own = exact(one, source[:count])
-    rows = own + [row_of(record) for record in source[len(own):total]]      # filters may have left fewer of its own
+    most = min(round(one.images * KEPT), round(len(source) / (1 + SOURCE_SHARE)))
+    count, total = round(most * SHARES.get(one.arm, 1)), round(most * (1 + SOURCE_SHARE))
+    own = (adapted(one, share, retriever)[:count] if learns(one.arm) else [] if one.arm == "source"
+           else (moved if one.arm in TRANSFERS else exact)(one, source[:count]))
+    rest = source[len(own):total]
+    plain = Crops([record.path for record in rest], DIFFUSION_PRESETS[one.size]).read()
+    rows = own + [(image, row_of(record)) for image, record in zip(plain, rest)]
+    if one.arm == "shuffled":
+        words = [{name: row[name] for name in ("caption", "phrases", "boxes", "logits")} for _, row in rows]
+        random.Random(one.seed).shuffle(words)
+        rows = [(image, row | other) for (image, row), other in zip(rows, words)]
     (folder / "imgs").mkdir(parents=True)
     for number, (image, row) in enumerate(rows):
         if isinstance(image, str):
@@ -223,14 +257,16 @@ def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
     for start in range(0, len(rows), 5000):
         some = [row for _, row in rows[start:start + 5000]]
         checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", some, indent=None)
+    if len(own) < count and one.arm != "source":
+        print(f"{one.name}: {len(own)} images of its own in place of {count}, the others are the source's.", flush=True)
     checkpoint.write_json(folder / "report.json", {"own": len(own), "images": len(rows)})
     return folder
 
 
-def row_of(record: Record) -> tuple[str, dict]:
-    """An image's path and its SDA record."""
-    return record.path, {"image_id": record.identity, "caption": record.captions[0], "phrases": record.phrases,
-                         "boxes": record.boxes, "logits": [1.0] * len(record.boxes)}
+def row_of(record: Record) -> dict:
+    """The SDA record of an image, but for its file."""
+    return {"image_id": record.identity, "caption": record.captions[0], "phrases": record.phrases,
+            "boxes": record.boxes, "logits": [1.0] * len(record.boxes)}
 
 
 def adapted(one: Run, share: float, retriever: str) -> list[tuple[str, dict]]:
@@ -252,49 +288,51 @@ def moved(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
     base, _ = read_base(Path(diffusion.__path__[0]) / f"base-{one.size}.safetensors")
     target = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
     plain, looks = (Crops([record.path for record in some], base.config).read() for some in (source, target.records))
-    return [(image, row_of(record)[1]) for image, record in
+    return [(image, row_of(record)) for image, record in
             zip(transferred(plain, looks, base.eval().autoencoder)[one.arm], source)]
 
 
 def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
-    """The source's people in their poses as the target's cameras see them, with captions and boxes of their own."""
+    """The source's people as the target's cameras meet them, with captions and boxes of their own."""
     sizes = town.TINY if one.size == "tiny" else town.DEFAULT
     shots = {shot.path: shot for shot in town.shots("source", sizes, 0)}
     seen = [shots[record.path.split("/imgs/")[1]] for record in source]
     size = DIFFUSION_PRESETS[one.size]
     drawn = town.portraits(one.target, [shot.person for shot in seen], 7 + (one.arm == "exact again"),
-                           (size.height, size.width), torch.get_num_threads(), [shot.pose for shot in seen])
-    words = [portrait.words for portrait in drawn]
-    if one.arm == "shuffled":
-        random.Random(one.seed).shuffle(words)
+                           (size.height, size.width), torch.get_num_threads())
     return [(torch.from_numpy(portrait.pixels.copy()).permute(2, 0, 1),
-             {"image_id": record.identity, "caption": own.caption, "phrases": own.phrases, "boxes": own.boxes,
-              "logits": [1.0] * len(own.boxes)}) for portrait, own, record in zip(drawn, words, source)]
+             {"image_id": record.identity, "caption": portrait.words.caption, "phrases": portrait.words.phrases,
+              "boxes": portrait.words.boxes, "logits": [1.0] * len(portrait.words.boxes)})
+            for portrait, record in zip(drawn, source)]
 
 
 # ---- tables and figure
 
-def report(out: Path) -> None:
-    """study.json with every run, table.md, figure.png and curve.png, of the runs that are finished."""
-    runs = [checkpoint.read_json(file) for file in sorted(out.glob("*/run.json"))]
+def report(out: Path, size: str, images: int) -> None:
+    """study.json with every run, table.md, figure.png and curve.png, of the finished runs of that size."""
+    found = [checkpoint.read_json(file) for file in sorted(out.glob("*/run.json"))]
+    runs = [run for run in found if (run["size"], run["images"], run["steps"]) == (size, images, STEPS[size])]
     if not runs:
-        raise UserError(f"{out} holds no finished run.")
+        raise UserError(f"{out} holds no finished run of size {size} with --images {images}.")
     checkpoint.write_json(out / "study.json", runs)
     groups = {losses: {arm: some for arm in ARMS if (some := of(runs, losses, arm))} for losses in LOSSES}
     tables = {stage: [row(runs, losses, arm, stage) for losses, group in groups.items() for arm, some in group.items()
                       if all(stage in one["results"] for one in some.values())] for stage in STAGES}
-    tables["what the region losses add"] = [cells for arm in groups["regions"] for stage in STAGES
-                                            if (cells := regions_row(runs, arm, stage))]
+    if "none" in groups["regions"]:         # beside what DaD makes of the labelled pairs, what training on them does
+        tables["zero-shot"].append(row(runs, "regions", "none", "all") | {"arm": "none, fine-tuned on all"})
+    tables["differences"] = [cells for name, (one, other) in CONTRASTS.items() for stage in STAGES
+                             if (cells := contrast(name, of(runs, *one), of(runs, *other), stage))]
     text = "\n".join(f"{title}\n\n{as_table(rows)}" for title, rows in tables.items() if rows)
     with replacing(out / "table.md") as scratch:
         scratch.write_text(text)
     print(text)
-    figures.bars({losses: {arm: [score(one, "zero-shot") for one in some.values()] for arm, some in group.items()
-                           if arm != "none"} for losses, group in groups.items()},
-                 "R@1 on the target without fine-tuning", out / "figure.png")
-    if (points := curve(groups["regions"])):
+    figures.bars({losses: comparable({arm: some for arm, some in group.items() if arm != "none"})
+                  for losses, group in groups.items()}, "R@1 on the target without fine-tuning", out / "figure.png")
+    shares = {0.0: "source", **{share: arm for arm, share in SHARES.items()}, 1.0: "dad"}
+    points = comparable({share: groups["regions"].get(arm, {}) for share, arm in shares.items()})
+    if whole := all(points.values()):
         figures.curve(points, "R@1 without fine-tuning against the share of adapted images", out / "curve.png")
-    print(f"Wrote {out / 'study.json'}, table.md, figure.png{' and curve.png' if points else ''}.")
+    print(f"Wrote {out / 'study.json'}, table.md, figure.png{' and curve.png' * whole}.")
 
 
 def of(runs: list[dict], losses: str, arm: str) -> dict[tuple[str, int], dict]:
@@ -302,15 +340,22 @@ def of(runs: list[dict], losses: str, arm: str) -> dict[tuple[str, int], dict]:
     return {(one["target"], one["seed"]): one for one in runs if (one["losses"], one["arm"]) == (losses, arm)}
 
 
-def score(one: dict, stage: str, metric: str = "R@1", ranked: str = "embeddings") -> float:
-    """A run's figure on its own target after a stage."""
-    return one["results"][stage][one["target"]][ranked][metric]
+def comparable(group: dict) -> dict:
+    """R@1 without fine-tuning of each arm, on the targets and seeds that all have; where there is none, on its own."""
+    common = set.intersection(*map(set, group.values())) if group else set()
+    return {arm: [scores(some, "zero-shot")[key] for key in sorted(common or some)] for arm, some in group.items()}
 
 
-def paired(some: dict, others: dict, stage: str, metric: str = "R@1") -> dict[tuple[str, int], float]:
+def scores(some: dict, stage: str, metric: str = "R@1", ranked: str = "embeddings") -> dict[tuple[str, int], float]:
+    """An arm's figures on its own targets after a stage, by (target, seed)."""
+    return {key: one["results"][stage][one["target"]][ranked][metric] for key, one in some.items()
+            if stage in one["results"]}
+
+
+def paired(some: dict, others: dict, stage: str, *metric: str) -> dict[tuple[str, int], float]:
     """By how much an arm is better than another, for every (target, seed) that both have."""
-    return {key: score(some[key], stage, metric) - score(others[key], stage, metric)
-            for key in sorted(some.keys() & others.keys())}
+    first, second = (scores(arm, stage, *metric) for arm in (some, others))
+    return {key: first[key] - second[key] for key in first if key in second}
 
 
 def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
@@ -320,58 +365,55 @@ def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
     both = gains.keys() & whole.keys()
     gap = sum(whole[key] for key in both)
     labelled = sorted({one["labelled"][stage] for one in some.values()})
-    elsewhere = [statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
-                                 if target != one["target"])
-                 for one in some.values() if len(one["results"][stage]) > 1]
+    elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
+                                      if target != one["target"])
+                 for key, one in some.items() if len(one["results"][stage]) > 1}
     return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
-            "R@1": spread([score(one, stage) for one in some.values()]),
-            "mAP": spread([score(one, stage, "mAP") for one in some.values()]),
-            "re-ranked R@1": spread([score(one, stage, "R@1", "re-ranked") for one in some.values()]),
-            "R@1 of twins": spread([score(one, stage, "twins R@1") for one in some.values()]),
-            "R@1 - source": "" if arm == "source" else interval([*gains.values()]),
+            "R@1": spread(scores(some, stage)), "mAP": spread(scores(some, stage, "mAP")),
+            "re-ranked R@1": spread(scores(some, stage, "R@1", "re-ranked")),
+            "R@1 of twins": spread(scores(some, stage, "twins R@1")),
+            "R@1 - source": "" if arm == "source" else interval(gains),
             "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap else "",
             } | ({"R@1 on other targets": spread(elsewhere)} if elsewhere else {})
 
 
-def regions_row(runs: list[dict], arm: str, stage: str) -> dict[str, str]:
-    """R@1 with the region losses less R@1 without, for all queries, the twins' and the rest; nothing if not run."""
-    with_regions, without, released = (of(runs, losses, arm) for losses in ("regions", "pairs", "released"))
-    if not with_regions.keys() & without.keys():
-        return {}
-    gains = {name: interval([*paired(with_regions, without, stage, metric).values()]) for name, metric in
-             {"R@1": "R@1", "R@1 of twins": "twins R@1", "R@1 of the rest": "rest R@1"}.items()}
-    return {"arm": arm, "stage": stage} | gains | {
-        "R@1 where RPC ignores the box": interval([*paired(released, without, stage).values()])}
-
-
-def curve(group: dict[str, dict]) -> dict[float, list[float]]:
-    """R@1 on the target without fine-tuning by the share of adapted images, for what all shares have been run."""
-    shares = {0.0: "source", **{share: arm for arm, share in SHARES.items()}, 1.0: "dad"}
-    common = set.intersection(*(set(group.get(arm, ())) for arm in shares.values()))
-    return {share: [score(group[arm][key], "zero-shot") for key in sorted(common)] for share, arm in shares.items()
-            } if common else {}
+def contrast(name: str, some: dict, others: dict, stage: str) -> dict[str, str]:
+    """How much better one arm is than another where both have run; nothing where they have not."""
+    gains = {title: paired(some, others, stage, *metric) for title, metric in {
+        "R@1": ("R@1",), "mAP": ("mAP",), "re-ranked R@1": ("R@1", "re-ranked"), "R@1 of twins": ("twins R@1",),
+        "R@1 of the rest": ("rest R@1",)}.items()}
+    return {"difference": name, "stage": stage, "runs": str(len(gains["R@1"]))} | {
+        title: interval(values) for title, values in gains.items()} if gains["R@1"] else {}
 
 
 def as_table(rows: list[dict[str, str]]) -> str:
-    """Markdown; the rows have the same columns."""
-    return f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}\n" + "".join(
-        f"| {' | '.join(cells.values())} |\n" for cells in rows)
+    """Markdown; a row without a column has an empty cell there."""
+    columns = max(rows, key=len)
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "".join(
+        f"| {' | '.join(cells.get(column, '') for column in columns)} |\n" for cells in rows)
 
 
-def spread(values: list[float]) -> str:
-    """Mean +- standard deviation."""
-    more = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{more}"
+def by_seed(values: dict[tuple[str, int], float]) -> list[float]:
+    """Means over targets: runs of a seed share their first stage, and are not independent."""
+    return [statistics.mean(value for (_, own), value in values.items() if own == seed)
+            for seed in sorted({seed for _, seed in values})]
 
 
-def interval(gains: list[float], resamples: int = 10_000) -> str:
-    """Mean and 95 % confidence interval of paired differences: the bootstrap over seeds and targets."""
-    if len(gains) < 2:
-        return f"{gains[0]:+.1f}" if gains else ""
-    draw = torch.Generator().manual_seed(0)
-    chosen = torch.tensor(gains)[torch.randint(len(gains), (resamples, len(gains)), generator=draw)]
-    low, high = chosen.mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{statistics.mean(gains):+.1f} [{low:+.1f}, {high:+.1f}]"
+def spread(values: dict[tuple[str, int], float]) -> str:
+    """Mean and standard deviation over seeds."""
+    means = by_seed(values)
+    more = f" +- {statistics.stdev(means):.1f}" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.1f}{more}"
+
+
+def interval(gains: dict[tuple[str, int], float]) -> str:
+    """Mean of paired differences, its 95 % confidence interval over seeds (Student's) and its standard error."""
+    means = by_seed(gains)
+    if len(means) < 2:
+        return f"{means[0]:+.1f}" if means else ""
+    mean, error = statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
+    reach = STUDENT[min(len(means) - 1, len(STUDENT)) - 1] * error
+    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}], error {error:.1f}"
 
 
 def quiet(line: str) -> None:

@@ -190,6 +190,15 @@ def test_a_region_feature_is_made_of_the_region_alone(config, batch, bins, as_re
     assert torch.allclose(one, other, atol=1e-6) == (not (bins and as_released))
 
 
+@pytest.mark.parametrize("bins", [0, 3])
+def test_as_released_the_regions_contrastive_loss_ignores_the_box(config, batch, bins):
+    torch.manual_seed(0)
+    model = Retriever(dataclasses.replace(config, bins=bins, released_regions=True)).eval()
+    here, there = (model(dataclasses.replace(batch, region_keep=keep))
+                   for keep in (batch.region_keep, batch.region_keep.roll(1, 0)))
+    assert here["rpc"] == there["rpc"] and (here["rpm"] - there["rpm"]).abs() > 1e-6
+
+
 def test_rpc_is_the_contrastive_loss_of_mean_patches_and_phrases(model, batch):
     tokens = model.image_encoder(batch.image)
     means = torch.stack([t[1:][keep].mean(0) for t, keep in zip(tokens, batch.region_keep)])

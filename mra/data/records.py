@@ -281,7 +281,7 @@ def _read_file(source: Source, file: Path) -> list[Row | str]:
     try:
         items = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        return [f"{name} cannot be read as JSON; is it cut short? ({error})"]
+        return [f"{name} cannot be read as one JSON list; is it cut short? ({error})"]
     if not isinstance(items, list) or not items:
         return [f"{name} must hold a list of records and holds {shown(items)}"]
     for number, item in enumerate(items):
@@ -390,7 +390,7 @@ class _Images:
     def find(self, image: str) -> str | None:
         """The path of `image`; None if missing. Raises ValueError if it lies outside."""
         if not image or image[0] == "/" or "\\" in image or ".." in image and ".." in image.split("/"):
-            raise ValueError("the path is empty or leads out of the image folder")
+            raise ValueError("the path is empty, holds a backslash, or leads out of the image folder")
         folder, _, name = image.rpartition("/")
         if folder not in self.listed:
             self.listed[folder] = [self._list(root + folder) for root in self.roots]
