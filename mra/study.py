@@ -43,9 +43,10 @@ TARGETS = ("cuhk", "icfg", "rstp")
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
 TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
 SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}       # of the images that DaD makes; the rest stay source
-FILTERED = {"dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"), "dad only grey": ("--malformed", "1000"),
-            "dad only malformed": ("--grey-mean", "0"), "dad matched": ("--checkpoint",)}    # dad itself has both
-ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, *FILTERED, "exact", "exact again", "shuffled")
+VARIANTS = {"dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"), "dad only grey": ("--malformed", "1000"),
+            "dad only malformed": ("--grey-mean", "0"), "dad matched": ("--checkpoint",),    # dad itself has both
+            "dad of target captions": ("--captions", "target")}     # as in the paper; else the source's
+ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, *VARIANTS, "exact", "exact again", "shuffled")
 MAIN = [(arm, losses) for arm in ("source", "dad", "exact") for losses in ("regions", "pairs")]
 KEPT = 2 / 3                        # as many images as this share of what DaD makes are in every arm; filters drop some
 SOURCE_SHARE = 0.25                 # source images in the mix, as a share of the arm's
@@ -59,7 +60,7 @@ CONTRASTS = {   # what is compared with what, on the targets and seeds that both
     "exact: regions - none": (("regions", "exact"), ("pairs", "exact")),
     **{f"{arm}: regions - regions that ignore the box": (("regions", arm), ("released", arm))
        for arm in ("source", "exact")},
-    **{f"DaD - {arm}": (("regions", "dad"), ("regions", arm)) for arm in (*TRANSFERS, "restyled", *FILTERED)},
+    **{f"DaD - {arm}": (("regions", "dad"), ("regions", arm)) for arm in (*TRANSFERS, "restyled", *VARIANTS)},
     "exact again - exact": (("regions", "exact again"), ("regions", "exact"))}
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # 97.5 % of t with 1 to 9 degrees of freedom
 STEPS = {"demo": {"source": 1500, "mix": 1000, "tenth": 150, "all": 600}, "tiny": dict.fromkeys(
@@ -270,9 +271,9 @@ def row_of(record: Record) -> dict:
 
 
 def adapted(one: Run, share: float, retriever: str) -> list[tuple[str, dict]]:
-    """What adapt.py makes of the target's labelled pairs, or of a share of them; in random order."""
+    """What adapt.py makes, having learned from the target's labelled pairs or a share of them; in random order."""
     folder = Path("out/sda") / f"study-{one.images_of('dad' if one.arm in SHARES else one.arm)}-{share:g}"
-    flags = ("--mode", "restyle") if one.arm == "restyled" else FILTERED.get(one.arm, ())
+    flags = ("--mode", "restyle") if one.arm == "restyled" else ("--captions", "source", *VARIANTS.get(one.arm, ()))
     flags += (retriever,) * (flags[-1:] == ("--checkpoint",))
     call("adapt.py", "--target", one.target, "--size", one.size, "--seed", str(one.seed), "--share", str(share),
          "--images", str(one.images), "--out", str(folder), "--no-measure", *flags)
