@@ -8,8 +8,8 @@
 A run is an arm (which images the second pretraining stage sees), a set of losses, a target and a seed. Every run trains
 on the source first, the same for all arms; then on a mix, four fifths the arm's images and one fifth the source's; is
 tested on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Steps, number and
-resolution of the images are the same in every arm, and so are the recipes (mra/config.py), which were set on val with
-the source alone. Of the first stage the checkpoint is the best on the source's val, of the mix the last one, of
+resolution of the images are the same in every arm, and so are the recipes (mra/config.py; RATES), which were set on val
+with the source alone. Of the first stage the checkpoint is the best on the source's val, of the mix the last one, of
 fine-tuning the best on the target's val. `adapt.py` and `train.py` are called as a user would, and a finished run is
 one file, run.json.
 Before: diffusion/gap.py, ranking.py.
@@ -63,6 +63,7 @@ CONTRASTS = {   # what is compared with what, on the targets and seeds that both
     **{f"DaD - {arm}": (("regions", "dad"), ("regions", arm)) for arm in (*TRANSFERS, "restyled", *VARIANTS)},
     "exact again - exact": (("regions", "exact again"), ("regions", "exact"))}
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # 97.5 % of t with 1 to 9 degrees of freedom
+RATES = {"tenth": 1e-4, "all": 4e-4}        # of fine-tuning: best on val, from the first stage of the source, seed 0
 STEPS = {"demo": {"source": 1500, "mix": 1000, "tenth": 150, "all": 600}, "tiny": dict.fromkeys(
     ("source", "mix", "tenth", "all"), 2)}
 
@@ -145,7 +146,8 @@ def perform(one: Run, out: Path) -> None:
     for stage, share in (("tenth", FEW), ("all", 1.0)):
         start = starts.get(share, starts[1.0])
         count = steps[stage] + (steps["source"] + steps["mix"] if start == "none" else 0)
-        tuned = train(folder / stage, one, one.target, count, start, "--share", str(share))
+        rate = ("--lr", str(RATES[stage])) if start != "none" else ()
+        tuned = train(folder / stage, one, one.target, count, start, "--share", str(share), *rate)
         results[stage] = test(tuned, one, TARGETS if stage == "all" else (one.target,))
     whole, val = load_splits(one.target, ("train", "val"), town.ready(one.target, one.size == "tiny"), say=quiet)
     few, every, chosen_on = (sum(len(record.captions) for record in some.records)
@@ -153,7 +155,7 @@ def perform(one: Run, out: Path) -> None:
     seen = (every, few) if learns(one.arm) else (0, 0)
     labelled = dict(zip(STAGES, (*seen, few + chosen_on, every + chosen_on)))
     checkpoint.write_json(folder / "run.json", asdict(one) | {
-        "steps": steps, "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
+        "steps": steps, "rates": RATES, "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
     for stage in folder.iterdir():
         shutil.rmtree(stage) if stage.is_dir() else None
 
@@ -312,7 +314,8 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
 def report(out: Path, size: str, images: int) -> None:
     """study.json with every run, table.md, figure.png and curve.png, of the finished runs of that size."""
     found = [checkpoint.read_json(file) for file in sorted(out.glob("*/run.json"))]
-    runs = [run for run in found if (run["size"], run["images"], run["steps"]) == (size, images, STEPS[size])]
+    runs = [run for run in found if (run["size"], run["images"], run["steps"], run["rates"]) == (
+        size, images, STEPS[size], RATES)]
     if not runs:
         raise UserError(f"{out} holds no finished run of size {size} with --images {images}.")
     checkpoint.write_json(out / "study.json", runs)
@@ -360,7 +363,10 @@ def paired(some: dict, others: dict, stage: str, *metric: str) -> dict[tuple[str
 
 
 def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
-    """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds."""
+    """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds.
+
+    Where `exact` is no better than `source`, there is no gap to close.
+    """
     some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
     gains, whole = paired(some, source, stage), paired(exact, source, stage)
     both = gains.keys() & whole.keys()
@@ -374,7 +380,7 @@ def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
             "re-ranked R@1": spread(scores(some, stage, "R@1", "re-ranked")),
             "R@1 of twins": spread(scores(some, stage, "twins R@1")),
             "R@1 - source": "" if arm == "source" else interval(gains),
-            "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap else "",
+            "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap > 0 else "",
             } | ({"R@1 on other targets": spread(elsewhere)} if elsewhere else {})
 
 

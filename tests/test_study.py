@@ -29,6 +29,8 @@ def test_a_row_is_paired_with_source_and_exact_of_the_same_target_and_seed():
     assert study.row(runs, "regions", "source", "zero-shot")["gap closed"] == "0 %"
     assert study.row(runs, "regions", "exact", "zero-shot")["gap closed"] == "100 %"
     assert study.row(runs, "pairs", "source", "zero-shot")["gap closed"] == ""
+    runs += [made_run("exact", "icfg", 0, -1.0, "pairs")]
+    assert study.row(runs, "pairs", "exact", "zero-shot")["gap closed"] == ""
 
 
 def test_differences_are_of_the_runs_that_both_have():
