@@ -4,6 +4,7 @@ Read in this order; each file's docstring says what comes before and after.
 
     config.py             presets, recipes, the command line
     data/people.py        identities as sets of attributes, and their words
+    data/drawing.py       a person drawn as the camera of a domain sees them
     data/town.py          the drawn data sets, one source and three targets
     data/records.py       one record type, a reader for every annotation format;  data/check.py  is a set whole?
     data/augment.py       image and box move together
@@ -21,7 +22,7 @@ Read in this order; each file's docstring says what comes before and after.
     training.py           optimiser, schedule and the loop
     figures.py            pictures for people
     diffusion/            DaD: images of the source's people in the target's look; has a reading order of its own
-    study.py              the ablation: which images, which losses, how many labels
+    contrasts.py          runs compared in pairs, with intervals;  study.py  the ablation: images, losses, labels
 
 Shape letters, the same everywhere (masks end in `_keep`: True = use it):
 

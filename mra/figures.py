@@ -38,7 +38,8 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
     picture = open_image(path)
     tokens, _ = model.encode_image(plain_view(picture, (config.height, config.width))[None].to(device))
     patches = model.image_feature(tokens[0, 1:, None].expand(-1, 2, -1))                  # (N, E)
-    _, feature = model.encode_text(*(x.to(device) for x in pad([tokenizer.encode(phrase)], tokenizer.pad_id)))
+    _, feature = model.encode_text(*(x.to(device) for x in pad([tokenizer.encode(phrase, config.max_tokens)],
+                                                                     tokenizer.pad_id)))
     heat = (patches @ feature[0]).view(config.grid).float().cpu().numpy()                 # (rows, columns)
     heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-6)
     size = CELL[1], CELL[0]

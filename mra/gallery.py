@@ -6,7 +6,7 @@ of change or the model's weights are others. Before: ranking.py, checkpoint.py. 
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,17 +21,19 @@ from mra.data.records import IMAGE_FORMATS, shown
 from mra.retriever import Retriever
 
 PART = 2000     # photographs encoded between two writings of the cache
+PICTURES = ("query.png", "ranking.png")
 
 
-def photographs(folder: Path, say: Callable = print, but: Collection[Path] = ()) -> list[str]:
+def photographs(folder: Path, say: Callable = print, results: Path | None = None) -> list[str]:
     """Paths of the files below `folder` with an image's suffix, sorted; other files are counted, hidden ones not.
 
-    Links to folders are not followed. `but`: pictures of earlier results.
+    Links to folders are not followed, and pictures that evaluate.py wrote in the folder `results` are left out.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
     found = sorted(path for path in folder.rglob("*")
                    if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    files = [path for path in found if path.is_file() and path.resolve() not in but]
+    files = [path for path in found if path.is_file()
+             and not (results and path.name in PICTURES and path.parent.resolve() == results.resolve())]
     others = Counter(shown(path.suffix.lower()) for path in files if path.suffix.lower() not in suffixes)
     others |= Counter("links to folders" for path in found if path.is_symlink() and path.is_dir())
     if others:
@@ -46,8 +48,7 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
     `cache` is the file of embeddings, and the features are its own, mapped and not held in memory; it is written where
     something changed, for this folder alone. Raises UserError for a folder without a readable image.
     """
-    own = {cache.with_name(name).resolve() for name in ("query.png", "ranking.png")}
-    stamps = {path: stamp(path) for path in photographs(folder, say, own)}
+    stamps = {path: stamp(path) for path in photographs(folder, say, cache.parent)}
     device = next(model.parameters()).device.type
     owner = {"weights": checkpoint.digest(model), "model": asdict(model.config),
              "bf16": torch.is_autocast_enabled(device)}

@@ -12,7 +12,7 @@ resolution of the images are the same in every arm, and so are the recipes (mra/
 with the source alone. Of the first stage the checkpoint is the best on the source's val, of the mix the last one, of
 fine-tuning the best on the target's val. `adapt.py` and `train.py` are called as a user would, and a finished run is
 one file, run.json.
-Before: diffusion/gap.py, ranking.py.
+Before: diffusion/gap.py, ranking.py; contrasts.py, which makes the tables.
 """
 
 import json
@@ -20,7 +20,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mra import checkpoint, diffusion, figures, ranking
+from mra import checkpoint, contrasts, diffusion, figures, ranking
 from mra.config import DIFFUSION_PRESETS, UserError, parse, recipe, replacing, run
 from mra.data import town
 from mra.data.records import Record, load, load_splits, save_image, share_of
@@ -62,7 +61,6 @@ CONTRASTS = {   # what is compared with what, on the targets and seeds that both
        for arm in ("source", "exact")},
     **{f"DaD - {arm}": (("regions", "dad"), ("regions", arm)) for arm in (*TRANSFERS, "restyled", *VARIANTS)},
     "exact again - exact": (("regions", "exact again"), ("regions", "exact"))}
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # 97.5 % of t with 1 to 9 degrees of freedom
 RATES = {"tenth": 1e-4, "all": 4e-4}        # of fine-tuning: best on val, from the first stage of the source, seed 0
 STEPS = {"demo": {"source": 1500, "mix": 1000, "tenth": 150, "all": 600}, "tiny": dict.fromkeys(
     ("source", "mix", "tenth", "all"), 2)}
@@ -113,10 +111,21 @@ def main() -> None:
     if not runs:
         raise UserError("There is no such run: of the arms beside the main ones, only icfg is a target.")
     for number, one in enumerate(runs, 1):
-        if not config.table and not (out / one.name / "run.json").exists():
+        if not config.table and not finished(one, out):
             print(f"{number}/{len(runs)}: {one.name}", flush=True)
             perform(one, out)
-    report(out, runs[0].size, config.images)
+    report(out, of_kind(runs[0]))
+
+
+def of_kind(one: Run) -> dict:
+    """What runs have in common that may stand in one table."""
+    return {"size": one.size, "images": one.images, "steps": STEPS[one.size], "rates": RATES}
+
+
+def finished(one: Run, out: Path) -> bool:
+    """Whether the run is on disk, made as it would be made now."""
+    file = out / one.name / "run.json"
+    return file.exists() and of_kind(one).items() <= checkpoint.read_json(file).items()
 
 
 def plan(config: StudyConfig) -> Iterator[Run]:
@@ -154,8 +163,8 @@ def perform(one: Run, out: Path) -> None:
                              for some in (share_of(whole, FEW), whole, val))
     seen = (every, few) if learns(one.arm) else (0, 0)
     labelled = dict(zip(STAGES, (*seen, few + chosen_on, every + chosen_on)))
-    checkpoint.write_json(folder / "run.json", asdict(one) | {
-        "steps": steps, "rates": RATES, "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
+    checkpoint.write_json(folder / "run.json", asdict(one) | of_kind(one) | {
+        "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
     for stage in folder.iterdir():
         shutil.rmtree(stage) if stage.is_dir() else None
 
@@ -190,20 +199,24 @@ def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: 
 
 
 def call(script: str, *flags: str) -> None:
-    """Run one of the three scripts, quietly; what it said is shown if it fails."""
+    """Run one of the three scripts, quietly; what it said is shown if it fails.
+
+    Where another process makes the same, as the first stage for another arm, it waits for that.
+    """
     command = [sys.executable, str(Path(__file__).parent.parent / script), *flags]
-    ran = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, said = ran.communicate()
-    except KeyboardInterrupt:       # it stops after its step, and saves it
-        ran.send_signal(signal.SIGINT)
-        ran.communicate()
-        raise
-    if ran.returncode and "another run is writing there" in said:       # an arm of another process needs the same
+    while True:
+        ran = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            _, said = ran.communicate()
+        except KeyboardInterrupt:       # it stops after its step, and saves it
+            ran.send_signal(signal.SIGINT)
+            ran.communicate()
+            raise
+        if not ran.returncode:
+            return
+        if "another run is writing there" not in said:
+            raise UserError(f"{' '.join(command)} failed: {said.strip()[-500:]}")
         time.sleep(20)
-        call(script, *flags)
-    elif ran.returncode:
-        raise UserError(f"{' '.join(command)} failed: {said.strip()[-500:]}")
 
 
 @torch.inference_mode()
@@ -311,116 +324,32 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
 
 # ---- tables and figure
 
-def report(out: Path, size: str, images: int) -> None:
-    """study.json with every run, table.md, figure.png and curve.png, of the finished runs of that size."""
+def report(out: Path, kind: dict) -> None:
+    """study.json with every run, table.md, figure.png and curve.png, of the finished runs of that kind."""
     found = [checkpoint.read_json(file) for file in sorted(out.glob("*/run.json"))]
-    runs = [run for run in found if (run["size"], run["images"], run["steps"], run["rates"]) == (
-        size, images, STEPS[size], RATES)]
+    runs = [one for one in found if kind.items() <= one.items()]
     if not runs:
-        raise UserError(f"{out} holds no finished run of size {size} with --images {images}.")
+        raise UserError(f"{out} holds no finished run of size {kind['size']} with --images {kind['images']}.")
     checkpoint.write_json(out / "study.json", runs)
-    groups = {losses: {arm: some for arm in ARMS if (some := of(runs, losses, arm))} for losses in LOSSES}
-    tables = {stage: [row(runs, losses, arm, stage) for losses, group in groups.items() for arm, some in group.items()
-                      if all(stage in one["results"] for one in some.values())] for stage in STAGES}
+    groups = {losses: {arm: some for arm in ARMS if (some := contrasts.of(runs, losses, arm))} for losses in LOSSES}
+    tables = {stage: [contrasts.row(runs, losses, arm, stage) for losses, group in groups.items() for arm in group
+                      if arm != "none" or "zero-shot" not in stage] for stage in STAGES}
     if "none" in groups["regions"]:         # beside what DaD makes of the labelled pairs, what training on them does
-        tables["zero-shot"].append(row(runs, "regions", "none", "all") | {"arm": "none, fine-tuned on all"})
-    tables["differences"] = [cells for name, (one, other) in CONTRASTS.items() for stage in STAGES
-                             if (cells := contrast(name, of(runs, *one), of(runs, *other), stage))]
-    text = "\n".join(f"{title}\n\n{as_table(rows)}" for title, rows in tables.items() if rows)
+        tables["zero-shot"].append(contrasts.row(runs, "regions", "none", "all") | {
+            "arm": "none, fine-tuned on all", "R@1 - source": "", "gap closed": ""})
+    tables["differences"] = [{"difference": name} | cells for name, pair in CONTRASTS.items() for stage in STAGES
+                             if (cells := contrasts.contrast(runs, *pair, stage))]
+    text = "\n".join(f"{title}\n\n{contrasts.as_table(rows)}" for title, rows in tables.items() if rows)
     with replacing(out / "table.md") as scratch:
         scratch.write_text(text)
     print(text)
-    figures.bars({losses: comparable({arm: some for arm, some in group.items() if arm != "none"})
+    figures.bars({losses: contrasts.comparable({arm: some for arm, some in group.items() if arm != "none"})
                   for losses, group in groups.items()}, "R@1 on the target without fine-tuning", out / "figure.png")
     shares = {0.0: "source", **{share: arm for arm, share in SHARES.items()}, 1.0: "dad"}
-    points = comparable({share: groups["regions"].get(arm, {}) for share, arm in shares.items()})
+    points = contrasts.comparable({share: groups["regions"].get(arm, {}) for share, arm in shares.items()})
     if whole := all(points.values()):
         figures.curve(points, "R@1 without fine-tuning against the share of adapted images", out / "curve.png")
     print(f"Wrote {out / 'study.json'}, table.md, figure.png{' and curve.png' * whole}.")
-
-
-def of(runs: list[dict], losses: str, arm: str) -> dict[tuple[str, int], dict]:
-    """The runs of an arm by (target, seed)."""
-    return {(one["target"], one["seed"]): one for one in runs if (one["losses"], one["arm"]) == (losses, arm)}
-
-
-def comparable(group: dict) -> dict:
-    """R@1 without fine-tuning of each arm, on the targets and seeds that all have; where there is none, on its own."""
-    common = set.intersection(*map(set, group.values())) if group else set()
-    return {arm: [scores(some, "zero-shot")[key] for key in sorted(common or some)] for arm, some in group.items()}
-
-
-def scores(some: dict, stage: str, metric: str = "R@1", ranked: str = "embeddings") -> dict[tuple[str, int], float]:
-    """An arm's figures on its own targets after a stage, by (target, seed)."""
-    return {key: one["results"][stage][one["target"]][ranked][metric] for key, one in some.items()
-            if stage in one["results"]}
-
-
-def paired(some: dict, others: dict, stage: str, *metric: str) -> dict[tuple[str, int], float]:
-    """By how much an arm is better than another, for every (target, seed) that both have."""
-    first, second = (scores(arm, stage, *metric) for arm in (some, others))
-    return {key: first[key] - second[key] for key in first if key in second}
-
-
-def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
-    """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds.
-
-    Where `exact` is no better than `source`, there is no gap to close.
-    """
-    some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
-    gains, whole = paired(some, source, stage), paired(exact, source, stage)
-    both = gains.keys() & whole.keys()
-    gap = sum(whole[key] for key in both)
-    labelled = sorted({one["labelled"][stage] for one in some.values()})
-    elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
-                                      if target != one["target"])
-                 for key, one in some.items() if len(one["results"][stage]) > 1}
-    return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
-            "R@1": spread(scores(some, stage)), "mAP": spread(scores(some, stage, "mAP")),
-            "re-ranked R@1": spread(scores(some, stage, "R@1", "re-ranked")),
-            "R@1 of twins": spread(scores(some, stage, "twins R@1")),
-            "R@1 - source": "" if arm == "source" else interval(gains),
-            "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap > 0 else "",
-            } | ({"R@1 on other targets": spread(elsewhere)} if elsewhere else {})
-
-
-def contrast(name: str, some: dict, others: dict, stage: str) -> dict[str, str]:
-    """How much better one arm is than another where both have run; nothing where they have not."""
-    gains = {title: paired(some, others, stage, *metric) for title, metric in {
-        "R@1": ("R@1",), "mAP": ("mAP",), "re-ranked R@1": ("R@1", "re-ranked"), "R@1 of twins": ("twins R@1",),
-        "R@1 of the rest": ("rest R@1",)}.items()}
-    return {"difference": name, "stage": stage, "runs": str(len(gains["R@1"]))} | {
-        title: interval(values) for title, values in gains.items()} if gains["R@1"] else {}
-
-
-def as_table(rows: list[dict[str, str]]) -> str:
-    """Markdown; a row without a column has an empty cell there."""
-    columns = max(rows, key=len)
-    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "".join(
-        f"| {' | '.join(cells.get(column, '') for column in columns)} |\n" for cells in rows)
-
-
-def by_seed(values: dict[tuple[str, int], float]) -> list[float]:
-    """Means over targets: runs of a seed share their first stage, and are not independent."""
-    return [statistics.mean(value for (_, own), value in values.items() if own == seed)
-            for seed in sorted({seed for _, seed in values})]
-
-
-def spread(values: dict[tuple[str, int], float]) -> str:
-    """Mean and standard deviation over seeds."""
-    means = by_seed(values)
-    more = f" +- {statistics.stdev(means):.1f}" if len(means) > 1 else ""
-    return f"{statistics.mean(means):.1f}{more}"
-
-
-def interval(gains: dict[tuple[str, int], float]) -> str:
-    """Mean of paired differences, its 95 % confidence interval over seeds (Student's) and its standard error."""
-    means = by_seed(gains)
-    if len(means) < 2:
-        return f"{means[0]:+.1f}" if means else ""
-    mean, error = statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
-    reach = STUDENT[min(len(means) - 1, len(STUDENT)) - 1] * error
-    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}], error {error:.1f}"
 
 
 def quiet(line: str) -> None:

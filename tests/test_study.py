@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from test_commands import command, succeed
 
-from mra import study
+from mra import contrasts, study
 from mra.data.records import load
 
 
@@ -22,15 +22,15 @@ def test_a_row_is_paired_with_source_and_exact_of_the_same_target_and_seed():
             {"source": (10.0, 20.0), "exact": (50.0, 60.0), "dad": (40.0, 50.0)}.items()
             for seed, r1 in enumerate(figures)]
     runs += [made_run("source", "cuhk", 0, 90.0), made_run("source", "icfg", 0, 0.0, "pairs")]
-    cells = study.row(runs, "regions", "dad", "zero-shot")
+    cells = contrasts.row(runs, "regions", "dad", "zero-shot")
     assert cells == {"losses": "regions", "arm": "dad", "runs": "2", "labelled pairs": "0", "R@1": "45.0 +- 7.1",
                      "mAP": "22.5 +- 3.5", "re-ranked R@1": "46.0 +- 7.1", "R@1 of twins": "40.0 +- 7.1",
                      "R@1 - source": "+30.0 [+30.0, +30.0], error 0.0", "gap closed": "75 %"}
-    assert study.row(runs, "regions", "source", "zero-shot")["gap closed"] == "0 %"
-    assert study.row(runs, "regions", "exact", "zero-shot")["gap closed"] == "100 %"
-    assert study.row(runs, "pairs", "source", "zero-shot")["gap closed"] == ""
+    assert contrasts.row(runs, "regions", "source", "zero-shot")["gap closed"] == "0 %"
+    assert contrasts.row(runs, "regions", "exact", "zero-shot")["gap closed"] == "100 %"
+    assert contrasts.row(runs, "pairs", "source", "zero-shot")["gap closed"] == ""
     runs += [made_run("exact", "icfg", 0, -1.0, "pairs")]
-    assert study.row(runs, "pairs", "exact", "zero-shot")["gap closed"] == ""
+    assert contrasts.row(runs, "pairs", "exact", "zero-shot")["gap closed"] == ""
 
 
 def test_differences_are_of_the_runs_that_both_have():
@@ -39,19 +39,20 @@ def test_differences_are_of_the_runs_that_both_have():
             {"icfg": (11.0, 17.0), "cuhk": (13.0, 15.0), "rstp": (99.0, 99.0)}.items()
             for seed, r1 in enumerate(figures)]
     runs += [made_run("dad", target, seed, 10.0, "pairs") for target in ("icfg", "cuhk") for seed in (0, 1)]
-    some, others = (study.of(runs, losses, "dad") for losses in ("regions", "pairs"))
-    cells = study.contrast("x", some, others, "zero-shot")
+    pair = ("regions", "dad"), ("pairs", "dad")
+    cells = contrasts.contrast(runs, *pair, "zero-shot")
     assert cells["runs"] == "4" and cells["R@1"] == "+4.0 [-21.4, +29.4], error 2.0" == cells["R@1 of twins"]
     assert cells["mAP"] == "+2.0 [-10.7, +14.7], error 1.0"
-    assert study.contrast("x", some, {}, "zero-shot") == {} == study.contrast("x", some, others, "all")
+    assert contrasts.contrast(runs, pair[0], ("pairs", "source"), "zero-shot") == {}
+    assert contrasts.contrast(runs, *pair, "all") == {}
 
 
 def test_other_targets_have_a_column_where_they_were_tested():
     run = made_run("dad", "icfg", 0, 40.0)
     run["results"]["zero-shot"] |= {"cuhk": {"embeddings": {"R@1": 10.0}}, "rstp": {"embeddings": {"R@1": 30.0}}}
-    cells = study.row([run], "regions", "dad", "zero-shot")
+    cells = contrasts.row([run], "regions", "dad", "zero-shot")
     assert cells["R@1 on other targets"] == "20.0"
-    assert study.as_table([{"losses": "pairs"}, cells]).splitlines()[2] == "| pairs |" + "  |" * (len(cells) - 1)
+    assert contrasts.as_table([{"losses": "pairs"}, cells]).splitlines()[2] == "| pairs |" + "  |" * (len(cells) - 1)
 
 
 def test_arms_are_compared_on_what_all_have_run(tmp_path):
@@ -59,12 +60,12 @@ def test_arms_are_compared_on_what_all_have_run(tmp_path):
     group = {arm: {("icfg", seed): made_run(arm, "icfg", seed, 10.0 * number + seed) for seed in (0, 1)}
              for number, arm in enumerate(arms)}
     del group["dad"]["icfg", 1]
-    found = study.comparable(group)
+    found = contrasts.comparable(group)
     assert found == dict(zip(arms, ([0.0], [10.0], [20.0], [30.0], [40.0])))
     study.figures.curve(dict(zip((0.0, 0.05, 0.25, 0.5, 1.0), found.values())), "R@1", tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:       # the values at 25 and 50 %
         assert picture.getpixel((210, 190)) == picture.getpixel((360, 115)) == (30, 150, 60)
-    assert study.comparable(group | {"dad": {}})["source"] == [0.0, 1.0]
+    assert contrasts.comparable(group | {"dad": {}})["source"] == [0.0, 1.0]
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -74,7 +75,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
         own, shared = torch.randn(5, 3, generator=draw), torch.randn(5, 1, generator=draw)
         gains = {(target, seed): float(3 + own[seed, i] + shared[seed]) for i, target in enumerate(study.TARGETS)
                  for seed in range(5)}
-        low, high = json.loads(study.interval(gains).split(" ", 1)[1].split("], ")[0].replace("+", "") + "]")
+        low, high = json.loads(contrasts.interval(gains).split(" ", 1)[1].split("], ")[0].replace("+", "") + "]")
         inside += low <= 3 <= high
     assert 0.93 < inside / 500 < 0.97
 
@@ -112,6 +113,16 @@ def test_quick_runs_from_start_to_table(quick):
     with Image.open(folder / "out/study/figure.png") as picture:
         assert picture.width > 500
     assert not list((folder / "out/study").glob("*-icfg-tiny-60-s0/*/*.safetensors"))       # only results are kept
+
+
+def test_a_run_with_other_rates_is_neither_finished_nor_in_the_table(quick, monkeypatch):
+    folder, _ = quick
+    one = study.Run("source", "regions", "icfg", 0, 60, "tiny")
+    assert study.finished(one, folder / "out/study")
+    monkeypatch.setattr(study, "RATES", {"tenth": 1.0, "all": 1.0})
+    assert not study.finished(one, folder / "out/study")
+    with pytest.raises(study.UserError, match="no finished run of size tiny with --images 60"):
+        study.report(folder / "out/study", study.of_kind(one))
 
 
 def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from mra.config import UserError
-from mra.data import people, town
+from mra.data import drawing, people, town
+from mra.data.drawing import DOMAINS, Pose, render
 from mra.data.people import Person, describe, sample_person, twin_of
 from mra.data.records import SPLITS, load
-from mra.data.town import DEFAULT, DOMAINS, FOLDERS, TINY, Pose, TownSizes, render, shots
+from mra.data.town import DEFAULT, FOLDERS, TINY, TownSizes, shots
 
 COLOUR_OF = {name: colour for colour, names in people.COLOURS.items() for name in names}
 HAIR_COLOUR_OF = {name: colour for colour, names in people.HAIR_COLOURS.items() for name in names}
@@ -295,7 +296,7 @@ def test_domains():
     table = json.dumps({name: dataclasses.asdict(domain) for name, domain in DOMAINS.items()})
     assert hashlib.sha256(table.encode()).hexdigest().startswith("7b7ee7c27dc8cb90")
     for name in ("cuhk", "icfg", "rstp"):
-        cameras = {town.camera_of(name, i) for i in range(DOMAINS[name].cameras)}
+        cameras = {drawing.camera_of(name, i) for i in range(DOMAINS[name].cameras)}
         assert len(cameras) == DOMAINS[name].cameras
 
 
@@ -304,14 +305,14 @@ def test_strength_scales_a_domain(monkeypatch):
     person, pose, light = sample_person(random.Random(1)), Pose(0, 1.0), []
     for strength in (0.0, 0.5, 1.0):
         monkeypatch.setitem(DOMAINS, "icfg", dataclasses.replace(DOMAINS["icfg"], strength=strength))
-        town.camera_of.cache_clear()
-        town.backdrop.cache_clear()
+        drawing.camera_of.cache_clear()
+        drawing.backdrop.cache_clear()
         light.append(np.asarray(render(person, pose, "icfg", 0, 1).image).mean())
-        cam = town.camera_of("icfg", 0)
+        cam = drawing.camera_of("icfg", 0)
         assert strength or {cam.exposure, cam.noise, cam.height, cam.shadow, cam.occlusion} == {0}
     monkeypatch.undo()
-    town.camera_of.cache_clear()
-    town.backdrop.cache_clear()
+    drawing.camera_of.cache_clear()
+    drawing.backdrop.cache_clear()
     assert light[0] > light[1] + 10 > light[2] + 20
 
 

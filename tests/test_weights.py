@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import train
-from mra import checkpoint, weights
+from mra import checkpoint, figures, weights
 from mra.config import PRESETS, UserError
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 
@@ -288,13 +288,16 @@ def test_a_bert_that_only_seems_to_fit(tmp_path, reference, name, shape, said):
     assert said in refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
 
 
-def test_a_bert_with_few_positions_reads_short_captions(tmp_path, reference, root, monkeypatch):
+def test_a_bert_with_few_positions_reads_the_beginning_of_a_caption(tmp_path, reference, paint):
     own = reference.released_names()
     del own["bert.embeddings.position_ids"]
     write(tmp_path / "short", own | {"bert.embeddings.position_embeddings.weight": torch.zeros(12, 32)}, **HEADS)
     (tmp_path / "short/vocab.txt").write_text(VOCAB_FILE.read_text())
-    model, _ = weights.start(TINY, str(tmp_path / "short"), "", "")
-    assert (model.config.positions, model.config.max_tokens) == (12, 12)
+    model, tokenizer = weights.start(TINY, str(tmp_path / "short"), "", "")
+    ids = tokenizer.encode("a man in a red coat " * 5, model.config.max_tokens)
+    tokens, _ = model.encode_text(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+    assert tokens.shape == (1, 12, 32)
+    assert figures.heat_map(model, tokenizer, paint("a.png"), "a man in a red coat " * 5).size == (96, 192)
 
 
 def test_a_folder_without_weights(tmp_path):

@@ -14,7 +14,7 @@ random.Random(136874):
     caption  "a slim woman with long blond hair wears an open red jacket over a white top, black jeans and
              white sneakers. she is carrying a green handbag in the right hand."
 
-Before: config.py. After: town.py, which draws the person and writes the sets.
+Before: config.py. After: drawing.py, which draws the person; town.py, which writes the sets.
 """
 
 import random

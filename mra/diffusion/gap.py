@@ -21,9 +21,10 @@ from torch import Tensor
 from mra import checkpoint, figures
 from mra.config import FITS, AdaptConfig, DiffusionConfig
 from mra.data import town
+from mra.data.drawing import DOMAINS, Pose
 from mra.data.people import COLOURS, LOWERS, PATTERNS, SHOES, UPPERS, Person, sample_person
 from mra.data.records import Record
-from mra.data.town import Portrait, Pose
+from mra.data.town import Portrait
 from mra.diffusion.boxes import overlap, phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.filters import Judge, tell_apart
@@ -37,7 +38,7 @@ ROWS, BOXED = 1000, 200     # images of each row of the report, and of the check
 TARGETS = ("cuhk", "icfg", "rstp")
 KINDS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "upper": UPPERS, "lower": LOWERS, "pattern": PATTERNS,
          "shoes": SHOES, "shoes_colour": COLOURS}
-CAMERAS = [(domain, camera) for domain in TARGETS for camera in range(town.DOMAINS[domain].cameras)]
+CAMERAS = [(domain, camera) for domain in TARGETS for camera in range(DOMAINS[domain].cameras)]
 SIZES = [*map(len, KINDS.values()), len(CAMERAS)]                   # the reader's answers: attributes, then the camera
 GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # what the report reads off: garment colours
 
