@@ -88,13 +88,13 @@ def test_the_main_arms_come_with_five_seeds_on_three_targets_and_the_others_with
     assert {one.target for one in others} == {"icfg"} and {one.seed for one in others} == {0, 1}
     assert len({one.name for one in runs}) == len(runs)
     assert [one.name for one in study.plan(study.StudyConfig(arms=("dad",), targets=("rstp",), seeds=("7",)))] == [
-        "regions-dad-rstp-demo-1500-s7", "pairs-dad-rstp-demo-1500-s7"]
+        "regions-dad-rstp-demo-6000-s7", "pairs-dad-rstp-demo-6000-s7"]
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    return folder, succeed(folder, "mra/study.py", "--quick", "--images", "60")
+    return folder, succeed(folder, "mra/study.py", "--quick")
 
 
 def test_quick_runs_from_start_to_table(quick):
@@ -128,7 +128,7 @@ def test_a_run_with_other_rates_is_neither_finished_nor_in_the_table(quick, monk
 def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
     folder, _ = quick
     before = {path: path.stat().st_mtime_ns for path in (folder / "out/study").glob("*/run.json")}
-    said = succeed(folder, "mra/study.py", "--quick", "--images", "60")
+    said = succeed(folder, "mra/study.py", "--quick")
     assert {path: path.stat().st_mtime_ns for path in before} == before and "2/2" not in said
     status, _, err = command(folder, "mra/study.py", "--arms", "nonsense")
     assert status == 2 and "--arms 'nonsense'" in err

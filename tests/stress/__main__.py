@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 COUNTS = {"fuzz.py": ("--cases", 2000), "processes.py": (), "long.py": ("--steps", 2000),
-          "precision.py": ("--steps", 300), "killed.py": ("--kills", 50)}
+          "precision.py": ("--steps", 1000), "killed.py": ("--kills", 50)}
 
 
 def main() -> None:

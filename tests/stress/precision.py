@@ -1,6 +1,6 @@
 """Do bf16 and float32 train alike? Pretraining on the demo town in both, several seeds of each.
 
-    python tests/stress/precision.py                       3 seeds of 300 steps each, some 10 minutes on two cores
+    python tests/stress/precision.py                       3 seeds of 1,000 steps each, some 40 minutes on two cores
     python tests/stress/precision.py --steps 2363          the whole of it
 
 Each loss is averaged over tenths of the run. In every tenth the mean over seeds of bf16 may differ from float32's by
@@ -34,7 +34,7 @@ def curves(precision: str, seed: int, steps: int, folder: Path) -> dict[str, lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     apart = []
