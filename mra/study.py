@@ -343,8 +343,13 @@ def report(out: Path, kind: dict) -> None:
     with replacing(out / "table.md") as scratch:
         scratch.write_text(text)
     print(text)
-    figures.bars({losses: contrasts.comparable({arm: some for arm, some in group.items() if arm != "none"})
-                  for losses, group in groups.items()}, "R@1 on the target without fine-tuning", out / "figure.png")
+    charts = {}
+    for losses, group in groups.items():        # the main arms have targets and seeds that the others lack
+        every = {arm: some for arm, some in group.items() if arm != "none"}
+        main_arms = {arm: some for arm, some in every.items() if (arm, losses) in MAIN}
+        charts[f"{losses}, the main arms"] = contrasts.comparable(main_arms)
+        charts[f"{losses}, all arms"] = contrasts.comparable(every if len(every) > len(main_arms) else {})
+    figures.bars(charts, "R@1 on the target without fine-tuning", out / "figure.png")
     shares = {0.0: "source", **{share: arm for arm, share in SHARES.items()}, 1.0: "dad"}
     points = contrasts.comparable({share: groups["regions"].get(arm, {}) for share, arm in shares.items()})
     if whole := all(points.values()):
