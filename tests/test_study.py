@@ -33,6 +33,13 @@ def test_a_row_is_paired_with_source_and_exact_of_the_same_target_and_seed():
     assert contrasts.row(runs, "pairs", "exact", "zero-shot")["gap closed"] == ""
 
 
+@pytest.mark.parametrize("gaps, closed", [((3.0, 5.0), "100 %"), ((1.0, 5.0), "")])      # errors 1 and 2, means 4 and 3
+def test_no_share_is_told_of_a_gap_within_the_noise(gaps, closed):
+    runs = [made_run(arm, "icfg", seed, 50 + gap * (arm == "exact")) for arm in ("source", "exact")
+            for seed, gap in enumerate(gaps)]
+    assert contrasts.row(runs, "regions", "exact", "zero-shot")["gap closed"] == closed
+
+
 def test_differences_are_of_the_runs_that_both_have():
     """By hand: seeds differ by 2 and 6 on the mean of two targets; the third target has no other side."""
     runs = [made_run("dad", target, seed, r1) for target, figures in
