@@ -65,6 +65,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     # ---- the model: a frozen base, and a branch that learns the target
     base = load_base(config, machine)
     target, stable = target_records(config, machine), base.config.stable
+    source = source_records(config, machine) if config.source or not config.data_root else None
     images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
     learned_from = {"target": target.name, "contents": contents(target, images), "base": checkpoint.digest(base)}
     if not stable:                  # its latents, too, get mean 0 and variance 1; pixels come back in its light
@@ -80,7 +81,6 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
     judge, skill = train_judge(config, machine, learned_from, images)
-    source = source_records(config, machine) if config.source or not config.data_root else None
     places = usual_places(islice(source.records, PLACED), *base.config.shape[1:]) if source else {}
     wanted = wishes(config, base, (source if from_source(config) else target).records)
     restyles, looks = config.mode == "restyle", Looks(None, latents)

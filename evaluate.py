@@ -150,12 +150,14 @@ def weight_of(config: EvalConfig, facts: dict) -> float:
 
 def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
          paths: list[str], features: torch.Tensor | None = None) -> tuple[ranking.Search, torch.Tensor | None]:
-    """Both stages for every caption; the second's order (Q, K) is None where the fusion encoder is untrained.
+    """Both stages for every caption; the second's order (Q, K) is None without it, or where its encoder is untrained.
 
     `features` (G, 2, E) of the gallery, where they are known.
     """
     k = model.config.rerank if config.k < 0 else config.k
     if "weight" not in facts["val"]:
+        if config.k > 0:
+            raise UserError(f"--k {k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
         k = 0
     clean_score = config.fusion == "clean"
     found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,

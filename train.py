@@ -56,7 +56,8 @@ def main() -> None:
 def pretrain(config: TrainConfig) -> Path:
     """The checkpoint that a demo fine-tuning starts from; made first unless it is there already."""
     source = str(adapted_set(config) or "sda")
-    print(f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
+    training.Machine.of(config.device, config.precision).say(
+        f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
     shared = {name: getattr(config, name) for name in (
         "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
         "released_regions", "workers")}
@@ -65,7 +66,7 @@ def pretrain(config: TrainConfig) -> Path:
 
 def adapted_set(config: TrainConfig) -> Path | None:
     """The set that adapt.py made for this target, if there is one."""
-    made = Path("out/sda") / (config.dataset + "-tiny" * (config.preset == "tiny"))
+    made = Path("out/sda") / (config.dataset + f"-{config.preset}" * (config.preset != "demo"))
     return made if config.dataset in DATASETS and (made / "report.json").exists() else None
 
 
@@ -214,6 +215,8 @@ def check(config: TrainConfig) -> None:
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}.")
     check_numbers(config)
+    if PRESETS[config.preset].bins and config.batch < 2:
+        raise UserError(f"--batch {config.batch}: the swin presets normalise over the batch; give 2 or more.")
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
         raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
     if config.init not in ("", "none") and not Path(config.init).is_file():

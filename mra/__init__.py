@@ -24,7 +24,7 @@ Read in this order; each file's docstring says what comes before and after.
     diffusion/            DaD: images of the source's people in the target's look; has a reading order of its own
     contrasts.py          runs compared in pairs, with intervals;  study.py  the ablation: images, losses, labels
 
-Shape letters, the same everywhere (masks end in `_keep`: True = use it):
+Shape letters; a docstring says where it needs another (masks end in `_keep`: True = use it):
 
     B batch      N patches    T caption tokens   P phrase tokens   M masked words   R regions
     D width      E embedding  S keys attended    V vocabulary      H x W pixels

@@ -351,5 +351,6 @@ def run(main: Callable[[], None]) -> None:
         print("error: a helping process was killed, perhaps for lack of memory; give fewer --workers.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on after what was saved last.", file=sys.stderr)
+        print("Stopped; the same command goes on after what was saved last (with --no-resume it starts over).",
+              file=sys.stderr)
         sys.exit(130)

@@ -142,10 +142,9 @@ class FusionEncoder(nn.Module):
         With `begun`, x is what `begin` returned.
         """
         for i, (block, memory) in enumerate(zip(self.blocks, memories)):
-            ready, last = begun and i == 0, i + 1 == len(self.blocks)
-            if ready:
-                x = pick(x, at) if last else x
+            here = at if i + 1 == len(self.blocks) else None
+            if begun and i == 0:
+                x = block.look(x if here is None else pick(x, here), memory, image_keep)
             else:
-                x = block.read(x, keep, at if last else None)
-            x = block.look(x, memory, image_keep)
+                x = block(x, keep, memory, image_keep, here)
         return x                                                             # (B, M, D)

@@ -1,7 +1,7 @@
 """A folder of one's own photographs: found, decoded, encoded once and remembered.
 
-`encode` keeps the embeddings in a safetensors file; a photograph is encoded again only where its path, size, time
-of change or the model's weights are others. Before: ranking.py, checkpoint.py. After: evaluate.py (`--gallery`).
+`encode` keeps the embeddings in a safetensors file; a photograph is encoded again only where its path, size, time of
+change, the model or its precision are others. Before: ranking.py, checkpoint.py. After: evaluate.py (`--gallery`).
 """
 
 import os

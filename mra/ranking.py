@@ -65,7 +65,7 @@ class Search:
                  else self.logits + weight * self.similarity[:, :again.shape[1]])
         return torch.cat([again.gather(1, score.argsort(dim=1, descending=True, stable=True)), others], 1)
 
-    def published_scores(self, weight: float = 0.002) -> Tensor:
+    def published_scores(self, weight: float) -> Tensor:
         """The released code's scores (Q, k) on one process: matching + weight * similarity, each min-max scaled.
 
         The extremes are those of all pairs of queries and images; matching is the mean of the passes, each scaled by

@@ -94,10 +94,9 @@ class Retriever(nn.Module):
         """
         image, feature = self.encode_image(batch.image)                      # (B, 1+N, D), (B, E)
         memories = self.fusion_encoder.memories(image) if fuse else None
-        terms = self.align(image, feature, memories, None, batch.caption_ids, batch.caption_keep,
-                           batch.identity, smoothing)
+        terms = self.align(feature, memories, None, batch.caption_ids, batch.caption_keep, batch.identity, smoothing)
         if batch.eda_ids is not None:
-            again = self.align(image, feature, memories, None, batch.eda_ids, batch.eda_keep, batch.identity, smoothing)
+            again = self.align(feature, memories, None, batch.eda_ids, batch.eda_keep, batch.identity, smoothing)
             terms = {name: term + eda * again[name] for name, term in terms.items()}
         if fuse:
             terms["mlm"] = self.predict_words(batch, memories)
@@ -106,13 +105,13 @@ class Retriever(nn.Module):
             seen = image if self.config.released_regions else region         # whose token 0 is not the box's
             feature = self.image_feature(seen, batch.region_keep)            # (B, E)
             memories = self.fusion_encoder.memories(region)
-            aligned = self.align(region, feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
+            aligned = self.align(feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
                                  batch.phrase_class, smoothing)
             terms |= {{"itc": "rpc", "itm": "rpm"}[name]: term for name, term in aligned.items()}
         return terms
 
-    def align(self, image: Tensor, feature: Tensor, memories: list[Tensor] | None, image_keep: Tensor | None,
-              ids: Tensor, keep: Tensor, classes: Tensor, smoothing: float) -> dict[str, Tensor]:
+    def align(self, feature: Tensor, memories: list[Tensor] | None, image_keep: Tensor | None, ids: Tensor,
+              keep: Tensor, classes: Tensor, smoothing: float) -> dict[str, Tensor]:
         """Contrastive and, given memories, matching loss of images with captions, or of regions with phrases."""
         text, text_feature = self.encode_text(ids, keep)                     # (B, T, D), (B, E)
         terms = {"itc": similarity.contrastive(feature, text_feature, self.temperature, classes, smoothing)}

@@ -5,21 +5,20 @@
     python -m mra.study --table                                  tables and figure of the runs that are there
     python -m mra.study --quick                                  two arms, one seed, tiny
 
-A run is an arm (which images the second pretraining stage sees), a set of losses, a target and a seed. Every run trains
-on the source first, the same for all arms; then on a mix, four fifths the arm's images and one fifth the source's; is
-tested on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Steps, number and
-resolution of the images are the same in every arm, and so are the recipes (mra/config.py; RATES), which were set on val
-with the source alone. Of the first stage the checkpoint is the best on the source's val, of the mix the last one, of
-fine-tuning the best on the target's val. `adapt.py` and `train.py` are called as a user would, and a finished run is
-one file, run.json.
-Before: diffusion/gap.py, ranking.py; contrasts.py, which makes the tables.
+A run is an arm (which images the second pretraining stage sees), a set of losses, a target and a seed. It trains on the
+source first, the same for all arms; then on a mix, four fifths the arm's images and one fifth the source's; is tested
+on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Two arms differ: "none"
+begins with the fine-tuning, "shuffled" with its mix. Steps, number and resolution of the images are the same in every
+arm, and so are the recipes (mra/config.py; RATES), which were set on val with the source alone. Of the first stage the
+checkpoint is the best on the source's val, of the mix the last one, of fine-tuning the best on the target's val.
+`adapt.py` and `train.py` are called as a user would, and a finished run is one file, run.json.
+Before: ranking.py, diffusion/transfers.py; contrasts.py, which makes the tables.
 """
 
 import json
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -34,11 +33,11 @@ from mra import checkpoint, contrasts, diffusion, figures, ranking
 from mra.config import DIFFUSION_PRESETS, UserError, parse, recipe, replacing, run
 from mra.data import town
 from mra.data.records import Record, load, load_splits, save_image, share_of
+from mra.diffusion.gap import TARGETS
 from mra.diffusion.sampling import Crops, read_base
 from mra.diffusion.transfers import transferred
 from mra.training import choose_device, queries_of
 
-TARGETS = ("cuhk", "icfg", "rstp")
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
 TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
 SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}       # of the images that DaD makes; the rest stay source
@@ -49,6 +48,7 @@ ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, *VARIANTS, "ex
 MAIN = [(arm, losses) for arm in ("source", "dad", "exact") for losses in ("regions", "pairs")]
 KEPT = 2 / 3                        # as many images as this share of what DaD makes are in every arm; filters drop some
 SOURCE_SHARE = 0.25                 # source images in the mix, as a share of the arm's
+LEAST = 12                          # images that DaD makes, so that a mix has both
 FEW = 0.1                           # of the labelled identities
 STAGES = ("zero-shot", "zero-shot after a tenth", "tenth", "all")      # the second: DaD has seen a tenth of the pairs
 CONTRASTS = {   # what is compared with what, on the targets and seeds that both have: (losses, arm)
@@ -72,7 +72,7 @@ class StudyConfig:
 
     arms: tuple[str, ...] = ()         # of ARMS; empty: all
     targets: tuple[str, ...] = ()      # of cuhk, icfg, rstp; empty: all
-    seeds: tuple[str, ...] = ()        # empty: 0 to 4 for the main arms, 0 and 1 for the others
+    seeds: tuple[str, ...] = ()        # empty: 0 to 4; without --arms 0 and 1 for all but the main ones
     out: str = "out/study"
     images: int = 6000                 # that DaD makes; two thirds of it are the images of every arm
     table: bool = False                # make no run: tables and figure of those that are there
@@ -105,6 +105,8 @@ def main() -> None:
                                ("seeds", config.seeds, [str(i) for i in range(100)])):
         if unknown := set(given) - set(known):
             raise UserError(f"--{name} {unknown.pop()!r}: choose from {', '.join(known[:20])}.")
+    if not LEAST <= config.images <= 1e9:
+        raise UserError(f"--images {config.images}: give {LEAST} or more.")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     runs = list(plan(config))
@@ -208,8 +210,8 @@ def call(script: str, *flags: str) -> None:
         ran = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             _, said = ran.communicate()
-        except KeyboardInterrupt:       # it stops after its step, and saves it
-            ran.send_signal(signal.SIGINT)
+        except KeyboardInterrupt:       # it stops after its step, and saves it; a second SIGINT would stop it at once
+            ran.terminate()
             ran.communicate()
             raise
         if not ran.returncode:

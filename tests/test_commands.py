@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from mra import checkpoint
+from mra.config import TrainConfig
 from mra.data.tokenizer import VOCAB_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,6 +248,16 @@ def test_adapted_pairs_without_a_report_are_not_complete(work):
     assert "pretraining on the demo source first" in succeed(work, "train.py", "--dataset", "icfg", *TINY)
 
 
+def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("icfg", "icfg-small"):
+        (tmp_path / "out/sda" / name).mkdir(parents=True)
+        (tmp_path / "out/sda" / name / "report.json").write_text("{}")
+    adapted_set = runpy.run_path(str(ROOT / "train.py"))["adapted_set"]
+    for preset, name in (("demo", "icfg"), ("small", "icfg-small"), ("base", None)):
+        assert adapted_set(TrainConfig(preset=preset)) == (name and Path("out/sda", name))
+
+
 # ---- evaluate.py
 
 def test_evaluate_finds_the_newest_checkpoint(work):
@@ -354,6 +365,7 @@ def refused(folder: Path, script: str, *flags: str) -> str:
     (("--init", "none", "--bert", "words.txt"), "words.txt"),
     (("--init", "none", "--vit", "missing.pth"), "missing.pth"),
     (("--init", "none", "--vocab", "missing.txt"), "missing.txt"),
+    (("--init", "none", "--preset", "swin", "--batch", "1"), "--batch 1"),
 ])
 def test_mistakes_in_training(work, flags, named):
     (work / "words.txt").write_text("no checkpoint")
@@ -382,6 +394,12 @@ def test_mistakes_in_evaluation(work, flags, named):
     (work / "words.txt").write_text("no checkpoint")
     (work / "empty").mkdir()
     assert named in refused(work, "evaluate.py", *flags)
+
+
+def test_candidates_without_a_trained_fusion_encoder(work):
+    succeed(work, "train.py", *QUICK, "--dataset", "icfg", "--fusion-from", "1", "--out", "out/new")
+    assert rows_of(succeed(work, "evaluate.py")).keys() == {"icfg embeddings"}
+    assert "--k 4" in refused(work, "evaluate.py", "--k", "4")
 
 
 def test_evaluation_before_any_training(tmp_path):

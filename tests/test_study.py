@@ -1,11 +1,16 @@
 """The study: the quick version as a user runs it, every kind of image set, and the table from runs made by hand."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
-from test_commands import command, succeed
+from test_commands import ROOT, command, succeed
 
 from mra import contrasts, study
 from mra.data.records import load
@@ -137,8 +142,9 @@ def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
     before = {path: path.stat().st_mtime_ns for path in (folder / "out/study").glob("*/run.json")}
     said = succeed(folder, "mra/study.py", "--quick")
     assert {path: path.stat().st_mtime_ns for path in before} == before and "2/2" not in said
-    status, _, err = command(folder, "mra/study.py", "--arms", "nonsense")
-    assert status == 2 and "--arms 'nonsense'" in err
+    for flags in (("--arms", "nonsense"), ("--images", "2")):
+        status, _, err = command(folder, "mra/study.py", *flags)
+        assert status == 2 and flags[0] in err and flags[1] in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arm", ("source", "reinhard", "exact", "shuffled", "dad 50%"))
@@ -162,6 +168,24 @@ def test_every_arm_has_as_many_images_of_one_resolution(quick, arm, monkeypatch)
         assert sum(true) <= 2 and sum(row["caption"] in source for row in rows) == 2
     else:
         assert sum(true) == (10 if arm == "reinhard" else 10 - own)
+
+
+def test_a_terminals_interrupt_reaches_a_script_twice_and_it_still_saves(tmp_path):
+    """Ctrl-C goes to the study and to the script that it runs; the study tells the script once more."""
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    (tmp_path / "script.py").write_text(
+        "import time\nfrom pathlib import Path\nfrom mra.training import stoppable\n"
+        f"with stoppable() as asked:\n    Path({str(ready)!r}).touch()\n"
+        "    while not asked.is_set():\n        time.sleep(0.01)\n"
+        f"    time.sleep(1)\n    Path({str(saved)!r}).touch()\n")
+    code = ("import signal\nfrom mra import study\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"study.call({str(tmp_path / 'script.py')!r})")
+    studying = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE,
+                                env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not ready.exists() and studying.poll() is None:
+        time.sleep(0.05)
+    os.killpg(studying.pid, signal.SIGINT)
+    assert b"KeyboardInterrupt" in studying.communicate()[1] and saved.exists()
 
 
 def test_what_another_process_makes_is_waited_for(monkeypatch, tmp_path):

@@ -285,6 +285,17 @@ def test_real_data_are_never_touched(tmp_path):
     assert (tmp_path / "CUHK-PEDES/reid_raw.json").read_text() == "precious"
 
 
+def test_a_users_own_file_among_drawn_ones_is_not_drawn_over(tmp_path):
+    town.build(tmp_path, "rstp", TINY, 5, 1, str)
+    own = tmp_path / "RSTPReid/imgs/my own photograph.jpg"
+    own.write_bytes(b"precious")
+    with pytest.raises(UserError, match="not drawn here"):
+        town.build(tmp_path, "rstp", TINY, 6, 1, str)
+    assert own.read_bytes() == b"precious" and len(list(own.parent.iterdir())) == 35
+    own.unlink()
+    town.build(tmp_path, "rstp", TINY, 6, 1, str)
+
+
 def test_domains():
     """The table is pinned: a calibrated gap must not drift unnoticed."""
     assert {name: (d.cameras, d.strength, d.exposure, d.gamma, d.saturation, d.red, d.blue, d.noise, d.height)

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ FOLDERS = {"source": "SDA", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": 
 CUHK_CAMERAS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market")
 TWIN_SHARE = 0.3    # of the test identities belong to a pair that differs in one attribute
 CHUNK = 20          # people a process draws at once
+OURS = re.compile(r"(\d+_c\d+_\d+|sda_\w+|reid_raw|ICFG-PEDES|data_captions|town|DRAWN)\.(jpg|json|txt|tmp)")   # files
 
 
 class Shot(NamedTuple):
@@ -124,8 +126,9 @@ def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: in
     if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
         return
     say(f"{folder}: drawing demo data: {sum(round(n * images) for _, n, images in splits)} {NOTE}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "DRAWN.txt").is_file():
-        raise UserError(f"{folder} holds files that were not drawn here: give the demo town another root")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if files and not (folder / "DRAWN.txt").is_file() or not all(OURS.fullmatch(path.name) for path in files):
+        raise UserError(f"{folder} holds files that were not drawn here: move them away, or draw elsewhere")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     with replacing(folder / "DRAWN.txt") as scratch:        # before anything else: the folder is ours

@@ -5,7 +5,7 @@ random swap and random deletion. It feeds the second positive of fine-tuning (pa
 phrases found here make the prompts of the diffusion (section 2). The synonyms come from the small lexicon of clothing
 and appearance in lexicon.txt, not WordNet; it holds no stop words, and a colour is only ever exchanged for another name
 of the same colour.
-Before: records.py (captions). After: tokenizer.py (ids), augment.py (mirrors the image).
+Before: records.py (captions), augment.py (mirrors the image). After: tokenizer.py (ids).
 """
 
 import random

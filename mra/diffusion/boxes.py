@@ -3,7 +3,7 @@
 The paper runs an open-set detector on its images. The denoiser that made an image already knows where it put a phrase:
 its cross-attention, with the image noised half-way, is read for the phrase's words. Adjectives attend all over the
 person, so the last word of a phrase, its noun, counts most; and where the source set has boxes, they tell where in an
-image that noun usually is. Before: sampling.py. After: adapt.py.
+image that noun usually is. Before: sampling.py. After: making.py.
 """
 
 import math

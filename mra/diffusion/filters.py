@@ -3,7 +3,7 @@
 The paper drops near-greyscale images and, with a pose estimator, distorted people: 10.63 % in all. Here a small
 network that has seen the target's photographs and what cutting and pasting does to them tells distorted people; a
 retriever, where there is one, tells images that do not show their caption. Each filter is a function of images to a
-score, and a threshold in AdaptConfig decides. Before: sampling.py. After: gap.py, adapt.py.
+score, and a threshold in AdaptConfig decides. Before: sampling.py. After: making.py, gap.py.
 """
 
 import threading

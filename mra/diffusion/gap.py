@@ -3,7 +3,7 @@
 Everything is measured on the demo town, which can draw any person in the target's look: the exact answer. A reader of
 attributes and of the camera, trained on such drawings of people that nothing else uses, gives the features of the
 Frechet distance (so they know clothes, light and viewpoint) and the accuracy of what made images show.
-Before: filters.py, transfers.py. After: adapt.py, which prints the table.
+Before: filters.py, transfers.py, making.py. After: adapt.py.
 """
 
 import math
@@ -87,7 +87,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
 
-def separability(first: Tensor, second: Tensor, seed: int, device: torch.device, steps: int = 400) -> float:
+def separability(first: Tensor, second: Tensor, seed: int, device: torch.device, steps: int) -> float:
     """Accuracy on unseen halves of a classifier freshly trained to tell two sets apart: 0.5 = it cannot."""
     draw = torch.Generator().manual_seed(seed)
     (train1, test1), (train2, test2) = (x[torch.randperm(len(x), generator=draw)].chunk(2) for x in (first, second))
@@ -137,7 +137,7 @@ def pixels_of(drawn: list[Portrait]) -> Tensor:
     return torch.from_numpy(np.stack([portrait.pixels for portrait in drawn])).permute(0, 3, 1, 2).contiguous()
 
 
-def measure(images: Tensor, held_out: Tensor, reader: Judge, seed: int, device: torch.device, steps: int = 400) -> dict:
+def measure(images: Tensor, held_out: Tensor, reader: Judge, seed: int, device: torch.device, steps: int) -> dict:
     """The row of one set of images in the report: distance to the held-out target images, both uint8."""
     features = [reader.score(some, features=True) for some in (images, held_out)]
     return {"frechet": round(frechet(*features), 3),

@@ -1,6 +1,6 @@
 """Making a set of images: what is wished for, sampled, judged, annotated, and written as an SDA set.
 
-Before: sampling.py, prompts.py, filters.py, boxes.py. After: gap.py, adapt.py.
+Before: sampling.py, prompts.py, filters.py, boxes.py, transfers.py. After: gap.py, adapt.py.
 """
 
 import hashlib

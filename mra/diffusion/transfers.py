@@ -2,7 +2,7 @@
 
 The first three take the statistics of one random target image for each source image. They also carry over the colours
 of that image's person, so they make captions false; the report prints attribute accuracy beside every distance.
-Images are (B, 3, H, W) uint8. Before: sampling.py. After: gap.py.
+Images are (B, 3, H, W) uint8. Before: sampling.py. After: making.py, gap.py.
 """
 
 import torch
