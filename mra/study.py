@@ -39,6 +39,7 @@ from mra.diffusion.transfers import transferred
 from mra.training import choose_device, queries_of
 
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
+TITLES = {"regions": "With region losses", "pairs": "Without", "released": "With regions that ignore their box"}
 TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
 SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}       # of the images that DaD makes; the rest stay source
 VARIANTS = {"dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"), "dad only grey": ("--malformed", "1000"),
@@ -349,8 +350,8 @@ def report(out: Path, kind: dict) -> None:
     for losses, group in groups.items():        # the main arms have targets and seeds that the others lack
         every = {arm: some for arm, some in group.items() if arm != "none"}
         main_arms = {arm: some for arm, some in every.items() if (arm, losses) in MAIN}
-        charts[f"{losses}, the main arms"] = contrasts.comparable(main_arms)
-        charts[f"{losses}, all arms"] = contrasts.comparable(every if len(every) > len(main_arms) else {})
+        charts[f"{TITLES[losses]}, the main arms"] = contrasts.comparable(main_arms)
+        charts[f"{TITLES[losses]}, all arms"] = contrasts.comparable(every if len(every) > len(main_arms) else {})
     figures.bars(charts, "R@1 on the target without fine-tuning", out / "figure.png")
     shares = {0.0: "source", **{share: arm for arm, share in SHARES.items()}, 1.0: "dad"}
     points = contrasts.comparable({share: groups["regions"].get(arm, {}) for share, arm in shares.items()})
