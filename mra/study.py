@@ -39,7 +39,8 @@ from mra.diffusion.transfers import transferred
 from mra.training import choose_device, queries_of
 
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
-TITLES = {"regions": "With region losses", "pairs": "Without", "released": "With regions that ignore their box"}
+TITLES = {"regions": "With region losses", "pairs": "Without region losses",
+          "released": "With regions that ignore their box"}
 TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
 SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}       # of the images that DaD makes; the rest stay source
 VARIANTS = {"dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"), "dad only grey": ("--malformed", "1000"),
