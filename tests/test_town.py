@@ -289,7 +289,7 @@ def test_a_users_own_file_among_drawn_ones_is_not_drawn_over(tmp_path):
     town.build(tmp_path, "rstp", TINY, 5, 1, str)
     own = tmp_path / "RSTPReid/imgs/my own photograph.jpg"
     own.write_bytes(b"precious")
-    with pytest.raises(UserError, match="not drawn here"):
+    with pytest.raises(UserError, match="my own photograph.jpg was not drawn here"):
         town.build(tmp_path, "rstp", TINY, 6, 1, str)
     assert own.read_bytes() == b"precious" and len(list(own.parent.iterdir())) == 35
     own.unlink()

@@ -125,10 +125,11 @@ def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: in
                            "look": dataclasses.asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
     if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
         return
+    drawn = (folder / "DRAWN.txt").is_file()
+    for path in folder.rglob("*"):
+        if path.is_file() and not (drawn and OURS.fullmatch(path.name)):
+            raise UserError(f"{path} was not drawn here, and the demo town would draw over it: move it away")
     say(f"{folder}: drawing demo data: {sum(round(n * images) for _, n, images in splits)} {NOTE}")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    if files and not (folder / "DRAWN.txt").is_file() or not all(OURS.fullmatch(path.name) for path in files):
-        raise UserError(f"{folder} holds files that were not drawn here: move them away, or draw elsewhere")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     with replacing(folder / "DRAWN.txt") as scratch:        # before anything else: the folder is ours
