@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mra import checkpoint, training
-from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_numbers, harmless, parse, run, show
+from mra import checkpoint, released, training
+from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_values, harmless, parse, run, show
 from mra.data import town
 from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
 from mra.diffusion.fit import fit, load_same
 from mra.diffusion.making import PROBES, SAMPLERS, Looks, collect, make, unfinish, wishes
 from mra.diffusion.noising import Schedule
-from mra.diffusion.sampling import CONDITIONS, Crops, Diffusion, LatentPairs, encode, read_base, to_float
+from mra.diffusion.sampling import CONDITIONS, Diffusion, LatentPairs, encode, read_base, read_images, stacked, to_float
 from mra.diffusion.stable import read_stable
 from mra.training import Machine
 
@@ -61,12 +61,13 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way from the base to the finished set in `out`."""
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
-    retriever = checkpoint.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
+    retriever = released.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
     # ---- the model: a frozen base, and a branch that learns the target
     base = load_base(config, machine)
-    target, stable = target_records(config, machine), base.config.stable
+    stable, root = base.config.stable, machine.root(config.data_root, config.target, config.size == "tiny")
+    target = share_of(load(config.target, "train", root, say=machine.say), config.share)
     source = source_records(config, machine) if config.source or not config.data_root else None
-    images = Crops([record.path for record in target.records], base.config).read(config.workers)     # (N, 3, H, W)
+    images = read_images([record.path for record in target.records], base.config, config.workers)     # (N, 3, H, W)
     learned_from = {"target": target.name, "contents": contents(target, images), "base": checkpoint.digest(base)}
     if not stable:                  # its latents, too, get mean 0 and variance 1; pixels come back in its light
         base.autoencoder.learn_scale(encode(base.autoencoder, images))
@@ -77,7 +78,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     made_with = {"config": asdict(replace(config, out="", device="", workers=0)), **learned_from,
                  "branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
                  "retriever": retriever and checkpoint.digest(retriever[0])}
-    if finished(out / "report.json", made_with):
+    if (out / "report.json").exists() and made_with.items() <= checkpoint.read_json(out / "report.json").items():
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
     judge, skill = train_judge(config, machine, learned_from, images)
@@ -88,7 +89,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     probes = [] if stable else wishes(many, base, (source if restyles else target).records)
     if restyles:
         some = [record.path for record in islice(source.records, gap.ROWS)]
-        looks = Looks(encode(base.autoencoder, Crops(some, base.config).read(config.workers)), latents)
+        looks = Looks(encode(base.autoencoder, read_images(some, base.config, config.workers)), latents)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: unfinish(out))
     parts = make(config, machine, base, branch, judge, retriever, wanted, probes, looks, places, out)
@@ -116,22 +117,14 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
 
 def train_base(config: AdaptConfig, machine: Machine) -> Path:
     """Autoencoder, then denoiser, on the source alone; returns the file that holds both."""
-    out = Path("out") / f"base-{config.size}"
-    with training.claimed(out, machine):
-        return fit_base(config, machine, out)
-
-
-def fit_base(config: AdaptConfig, machine: Machine, out: Path) -> Path:
-    """`train_base` in a folder of its own."""
-    plans, schedule = FITS[config.size], Schedule.cosine()
+    out, plans, schedule = Path("out") / f"base-{config.size}", FITS[config.size], Schedule.cosine()
     records = base_records(config, machine)
-    images = Crops([record.path for record in records.records], DIFFUSION_PRESETS[config.size]).read(config.workers)
+    images = read_images([record.path for record in records.records], DIFFUSION_PRESETS[config.size], config.workers)
     captions = [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]
     tokenizer = Tokenizer.read()
     torch.manual_seed(config.seed)
     base = Diffusion(replace(DIFFUSION_PRESETS[config.size], vocab=len(tokenizer)), tokenizer).to(machine.device)
-    size = {name: value for name, value in asdict(base.config).items() if name != "stable"}     # as in older files
-    facts = {"size": size, "source": records.name, "root": source_root(config), "images": len(images),
+    facts = {"size": asdict(base.config), "source": records.name, "root": source_root(config), "images": len(images),
              "captions": len(captions), "contents": contents(records, images)}
     machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
 
@@ -152,12 +145,13 @@ def fit_base(config: AdaptConfig, machine: Machine, out: Path) -> Path:
     fit("autoencoder", base.autoencoder, autoencoder_loss, plans["autoencoder"], out / "autoencoder.safetensors",
         facts, config.seed, machine)
     base.autoencoder.learn_scale(encode(base.autoencoder, images[:2000]))
-    pairs = LatentPairs(base.autoencoder, images, captions, tokenizer)
+    pairs = LatentPairs(base, images, captions)
     fit("denoiser", base.denoiser, denoiser_loss, plans["denoiser"], out / "denoiser.safetensors",
         facts, config.seed, machine)
-    machine.first(lambda: checkpoint.save(
-        out / "base.safetensors", {name: value.half() for name, value in checkpoint.weights(base).items()},
-        facts | {"vocab": tokenizer.pieces, "seed": config.seed, "versions": checkpoint.VERSIONS}))
+    with training.claimed(out, machine):
+        machine.first(lambda: checkpoint.save(
+            out / "base.safetensors", {name: value.half() for name, value in checkpoint.weights(base).items()},
+            facts | {"vocab": tokenizer.pieces, "seed": config.seed, "versions": checkpoint.VERSIONS}))
     return out / "base.safetensors"
 
 
@@ -168,11 +162,12 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         machine.say(f"Base: {config.weights}, Stable Diffusion.")
         return base.to(machine.device).eval().requires_grad_(False)
     shipped, trained = SHIPPED / f"base-{config.size}.safetensors", Path("out") / f"base-{config.size}/base.safetensors"
-    path = Path(config.base) if config.base else shipped if shipped.exists() else trained
-    if path == trained and not path.exists():
+    own = not config.base and not shipped.exists()
+    if own and not trained.exists():
         train_base(replace(config, seed=0), machine)
+    path = trained if own else Path(config.base or shipped)
     base, facts = read_base(path)
-    if path == trained and not config.base and facts.get("root") != source_root(config):
+    if own and facts.get("root") != source_root(config):
         raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or give it "
                         "as --base.")
     machine.say(f"Base: {path}, trained on {harmless(facts['images'])} images of {harmless(facts['source'])}.")
@@ -183,7 +178,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
           images: Tensor) -> DomainBranch:
     """The domain branch, trained on the target's training pairs beside the frozen base."""
     captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
-    pairs = LatentPairs(base.autoencoder, images, captions, base.tokenizer, config.condition)
+    pairs = LatentPairs(base, images, captions, config.condition)
     with machine.autocast():
         pairs.read(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
     machine.say(f"Adapting to {target.name}: {len(images)} images, {len(captions)} captions.")
@@ -204,10 +199,8 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
         with machine.autocast():
             return pairs.loss(denoiser, step_branch, base.schedule, draw, count, middle=plan.middle)
 
-    folder = dad_folder(config)
-    with training.claimed(folder, machine):
-        fit("branch", branch, loss_of, replace(plan, steps=steps), folder / "branch.safetensors",
-            learned_from | {"pairs": len(captions)}, config.seed, machine)
+    fit("branch", branch, loss_of, replace(plan, steps=steps), dad_folder(config) / "branch.safetensors",
+        learned_from | {"pairs": len(captions)}, config.seed, machine)
     if rounds:
         round_weights(branch)
     return branch.eval().requires_grad_(False)
@@ -229,10 +222,8 @@ def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, learne
 
     for part in (autoencoder.decoder, autoencoder.linear_out):
         part.requires_grad_(True)
-    folder = dad_folder(config)
-    with training.claimed(folder, machine):
-        fit("decoder", autoencoder, loss_of, FITS[config.size]["decoder"], folder / "decoder.safetensors",
-            learned_from, config.seed, machine)
+    fit("decoder", autoencoder, loss_of, FITS[config.size]["decoder"], dad_folder(config) / "decoder.safetensors",
+        learned_from, config.seed, machine)
     autoencoder.requires_grad_(False)
 
 
@@ -288,7 +279,7 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
     people = gap.strangers(count, seed=0)
     drawn = {domain: town.portraits(domain, people, 0, (size.height, size.width), machine.cores)
              for domain in gap.TARGETS}
-    images = torch.cat([gap.pixels_of(some) for some in drawn.values()])
+    images = stacked([one.pixels for some in drawn.values() for one in some])
     cameras = torch.tensor([gap.CAMERAS.index((domain, one.camera)) for domain, some in drawn.items() for one in some])
     labels = torch.cat([gap.labels_of(people).repeat(len(drawn), 1), cameras[:, None]], 1)
 
@@ -297,8 +288,7 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
         with machine.autocast():
             return gap.reading_loss(reader, images[some].to(machine.device), labels[some].to(machine.device))
 
-    with training.claimed(folder, machine):
-        fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine)
+    fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine)
     return reader.eval()
 
 
@@ -318,27 +308,14 @@ def source_root(config: AdaptConfig) -> str:
 
 def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     """The source set's training pairs, without those of its val identities."""
-    if config.source:
-        root = Path(config.source)
-        name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
-        return load(name, "train", root, say=machine.say)
-    return load("sda", "train", machine.root("", "sda", config.size == "tiny"), say=machine.say)
-
-
-def target_records(config: AdaptConfig, machine: Machine) -> RecordSet:
-    """The target's training pairs, without those of its val identities."""
-    root = machine.root(config.data_root, config.target, config.size == "tiny")
-    return share_of(load(config.target, "train", root, say=machine.say), config.share)
+    root = machine.root(config.source, "sda", config.size == "tiny")
+    name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
+    return load(name, "train", root, say=machine.say)
 
 
 def from_source(config: AdaptConfig) -> bool:
     """Whether what is made is made of the source's images or captions."""
     return config.mode == "restyle" or config.captions == "source"
-
-
-def finished(report: Path, made_with: dict) -> bool:
-    """Whether there is a report on a set made with just that."""
-    return report.exists() and made_with.items() <= checkpoint.read_json(report).items()
 
 
 def default_out(config: AdaptConfig) -> str:
@@ -351,12 +328,8 @@ def default_out(config: AdaptConfig) -> str:
 
 def check(config: AdaptConfig) -> None:
     """Raise UserError for values that no run can use."""
-    choices = {"target": gap.TARGETS, "mode": ("generate", "restyle"), "condition": CONDITIONS,
-               "captions": ("target", "source"), "size": tuple(DIFFUSION_PRESETS), "sampler": tuple(SAMPLERS)}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(allowed)}.")
-    check_numbers(config)
+    check_values(config, target=gap.TARGETS, mode=("generate", "restyle"), condition=CONDITIONS,
+                 captions=("target", "source"), size=DIFFUSION_PRESETS, sampler=SAMPLERS)
     if config.mode == "generate" and config.condition == "structure":
         raise UserError("--condition structure needs --mode restyle: what is made from nothing has no edges to follow.")
     if config.guidance_from > config.guidance_to:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from mra import checkpoint, figures, gallery, ranking, released
-from mra.config import UserError, check_numbers, harmless, parse, run
+from mra.config import UserError, check_values, harmless, parse, run
 from mra.data import records
 from mra.data.words import clean, noun_phrases
 from mra.training import Machine, choose_device, make_folder, queries_of
@@ -42,7 +42,7 @@ class EvalConfig:
     k: int = -1                       # candidates that the fusion encoder re-scores; -1: the preset's; 0: none
     mirror: bool = True               # average over the mirror image
     fusion: str = "clean"             # clean: a pair's score depends on that pair; published: as the released code
-    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002
+    weight: float = -1.0              # of the similarity; below 0: clean, chosen on val; published, 0.002
     query: str = ""                   # a sentence: rank a gallery for it instead
     queries: str = ""                 # a text file with a sentence in each line, besides --query
     gallery: str = ""                 # a folder of photographs for these sentences; empty: the test images
@@ -55,16 +55,11 @@ class EvalConfig:
 
 
 def main() -> None:
+    """The metrics of every dataset, or the answers to the sentences asked."""
     config = parse(EvalConfig, __doc__)
     check(config)
     on_gpu = choose_device(config.device).type == "cuda"
     machine = Machine.of(config.device, config.precision or ("bf16" if on_gpu else "float32"))
-    with machine.autocast():
-        evaluate(config, machine)
-
-
-def evaluate(config: EvalConfig, machine: Machine) -> None:
-    """The metrics of every dataset, or the answers to the sentences asked."""
     path, say = Path(config.checkpoint) if config.checkpoint else newest(), machine.say
     model, tokenizer, facts = released.load_retriever(path, machine.device, config.vocab)
     datasets = config.dataset or (facts["train"]["dataset"],)
@@ -87,7 +82,7 @@ def evaluate(config: EvalConfig, machine: Machine) -> None:
         source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing,
                               say)
         captions, query_ids, paths, gallery_ids = queries_of(source)
-        found, reranked = rank(config, model, tokenizer, facts, captions, paths)
+        found, reranked = rank(config, machine, model, tokenizer, facts, captions, paths)
         stages = {"embeddings": found.candidates} | ({} if reranked is None else {"re-ranked": reranked})
         metrics = dict(zip(stages, found.metrics(query_ids, gallery_ids, *stages.values())))
         for stage, values in metrics.items():
@@ -107,18 +102,10 @@ def evaluate(config: EvalConfig, machine: Machine) -> None:
 
 def check(config: EvalConfig) -> None:
     """Raise UserError for values that no run can use."""
-    if config.fusion not in ("clean", "published"):
-        raise UserError(f"--fusion {config.fusion}: choose clean or published.")
-    if config.k < -1:
-        raise UserError(f"--k {config.k}: give the number of candidates to re-rank, 0 for none.")
-    check_numbers(config)
-    if config.weight != -1 and not 0 <= config.weight < float("inf"):
-        raise UserError(f"--weight {config.weight}: give 0 or more, or leave it out.")
+    check_values(config, fusion=("clean", "published"), split=records.SPLITS)
     asked = config.query or config.queries
     if asked and len(config.dataset) > 1:
         raise UserError("--query and --queries rank one gallery: give one --dataset.")
-    if config.split not in records.SPLITS:
-        raise UserError(f"--split {config.split}: choose one of {', '.join(records.SPLITS)}.")
     for dataset in config.dataset:
         if dataset not in records.DATASETS and not Path(dataset).is_dir():
             raise UserError(f"--dataset {dataset}: choose from {', '.join(records.DATASETS)}, or give a set's folder.")
@@ -148,7 +135,7 @@ def weight_of(config: EvalConfig, facts: dict) -> float:
     return 0.002 if config.fusion == "published" else facts["val"].get("weight", 0.0)
 
 
-def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
+def rank(config: EvalConfig, machine: Machine, model, tokenizer, facts: dict, captions: list[str],
          paths: list[str], features: torch.Tensor | None = None) -> tuple[ranking.Search, torch.Tensor | None]:
     """Both stages for every caption; the second's order (Q, K) is None without it, or where its encoder is untrained.
 
@@ -159,10 +146,11 @@ def rank(config: EvalConfig, model, tokenizer, facts: dict, captions: list[str],
         if config.k > 0:
             raise UserError(f"--k {k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
         k = 0
-    clean_score = config.fusion == "clean"
-    found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,
-                           clean_score, features)
-    return found, found.reranked(weight_of(config, facts), published=not clean_score) if k else None
+    published = config.fusion == "published"
+    with machine.autocast():        # encoders alone: what is ordered stays in float32
+        found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,
+                               not published, features)
+    return found, (found.reranked(weight_of(config, facts), published) if k else None)
 
 
 def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, order, count: int = 6) -> list[figures.Row]:
@@ -201,13 +189,14 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
     """Rank a folder of photographs, or the test images, for every sentence asked."""
     asked = sentences(config, dataset)
     if config.gallery:
-        paths, features, left_out = gallery.encode(Path(config.gallery), model, out / "gallery.safetensors",
-                                                   config.batch, config.workers)
+        with machine.autocast():
+            paths, features, left_out = gallery.encode(Path(config.gallery), model, out / "gallery.safetensors",
+                                                       config.batch, config.workers)
     else:
         source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing)
         paths, features, left_out = [record.path for record in source.records], None, []
-    found, order = rank(config, model, tokenizer, facts, [clean(sentence, dataset) for sentence in asked], paths,
-                        features)
+    found, order = rank(config, machine, model, tokenizer, facts, [clean(sentence, dataset) for sentence in asked],
+                        paths, features)
     order = found.candidates if order is None else order
     answers, rows = [], []
     for q, sentence in enumerate(asked):
@@ -215,11 +204,12 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
         first = []
         for g in order[q, :ranking.FIRST].tolist():
             place = found.candidates[q].tolist().index(g)
-            logit = found.logits[q, place:place + 1].tolist()               # empty behind those that were re-scored
-            first.append({"path": paths[g], "similarity": found.similarity[q, place].item()}
-                         | dict(zip(["match"], logit)))
-            match = "".join(f"match {value:6.2f}  " for value in logit)
-            print(f"{len(first):3}  similarity {first[-1]['similarity']:.3f}  {match}{records.shown(Path(paths[g]))}")
+            hit = {"path": paths[g], "similarity": found.similarity[q, place].item()}
+            if place < found.logits.shape[1]:       # it was re-scored
+                hit["match"] = found.logits[q, place].item()
+            first.append(hit)
+            match = f"match {hit['match']:6.2f}  " if "match" in hit else ""
+            print(f"{len(first):3}  similarity {hit['similarity']:.3f}  {match}{records.shown(Path(paths[g]))}")
         answers.append({"query": sentence, "first": first})
         if q < PICTURED:
             shown = [each["path"] for each in first]
@@ -228,8 +218,7 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
     figures.ranking_picture(rows, out / "query.png")
     checkpoint.write_json(out / "query.json", {"gallery": config.gallery or dataset, "images": len(paths),
                                                "left_out": left_out, "answers": answers})
-    print(f"Wrote {out / 'query.json'} and {out / 'query.png'}"
-          f"{f' (the first {PICTURED} sentences)' if len(asked) > PICTURED else ''}.")
+    print(f"Wrote {out / 'query.json'} and {out / 'query.png'}.")
 
 
 if __name__ == "__main__":

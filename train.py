@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mra import checkpoint, losses, released, training, weights
-from mra.config import PRESETS, TrainConfig, UserError, check_numbers, harmless, parse, pretrains, recipe, run, show
+from mra.config import PRESETS, TrainConfig, UserError, check_values, harmless, parse, pretrains, recipe, run, show
 from mra.data import town
-from mra.data.batches import Batch, Order, PairDataset
+from mra.data.batches import Batch, PairDataset, order
 from mra.data.check import check_set
 from mra.data.records import DATASETS, RecordSet, load_splits, share_of
 from mra.data.tokenizer import Tokenizer
@@ -84,9 +84,10 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
     device, rank, world, say = machine.device, machine.rank, machine.world, machine.say
     say(f"{show(config)}\nTraining on {device} in {machine.precision}, {world} process(es).")
     # ---- data, model, optimiser
-    train_set, val_set = load_sets(config, machine)
+    root = machine.root(config.data_root, config.dataset, config.preset == "tiny")
+    train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, say)
     model, tokenizer, pretrained_on = load_model(config, device, say)
-    dataset = PairDataset(train_set, tokenizer, model.config, config)
+    dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
     plan = training.Plan.of(config, len(dataset), world)
     optimizer = training.make_optimizer(model, config)
     facts = checkpoint.model_facts(model, tokenizer) | {
@@ -98,9 +99,9 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
     step_model = torch.compile(model) if config.compile else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
-    batches = batches_from(first, plan.steps, dataset, config, rank, world, device)
-    log = training.Log.after(first, out / "log.jsonl", plan, config.batch * config.accumulate * world, quiet=rank > 0)
+    log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, rank > 0, first)
     with training.stoppable() as asked:
+        batches = batches_from(first, plan.steps, dataset, config, rank, world, device)     # Ctrl-C spares its workers
         for step in range(first, plan.steps):
             model.train()
             rate = training.schedule(step, plan.steps, config.warmup)
@@ -128,10 +129,12 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
             if done in plan.evals:
                 best = keep(machine, out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
                     "step": done, "seconds": round(time.perf_counter() - started, 1)})
-            if training.any_process(asked.is_set(), machine) and done < plan.steps:
+            if training.any_process(asked.is_set(), machine):
                 if log.terms:
                     log.flush(done, config.lr * rate)       # which refuses what is not finite
-                machine.first(lambda: checkpoint.save_last(out, model, optimizer, facts | {"step": done, "best": best}))
+                if done not in plan.evals:
+                    machine.first(lambda: checkpoint.save(out / "last.safetensors", checkpoint.state(model, optimizer),
+                                                          facts | {"step": done, "best": best}))
                 raise KeyboardInterrupt
     say(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
         f"{time.perf_counter() - started:.0f} s.")
@@ -141,9 +144,9 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
 def batches_from(first: int, stop: int, dataset: PairDataset, config: TrainConfig, rank: int, world: int,
                  device: torch.device) -> Iterator[Batch]:
     """This process's batches of the steps `first` to `stop`."""
-    order = Order(len(dataset), config.batch, config.seed, first * config.accumulate, stop * config.accumulate,
-                  rank, world)
-    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate,
+    keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, stop * config.accumulate,
+                 rank, world)
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate,
                                             num_workers=config.workers, pin_memory=device.type == "cuda"))
 
 
@@ -153,7 +156,7 @@ def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Toke
     """Evaluate on val and write the last checkpoint, and the best one if this is it; returns the best result."""
     for buffer in model.buffers() if machine.world > 1 else ():
         dist.broadcast(buffer, 0)       # batch norms have seen other pairs in each process
-    result = training.validate(model, tokenizer, val_set, fused)
+    result = training.validate(model, tokenizer, val_set, fused, facts["train"]["workers"])
     log.write({"step": facts["step"], "val": result})
     machine.say(f"val at step {facts['step']}: {describe(result)}")
     facts, better = facts | {"val": result}, best is None or result["quality"] >= best["quality"]
@@ -161,7 +164,7 @@ def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Toke
     if machine.rank == 0:
         if better:
             checkpoint.save(out / "best.safetensors", checkpoint.weights(model), facts)
-        checkpoint.save_last(out, model, optimizer, facts | {"best": best})
+        checkpoint.save(out / "last.safetensors", checkpoint.state(model, optimizer), facts | {"best": best})
     log.restart()
     return best
 
@@ -182,13 +185,6 @@ def made_by(dataset: str) -> str:
     """A short name for what adapt.py's report says of a set; empty where there is none."""
     report = Path(dataset) / "report.json"
     return hashlib.sha256(report.read_bytes()).hexdigest()[:16] if report.is_file() else ""
-
-
-def load_sets(config: TrainConfig, machine: training.Machine) -> list[RecordSet]:
-    """Train and val."""
-    root = machine.root(config.data_root, config.dataset, config.preset == "tiny")
-    train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, machine.say)
-    return [share_of(train_set, config.share), val_set]
 
 
 def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tuple[Retriever, Tokenizer, str]:
@@ -212,9 +208,7 @@ def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tupl
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for values that no run can use."""
-    if config.preset not in PRESETS:
-        raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}.")
-    check_numbers(config)
+    check_values(config, preset=PRESETS)
     if PRESETS[config.preset].bins and config.batch < 2:
         raise UserError(f"--batch {config.batch}: the swin presets normalise over the batch; give 2 or more.")
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():

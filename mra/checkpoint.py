@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeVar
 
 import safetensors
 import torch
@@ -22,10 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mra.config import Config, ModelConfig, TrainConfig, UserError, replacing
-from mra.data.tokenizer import Tokenizer, checked
+from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
-
-Model = TypeVar("Model", bound=nn.Module)
 
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__}
 
@@ -68,8 +65,9 @@ def read_json(path: Path) -> dict | list:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name, a shared one (the tied word decoder) once."""
-    return {name: parameter for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+    """The model's tensors by name, a shared one (the tied word decoder) once; not what follows from a Swin's sizes."""
+    return {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if not name.endswith("relative_position_index")}
 
 
 def digest(model: nn.Module) -> str:
@@ -80,16 +78,11 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as `optimizer.<kind>.<parameter name>`."""
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The weights, and the optimiser's state as `optimizer.<kind>.<parameter name>`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"optimizer.{kind}.{names[parameter]}": value
-            for parameter, state in optimizer.state.items() for kind, value in state.items()}
-
-
-def save_last(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> None:
-    """Write what `resume` goes on from; facts with the `step` that is done and the `best` result on val, or None."""
-    save(out / "last.safetensors", weights(model) | optimizer_tensors(model, optimizer), facts)
+    return weights(model) | {f"optimizer.{kind}.{names[parameter]}": value
+                             for parameter, its in optimizer.state.items() for kind, value in its.items()}
 
 
 @contextmanager
@@ -114,7 +107,7 @@ def config_of(kind: type[Config], values: dict, tokenizer: Tokenizer) -> Config:
     return config
 
 
-def build(make: Callable[[], Model], tensors: dict[str, Tensor], path: Path) -> Model:
+def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], path: Path) -> nn.Module:
     """`make()` with these weights; made only once it is known that they fit, for facts may ask for any size."""
     with torch.device("meta"):
         check_weights(make(), tensors, path)
@@ -142,8 +135,9 @@ def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) ->
             tensor.copy_(given[name])
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give every parameter the state that `optimizer_tensors` named after it."""
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
+    """Go back to what `state` returned. Raises UserError where the weights do not fit."""
+    restore_weights(model, tensors, path)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -170,25 +164,28 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
     if saved.get("best") and not (out / "best.safetensors").exists():
         return 0, None
     with trusting(path):
-        now, then = ({"--" + k.replace("_", "-"): v for k, v in (asdict(TrainConfig()) | f["train"]).items()
-                      if k not in MAY_DIFFER}    # a flag that an older checkpoint does not know had its default
-                     | {"number of pairs": f["pairs"], "adapted set": f.get("adapted", ""),
-                        "--batch x processes": f["train"]["batch"] * f["processes"]}
-                     for f in (facts, saved))
+        now, then = settings(facts), settings(saved)
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if changed:
             raise UserError(f"{path} was trained with another {changed[0]}, {then.get(changed[0])!r}; give another "
                             "--out, or --no-resume to overwrite it.")
-        restore_weights(model, tensors, path)
-        restore_optimizer(model, optimizer, tensors)
+        restore(model, optimizer, tensors, path)
         return int(saved["step"]), saved["best"]
+
+
+def settings(facts: dict) -> dict:
+    """All that must be the same for a run to go on, by the name to tell the user."""
+    flags = asdict(TrainConfig()) | facts["train"]      # a flag that an older checkpoint does not know had its default
+    return {"--" + name.replace("_", "-"): value for name, value in flags.items() if name not in MAY_DIFFER} | {
+        "number of pairs": facts["pairs"], "adapted set": facts.get("adapted", ""),
+        "--batch x processes": flags["batch"] * facts["processes"]}
 
 
 def load_retriever(path: Path, device: torch.device) -> tuple[Retriever, Tokenizer, dict]:
     """The model, the tokenizer and the facts of a checkpoint."""
     tensors, facts = load(path)
     with trusting(path):
-        tokenizer = Tokenizer(checked(facts["vocab"], path))
+        tokenizer = Tokenizer(facts["vocab"], path)
         config = config_of(ModelConfig, facts["model"], tokenizer)
         train = facts["train"]      # what the scripts rely on
         for text in (train["preset"], train["dataset"], train["data_root"], facts["pretrained_on"]):

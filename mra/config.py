@@ -246,11 +246,15 @@ LIMITS = {  # what a number on the command line may be, at least and at most
     "images": (1, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100), "guidance_from": (0, 1),
     "guidance_to": (0, 1), "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1),
     "grey_variance": (0, 1), "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1),
+    "k": (-1, 1e9), "weight": (-1, 1e9),
 }
 
 
-def check_numbers(config) -> None:
-    """Raise UserError for a number outside its LIMITS."""
+def check_values(config, **choices) -> None:
+    """Raise UserError for a number outside its LIMITS, or a word that is none of the choices for it."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(allowed)}.")
     for name, (low, high) in LIMITS.items():
         if hasattr(config, name) and not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")

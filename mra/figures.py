@@ -6,16 +6,15 @@ Before: ranking.py. After: evaluate.py, which draws them.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from mra.data.augment import plain_view
+from mra.data.augment import tensor_of
 from mra.data.records import open_image, save_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.retriever import Retriever
 
-CELL = (192, 96)     # height and width of a photograph in the picture, pixels
+CELL = (96, 192)     # width and height of a photograph in the picture, pixels
 GAP = 8              # between photographs, pixels
 TITLE = 40           # height of a row's sentence, pixels
 GREEN, RED, GREY, INK = (30, 150, 60), (205, 40, 40), (150, 150, 150), (20, 20, 20)
@@ -36,26 +35,23 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
     """The photograph, coloured where its patches are similar to the phrase in the space of the region losses."""
     config, device = model.config, next(model.parameters()).device
     picture = open_image(path)
-    tokens, _ = model.encode_image(plain_view(picture, (config.height, config.width))[None].to(device))
+    tokens, _ = model.encode_image(tensor_of(picture, (config.height, config.width))[None].to(device))
     patches = model.image_feature(tokens[0, 1:, None].expand(-1, 2, -1))                  # (N, E)
     _, feature = model.encode_text(*(x.to(device) for x in pad([tokenizer.encode(phrase, config.max_tokens)],
                                                                      tokenizer.pad_id)))
-    heat = (patches @ feature[0]).view(config.grid).float().cpu().numpy()                 # (rows, columns)
-    heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-6)
-    size = CELL[1], CELL[0]
-    mask = Image.fromarray((255 * heat).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    photo = np.asarray(picture.resize(size, Image.Resampling.BICUBIC), np.float32)
-    heat = np.asarray(mask, np.float32)[..., None] / 255
-    mixed = photo * (1 - 0.6 * heat) + np.array((255, 60, 0), np.float32) * 0.6 * heat
-    return Image.fromarray(mixed.astype(np.uint8))
+    heat = (patches @ feature[0]).view(config.grid).float()                               # (rows, columns)
+    heat = 0.6 * (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
+    mask = Image.fromarray((255 * heat).byte().cpu().numpy()).resize(CELL, Image.Resampling.BICUBIC)
+    photo = picture.resize(CELL, Image.Resampling.BICUBIC)
+    return Image.composite(Image.new("RGB", CELL, (255, 60, 0)), photo, mask)
 
 
 def ranking_picture(rows: list[Row], path: Path) -> None:
     """Write one row per query: its sentence, its photographs framed green (right) or red (wrong), its heat maps."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(11)
     columns = max(len(row.paths) + len(row.heat) for row in rows)
-    high = TITLE + CELL[0] + 3 * GAP
-    sheet = Image.new("RGB", (max(700, columns * (CELL[1] + GAP) + GAP), high * len(rows)), "white")
+    high = TITLE + CELL[1] + 3 * GAP
+    sheet = Image.new("RGB", (max(700, columns * (CELL[0] + GAP) + GAP), high * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, row in enumerate(rows):
         top = number * high
@@ -63,24 +59,23 @@ def ranking_picture(rows: list[Row], path: Path) -> None:
         frames = [(photograph(path), None, {True: GREEN, False: RED, None: GREY}[right])
                   for path, right in zip(row.paths, row.right)] + [(image, phrase, GREY) for phrase, image in row.heat]
         for column, (image, phrase, colour) in enumerate(frames):
-            x, y = GAP + column * (CELL[1] + GAP), top + TITLE
-            pen.rectangle((x - 3, y - 3, x + CELL[1] + 2, y + CELL[0] + 2), fill=colour)
+            x, y = GAP + column * (CELL[0] + GAP), top + TITLE
+            pen.rectangle((x - 3, y - 3, x + CELL[0] + 2, y + CELL[1] + 2), fill=colour)
             sheet.paste(image, (x, y))
             if phrase:
-                pen.text((x, y + CELL[0] + 3), _wrapped(phrase, small, CELL[1]).split("\n")[0], INK, small)
+                pen.text((x, y + CELL[1] + 3), _wrapped(phrase, small, CELL[0]).split("\n")[0], INK, small)
     save_image(sheet, path)
 
 
 def sheet(rows: dict[str, torch.Tensor], path: Path) -> None:
     """Write rows of uint8 images (N, 3, H, W), each under its title."""
-    font, wide, high = ImageFont.load_default(15), CELL[1] + GAP, CELL[0] + 22 + GAP
+    font, wide, high = ImageFont.load_default(15), CELL[0] + GAP, CELL[1] + 22 + GAP
     picture = Image.new("RGB", (max(len(images) for images in rows.values()) * wide + GAP, len(rows) * high), "white")
     pen = ImageDraw.Draw(picture)
     for number, (title, images) in enumerate(rows.items()):
         pen.text((GAP, number * high + 2), title, INK, font)
         for i, image in enumerate(images):
-            crop = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-            crop = crop.resize((CELL[1], CELL[0]), Image.Resampling.BICUBIC)
+            crop = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(CELL, Image.Resampling.BICUBIC)
             picture.paste(crop, (GAP + i * wide, number * high + 22))
     save_image(picture, path)
 
@@ -131,7 +126,7 @@ def curve(points: dict[float, list[float]], title: str, path: Path) -> None:
 
 
 def photograph(path: str) -> Image.Image:
-    return open_image(path).resize((CELL[1], CELL[0]), Image.Resampling.BICUBIC)
+    return open_image(path).resize(CELL, Image.Resampling.BICUBIC)
 
 
 def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:

@@ -131,7 +131,6 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
 def initialise(module: nn.Module) -> None:
     """Normal weights of 0.02 at width 768, as BERT and ViT, their variance in proportion to 1 / width; zero biases."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-        dim = module.embedding_dim if isinstance(module, nn.Embedding) else module.weight[0].numel()
-        nn.init.trunc_normal_(module.weight, std=0.02 * (768 / dim) ** 0.5)
+        nn.init.trunc_normal_(module.weight, std=0.02 * (768 / module.weight[0].numel()) ** 0.5)
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mra.config import ModelConfig
-from mra.data.augment import plain_view
+from mra.data.augment import tensor_of
 from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
@@ -117,7 +117,7 @@ class Images(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return plain_view(open_image(self.paths[index]), self.size)
+        return tensor_of(open_image(self.paths[index]), self.size)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 A released file holds a Swin-B, BERT's layers as text and fusion encoder, and the heads; it becomes one of the
 presets `swin` (384x256) or `swin-224`. Fine-tuning at 384x256 what was pretrained at 224x224 interpolates the
-tables of positions. `python -m mra.released ft_cuhk.pth` writes such a file as one of ours.
-Before: weights.py. After: train.py (`--init`) and evaluate.py (`--checkpoint`).
+tables of positions.
+Before: weights.py. After: train.py (`--init`), evaluate.py and adapt.py (`--checkpoint`).
 """
 
-import argparse
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mra import checkpoint
-from mra.config import PRESETS, ModelConfig, UserError, run
+from mra.config import PRESETS, ModelConfig, UserError
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 from mra.weights import BERT_DROPPED, BERT_NAMES, Source, bert_tensors, read_vocabulary, resized_grid
@@ -27,8 +25,7 @@ RELEASED_NAMES = (
     (r"\.layers\.(\d)\.downsample\.", r".merges.\1."), (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3."),
     (r"^vision_proj\.", "image_projection."), (r"^text_proj\.", "text_projection."), (r"^temp$", "temperature"),
     (r"^itm_head\.", "matching_head."))
-DERIVED = "relative_position_index"    # follows from the window
-RELEASED_DROPPED = (rf".*\.{DERIVED}$", r".*\.attn_mask$")
+RELEASED_DROPPED = (r".*\.relative_position_index$", r".*\.attn_mask$")      # they follow from the window
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], ModelConfig, str]:
@@ -44,10 +41,8 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], ModelConfig, str]:
         config = replace(PRESETS[preset], vocab=source.shape("embeddings.word_embeddings.weight")[0])
         if "image_projection.weight" in source.left:    # as for RSTPReid, which is also re-ranked further down
             config = replace(config, bins=0, embed=source.shape("image_projection.weight")[0], rerank=1000)
-        ours = re.compile(r"(image_encoder|image_projection|text_projection|matching_head|temperature)\b")
         tensors = bert_tensors(source, config.text_depth)
-        tensors |= {name: source.take(name) for name in list(source.left)
-                    if ours.match(name) and not source.dropped.match(name)}
+        tensors |= {name: source.take(name) for name in list(source.left) if not source.dropped.match(name)}
         return tensors, config, preset
 
 
@@ -64,15 +59,8 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
     tokenizer = read_vocabulary(vocab, Path(path), config.vocab)
     facts = {"train": {"preset": preset, "dataset": "sda" if preset == "swin-224" else "", "seed": "unknown",
                        "data_root": "real data"}, "val": {"weight": 0.0}, "pretrained_on": "sda"}
-    return build(tensors, config, path).to(device).eval(), tokenizer, facts
-
-
-def build(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> Retriever:
-    """The model with these weights. Raises UserError where they do not fit."""
-    model = Retriever(config)
-    derived = {name: tensor for name, tensor in model.named_buffers() if name.endswith(DERIVED)}
-    checkpoint.restore_weights(model, derived | tensors, path)
-    return model
+    model = checkpoint.build(lambda: Retriever(config), tensors, path)
+    return model.to(device).eval(), tokenizer, facts
 
 
 def with_size(config: ModelConfig, like: ModelConfig) -> ModelConfig:
@@ -82,15 +70,12 @@ def with_size(config: ModelConfig, like: ModelConfig) -> ModelConfig:
 
 def resized(model: Retriever, like: ModelConfig) -> Retriever:
     """The model for images of another size, with the windows of `like`; its position tables are interpolated."""
-    config = with_size(model.config, like)
-    target = Retriever(config)
-    own, tensors = checkpoint.weights(target), {}
-    for name, tensor in checkpoint.weights(model).items():
+    target, tensors = Retriever(with_size(model.config, like)), checkpoint.weights(model)
+    for name, own in checkpoint.weights(target).items():
         if name.endswith("relative_position_bias_table"):
-            tensor = resized_table(tensor, math.isqrt(len(own[name])))
+            tensors[name] = resized_table(tensors[name], math.isqrt(len(own)))
         elif name == "image_encoder.positions":
-            tensor = resized_grid(tensor, model.config.grid, config.grid)
-        tensors[name] = own[name] if name.endswith(DERIVED) else tensor
+            tensors[name] = resized_grid(tensors[name], model.config.grid, target.config.grid)
     checkpoint.restore_weights(target, tensors, Path("The resized model"))
     return target
 
@@ -124,21 +109,3 @@ def geometric_ratio(terms: int, reach: int) -> float:
         ratio = (low + high) / 2
         low, high = (low, ratio) if sum(ratio ** i for i in range(terms)) > reach else (ratio, high)
     return ratio
-
-
-def main() -> None:
-    """Write a released checkpoint as one of ours beside it: no pickle, with configuration and vocabulary inside."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--vocab", default="", help="BERT's vocab.txt; by default the one beside the checkpoint")
-    given = parser.parse_args()
-    target = given.checkpoint.with_suffix(".safetensors")
-    if target.exists():
-        raise UserError(f"{target} is there already; move it away to write it anew.")
-    model, tokenizer, facts = load_retriever(given.checkpoint, torch.device("cpu"), given.vocab)
-    checkpoint.save(target, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | facts)
-    print(f"Wrote {target}.")
-
-
-if __name__ == "__main__":
-    run(main)

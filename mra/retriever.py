@@ -7,7 +7,6 @@ the released code it does neither). Before: losses.py, similarity.py, data/batch
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ class Retriever(nn.Module):
         """Unit features (B, E) of the tokens (B, 1+N, D) of images, or of regions and the patches they touch (B, N)."""
         x, patches = tokens[:, 0], tokens[:, 1:]
         if self.config.bins:
-            if region_keep is not None and not self.config.released_regions:
+            if region_keep is not None:
                 patches = torch.where(region_keep[..., None], patches, x[:, None])   # none outside reaches a bin
             x = binned(patches, self.config.bins)
         return F.normalize(self.image_projection(x), dim=-1)
@@ -101,9 +100,9 @@ class Retriever(nn.Module):
         if fuse:
             terms["mlm"] = self.predict_words(batch, memories)
         if batch.region_keep is not None:
-            region, region_keep = pool_region(image, batch.region_keep, not self.config.released_regions)
-            seen = image if self.config.released_regions else region         # whose token 0 is not the box's
-            feature = self.image_feature(seen, batch.region_keep)            # (B, E)
+            released = self.config.released_regions                          # then the feature ignores the box
+            region, region_keep = pool_region(image, batch.region_keep, keep_mean=not released)
+            feature = self.image_feature(image) if released else self.image_feature(region, batch.region_keep)
             memories = self.fusion_encoder.memories(region)
             aligned = self.align(feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
                                  batch.phrase_class, smoothing)
@@ -120,11 +119,11 @@ class Retriever(nn.Module):
             terms["itm"] = self.matching_loss(scores, memories, image_keep, text, keep, classes)
         return terms
 
-    def matching_loss(self, similarity: Tensor, memories: list[Tensor], image_keep: Tensor | None, text: Tensor,
+    def matching_loss(self, scores: Tensor, memories: list[Tensor], image_keep: Tensor | None, text: Tensor,
                       keep: Tensor, classes: Tensor) -> Tensor:
         """Matching loss of B matched pairs, B images with a wrong text and B texts with a wrong image."""
-        wrong_text, text_exists = losses.hard_negatives(similarity, classes)             # (B,), (B,)
-        wrong_image, image_exists = losses.hard_negatives(similarity.T, classes)
+        wrong_text, text_exists = losses.hard_negatives(scores, classes)             # (B,), (B,)
+        wrong_image, image_exists = losses.hard_negatives(scores.T, classes)
         own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
         images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])      # (3B,)
         matched, counts = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])
@@ -165,8 +164,5 @@ def pool_region(image: Tensor, region_keep: Tensor, keep_mean: bool = True) -> t
 
 def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:
     """Mean of the values where counts is True, such that averaging it over processes gives the joint mean."""
-    total, count = (values * counts).sum(), counts.sum().float()
-    if dist.is_initialized():
-        dist.all_reduce(count)
-        total = total * dist.get_world_size()
-    return total / count.clamp(min=1)
+    count = similarity.summed(counts.sum().float())
+    return (values * counts).sum() * similarity.processes() / count.clamp(min=1)

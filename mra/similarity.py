@@ -272,10 +272,10 @@ def top_k(queries: Tensor, gallery: Tensor, k: int, chunk: int = 65536,
 
 def sharded_top_k(queries: Tensor, gallery: Tensor, k: int, chunk: int = 65536) -> tuple[Tensor, Tensor]:
     """`top_k` by all processes, each on its own stretch of the same gallery (G, E), merged once; all get the result."""
-    stretch, rank = math.ceil(len(gallery) / processes()), dist.get_rank() if dist.is_initialized() else 0
-    values, indices = top_k(queries, gallery[rank * stretch:(rank + 1) * stretch], k, chunk)
+    own = own_rows(math.ceil(len(gallery) / processes()))
+    values, indices = top_k(queries, gallery[own], k, chunk)
     short = min(k, len(gallery)) - values.shape[1]                                     # a stretch may be shorter than k
-    values, indices = F.pad(values, (0, short), value=-torch.inf), F.pad(indices + rank * stretch, (0, short))
+    values, indices = F.pad(values, (0, short), value=-torch.inf), F.pad(indices + own.start, (0, short))
     return merged(list(zip(gathered(values[None]), gathered(indices[None]))), values.shape[1])
 
 

@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 
 from mra import checkpoint, contrasts, diffusion, figures, ranking
-from mra.config import DIFFUSION_PRESETS, UserError, parse, recipe, replacing, run
+from mra.config import DIFFUSION_PRESETS, UserError, parse, replacing, run
 from mra.data import town
 from mra.data.records import Record, load, load_splits, save_image, share_of
 from mra.diffusion.gap import TARGETS
-from mra.diffusion.sampling import Crops, read_base
+from mra.diffusion.sampling import read_base, read_images, stacked
 from mra.diffusion.transfers import transferred
 from mra.training import choose_device, queries_of
 
@@ -44,12 +44,13 @@ TITLES = {"regions": "With region losses", "pairs": "Without region losses",
 TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
 SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}       # of the images that DaD makes; the rest stay source
 VARIANTS = {"dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"), "dad only grey": ("--malformed", "1000"),
-            "dad only malformed": ("--grey-mean", "0"), "dad matched": ("--checkpoint",),    # dad itself has both
+            "dad only malformed": ("--grey-mean", "0"), "dad matched": (),       # with a third one; dad itself has both
             "dad of target captions": ("--captions", "target")}     # as in the paper; else the source's
 ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, *VARIANTS, "exact", "exact again", "shuffled")
 MAIN = [(arm, losses) for arm in ("source", "dad", "exact") for losses in ("regions", "pairs")]
 KEPT = 2 / 3                        # as many images as this share of what DaD makes are in every arm; filters drop some
 SOURCE_SHARE = 0.25                 # source images in the mix, as a share of the arm's
+WORDS = ("caption", "phrases", "boxes")      # what a record says of its image
 LEAST = 12                          # images that DaD makes, so that a mix has both
 FEW = 0.1                           # of the labelled identities
 STAGES = ("zero-shot", "zero-shot after a tenth", "tenth", "all")      # the second: DaD has seen a tenth of the pairs
@@ -192,13 +193,11 @@ def pretrained(one: Run, out: Path, folder: Path, share: float) -> str:
 
 
 def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: str) -> str:
-    """Call train.py with the recipe of pretraining or of fine-tuning; the checkpoint that is best on val."""
-    settings = recipe(dataset if dataset in TARGETS else "sda", one.size) | {
-        "dataset": dataset, "preset": one.size, "seed": one.seed, "out": folder, "init": start, "steps": steps}
-    settings |= {"fusion_from": 0.15 if start == "none" else 0}      # of weights that have learned, from the first step
-    losses = LOSSES[one.losses] if start == "none" or one.losses == "pairs" else ()     # `released` stays with a model
-    given = [("--" + name.replace("_", "-"), str(value)) for name, value in settings.items()]       # later ones win
-    call("train.py", *sum(given, ()), *losses, *flags)
+    """Call train.py, whose recipes are those of pretraining and fine-tuning; the checkpoint that is best on val."""
+    fresh = start == "none"         # weights that have learned already match from the first step
+    losses = LOSSES[one.losses] if fresh or one.losses == "pairs" else ()       # `released` stays with a model
+    call("train.py", "--dataset", dataset, "--preset", one.size, "--seed", str(one.seed), "--out", str(folder),
+         "--init", start, "--steps", str(steps), "--fusion-from", "0.15" if fresh else "0", *losses, *flags)
     return str(folder / "best.safetensors")
 
 
@@ -237,9 +236,9 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
         found = ranking.search(model, tokenizer, captions, paths, model.config.rerank, True)
         orders = found.candidates, found.reranked(facts["val"].get("weight", 0.0))
         asked = query_ids, query_ids.where(of_twins, -1), query_ids.where(~of_twins, -1)        # -1: not counted
-        rows[target] = {stage: every | {"twins R@1": twin["R@1"], "rest R@1": rest["R@1"]}
-                        for stage, every, twin, rest in zip(
-                            ("embeddings", "re-ranked"), *(found.metrics(ids, gallery_ids, *orders) for ids in asked))}
+        every, twin, rest = (found.metrics(ids, gallery_ids, *orders) for ids in asked)
+        rows[target] = {stage: every[i] | {"twins R@1": twin[i]["R@1"], "rest R@1": rest[i]["R@1"]}
+                        for i, stage in enumerate(("embeddings", "re-ranked"))}
     return rows
 
 
@@ -255,25 +254,20 @@ def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
     source = list(load("sda", "train", town.ready("sda", tiny), say=quiet).records)
     random.Random(one.seed).shuffle(source)
     most = min(round(one.images * KEPT), round(len(source) / (1 + SOURCE_SHARE)))
-    count, total = round(most * SHARES.get(one.arm, 1)), round(most * (1 + SOURCE_SHARE))
-    own = (adapted(one, share, retriever)[:count] if learns(one.arm) else [] if one.arm == "source"
+    count, total = max(1, round(most * SHARES.get(one.arm, 1))), round(most * (1 + SOURCE_SHARE))
+    own = (adapted(one, share, retriever, count) if learns(one.arm) else [] if one.arm == "source"
            else (moved if one.arm in TRANSFERS else exact)(one, source[:count]))
     rest = source[len(own):total]
-    plain = Crops([record.path for record in rest], DIFFUSION_PRESETS[one.size]).read()
+    plain = read_images([record.path for record in rest], DIFFUSION_PRESETS[one.size])
     rows = own + [(image, row_of(record)) for image, record in zip(plain, rest)]
     if one.arm == "shuffled":
-        words = [{name: row[name] for name in ("caption", "phrases", "boxes", "logits")} for _, row in rows]
+        words = [{name: row[name] for name in WORDS} for _, row in rows]
         random.Random(one.seed).shuffle(words)
         rows = [(image, row | other) for (image, row), other in zip(rows, words)]
     (folder / "imgs").mkdir(parents=True)
     for number, (image, row) in enumerate(rows):
-        if isinstance(image, str):
-            name = f"{number:06d}{Path(image).suffix}"
-            shutil.copyfile(image, folder / "imgs" / name)
-        else:
-            name = f"{number:06d}.png"
-            save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / "imgs" / name)
-        row |= {"image": name}
+        row |= {"image": f"{number:06d}.png"}
+        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / "imgs" / row["image"])
     for start in range(0, len(rows), 5000):
         some = [row for _, row in rows[start:start + 5000]]
         checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", some, indent=None)
@@ -286,28 +280,29 @@ def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
 def row_of(record: Record) -> dict:
     """The SDA record of an image, but for its file."""
     return {"image_id": record.identity, "caption": record.captions[0], "phrases": record.phrases,
-            "boxes": record.boxes, "logits": [1.0] * len(record.boxes)}
+            "boxes": record.boxes}
 
 
-def adapted(one: Run, share: float, retriever: str) -> list[tuple[str, dict]]:
-    """What adapt.py makes, having learned from the target's labelled pairs or a share of them; in random order."""
+def adapted(one: Run, share: float, retriever: str, count: int) -> list[tuple[torch.Tensor, dict]]:
+    """Some of what adapt.py makes, having learned from the target's labelled pairs or a share of them."""
     folder = Path("out/sda") / f"study-{one.images_of('dad' if one.arm in SHARES else one.arm)}-{share:g}"
     flags = ("--mode", "restyle") if one.arm == "restyled" else ("--captions", "source", *VARIANTS.get(one.arm, ()))
-    flags += (retriever,) * (flags[-1:] == ("--checkpoint",))
+    if one.arm == "dad matched":
+        flags += ("--checkpoint", retriever)
     call("adapt.py", "--target", one.target, "--size", one.size, "--seed", str(one.seed), "--share", str(share),
          "--images", str(one.images), "--out", str(folder), "--no-measure", *flags)
     rows = [row for part in sorted(folder.glob("sda_*.json")) for row in checkpoint.read_json(part)]
     random.Random(one.seed).shuffle(rows)
-    kept = ("caption", "phrases", "boxes", "logits")
-    return [(str(folder / "imgs" / row["image"]), {name: row[name] for name in kept} | {"image_id": 10**6 + number})
-            for number, row in enumerate(rows)]                                         # each a person of its own
+    images = read_images([str(folder / "imgs" / row["image"]) for row in rows[:count]], DIFFUSION_PRESETS[one.size])
+    return [(image, {name: row[name] for name in WORDS} | {"image_id": 10**6 + number})      # each a person of its own
+            for number, (image, row) in enumerate(zip(images, rows))]
 
 
 def moved(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
     """Source images in the look of the target's unlabelled training images, without diffusion."""
     base, _ = read_base(Path(diffusion.__path__[0]) / f"base-{one.size}.safetensors")
     target = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
-    plain, looks = (Crops([record.path for record in some], base.config).read() for some in (source, target.records))
+    plain, looks = (read_images([record.path for record in some], base.config) for some in (source, target.records))
     return [(image, row_of(record)) for image, record in
             zip(transferred(plain, looks, base.eval().autoencoder)[one.arm], source)]
 
@@ -320,10 +315,8 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
     size = DIFFUSION_PRESETS[one.size]
     drawn = town.portraits(one.target, [shot.person for shot in seen], 7 + (one.arm == "exact again"),
                            (size.height, size.width), torch.get_num_threads())
-    return [(torch.from_numpy(portrait.pixels.copy()).permute(2, 0, 1),
-             {"image_id": record.identity, "caption": portrait.words.caption, "phrases": portrait.words.phrases,
-              "boxes": portrait.words.boxes, "logits": [1.0] * len(portrait.words.boxes)})
-            for portrait, record in zip(drawn, source)]
+    return [(image, {"image_id": record.identity} | {name: getattr(portrait.words, name) for name in WORDS})
+            for image, portrait, record in zip(stacked([shown.pixels for shown in drawn]), drawn, source)]
 
 
 # ---- tables and figure

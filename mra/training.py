@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,16 +31,6 @@ from mra.retriever import Retriever
 
 SHARDS = 2      # parts of a batch that the CPU works on side by side; a fixed number, so that it decides no result
 NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
-
-
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """Join torchrun's processes, if it started this one; returns (rank, number of processes)."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))    # the first process draws sets while the others wait
-    return dist.get_rank(), dist.get_world_size()
 
 
 def choose_device(name: str) -> torch.device:
@@ -90,9 +80,6 @@ def stoppable() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         asked.set()
 
-    if threading.current_thread() is not threading.main_thread():       # signals are the main thread's
-        yield asked
-        return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
@@ -131,8 +118,12 @@ class Machine:
 
     @staticmethod
     def of(device: str, precision: str) -> "Machine":
-        place = choose_device(device)
-        rank, world = start_processes(place)
+        place, rank, world = choose_device(device), 0, 1
+        if "LOCAL_RANK" in os.environ:        # torchrun's
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
+                                        timeout=timedelta(hours=2))    # the first draws sets while the others wait
+            rank, world = dist.get_rank(), dist.get_world_size()
         return Machine(place, choose_precision(precision, place), rank, world,
                        print if rank == 0 else lambda *_: None)
 
@@ -157,9 +148,10 @@ class Machine:
 
     def root(self, data_root: str, dataset: str, tiny: bool) -> Path:
         """The folder of the sets: the one given, or the demo town's, where the first process draws what is missing."""
-        if not data_root:
-            self.first(lambda: town.ready(dataset, tiny, self.say))
-        return Path(data_root) if data_root else town.root(tiny)
+        if data_root:
+            return Path(data_root)
+        self.first(lambda: town.ready(dataset, tiny, self.say))
+        return town.ready(dataset, tiny, self.say)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -197,24 +189,18 @@ class Plan:
         return Plan(steps, round(config.fusion_from * steps), evals)
 
 
-@dataclass
 class Log:
-    """Loss terms of the steps since the last line; flushed to a line of progress and of log.jsonl."""
+    """Loss terms of the steps since the last line; flushed to a line of progress and of log.jsonl.
 
-    path: Path
-    plan: Plan
-    images: int          # of one step, all processes
-    quiet: bool
-    terms: list[dict[str, Tensor]] = field(default_factory=list)
-    since: float = field(default_factory=time.perf_counter)
+    `images` are of one step, all processes. In a run that goes on after step `first`, what was logged after it goes.
+    """
 
-    @staticmethod
-    def after(first: int, path: Path, *rest, quiet: bool) -> "Log":
-        """The log of a run that goes on after step `first`: what was logged after it goes."""
+    def __init__(self, path: Path, plan: Plan, images: int, quiet: bool, first: int = 0):
+        self.path, self.plan, self.images, self.quiet = path, plan, images, quiet
         if path.exists() and not quiet:
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
-        return Log(path, *rest, quiet)
+        self.restart()
 
     def flush(self, step: int, rate: float) -> None:
         """Write the means of the steps up to `step`. Raises UserError if a term of one of them is not finite."""
@@ -251,7 +237,7 @@ def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]
         [record.identity for record in source.records])
 
 
-def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, batch: int = 64) -> dict:
+def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, workers: int = 0) -> dict:
     """R@1 and mAP on val by embeddings and, when the fusion encoder is trained, re-ranked with the best weight.
 
     `quality` is what checkpoints are compared by: whether the fusion encoder is trained, then how good
@@ -259,7 +245,8 @@ def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool
     """
     captions, query_ids, paths, gallery_ids = queries_of(val)
     model.eval()
-    found = ranking.search(model, tokenizer, captions, paths, model.config.rerank if fused else 0, False, batch)
+    found = ranking.search(model, tokenizer, captions, paths, model.config.rerank if fused else 0, mirror=False,
+                           workers=workers)
     embedded, = found.metrics(query_ids, gallery_ids, found.candidates)
     result = {"embeddings": embedded, "quality": [fused, ranking.quality(embedded)]}
     if fused:

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mra import checkpoint
@@ -59,8 +59,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file of weights.")
     try:
         if Path(path).suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+            return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # broken files raise almost every type
         raise UserError(f"{path} cannot be read as weights: it is broken, or holds more than tensors "
@@ -134,17 +133,13 @@ def heads_of(path: Path, dim: int) -> int:
     Raises UserError where neither tells, or that file names an activation other than the exact GELU.
     """
     beside = Path(path).with_name("config.json")
-    try:
+    with checkpoint.trusting(beside):
         said = json.loads(beside.read_text()) if beside.is_file() else {}
-        if not isinstance(said, dict) or type(said.get("num_attention_heads", 0)) is not int:
-            raise ValueError("num_attention_heads is no number")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{beside} cannot be read as JSON ({error}).") from error
-    said = said if said.get("hidden_size") == dim else {}       # it may be that of other weights
+        said = said if said.get("hidden_size") == dim else {}       # it may be that of other weights
+        heads = int(said.get("num_attention_heads", USUAL_HEADS.get(dim, 0)))
     if said.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: its activation is {said['hidden_act']}; only gelu will do.")
-    heads = said.get("num_attention_heads", USUAL_HEADS.get(dim))
-    if not heads or heads < 1 or dim % heads:
+    if heads < 1 or dim % heads:
         raise UserError(f"{path}: put its config.json beside it, which tells the number of attention heads.")
     return heads
 

@@ -21,6 +21,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.read()
 
 
+def spelt(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Whole words, their pieces joined; [PAD], [CLS] and [SEP] are left out."""
+    left_out = tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id
+    return " ".join(tokenizer.pieces[i] for i in ids if i not in left_out).replace(" ##", "").split()
+
+
 @pytest.fixture(scope="session")
 def config(tokenizer) -> ModelConfig:
     """The tiny preset with two layers an encoder, and image and text widths that cannot be confused."""

@@ -100,7 +100,7 @@ def test_values_are_normalised_and_resized_as_clip_does():
     image = noise()
     expected = np.asarray(image.resize((32, 64), Image.Resampling.BICUBIC)) / 255
     expected = (expected - (0.48145466, 0.4578275, 0.40821073)) / (0.26862954, 0.26130258, 0.27577711)
-    view = augment.plain_view(image, (64, 32))
+    view = augment.tensor_of(image, (64, 32))
     assert view.shape == (3, 64, 32) and view.dtype == torch.float32 and view.is_contiguous()
     assert np.abs(view.permute(1, 2, 0).numpy() - expected).max() < 1e-5
     rng = random.Random(0)

@@ -72,8 +72,8 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
                  "missing in the folders 'val' 6, 'train' 1\n"):
         assert line in out
     for number, words in ((3, "a caption is empty or not text: ' '"), (13, "the field 'id' has the wrong type"),
-                          (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train, record 1"),
-                          (17, "also in test, record 16")):
+                          (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train, "),
+                          (17, "also in test, ")):
         assert any(f"record {number} (" in line and words in line for line in out.splitlines()), words
     assert "train: 5 images, published 6" in out and "train: 11 captions, published 12" in out
     assert "test: 4 images, published 6" in out and "test: 8 captions, published 12" in out
@@ -84,7 +84,7 @@ def test_an_identity_of_two_splits_is_noted(checked, root):
         items[6]["id"] = items[0]["id"]                     # val 0_0
     records_of(root, spoil)
     _, out = checked()
-    assert "Note: 1 identities stand in two splits, the first: " in out and "also in train" in out
+    assert "Note: 1 identities of train stand in val, too, as '" in out
 
 
 def test_images_that_do_not_decode(checked, root):
@@ -139,13 +139,6 @@ def test_drawn_data_is_not_held_against_the_published_counts(checked, root):
     assert status == 0 and "drawn data, not photographs" in out and "5 (6)" in out
 
 
-def test_wordless_captions_are_noted(root):
-    lines = []
-    file = (root / "CUHK-PEDES").rename(root / "RSTPReid") / "reid_raw.json"
-    items = json.loads(file.read_text().replace("file_path", "img_path"))
-    items[2]["captions"] = ["穿红衣", "a man"]
-    file.with_name("data_captions.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
-    assert not check.check_set("rstp", root, 1, lines.append)        # its counts are not the published ones
-    assert any("Note: 1 captions have no word left" in line and "record 2 (" in line for line in lines)
+def test_a_set_that_is_not_there(root):
     with pytest.raises(UserError, match="no folder"):
         check.check_set("icfg", root, 1)

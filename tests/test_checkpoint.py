@@ -28,10 +28,6 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
 
 
-def state(model, optimizer) -> dict[str, torch.Tensor]:
-    return checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer)
-
-
 def refusal(call, *arguments) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments)
@@ -174,17 +170,16 @@ def test_training_goes_on_bit_for_bit(tmp_path, config, batch):
     model, optimizer = fresh(0)
     for number in range(2):
         step(model, optimizer, batch, number)
-    checkpoint.save(path, state(model, optimizer), FACTS)
+    checkpoint.save(path, checkpoint.state(model, optimizer), FACTS)
     again, restored = fresh(1)
     saved, _ = checkpoint.load(path)
-    checkpoint.restore_weights(again, saved, path)
-    checkpoint.restore_optimizer(again, restored, saved)
-    assert same(state(model, optimizer), state(again, restored))
+    checkpoint.restore(again, restored, saved, path)
+    assert same(checkpoint.state(model, optimizer), checkpoint.state(again, restored))
     for number in (2, 3, 4):
         step(model, optimizer, batch, number)
         step(again, restored, batch, number)
-        assert same(state(model, optimizer), state(again, restored))
-    assert len(state(model, optimizer)) == 4 * len(list(model.parameters()))     # weight, two moments, step
+        assert same(checkpoint.state(model, optimizer), checkpoint.state(again, restored))
+    assert len(checkpoint.state(model, optimizer)) == 4 * len(list(model.parameters()))     # weight, two moments, step
 
 
 def facts_of(model, tokenizer, train: TrainConfig, **more) -> dict:
@@ -198,14 +193,14 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     assert checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train)) == (0, None)
     step(model, optimizer, batch, 0)
     facts = facts_of(model, tokenizer, train, step=7, best={"R@1": 50.0})
-    checkpoint.save(path, state(model, optimizer), facts)
+    checkpoint.save(path, checkpoint.state(model, optimizer), facts)
     assert checkpoint.resume(tmp_path, model, optimizer, facts) == (0, None)       # its best checkpoint is lost
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
     other = Retriever(model.config)
     restored = make_optimizer(other, train)
     elsewhere = facts_of(model, tokenizer, dataclasses.replace(train, workers=3, out="there", device="cpu"))
     assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"R@1": 50.0})
-    assert same(state(model, optimizer), state(other, restored))
+    assert same(checkpoint.state(model, optimizer), checkpoint.state(other, restored))
     older = facts | {"train": {name: value for name, value in facts["train"].items() if name != "bert"}}
     assert checkpoint.resume(tmp_path, other, restored, older)[0] == 7            # from before there was --bert
     changed = facts_of(model, tokenizer, dataclasses.replace(train, weight_decay=0.5))
@@ -218,7 +213,7 @@ def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path,
     train = TrainConfig(batch=20)
     optimizer = make_optimizer(model, train)
     step(model, optimizer, batch, 0)
-    checkpoint.save(tmp_path / "last.safetensors", state(model, optimizer),
+    checkpoint.save(tmp_path / "last.safetensors", checkpoint.state(model, optimizer),
                     facts_of(model, tokenizer, train, step=7, best=None))
     for processes, own, fits in ((1, 40, True), (4, 10, True), (1, 20, False), (4, 20, False)):
         now = facts_of(model, tokenizer, dataclasses.replace(train, batch=own), processes=processes)

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mra import checkpoint
+from mra import checkpoint, ranking
 from mra.config import TrainConfig
 from mra.data.tokenizer import VOCAB_FILE
+from mra.retriever import Retriever
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--preset", "tiny")
@@ -295,7 +296,23 @@ def test_flags_of_evaluation(work):
     assert published["icfg embeddings"] == alone["icfg embeddings"] and published.keys() == alone.keys() == plain.keys()
     assert json.loads((work / "out/icfg-tiny-s0/results.json").read_text())["weight"] == 0.002
     assert "'icfg' val: 3 images" in succeed(work, "evaluate.py", "--split", "val")
-    assert rows_of(succeed(work, "evaluate.py", "--precision", "bf16")).keys() == plain.keys()
+
+
+def test_bf16_computes_features_and_scores_and_orders_nothing(work, monkeypatch):
+    """Similarities in bf16 would tie, and shuffle what stands behind the candidates."""
+    encode, metrics, found = Retriever.encode_image, ranking.Search.metrics, set()
+
+    def encoding(*given):
+        found.add(("encodes", torch.is_autocast_enabled("cpu")))
+        return encode(*given)
+
+    def measuring(*given):
+        found.add(("orders", torch.is_autocast_enabled("cpu")))
+        return metrics(*given)
+    monkeypatch.setattr(Retriever, "encode_image", encoding)
+    monkeypatch.setattr(ranking.Search, "metrics", measuring)
+    assert rows_of(succeed(work, "evaluate.py", "--precision", "bf16")).keys() == {"icfg embeddings", "icfg re-ranked"}
+    assert {("encodes", True), ("orders", False)} <= found and ("orders", True) not in found
 
 
 def test_evaluation_of_the_pretrained_model(work):

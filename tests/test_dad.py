@@ -91,7 +91,7 @@ def test_what_calibration_says_is_done_to_images(monkeypatch, tmp_path):
         adapt_main()
     assert len(seen) == 2 and all(torch.equal(latents, torch.full_like(latents, 3.0)) for latents in seen)
     for probes, folder in zip(probed, ("ICFG", "SDA"), strict=True):
-        assert len(probes) > 8 and all(folder in wish.origin for wish in probes)
+        assert len(probes) > 8 and all(folder in wish.path for wish in probes)
 
 
 # ---- filters
@@ -133,18 +133,18 @@ def test_damage_is_damage_and_the_judge_learns_it():
 # ---- boxes
 
 def test_a_phrase_gets_the_box_of_its_noun(tokenizer):
-    ids, phrase = tokenizer.encode("a man in a red coat"), tokenizer.encode("a red coat")[1:-1]
+    ids = tokenizer.encode(caption := "a man in a red coat")
     maps = torch.full((len(ids), 16, 8), 0.01)
     coat = ids.index(tokenizer.encode("coat")[1])
     maps[coat, 4:10, 2:6] = 1.0
     maps[coat - 1] = 1.0                                                  # the adjective looks everywhere
-    box, sure = phrase_box(maps, ids, phrase, tokenizer.starts_word)
+    box, sure = phrase_box(maps, caption, "a red coat", tokenizer, {})
     assert overlap(box, (0.5, 7 / 16, 0.5, 6 / 16)) > 0.6 and 0.5 < sure <= 1
-    assert phrase_box(maps, ids, tokenizer.encode("a blue coat")[1:-1], tokenizer.starts_word) is None
-    assert phrase_box(maps * float("nan"), ids, phrase, tokenizer.starts_word) is None
+    assert phrase_box(maps, caption, "a blue coat", tokenizer, {}) is None
+    assert phrase_box(maps * float("nan"), caption, "a red coat", tokenizer, {}) is None
     places = usual_places([Record("", (), 0, ((0.5, 0.25, 1.0, 0.5),), ("a black coat",))], 16, 8)
     assert list(places) == ["coat"] and places["coat"][:32].all() and not places["coat"][32:].any()
-    upper, _ = phrase_box(maps, ids, phrase, tokenizer.starts_word, places["coat"])
+    upper, _ = phrase_box(maps, caption, "a red coat", tokenizer, places)
     assert box[1] + box[3] / 2 > 0.55 and upper[1] + upper[3] / 2 == 0.5          # no coat has been seen lower
 
 

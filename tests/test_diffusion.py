@@ -199,11 +199,11 @@ def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the condition has a say
 
 
-def test_training_the_branch_leaves_the_base_alone(base, images, tokenizer, tmp_path):
+def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
     base.requires_grad_(False)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     branch = DomainBranch(base.denoiser)
-    pairs = LatentPairs(base.autoencoder, images, [(i, CAPTIONS[i % 3]) for i in range(5)], tokenizer)
+    pairs = LatentPairs(base, images, [(i, CAPTIONS[i % 3]) for i in range(5)])
     first = {name: value.clone() for name, value in branch.state_dict().items()}
     fit("branch", branch, lambda draw, count: pairs.loss(base.denoiser, branch, SCHEDULE, draw, count),
         Fit(4, 8, 1e-2), tmp_path / "branch.safetensors", {}, 0, MACHINE)
@@ -242,7 +242,7 @@ def test_guidance_of_one_costs_and_changes_nothing(base):
     z, t, white = torch.randn(3, *base.config.shape), torch.full((3,), 700), torch.ones(3, 1, 32, 16)
 
     def v(text: float, domain: float, rescale: float = 0.0, span: tuple = (0, 1000)) -> torch.Tensor:
-        return guide(base.denoiser, prompt, nothing, branch, white, text, domain, rescale, span)(z, t)
+        return guide(base.denoiser, both, branch, white, text, domain, rescale, span)(z, t)
 
     words = base.denoiser(z, t, prompt, branch(z, t, prompt, white))
     empty = base.denoiser(z, t, nothing, branch(z, t, nothing, white))
@@ -270,9 +270,9 @@ def test_strength_zero_gives_the_reconstruction(base, images):
     assert decode(base.autoencoder, latents, torch.Generator()).shape == images.shape
 
 
-def test_cached_latents_and_mirror_images_give_the_same_loss(base, images, tokenizer):
+def test_cached_latents_and_mirror_images_give_the_same_loss(base, images):
     captions = [(i, f"{CAPTIONS[i % 3]} in the left hand") for i in range(5)]
-    pairs = LatentPairs(base.autoencoder, images, captions, tokenizer)
+    pairs = LatentPairs(base, images, captions)
     cached = pairs.loss(base.denoiser, None, SCHEDULE, torch.Generator().manual_seed(3), 64, drop=0.3)
     draw = torch.Generator().manual_seed(3)                        # the same draws, everything made anew
     pair = torch.randint(10, (64,), generator=draw)

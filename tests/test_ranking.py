@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mra import ranking
-from mra.data.augment import plain_view
+from mra.data.augment import tensor_of
 from mra.data.records import open_image
 from mra.ranking import Search, choose_weight, search
 
@@ -185,7 +185,7 @@ def pair_by_hand(model, tokenizer, caption: str, path: str, mirrored: bool) -> t
     """Similarity and matching logit of one caption, unpadded, with one image."""
     ids = torch.tensor([tokenizer.encode(caption)])
     keep = torch.ones_like(ids, dtype=torch.bool)
-    pixels = plain_view(open_image(path), (model.config.height, model.config.width))
+    pixels = tensor_of(open_image(path), (model.config.height, model.config.width))
     text, text_feature = model.encode_text(ids, keep)
     image, image_feature = model.encode_image(pixels.flip(-1)[None] if mirrored else pixels[None])
     logits = model.match(text, keep, model.fusion_encoder.memories(image))[0]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mra import data
 from mra.config import TrainConfig, UserError
 from mra.data import records
 from mra.data.batches import PairDataset
-from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, open_image, pack, share_of, shown
+from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, open_image, share_of, shown
 
 RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
        "icfg": ("ICFG-PEDES", "ICFG-PEDES.json", "file_path"),
@@ -335,8 +336,8 @@ def test_several_processes_read_what_one_does(tmp_path, monkeypatch):
             {"image": f"{part}.jpg", "caption": f"a {part}", "image_id": part, "boxes": [[0.5, 0.5, 1, 1]],
              "phrases": ["a"]}] * 2)
     touch(tmp_path / "SDA", *(f"{part}.jpg" for part in range(17)))
-    sets, starts, real = [], [], records.ProcessPoolExecutor
-    monkeypatch.setattr(records, "ProcessPoolExecutor", lambda count, how: starts.append(count) or real(count, how))
+    sets, starts, real = [], [], data.ProcessPoolExecutor
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda count, how: starts.append(count) or real(count, how))
     for cores in (1, 64):
         monkeypatch.setattr(records.os, "cpu_count", lambda cores=cores: cores)
         sets.append(list(load("sda", "train", tmp_path, say=quiet).records))
@@ -344,8 +345,7 @@ def test_several_processes_read_what_one_does(tmp_path, monkeypatch):
     away = {"image": "../9.jpg", "caption": "a", "image_id": 9, "boxes": [], "phrases": []}
     write(tmp_path / "SDA/sda_9_10.json", [away, {"image": "9.jpg"}])
     write(tmp_path / "SDA/sda_12_13.json", {"no": "list"})
-    found = []
-    records.read_rows(records.locate("sda", "train", tmp_path), found.append)
+    _, found = records.read_rows(records.locate("sda", "train", tmp_path))
     assert ["leads out" in found[0], "record 1" in found[1], "must hold a list" in found[2]] == [True] * 3 == [
         "sda_9_10" in found[0], "sda_9_10" in found[1], "sda_12_13" in found[2]]
 
@@ -353,7 +353,7 @@ def test_several_processes_read_what_one_does(tmp_path, monkeypatch):
 def test_packed_records_come_out_as_they_went_in():
     whole = [Record("a/1.jpg", ("Ein Mädchen 女 \U0001f600", ""), 0), Record("b", ("x" * 9999,), 2**40),
              Record("c", ("a",), 5, ((0.1, 1 / 3, 1, 0.25), (1e-9, 0.5, 0.5, 0.5)), ("hat", "shoes"))]
-    packed = Packed((one.path, one.identity, pack(one.captions, one.boxes, one.phrases)) for one in whole)
+    packed = Packed(whole)
     assert list(packed) == whole and packed[-1] == whole[2] and packed[np.int64(1)] == whole[1] and len(packed) == 3
     assert list(Packed([])) == []
     for index in (3, -4):
@@ -376,7 +376,7 @@ def own_memory(packed: Packed, pipe) -> None:
 
 def test_to_look_at_records_does_not_copy_them():
     """What a loading process sees of 20 MB stays shared; of objects it would own every page after an epoch."""
-    packed = Packed((f"imgs/{i}.jpg", i, pack(("a man in a red coat " * 9,), (), ())) for i in range(100_000))
+    packed = Packed(Record(f"imgs/{i}.jpg", ("a man in a red coat " * 9,), i) for i in range(100_000))
     assert len(packed.buffer) > 20e6
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=own_memory, args=(packed, there))

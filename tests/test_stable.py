@@ -106,7 +106,7 @@ def test_a_guided_trajectory_agrees_with_diffusers(base, kind):
     assert off(schedule.alpha[::37], "alpha" + kind) < 1e-5
     assert (schedule.alpha[-1] == 0) == bool(kind) and schedule.predicts_noise != bool(kind)
     words = base.read([WORDS[0], ""])
-    denoise = guide(base.denoiser, words[:1], words[1:], None, None, 7.5, 1.0, 0.0)
+    denoise = guide(base.denoiser, words, None, None, 7.5, 1.0, 0.0)
     assert off(ddim(denoise, array("noise", 1, 4, 16, 8), schedule, 20), "ddim" + kind) < 1e-4
 
 
@@ -188,8 +188,7 @@ def test_cached_states_checkpointing_and_rounded_weights_change_nothing(folder):
     for parameter in branch.outputs.parameters():
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     images = (array("images", 2, 3, 128, 64) * 50 + 128).clamp(0, 255).to(torch.uint8)
-    pairs = LatentPairs(base.autoencoder, images, [(0, "a red coat"), (1, "a red coat"), (1, "black on his left")],
-                        base.tokenizer)
+    pairs = LatentPairs(base, images, [(0, "a red coat"), (1, "a red coat"), (1, "black on his left")])
     assert len(pairs.ids) == 4 and len(pairs.caption_of) == 7      # one is mirrored in other words; and without words
     plain = gradients(base, branch, pairs)
     pairs.read(base.denoiser, torch.float32)

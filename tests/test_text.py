@@ -8,10 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from conftest import spelt
+from vocabulary import learn_pieces
 
 from mra.config import UserError
 from mra.data import words
-from mra.data.tokenizer import SPECIAL, Tokenizer, learn_pieces, mask_words, pad
+from mra.data.tokenizer import SPECIAL, Tokenizer, mask_words, pad
 
 CAPTION = "A young man, wearing a Navy blue T-shirt and dark grey pants; he carries a backpack on his left."
 TINY = [*SPECIAL, "[unused0]", "red", "sh", "##irt", "##irts", "##i", ",", "-", "t", "cafe", "人",
@@ -110,8 +112,8 @@ def test_cut_at_56_words_then_at_max_tokens_with_sep_last(tokenizer):
 
 
 def test_words_join_pieces(tokenizer, tiny):
-    assert tiny.words([2, 6, 7, 9, 4, 1, 3, 0]) == ["red", "shirts", "[MASK]", "[UNK]"]
-    assert tokenizer.words(tokenizer.encode("Zebrafish, red")) == ["zebrafish", ",", "red"]
+    assert spelt(tiny, [2, 6, 7, 9, 4, 1, 3, 0]) == ["red", "shirts", "[MASK]", "[UNK]"]
+    assert spelt(tokenizer, tokenizer.encode("Zebrafish, red")) == ["zebrafish", ",", "red"]
 
 
 def test_a_loading_process_gets_the_same_ids(tokenizer):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,35 @@ def test_two_processes_of_several_threads_train_alike(town, tmp_path):
         subprocess.run([sys.executable, str(ROOT / "train.py"), *SIX, "--dataset", "sda", "--batch", "10", "--device",
                         "cpu", "--out", str(tmp_path / name)], cwd=town, check=True, capture_output=True)
     assert same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other"))
+
+
+def test_a_stop_in_the_last_step_is_heeded(town, tmp_path, monkeypatch):
+    """A fine-tuning that would follow does not begin; what is finished is kept, and the same command ends well."""
+    flags, real, calls = (*SIX, "--dataset", "sda", "--out", str(tmp_path)), losses.total, []
+
+    def interrupted(terms, beta):
+        calls.append(beta)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(terms, beta)
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "total", interrupted)
+        status, _, _ = command(town, "train.py", *flags)
+    assert status == 130 and checkpoint.load(tmp_path / "best.safetensors")[1]["step"] == 6
+    succeed(town, "train.py", *flags)
+
+
+def test_ctrl_c_of_a_terminal_spares_the_loading_processes(town, tmp_path):
+    """It reaches them, too; the run goes on to the end of its step, and saves it."""
+    endless = *SIX, "--steps", "100000", "--evals", "1", "--log-every", "1", "--workers", "1", "--dataset", "sda"
+    running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *endless, "--out", str(tmp_path)], cwd=town,
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)
+    _, err = running.communicate(timeout=100)
+    assert running.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+    assert (tmp_path / "last.safetensors").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -43,19 +43,14 @@ def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rn
     if box is not None:
         cx, cy, w, h = (cx - left) / width, (cy - top) / height, w / width, h / height
         box = (1 - cx if mirrored else cx, cy, min(w, 1.0), min(h, 1.0))
-    return View(_tensor(image, size, (left, top, left + width, top + height), mirrored), box, mirrored)
+    return View(tensor_of(image, size, (left, top, left + width, top + height), mirrored), box, mirrored)
 
 
 def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random, erase: float = 0.6) -> View:
     """The whole image, mirrored half of the time, a rectangle of it set to 0 with probability `erase`."""
     mirrored, erased = rng.random() < 0.5, rng.random() < erase
-    pixels = _tensor(image, size, None, mirrored)
+    pixels = tensor_of(image, size, None, mirrored)
     return View(_erase(pixels, rng) if erased else pixels, None, mirrored)
-
-
-def plain_view(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """The whole image: (3, H, W) normalised."""
-    return _tensor(image, size, None, mirrored=False)
 
 
 def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:
@@ -79,8 +74,8 @@ def _interval(extent: float, centre: float, length: float, rng: random.Random) -
     return max(rng.uniform(low, high), 0.0), extent
 
 
-def _tensor(image: Image.Image, size: tuple[int, int], crop, mirrored: bool) -> Tensor:
-    """Crop (left, top, right, bottom as fractions), resize bicubic, mirror, normalise."""
+def tensor_of(image: Image.Image, size: tuple[int, int], crop=None, mirrored: bool = False) -> Tensor:
+    """Crop (left, top, right, bottom as fractions), resize bicubic, mirror, normalise: (3, H, W)."""
     window = crop and [min(part, 1) * full for part, full in zip(crop, image.size * 2)]
     pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, window))     # (H, W, 3)
     scaled = pixels[:, ::-1 if mirrored else 1] * (1 / (255 * STD)) - MEAN / STD        # (H, W, 3)

@@ -6,7 +6,6 @@ comes from (seed, epoch, index), and the order of the samples is a pure function
 number of workers nor a restart changes anything. Before: augment.py, tokenizer.py, words.py. After: retriever.py.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -81,10 +80,8 @@ class PairDataset(torch.utils.data.Dataset):
         rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
         place = int(np.searchsorted(self.ends, index, "right"))
         record = self.source.records[place]
-        region = rng.randrange(len(record.boxes)) if record.boxes else None
-        box = WHOLE_IMAGE if region is None else record.boxes[region]
         caption = clean(record.captions[index - int(self.ends[place])], self.source.name)
-        phrase = caption if region is None else record.phrases[region]
+        box, phrase = (rng.choice([*zip(record.boxes, record.phrases)]) if record.boxes else (WHOLE_IMAGE, caption))
         size = self.model.height, self.model.width
         image = open_image(record.path)
         view = (pretrain_view(image, box if self.with_regions else None, size, rng) if self.pretraining
@@ -99,7 +96,7 @@ class PairDataset(torch.utils.data.Dataset):
         if self.with_regions:
             ids = self.encode(phrase)
             sample |= dict(region_keep=box_to_patches(view.box, self.model.grid), phrase=ids,
-                           phrase_class=int.from_bytes(hashlib.blake2b(str(ids).encode(), digest_size=7).digest()))
+                           phrase_class=hash(tuple(ids)))      # of integers: the same in every process
         return Sample(**sample)
 
     def encode(self, text: str) -> list[int]:
@@ -107,21 +104,18 @@ class PairDataset(torch.utils.data.Dataset):
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Samples -> Batch; words are padded to the longest of the batch."""
-        def padded(name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-            sequences = [getattr(sample, name) for sample in samples]
-            return (None, None) if sequences[0] is None else pad(sequences, self.tokenizer.pad_id)
+        def every(name: str) -> list:
+            return [getattr(sample, name) for sample in samples]
 
-        (caption_ids, caption_keep), (masked_ids, _) = padded("caption"), padded("masked")
-        (eda_ids, eda_keep), (phrase_ids, phrase_keep) = padded("eda"), padded("phrase")
-        masked_at, masked_labels = zip(*(_positions(sample.labels) for sample in samples))
+        def padded(name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
+            return (None, None) if every(name)[0] is None else pad(every(name), self.tokenizer.pad_id)
+
+        masked_at, masked_labels = zip(*map(_positions, every("labels")))
         regions = samples[0].region_keep is not None
-        return Batch(torch.stack([sample.image for sample in samples]),
-                     torch.tensor([sample.identity for sample in samples]),
-                     caption_ids, caption_keep, masked_ids, torch.tensor(masked_at), torch.tensor(masked_labels),
-                     eda_ids, eda_keep,
-                     torch.stack([sample.region_keep for sample in samples]) if regions else None,
-                     phrase_ids, phrase_keep,
-                     torch.tensor([sample.phrase_class for sample in samples]) if regions else None)
+        return Batch(torch.stack(every("image")), torch.tensor(every("identity")), *padded("caption"),
+                     padded("masked")[0], torch.tensor(masked_at), torch.tensor(masked_labels), *padded("eda"),
+                     torch.stack(every("region_keep")) if regions else None, *padded("phrase"),
+                     torch.tensor(every("phrase_class")) if regions else None)
 
 
 def _positions(labels: list[int]) -> tuple[list[int], list[int]]:
@@ -131,31 +125,19 @@ def _positions(labels: list[int]) -> tuple[list[int], list[int]]:
     return at + [0] * fill, [labels[i] for i in at] + [-100] * fill
 
 
-class Order(torch.utils.data.Sampler):
+def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0,
+          world: int = 1) -> Iterator[list[tuple[int, int]]]:
     """Batches of (epoch, index) from step `start` on: one endless stream of permutations, dealt out by rank.
 
     Step s of W processes takes positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
     """
-
-    def __init__(self, count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
-        self.count, self.batch, self.seed, self.start, self.stop = count, batch, seed, start, stop
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        current, permutation = -1, []
-        for step in range(self.start, self.stop):
-            first = (step * self.world + self.rank) * self.batch
-            keys = []
-            for position in range(first, first + self.batch):
-                epoch, place = divmod(position, self.count)
-                if epoch != current:
-                    current, permutation = epoch, self.permutation(epoch)
-                keys.append((epoch, permutation[place]))
-            yield keys
-
-    def permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**62)
-        return torch.randperm(self.count, generator=generator).tolist()
+    current, permutation = -1, []
+    for step in range(start, stop):
+        keys, first = [], (step * world + rank) * batch
+        for position in range(first, first + batch):
+            epoch, place = divmod(position, count)
+            if epoch != current:
+                generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**62)
+                current, permutation = epoch, torch.randperm(count, generator=generator).tolist()
+            keys.append((epoch, permutation[place]))
+        yield keys

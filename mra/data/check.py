@@ -4,28 +4,28 @@
 the first record. Read before: records.py. After: augment.py.
 """
 
-import multiprocessing
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 from mra.config import UserError
+from mra.data import in_processes
 from mra.data.records import SPLITS, Row, locate, open_image, read_rows, shown
-from mra.data.words import clean
 
 PUBLISHED = {   # identities, images and captions of each split, from the benchmark table of the MRA paper
     "cuhk": {"train": (11_003, 34_054, 68_126), "val": (1_000, 3_078, 6_158), "test": (1_000, 3_074, 6_156)},
     "icfg": {"train": (3_102, 34_674, 34_674), "test": (1_000, 19_848, 19_848)},
     "rstp": {"train": (3_701, 18_505, 37_010), "val": (200, 1_000, 2_000), "test": (200, 1_000, 2_000)},
 }
+COLUMNS = ("identities", "images", "captions")
 LISTED = 20     # of a kind of trouble; the others are counted
 CHUNK = 64      # images that a process decodes before it is given others
 
 
 def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print) -> bool:
     """Print what a set holds and all that is wrong with it; whether nothing is. Raises UserError if there is none."""
-    published, rows, wrong, absent, drawn = PUBLISHED.get(dataset, {}), {}, defaultdict(list), [], False
+    published, rows, wrong, absent = PUBLISHED.get(dataset, {}), {}, defaultdict(list), []
     before, read = None, []
     for split in SPLITS:
         try:
@@ -33,64 +33,50 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
         except UserError as error:
             (wrong["not found"] if split in published else absent).append(str(error))
             continue
-        drawn = drawn or (source.images / "town.json").is_file()
         if source != before:
-            before, read = source, read_rows(source, wrong["unusable"].append)
+            before, (read, refused) = source, read_rows(source)
+            wrong["unusable"] += refused
         if source.split in (None, split):       # else val is to be held out of train
             rows[split] = [row for row in read if row.split == split]
     if not any(rows.values()):
-        raise UserError([*wrong["unusable"], *wrong["not found"], *absent, f"{shown(dataset)} has no records."][0])
+        raise UserError([*wrong["unusable"], *wrong["not found"], *absent][0])
     for sentence in absent:
         say(f"Note: {sentence}")
     counts = {split: (len({row.identity for row in some}), len(some), sum(row.captions for row in some))
-              for split, some in rows.items()}
+              for split in SPLITS if (some := rows.get(split, [])) or split in published}
+    drawn = (source.images / "town.json").is_file()
     say(f"{shown(dataset)} in {shown(source.images)}{' (drawn data, not photographs)' * drawn}\n"
         + table(counts, published))
     if not drawn:
         wrong["count that is not the published one"] = [
             f"{split}: {found:,} {name}, published {right:,}" for split in published
-            for name, found, right in zip(("identities", "images", "captions"), counts.get(split, (0, 0, 0)),
-                                          published[split]) if found != right]
+            for name, found, right in zip(COLUMNS, counts[split], published[split]) if found != right]
     every = [row for some in rows.values() for row in some]
     present = list(dict.fromkeys(row.path for row in every if not row.missing))
     wrong["missing image"] = [row.place for row in every if row.missing]
     wrong["image that has two records"] = twice(every)
-    if before.split is None and (shared := in_two_splits(rows)):        # else each file may count from 0
-        say(f"Note: {len(shared):,} identities stand in two splits, the first: {shared[0]}")
-    wordless = [row.place for row in every for caption in row.said[0] if not clean(caption, dataset)]
-    if wordless:        # as of Chinese signs alone: trained on and searched with like any other
-        say(f"Note: {len(wordless):,} captions have no word left after cleaning, the first in {wordless[0]}")
+    for one, other in combinations(rows if before.split is None else (), 2):        # else each file may count from 0
+        if shared := {row.identity for row in rows[one]} & {row.identity for row in rows[other]}:
+            say(f"Note: {len(shared):,} identities of {one} stand in {other}, too, as {shown(min(shared))}")
     wrong["image that does not decode"] = list(troubles(present, workers, say).values())
     return tell(wrong, every, say)
 
 
 def table(counts: dict[str, tuple], published: dict[str, tuple]) -> str:
     """The counts of each split, with the published ones in brackets."""
-    lines = [f"{'split':7}" + "".join(f"{name + ' (published)' * bool(published):>26}"
-                                      for name in ("identities", "images", "captions"))]
-    for split in SPLITS:
-        if split in counts or split in published:
-            cells = [f"{n:,}" for n in counts.get(split, (0, 0, 0))]
-            if published:
-                cells = [f"{cell} ({right})" for cell, right in
-                         zip(cells, [f"{n:,}" for n in published.get(split, ())] or ["none"] * 3)]
-            lines.append(f"{split:7}" + "".join(f"{cell:>26}" for cell in cells))
+    lines = [f"{'split':7}" + "".join(f"{name + ' (published)' * bool(published):>26}" for name in COLUMNS)]
+    for split, found in counts.items():
+        cells = [f"{n:,}" + f" ({right:,})" * bool(published)
+                 for n, right in zip(found, published.get(split, (0, 0, 0)))]
+        lines.append(f"{split:7}" + "".join(f"{cell:>26}" for cell in cells))
     return "\n".join(lines)
 
 
 def twice(every: list[Row]) -> list[str]:
     """The records whose image an earlier one has too; of two splits, whoever trains on it has seen the answer."""
     first = {}
-    return [f"{row.place}: also in {first[row.path].split}, record {first[row.path].at[1]}" for row in every
+    return [f"{row.place}: also in {first[row.path].split}, {first[row.path].place}" for row in every
             if first.setdefault(row.path, row) is not row]
-
-
-def in_two_splits(rows: dict[str, list[Row]]) -> list[str]:
-    """Identities that an earlier split has, too."""
-    first = {}
-    return [f"{row.place}: identity {shown(identity)} is also in {first[identity]}" for split, some in rows.items()
-            for identity, row in {row.identity: row for row in some}.items()
-            if first.setdefault(identity, split) != split]
 
 
 def trouble(path: str) -> str | None:
@@ -104,14 +90,12 @@ def trouble(path: str) -> str | None:
 def troubles(paths: list[str], workers: int, say: Callable = print) -> dict[str, str]:
     """Decode every image, in so many processes; {path: sentence} of those that do not decode."""
     found = {}
-    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
-        several = workers > 1 and len(paths) > CHUNK
-        results = pool.map(trouble, paths, chunksize=CHUNK) if several else map(trouble, paths)
-        for number, (path, sentence) in enumerate(zip(paths, results), 1):
-            if sentence:
-                found[path] = sentence
-            if number % 2000 == 0 or number == len(paths) > CHUNK:
-                say(f"  {number:,} of {len(paths):,} images decoded")
+    results = in_processes(trouble, paths, workers if len(paths) > CHUNK else 1, CHUNK)
+    for number, (path, sentence) in enumerate(zip(paths, results), 1):
+        if sentence:
+            found[path] = sentence
+        if number % 2000 == 0 or number == len(paths) > CHUNK:
+            say(f"  {number:,} of {len(paths):,} images decoded")
     return found
 
 

@@ -115,9 +115,8 @@ Groups = Iterator[tuple[float, list[Stroke]]]      # strokes that lie on each ot
 def camera_of(domain: str, camera: int) -> Domain:
     """The domain as its camera number `camera` sees it: a pure function of the table."""
     base, rng = DOMAINS[domain], random.Random(f"{domain}/{camera}")
-    names = [field.name for field in dataclasses.fields(Domain)[6:]]
-    factors = [base.strength * (1 + base.spread * rng.uniform(-1, 1)) for _ in names]
-    strengths = {name: getattr(base, name) * factor for name, factor in zip(names, factors)}
+    names = [field.name for field in dataclasses.fields(Domain)[6:]]       # from exposure on
+    strengths = {name: getattr(base, name) * (base.strength * (1 + base.spread * rng.uniform(-1, 1))) for name in names}
     return replace(base, light=rng.choice((-1, 1)) * rng.uniform(0.4, 1), **strengths)
 
 
@@ -273,9 +272,7 @@ def _torso(figure: Figure, person: Person) -> Groups:
 
 def _arms(figure: Figure, person: Person, pose: Pose) -> Groups:
     stout, skin = (STOUT[person.build] + 1) / 2, SKINS[person.skin]
-    part, colour = "upper", person.upper_colour
-    if person.upper == "vest":
-        part, colour = "inner", person.inner_colour
+    part, colour = ("inner", person.inner_colour) if person.upper == "vest" else ("upper", person.upper_colour)
     loose = .042 if person.upper in ("coat", "jacket", "hoodie") else .037
     for side in (1, -1):
         beside_bag = (person.bag_side == "left") == (side > 0)

@@ -12,7 +12,6 @@ import io
 import json
 import marshal
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -20,11 +19,11 @@ import reprlib
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mra.config import UserError, replacing
-from mra.data import Box
+from mra.data import Box, in_processes
 
 SPLITS = ("train", "val", "test")
 BOX_ROUNDING = 1e-3                 # a box may leave the image by this fraction; it is clipped
@@ -66,28 +65,18 @@ class Record:
 class Packed(Sequence):
     """Records in one buffer, unpacked when asked for: to look at an object is to copy it into the loading process."""
 
-    def __init__(self, records: Iterable[tuple[str, int, bytes]]):
+    def __init__(self, records: Iterable[Record]):
         self.buffer, self.ends = bytearray(), array("Q", [0])
-        for path, identity, body in records:        # the body of `pack`
-            for part in (marshal.dumps((path, identity)), body):
-                self.buffer += part
-                self.ends.append(len(self.buffer))
+        for one in records:
+            self.buffer += marshal.dumps((one.path, one.captions, one.identity, one.boxes, one.phrases))
+            self.ends.append(len(self.buffer))
 
     def __len__(self) -> int:
-        return len(self.ends) // 2
+        return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> Record:
-        first = 2 * range(len(self))[index]
-        start, middle, end = self.ends[first:first + 3]
-        buffer = memoryview(self.buffer)
-        (path, identity), (captions, boxes, phrases) = (marshal.loads(buffer[start:middle]),
-                                                        marshal.loads(buffer[middle:end]))
-        return Record(path, captions, identity, boxes, phrases)
-
-
-def pack(captions: tuple[str, ...], boxes: tuple[Box, ...], phrases: tuple[str, ...]) -> bytes:
-    """What a record says of its image, small: 1.2 million of them are held while a set is read."""
-    return marshal.dumps((captions, boxes, phrases))
+        place = range(len(self))[index]
+        return Record(*marshal.loads(memoryview(self.buffer)[self.ends[place]:self.ends[place + 1]]))
 
 
 @dataclass(frozen=True)
@@ -116,22 +105,13 @@ class Row(NamedTuple):
     path: str
     missing: bool
     captions: int                   # how many
-    body: bytes                     # of `pack`
-    at: tuple[str, int, str]        # annotation file, record number, image as it stands there
+    body: bytes                     # captions, boxes and phrases, small: 1.2 million are held while a set is read
+    place: str                      # for messages: annotation file, record number, image as it stands there
 
     @property
     def said(self) -> tuple[tuple[str, ...], tuple[Box, ...], tuple[str, ...]]:
         """Captions, boxes and phrases."""
         return marshal.loads(self.body)
-
-    @property
-    def place(self) -> str:
-        """For messages."""
-        return _place(*self.at)
-
-
-def _place(file: str, number: int, image) -> str:
-    return f"{file}, record {number} (the first is 0), image {shown(image)}"
 
 
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
@@ -146,13 +126,11 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Without the garbage collector: it would look through millions of objects again and again, none in a cycle."""
-    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 @_uncollected()
@@ -165,8 +143,9 @@ def load_splits(dataset: str, splits: tuple[str, ...], data_root: Path, allow_mi
             raise UserError(f"unknown split {shown(split)}: choose one of {', '.join(SPLITS)}")
         source = locate(dataset, split, Path(data_root))
         if source != before:
-            rows = read_rows(source)
-        before = source
+            before, (rows, refused) = source, read_rows(source)
+            if refused:
+                raise UserError(refused[0])
         sets.append(_record_set(dataset, split, source, rows, allow_missing, say))
     return sets
 
@@ -182,7 +161,8 @@ def _record_set(dataset: str, split: str, source: Source, rows: list[Row], allow
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
-    records = Packed((row.path, ids[row.identity], row.body) for row in rows)
+    records = Packed(Record(row.path, captions, ids[row.identity], boxes, phrases)
+                     for row in rows for captions, boxes, phrases in [row.said])
     more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
     if (source.images / "town.json").is_file():
         say(f"{shown(source.images)} is drawn data, not photographs.")
@@ -198,9 +178,8 @@ def share_of(whole: RecordSet, share: float) -> RecordSet:
     count = 1 + max(record.identity for record in whole.records)
     chosen = random.Random(0).sample(range(count), count)[:max(2, round(share * count))]
     place = {identity: i for i, identity in enumerate(sorted(chosen))}
-    return replace(whole, records=Packed(
-        (record.path, place[record.identity], pack(record.captions, record.boxes, record.phrases))
-        for record in whole.records if record.identity in place))
+    return replace(whole, records=Packed(replace(record, identity=place[record.identity])
+                                         for record in whole.records if record.identity in place))
 
 
 def shown(value) -> str:
@@ -242,37 +221,21 @@ def _files(base: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
 
 
-def _raise(sentence: str) -> None:
-    raise UserError(sentence)
-
-
-@_uncollected()
-def read_rows(source: Source, refuse: Callable[[str], None] = _raise) -> list[Row]:
-    """All records of all files, of every split they hold; what cannot be used goes to `refuse` as a sentence."""
-    images, rows = _Images(source.images), []
-    for row in _read_files(source):
+def read_rows(source: Source) -> tuple[list[Row], list[str]]:
+    """All records of all files, of every split they hold; a sentence for each that cannot be used."""
+    images, rows, refused = _Images(source.images), [], []
+    workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(source.files) // 8)
+    read = in_processes(partial(_read_file, source), source.files, workers, start="fork")      # they only read text
+    for row in chain.from_iterable(read):
         if isinstance(row, str):
-            refuse(row)
+            refused.append(row)
             continue
         try:
             path = images.find(row.path)
-        except ValueError as error:
-            refuse(f"{row.place}: {error}")
-        else:
             rows.append(row._replace(path=path or row.path, missing=path is None))
-    return _grouped(rows, refuse) if source.grouped else rows
-
-
-def _read_files(source: Source) -> Iterator[Row | str]:
-    """`_read_file` of all of them, where there are many in several processes."""
-    workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(source.files) // 8)
-    if workers < 2:
-        for file in source.files:
-            yield from _read_file(source, file)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:    # forked: they only read text
-        for some in pool.map(partial(_read_file, source), source.files):
-            yield from some
+        except ValueError as error:
+            refused.append(f"{row.place}: {error}")
+    return _grouped(rows, refused) if source.grouped else rows, refused
 
 
 def _read_file(source: Source, file: Path) -> list[Row | str]:
@@ -285,15 +248,16 @@ def _read_file(source: Source, file: Path) -> list[Row | str]:
     if not isinstance(items, list) or not items:
         return [f"{name} must hold a list of records and holds {shown(items)}"]
     for number, item in enumerate(items):
-        at = name, number, item.get(source.keys[0]) if isinstance(item, dict) else None
+        image = item.get(source.keys[0]) if isinstance(item, dict) else None
+        place = f"{name}, record {number} (the first is 0), image {shown(image)}"
         try:
-            rows.append(_row(item, source, at))
+            rows.append(_row(item, source, place))
         except ValueError as error:
-            rows.append(f"{_place(*at)}: {error}")
+            rows.append(f"{place}: {error}")
     return rows
 
 
-def _row(item, source: Source, at: tuple) -> Row:
+def _row(item, source: Source, place: str) -> Row:
     """Check one record but for its path. Raises ValueError saying what is wrong with it."""
     if not isinstance(item, dict):
         raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
@@ -309,7 +273,7 @@ def _row(item, source: Source, at: tuple) -> Row:
     phrases = _texts(_field(item, "phrases", list), "phrase") if boxed else ()
     if not captions or len(boxes) != len(phrases):
         raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
-    return Row(split, identity, image, False, len(captions), pack(captions, boxes, phrases), at)
+    return Row(split, identity, image, False, len(captions), marshal.dumps((captions, boxes, phrases)), place)
 
 
 def _field(item: dict, key: str, *kinds: type):
@@ -344,16 +308,16 @@ def _box(value) -> Box:
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 
 
-def _grouped(rows: list[Row], refuse: Callable[[str], None]) -> list[Row]:
+def _grouped(rows: list[Row], refused: list[str]) -> list[Row]:
     """One row an image, where the file has one a caption."""
     joined = {}
     for row in rows:
         before = joined.setdefault(row.path, row)
         if before.identity != row.identity:
-            refuse(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
+            refused.append(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
         elif before is not row:
-            joined[row.path] = before._replace(captions=before.captions + row.captions, body=pack(
-                *(one + other for one, other in zip(before.said, row.said))))
+            said = tuple(one + other for one, other in zip(before.said, row.said))
+            joined[row.path] = before._replace(captions=before.captions + row.captions, body=marshal.dumps(said))
     return list(joined.values())
 
 

@@ -1,7 +1,7 @@
 """WordPiece: captions to ids and back, and the masking of whole words (paper section 3, L_MLM).
 
 The ids are those of BERT's uncased tokenizer for the same vocabulary file. The small vocab.txt of
-this package spells every ASCII word; `python -m mra.data.tokenizer > vocab.txt` learns it from the town's captions.
+this package spells every ASCII word; tests/vocabulary.py learns it from the town's captions.
 Before: words.py (what happens to a caption earlier). After: batches.py (pads and stacks).
 """
 
@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from mra.config import UserError
-from mra.data.people import VIEWS, describe, sample_person
-from mra.data.words import LEXICON
 
 VOCAB_FILE = Path(__file__).with_name("vocab.txt")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -31,19 +29,33 @@ SPAN_RATE = 0.2      # share of the picked words that grow to 2 or 3 words
 class Tokenizer:
     """Ids of a caption under a vocabulary of V pieces: a piece's place in the list is its id."""
 
-    def __init__(self, pieces: list[str]):
+    def __init__(self, pieces: list[str], source: Path):
+        """`source` is the file that the pieces come from. Raises UserError if they make no vocabulary."""
+        if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+            raise UserError(f"{source}: its vocabulary is no list of word pieces")
+        if missing := [piece for piece in SPECIAL if piece not in pieces]:
+            raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
+        if repeated := [piece for piece, count in Counter(pieces).items() if count > 1]:
+            raise UserError(f"{source}: {repeated[0]!r} stands on more than one line; keep one of them")
         self.pieces = pieces
         ids = {piece: i for i, piece in enumerate(self.pieces)}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[piece] for piece in SPECIAL)
         self.starts_word = np.array([not piece.startswith("##") for piece in self.pieces])          # (V,)
         self.is_special = np.array([len(p) > 2 and p[0] + p[-1] == "[]" for p in self.pieces])      # (V,)
         self.ordinary_ids = np.flatnonzero(~self.is_special).tolist()    # without BERT's "[unused7]" too
-        self.engine = _engine(ids)
+        # BERT's normaliser (lower case, no accents) and splitter (spaces, punctuation, CJK)
+        self.engine = Engine(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        self.engine.normalizer = normalizers.BertNormalizer()
+        self.engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     @staticmethod
     def read(vocab_file: Path = VOCAB_FILE) -> "Tokenizer":
         """Read a BERT vocabulary file, one piece a line. Raises UserError when it is not one."""
-        return Tokenizer(_read_pieces(vocab_file))
+        try:
+            pieces = Path(vocab_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{vocab_file}: no readable UTF-8 vocabulary ({error}); give a vocab.txt") from None
+        return Tokenizer(pieces, vocab_file)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -54,11 +66,6 @@ class Tokenizer:
         words = text.split(maxsplit=MAX_WORDS)
         text = text if len(words) <= MAX_WORDS else " ".join(words[:MAX_WORDS])
         return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
-
-    def words(self, ids: list[int]) -> list[str]:
-        """Whole words, their pieces joined; [PAD], [CLS] and [SEP] are left out."""
-        pieces = [self.pieces[i] for i in ids if i not in (self.pad_id, self.cls_id, self.sep_id)]
-        return " ".join(pieces).replace(" ##", "").split()
 
 
 class ClipTokenizer:
@@ -129,50 +136,3 @@ def _pick(words: list[list[int]], rng: random.Random) -> list[int]:
                 break
             picked = grown
     return sorted(picked)
-
-
-def _read_pieces(vocab_file: Path) -> list[str]:
-    try:
-        pieces = Path(vocab_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{vocab_file}: no readable UTF-8 vocabulary ({error}); give a vocab.txt") from None
-    return checked(pieces, vocab_file)
-
-
-def checked(pieces: list[str], source: Path) -> list[str]:
-    """The pieces, if they make a vocabulary; else UserError, naming the file that they come from."""
-    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-        raise UserError(f"{source}: its vocabulary is no list of word pieces")
-    if missing := [piece for piece in SPECIAL if piece not in pieces]:
-        raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
-    if repeated := [piece for piece, count in Counter(pieces).items() if count > 1]:
-        raise UserError(f"{source}: {repeated[0]!r} stands on more than one line; keep one of them")
-    return pieces
-
-
-def _engine(ids: dict[str, int]) -> Engine:
-    """WordPiece after BERT's normaliser (lower case, no accents) and splitter (spaces, punctuation, CJK)."""
-    engine = Engine(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-    engine.normalizer, engine.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    return engine
-
-
-def learn_pieces(captions: int = 20_000, size: int = 1500) -> list[str]:
-    """At most `size` pieces from the town's captions and the lexicon; they can spell every ASCII word."""
-    rng, texts = random.Random(0), [LEXICON]
-    for person in (sample_person(rng) for _ in range(captions)):
-        parts = "person hair headgear upper inner logo lower shoes bag carried".split()
-        worn = [part for part in parts if getattr(person, part + "_colour", True)]
-        boxes = {part: (rng.random(), 0.5, 0.5, 0.5) for part in worn}
-        texts.append(describe(person, rng.choice(list(VIEWS)), boxes, rng).caption)
-    characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    # These get fixed ids; left to the trainer the order of "##" letters, and so ties, would differ by run.
-    fixed = [*SPECIAL, *characters, *"‘’“”–—…", *("##" + letter for letter in characters if letter.isalnum())]
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=fixed, show_progress=False)
-    engine = _engine({"[UNK]": 0})
-    engine.train_from_iterator(texts, trainer)
-    return sorted(engine.get_vocab(), key=engine.token_to_id)
-
-
-if __name__ == "__main__":
-    print("\n".join(learn_pieces()))

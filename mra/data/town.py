@@ -10,15 +10,14 @@ import dataclasses
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from mra.config import UserError, parse, replacing, run
+from mra.data import in_processes
 from mra.data.drawing import DOMAINS, VERSION, Pose, render
 from mra.data.people import Person, Words, describe, sample_person, twin_of
 from mra.data.records import save_image
@@ -41,10 +41,6 @@ class TownSizes:
     target_train: tuple[int, float] = (400, 4)
     target_val: tuple[int, float] = (100, 3)
     target_test: tuple[int, float] = (240, 3)
-
-    def times(self, factor: float) -> "TownSizes":
-        """The same town with `factor` times the people."""
-        return TownSizes(*((max(2, round(n * factor)), images) for n, images in dataclasses.astuple(self)))
 
     def splits(self, set_name: str) -> list[tuple[str, int, float]]:
         """(split as written, people, images of each), in the order of the identities."""
@@ -134,22 +130,16 @@ def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: in
     folder.mkdir()
     with replacing(folder / "DRAWN.txt") as scratch:        # before anything else: the folder is ours
         scratch.write_text(f"Drawn by mra/data/town.py: {NOTE}.\n")
-    people = sum(n for _, n, _ in splits)
-    tasks = [(folder, set_name, sizes, seed, i, min(people, i + CHUNK)) for i in range(0, people, CHUNK)]
-    if workers > 1:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            _write_records(folder, pool.map(_draw_some, tasks), say)
-    else:
-        _write_records(folder, map(_draw_some, tasks), say)
+    draw, people = partial(_draw_some, folder, set_name, sizes, seed), sum(n for _, n, _ in splits)
+    _write_records(folder, in_processes(draw, range(0, people, CHUNK), workers), say)
     with replacing(folder / "town.json") as scratch:
         scratch.write_text(manifest)
 
 
-def _draw_some(task: tuple) -> list[tuple[str, str]]:
-    """A worker's part: draws people start to stop; (annotation file, record in JSON) of each image."""
-    folder, set_name, sizes, seed, start, stop = task
+def _draw_some(folder: Path, set_name: str, sizes: TownSizes, seed: int, start: int) -> list[tuple[str, str]]:
+    """A worker's part: draws CHUNK people from `start` on; (annotation file, record in JSON) of each image."""
     made = []
-    for shot in shots(set_name, sizes, seed, start, stop):
+    for shot in shots(set_name, sizes, seed, start, start + CHUNK):
         image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
         (folder / "imgs" / shot.path).parent.mkdir(parents=True, exist_ok=True)
         save_image(image, folder / "imgs" / shot.path, quality=95)
@@ -206,25 +196,17 @@ def portraits(domain: str, people: list[Person], seed: int, size: tuple[int, int
               poses: list[Pose] | None = None) -> list[Portrait]:
     """Each person once, as a camera of that domain meets them (or in the given pose), (H, W) = size; pure."""
     tasks = [(domain, person, f"{seed}/{i}", size, poses and poses[i]) for i, person in enumerate(people)]
-    if workers < 2 or len(tasks) < 100:
-        return list(map(_portrait, tasks))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_portrait, tasks, chunksize=CHUNK))
+    return list(in_processes(_portrait, tasks, workers if len(tasks) >= 100 else 1, CHUNK))
 
 
 def _portrait(task: tuple) -> Portrait:
     domain, person, seed, size, pose = task
     rng = random.Random(f"portrait/{domain}/{seed}")
-    shot = next(_shots_of(domain, "", 0, person, 1, rng))
+    shot = next(_shots_of(domain, "", 0, person, 1, rng))       # for its camera, pose and seed
     pose = pose or shot.pose
     image, boxes = render(person, pose, domain, shot.camera, shot.seed)
     return Portrait(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)),
                     describe(person, pose.view, boxes, rng), shot.camera)
-
-
-def root(tiny: bool) -> Path:
-    """Where the demo town lies, under the working directory."""
-    return Path("data/demo-tiny" if tiny else "data/demo")
 
 
 @dataclass(frozen=True)
@@ -243,16 +225,18 @@ def main() -> None:
         raise UserError(f"--sets {unknown.pop()}: choose from {', '.join(FOLDERS)}.")
     if not (0 < config.people < 1e6 and config.workers >= 1 and config.seed >= 0):
         raise UserError("--people, --workers and --seed: give numbers above 0 (a seed may be 0).")
+    sizes = TownSizes(*((max(2, round(n * config.people)), images) for n, images in dataclasses.astuple(DEFAULT)))
     for name in config.sets:
-        build(Path(config.root), name, DEFAULT.times(config.people), config.seed, config.workers)
+        build(Path(config.root), name, sizes, config.seed, config.workers)
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """`root`, with the drawn set of that name (sda, cuhk, icfg, rstp) in it; it is drawn if it is missing."""
+    """The demo town's folder; in it the set of that name (sda, cuhk, icfg, rstp) is drawn if it is missing."""
+    root = Path("data/demo-tiny" if tiny else "data/demo")
     if dataset in ("sda", "cuhk", "icfg", "rstp"):
-        build(root(tiny), "source" if dataset == "sda" else dataset, TINY if tiny else DEFAULT, 0,
+        build(root, "source" if dataset == "sda" else dataset, TINY if tiny else DEFAULT, 0,
               1 if tiny else os.cpu_count() or 1, say)
-    return root(tiny)
+    return root
 
 
 if __name__ == "__main__":

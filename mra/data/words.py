@@ -10,7 +10,6 @@ Before: records.py (captions), augment.py (mirrors the image). After: tokenizer.
 
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 # lexicon.txt: a group of interchangeable terms between semicolons; a term stands in one group only.
@@ -26,8 +25,7 @@ BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|wh
                      r"dressed|holding|he|she|her|his|the|from)\b", re.IGNORECASE)
 COLOUR = "black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige"
 TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
-SIDES = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
-OTHER_SIDE = SIDES | {right: left for left, right in SIDES.items()}
+OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
 
 
 def clean(caption: str, dataset: str) -> str:
@@ -47,18 +45,16 @@ def noun_phrases(caption: str) -> list[str]:
 
     An "and" between two colours holds them together: "a black and white top" is one piece.
     """
-    pieces = BETWEEN.split(TWO_COLOURS.sub(r"\1 & ", caption))
-    return [piece.strip().replace(" & ", " and ") for piece in pieces if len(piece.split()) > 1 and TERM.search(piece)]
+    pieces = BETWEEN.split(TWO_COLOURS.sub("\\1\0", caption))          # a sign that no caption holds
+    return [piece.strip().replace("\0", " and ") for piece in pieces if len(piece.split()) > 1 and TERM.search(piece)]
 
 
 def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
-    """One variant of a caption by one of the four operations, at random; alpha = share of words changed."""
-    return _apply(rng.choice(OPERATIONS), text, rng, alpha)
+    """One variant of a caption by one of the four operations, at random; alpha = share of words changed.
 
-
-def _apply(operation: Callable[..., str], text: str, rng: random.Random, alpha: float) -> str:
-    """Never empty, unless the text is blank: that comes back as it is."""
-    return operation(text, rng, alpha) if text.strip() else text
+    Never empty, unless the text is blank: that comes back as it is.
+    """
+    return rng.choice(OPERATIONS)(text, rng, alpha) if text.strip() else text
 
 
 def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:

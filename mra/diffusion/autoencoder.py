@@ -48,6 +48,13 @@ def group_norm(dim: int, least: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
     return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if dim % g == 0 and dim // g >= least), dim, eps)
 
 
+def zero(module: nn.Module) -> nn.Module:
+    """The module with all parameters 0."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
 class Up(nn.Sequential):
     """Twice the resolution: nearest neighbour, then a convolution."""
 
@@ -96,8 +103,7 @@ class Autoencoder(nn.Module):
         to_patch.weight.copy_((axes * scale)[:, :, None, None])
         to_patch.bias.copy_(middle)
         for last in [self.encoder[-1], self.decoder[-2], *(m.conv2 for m in self.modules() if isinstance(m, ResBlock))]:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            zero(last)
         self.encoder[-1].bias[count:] = START_LOG_VARIANCE
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mra.data import Box
 from mra.data.records import Record
+from mra.data.tokenizer import ClipTokenizer, Tokenizer
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt
 from mra.diffusion.noising import Schedule, q_sample
 
@@ -82,23 +83,24 @@ def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str
     return {noun: count / seen[noun] for noun, count in covered.items() if count.any()}
 
 
-def phrase_box(maps: Tensor, ids: list[int], phrase: list[int], starts_word, usual: Tensor | None = None
-               ) -> tuple[Box, float] | None:
-    """The box of a phrase and how sure it is, 0..1, from the maps (T, h, w) of a caption's word pieces.
+def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer | ClipTokenizer,
+               places: dict[str, Tensor]) -> tuple[Box, float] | None:
+    """The box of a phrase and how sure it is, 0..1, from the maps (T, h, w) of its caption's word pieces.
 
-    `ids` are the caption's pieces, `phrase` the phrase's without [CLS] and [SEP]; None where the caption lacks it.
-    `usual` (FINE h, FINE w) is the noun's of `usual_places`, where there is one.
+    `places` are those of `usual_places`, or none. None where the caption lacks the phrase.
     """
-    places = [i for i in range(len(ids) - len(phrase) + 1) if ids[i:i + len(phrase)] == phrase]
-    if not places or not phrase:
+    ids, pieces = tokenizer.encode(caption, len(maps)), tokenizer.encode(phrase)[1:-1]
+    starts = [i for i in range(len(ids) - len(pieces) + 1) if ids[i:i + len(pieces)] == pieces]
+    if not starts or not pieces:
         return None
-    noun = max(i for i, piece in enumerate(phrase) if starts_word[piece] or i == 0)
-    weights = torch.tensor([ADJECTIVE if i < noun else 1.0 for i in range(len(phrase))])
-    own = (maps[places[0]:places[0] + len(phrase)] * weights[:, None, None]).sum(0)                    # (h, w)
+    noun = max(i for i, piece in enumerate(pieces) if tokenizer.starts_word[piece] or i == 0)
+    weights = torch.tensor([ADJECTIVE if i < noun else 1.0 for i in range(len(pieces))])
+    own = (maps[starts[0]:starts[0] + len(pieces)] * weights[:, None, None]).sum(0)                    # (h, w)
     every = maps[1:len(ids) - 1].mean(0)                            # what every word looks at is no sign of this one
     heat = (own / own.sum() / (every / every.sum())).clamp(max=20)[None, None]
     heat = F.avg_pool2d(F.pad(heat, (1, 1, 1, 1), mode="replicate"), 3, 1)
     heat = F.interpolate(heat, scale_factor=FINE, mode="bicubic")[0, 0].clamp(min=0)       # (FINE h, FINE w)
+    usual = places.get(phrase.split()[-1])                                                 # where its noun usually is
     heat = heat - heat.min() if usual is None else heat.sqrt() * usual
     inside = heat >= SHARE * heat.max()
     if not inside.any():        # attention of broken weights, which is not a number

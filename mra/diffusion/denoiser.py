@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mra.config import DiffusionConfig
-from mra.diffusion.autoencoder import ResBlock, Up, group_norm
+from mra.diffusion.autoencoder import ResBlock, Up, group_norm, zero
 from mra.encoders import CausalTextEncoder, TextEncoder
 from mra.layers import GEGLU, Attention, initialise
 
@@ -133,8 +133,8 @@ class Denoiser(nn.Module):
         self.last = nn.Sequential(norm, nn.SiLU(), nn.Conv2d(dim, config.latent, 3, padding=1))
         self.text_encoder.apply(initialise)
         for module in self.modules():    # every block starts as the identity, and v as 0
-            zero(module.conv2 if isinstance(module, ResBlock) else
-                 module.to_out if isinstance(module, SpatialTransformer) else None)
+            if isinstance(module, ResBlock | SpatialTransformer):
+                zero(module.conv2 if isinstance(module, ResBlock) else module.to_out)
         zero(self.last[-1])
 
     def read(self, ids: Tensor, keep: Tensor) -> Prompt:
@@ -174,13 +174,6 @@ class DomainBranch(nn.Module):
         embedding = self.encoder.embed(t) + self.domain
         found = self.encoder(z, embedding, prompt, self.condition(self.fold(condition)))
         return [output(x) for output, x in zip(self.outputs, found)]
-
-
-def zero(module: nn.Module | None) -> nn.Module | None:
-    """The module with all parameters 0."""
-    for parameter in module.parameters() if module is not None else ():
-        nn.init.zeros_(parameter)
-    return module
 
 
 def round_weights(network: nn.Module) -> None:

@@ -101,9 +101,10 @@ def replace_block(image: Tensor, donor: Tensor, generator: torch.Generator) -> T
     """A block of the body is another place of another picture."""
     _, height, width = image.shape
     y, x = (int(torch.randint(n // 2, (1,), generator=generator)) for n in (height, width))
+    left = x // 2 + width // 8
+    block = slice(None), slice(y, y + height // 2), slice(left, left + width // 2)
     image = image.clone()
-    image[:, y:y + height // 2, x // 2 + width // 8:x // 2 + width // 8 + width // 2] = donor.roll(
-        (height // 2, width // 4), (1, 2))[:, y:y + height // 2, x // 2 + width // 8:x // 2 + width // 8 + width // 2]
+    image[block] = donor.roll((height // 2, width // 4), (1, 2))[block]
     return image
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mra import checkpoint
 from mra.config import Fit, UserError
-from mra.training import SHARDS, Machine, any_process, schedule, stoppable
+from mra.training import SHARDS, Machine, any_process, claimed, schedule, stoppable
 
 
 def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], Tensor], plan: Fit, path: Path,
@@ -37,9 +37,9 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     average = {k: p.detach().clone() for k, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     part = path.with_suffix(".part")
-    first = resume(part, model, average, optimizer, facts)
-    started, seen = time.perf_counter(), []
-    with stoppable() as asked:
+    with claimed(path.parent, machine), stoppable() as asked:
+        first = resume(part, model, average, optimizer, facts)
+        started, seen = time.perf_counter(), []
         for step in range(first, plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
@@ -63,16 +63,16 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
                 machine.say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
                             f"{seconds * (plan.steps - done) / 60:.1f} min left")
                 if machine.rank == 0 and done < plan.steps:
-                    checkpoint.save(part, checkpoint.weights(model) | checkpoint.optimizer_tensors(model, optimizer)
+                    checkpoint.save(part, checkpoint.state(model, optimizer)
                                     | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
                 if stop and done < plan.steps:
                     raise KeyboardInterrupt
-    with torch.no_grad():
-        for k, p in parameters.items():
-            p.copy_(average[k])
-    if machine.rank == 0:
-        checkpoint.save(path, checkpoint.weights(model), facts | {"seconds": round(time.perf_counter() - started)})
-        part.unlink(missing_ok=True)
+        with torch.no_grad():
+            for k, p in parameters.items():
+                p.copy_(average[k])
+        if machine.rank == 0:
+            checkpoint.save(path, checkpoint.weights(model), facts | {"seconds": round(time.perf_counter() - started)})
+            part.unlink(missing_ok=True)
     if any_process(asked.is_set(), machine):
         raise KeyboardInterrupt
 
@@ -83,8 +83,7 @@ def resume(part: Path, model: nn.Module, average: dict[str, Tensor], optimizer: 
     if not part.exists():
         return 0
     tensors, saved = load_same(part, facts)
-    checkpoint.restore_weights(model, tensors, part)
-    checkpoint.restore_optimizer(model, optimizer, tensors)
+    checkpoint.restore(model, optimizer, tensors, part)
     for name, value in average.items():
         value.copy_(tensors[f"average.{name}"])
     return saved["step"]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mra import checkpoint, figures
+from mra import checkpoint, contrasts, figures
 from mra.config import FITS, AdaptConfig, DiffusionConfig
 from mra.data import town
 from mra.data.drawing import DOMAINS, Pose
@@ -29,7 +29,7 @@ from mra.diffusion.boxes import overlap, phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.filters import Judge, tell_apart
 from mra.diffusion.making import FILTERS
-from mra.diffusion.sampling import Crops, Diffusion, encode, to_float
+from mra.diffusion.sampling import Diffusion, encode, read_images, stacked, to_float
 from mra.diffusion.transfers import transferred
 from mra.training import Machine
 
@@ -132,11 +132,6 @@ def strangers(count: int, seed: int) -> list[Person]:
     return [sample_person(random.Random(f"stranger/{seed}/{i}")) for i in range(count)]
 
 
-def pixels_of(drawn: list[Portrait]) -> Tensor:
-    """(N, 3, H, W) uint8."""
-    return torch.from_numpy(np.stack([portrait.pixels for portrait in drawn])).permute(0, 3, 1, 2).contiguous()
-
-
 def measure(images: Tensor, held_out: Tensor, reader: Judge, seed: int, device: torch.device, steps: int) -> dict:
     """The row of one set of images in the report: distance to the held-out target images, both uint8."""
     features = [reader.score(some, features=True) for some in (images, held_out)]
@@ -149,15 +144,6 @@ def add_shares(rows: dict[str, dict]) -> None:
     far, near = (math.log(rows[name]["frechet"]) for name in ("source", "exact"))
     for row in rows.values():
         row["gap_closed"] = round((far - math.log(row["frechet"])) / (far - near), 4)
-
-
-def as_text(rows: dict[str, dict]) -> str:
-    """The report's table for a terminal."""
-    names = ("frechet", "gap_closed", "classifier", *GARMENTS)
-    lines = [f"{'':16}" + "".join(f"{name:>14}" for name in names)]
-    for title, row in rows.items():
-        lines.append(f"{title:16}" + "".join(f"{row[name]:14.3f}" if name in row else f"{'':14}" for name in names))
-    return "\n".join(lines)
 
 
 def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], source: Sequence[Record],
@@ -173,14 +159,13 @@ def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], so
             usual[phrase.split()[-1]].append(box)
     captions = [portrait.words.caption for portrait in drawn]
     condition = torch.ones(len(drawn), 1, base.config.height, base.config.width, device=device)
-    maps = word_maps(base.denoiser, branch, encode(base.autoencoder, pixels_of(drawn)), base.read(captions), condition,
-                     base.schedule, torch.Generator(device).manual_seed(0)).float().cpu()
+    latents = encode(base.autoencoder, stacked([portrait.pixels for portrait in drawn]))
+    maps = word_maps(base.denoiser, branch, latents, base.read(captions), condition, base.schedule,
+                     torch.Generator(device).manual_seed(0)).float().cpu()
     for portrait, caption, own in zip(drawn, captions, maps):
-        ids = base.tokenizer.encode(caption, base.config.max_tokens)
         for phrase, truth in zip(portrait.words.phrases, portrait.words.boxes):
-            noun, pieces = phrase.split()[-1], base.tokenizer.encode(phrase)[1:-1]
-            place = places.get(noun)
-            box, alone = (phrase_box(own, ids, pieces, base.tokenizer.starts_word, where) for where in (place, None))
+            noun = phrase.split()[-1]
+            box, alone = (phrase_box(own, caption, phrase, base.tokenizer, where) for where in (places, {}))
             if box and noun in usual:
                 overlaps["made"].append(overlap(box[0], truth))
                 overlaps["attention alone"].append(overlap(alone[0], truth))
@@ -191,7 +176,7 @@ def box_quality(base: Diffusion, branch: DomainBranch, drawn: list[Portrait], so
 
 def images_of(rows: list[dict], size: DiffusionConfig, out: Path) -> Tensor:
     """The made images (N, 3, H, W) of these records."""
-    return Crops([str(out / "imgs" / row["image"]) for row in rows], size).read()
+    return read_images([str(out / "imgs" / row["image"]) for row in rows], size)
 
 
 def set_report(size: DiffusionConfig, kept: list[dict], dropped: list[dict], made: Tensor, target: Tensor,
@@ -216,9 +201,10 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     `rows` are records of the set, `made` (N, 3, H, W) their images.
     The row "moments" is decoded as made images are, by the decoder that has learned the target's blur and grain.
     """
+    size = base.config.height, base.config.width
+
     def drawn(people: list[Person], seed: int, domain: str = config.target, poses: list[Pose] | None = None) -> Tensor:
-        return pixels_of(town.portraits(domain, people, seed, (base.config.height, base.config.width), machine.cores,
-                                        poses))
+        return stacked([one.pixels for one in town.portraits(domain, people, seed, size, machine.cores, poses)])
 
     source = list(islice(source, len(rows)))
     shots = {(folder, shot.path): shot for name, folder in town.FOLDERS.items()
@@ -226,33 +212,35 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     origins, seen = ([shots[Path(path.split("/imgs/")[0]).name, path.split("/imgs/")[1]] for path in paths]
                      for paths in ([row["origin"] for row in rows], [record.path for record in source]))
     own, theirs = ([shot.person for shot in some] for some in (origins, seen))
-    plain = Crops([record.path for record in source], base.config).read(config.workers)
+    plain = read_images([record.path for record in source], base.config, config.workers)
     held_out, others = (drawn(strangers(len(rows), seed), seed) for seed in (2, 3))
     sets = {"source": plain, **transferred(plain, target, base.autoencoder), f"dad {config.mode}": made,
             "exact": drawn(theirs, 1), "target": others}
-    steps, table = FITS[config.size]["judge"], {}
-    measured = machine.map(lambda images: measure(images, held_out, reader, config.seed, machine.device, steps),
-                           sets.values())
-    for (name, images), table[name] in zip(sets.items(), measured):
-        people, captions = ((own, [row["caption"] for row in rows]) if images is made
-                            else (theirs, [record.captions[0] for record in source]))
-        table[name] |= colour_accuracy(reader, images, people, captions) if name != "target" else {}
+    steps, captions = FITS[config.size]["judge"], [row["caption"] for row in rows]
+    table = dict(zip(sets, machine.map(
+        lambda images: measure(images, held_out, reader, config.seed, machine.device, steps), sets.values())))
+    for name, images in sets.items():
+        asked = (own, captions) if images is made else (theirs, [record.captions[0] for record in source])
+        if name != "target":            # whose people are others
+            table[name] |= colour_accuracy(reader, images, *asked)
     add_shares(table)
-    machine.say(as_text(table))
+    told = ("frechet", "gap_closed", "classifier", *GARMENTS)
+    machine.say(contrasts.as_table([{"images": name} | {key: f"{row[key]:.3f}" for key in told if key in row}
+                                    for name, row in table.items()]))
     figures.sheet({"source: as the source draws these people": drawn(own[:10], 4, "source"), "adapted": made[:10],
                    f"exact: as {config.target}'s cameras see them": drawn(own[:10], 4),
                    "target: other people": held_out[:10]}, out / "adaptation.png")
     facts = {"gap": table, "classifier on target blurred by half a pixel": separability(
                  half_pixel_blur(held_out), held_out, config.seed, machine.device, steps),
              "nearest training image": {"made": nearest(made, target), "held out": nearest(held_out, target)}}
-    truth, captions = drawn(own, 5, poses=[shot.pose for shot in origins]), [row["caption"] for row in rows]
+    truth = drawn(own, 5, poses=[shot.pose for shot in origins])
     facts["garment colours"] = {name: colour_accuracy(reader, images, own, captions)
                                 for name, images in (("made", made), ("exact images of the same people", truth))}
     if config.mode == "generate":
-        boxed = town.portraits(config.target, theirs[:BOXED], 1, (base.config.height, base.config.width), machine.cores)
+        boxed = town.portraits(config.target, theirs[:BOXED], 1, size, machine.cores)
         facts["boxes"] = box_quality(base, branch, boxed, source, places)
     else:
-        before = Crops([row["origin"] for row in rows], base.config).read(config.workers)
+        before = read_images([row["origin"] for row in rows], base.config, config.workers)
         facts["distance to the exact image of the same person and pose"] = {
             name: distance(images, truth) for name, images in (("source", before), ("restyled", made))}
     return facts

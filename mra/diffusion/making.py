@@ -7,7 +7,7 @@ import hashlib
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mra import checkpoint
 from mra.config import AdaptConfig
-from mra.data import Box
 from mra.data.records import Record, save_image
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
@@ -26,7 +25,7 @@ from mra.diffusion.denoiser import DomainBranch, Prompt, structure
 from mra.diffusion.filters import Judge, agreement, colourfulness
 from mra.diffusion.noising import ddim, dpm_solver, q_sample
 from mra.diffusion.prompts import prompts_of
-from mra.diffusion.sampling import Crops, Diffusion, decode, encode, guide, to_float
+from mra.diffusion.sampling import Diffusion, decode, encode, guide, read_images, to_float
 from mra.diffusion.transfers import match_moments
 from mra.retriever import Retriever
 from mra.training import Machine, any_process, stoppable
@@ -38,16 +37,6 @@ FILE = 5000         # records of an annotation file
 FILTERS = ("greyscale", "malformed", "mismatch")
 
 
-@dataclass(frozen=True)
-class Wish:
-    """One image to make: from words, or from a source image whose phrases and boxes it keeps."""
-
-    caption: str
-    origin: str                             # path of the image that the caption, or the image itself, comes from
-    phrases: tuple[str, ...] = ()
-    boxes: tuple[Box, ...] = ()
-
-
 class Looks(NamedTuple):
     """Latents (N, C, h, w) of images of the source, when they are restyled, and (M, C, h, w) of the target's."""
 
@@ -55,20 +44,22 @@ class Looks(NamedTuple):
     target: Tensor | None
 
 
-def wishes(config: AdaptConfig, base: Diffusion, records: Sequence[Record]) -> list[Wish]:
-    """What to make of these records; captions to generate from are sorted by length, so that few need padding."""
+def wishes(config: AdaptConfig, base: Diffusion, records: Sequence[Record]) -> list[Record]:
+    """What to make: some of these records anew, or one for each prompt, with its phrases but no boxes yet.
+
+    `path` is the image that it, or its caption, comes from. Prompts are sorted by length, so that few need padding.
+    """
     if config.mode == "restyle":
         chosen = random.Random(config.seed).sample(range(len(records)), min(config.images, len(records)))
-        return [Wish(record.captions[0], record.path, record.phrases, record.boxes)
-                for record in map(records.__getitem__, chosen)]
+        return [records[i] for i in chosen]
     pairs = [(caption, record.path) for record in records for caption in record.captions]
     made = prompts_of([caption for caption, _ in pairs], config.images, config.seed)
-    found = [Wish(prompt, pairs[i][1], tuple(dict.fromkeys(noun_phrases(prompt)))) for i, prompt in made]
-    return sorted(found, key=lambda wish: len(base.tokenizer.encode(wish.caption)))
+    found = [Record(pairs[i][1], (prompt,), 0, (), tuple(dict.fromkeys(noun_phrases(prompt)))) for i, prompt in made]
+    return sorted(found, key=lambda wish: len(base.tokenizer.encode(wish.captions[0])))
 
 
 def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, judge: Judge,
-         retriever: tuple[Retriever, Tokenizer] | None, wanted: list[Wish], probes: list[Wish], looks: Looks,
+         retriever: tuple[Retriever, Tokenizer] | None, wanted: list[Record], probes: list[Record], looks: Looks,
          places: dict[str, Tensor], out: Path) -> list[Path]:
     """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept.
 
@@ -94,11 +85,13 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
             latents, condition, prompt = sample(config, base, networks, parts[number], looks, draw)
             latents = scale * latents + shift
             images = decode(base.autoencoder, latents, draw)
-            rows = describe(config, base, branch, parts[number], latents, condition, prompt, places, draw)
+            maps = (word_maps(base.denoiser, branch, latents, prompt, condition, base.schedule, draw).float().cpu()
+                    if config.mode == "generate" else None)
+            rows = describe(config, base, parts[number], maps, places)
         mean, variance = colourfulness(images)
         judged = {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
         if retriever:
-            judged["match"] = agreement(*retriever, images, [wish.caption for wish in parts[number]])
+            judged["match"] = agreement(*retriever, images, [wish.captions[0] for wish in parts[number]])
         write_part(files[number], images, rows, judged, settings)
         done.append(number)
         seconds = (time.perf_counter() - started) / len(done)
@@ -115,7 +108,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     return files
 
 
-def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: list[nn.Module], probes: list[Wish],
+def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: list[nn.Module], probes: list[Record],
               looks: Looks) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (C, h, w): what gives samples the mean and variance of the target's latents at each place.
 
@@ -137,7 +130,7 @@ def calibrate(config: AdaptConfig, machine: Machine, base: Diffusion, networks: 
     return scale, target_mean - scale * mean
 
 
-def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Wish],
+def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some: list[Record],
            looks: Looks, draw: torch.Generator) -> tuple[Tensor, Tensor, Prompt]:
     """Latents (B, C, h, w) of the wishes, the condition (B, 1, H, W) and the prompt they were made with."""
     device, schedule = draw.device, base.schedule
@@ -145,40 +138,35 @@ def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some
     condition = torch.ones(len(some), 1, base.config.height, base.config.width, device=device)
     strength = 1.0
     if config.mode == "restyle":
-        images = Crops([wish.origin for wish in some], base.config).read().to(device)
+        images = read_images([wish.path for wish in some], base.config).to(device)
         if config.condition == "structure":
             condition = structure(to_float(images))
-        strength, visited = config.strength, schedule.trailing(config.sampling_steps, config.strength)
-        moved = match_moments(encode(base.autoencoder, images), *looks)
-        first = torch.full((len(some),), visited[0] if visited else 0, device=device)
-        noise = q_sample(moved, noise, first, schedule) if visited else moved
-    both = base.read([wish.caption for wish in some] + [""] * len(some))
-    prompt, nothing = both[:len(some)], both[len(some):]
-    denoiser, branch = networks
+        strength, moved = config.strength, match_moments(encode(base.autoencoder, images), *looks)
+        visited = schedule.trailing(config.sampling_steps, strength)
+        noise = (q_sample(moved, noise, torch.full((len(some),), visited[0], device=device), schedule) if visited
+                 else moved)
+    both = base.read([wish.captions[0] for wish in some] + [""] * len(some))
     span = config.guidance_from * len(schedule.alpha), config.guidance_to * len(schedule.alpha)
-    denoise = guide(denoiser, prompt, nothing, branch, condition, config.guidance, config.domain_guidance,
-                    config.rescale, span)
-    return SAMPLERS[config.sampler](denoise, noise, schedule, config.sampling_steps, strength), condition, prompt
+    denoiser, branch = networks
+    denoise = guide(denoiser, both, branch, condition, config.guidance, config.domain_guidance, config.rescale, span)
+    latents = SAMPLERS[config.sampler](denoise, noise, schedule, config.sampling_steps, strength)
+    return latents, condition, both[:len(some)]
 
 
-def describe(config: AdaptConfig, base: Diffusion, branch: DomainBranch, some: list[Wish], latents: Tensor,
-             condition: Tensor, prompt: Prompt, places: dict[str, Tensor], draw: torch.Generator) -> list[dict]:
-    """SDA records without their image: given boxes as they are, else a box for each phrase that is found."""
-    rows, maps = [], None
-    if config.mode == "generate":
-        maps = word_maps(base.denoiser, branch, latents, prompt, condition, base.schedule, draw).float().cpu()
+def describe(config: AdaptConfig, base: Diffusion, some: list[Record], maps: Tensor | None,
+             places: dict[str, Tensor]) -> list[dict]:
+    """SDA records without their image: a box for each phrase that the `maps` show, else the boxes that it came with."""
+    rows = []
     for i, wish in enumerate(some):
         found = [(phrase, box, 1.0) for phrase, box in zip(wish.phrases, wish.boxes)]
         if maps is not None:
-            ids = base.tokenizer.encode(wish.caption, base.config.max_tokens)
-            boxes = [phrase_box(maps[i], ids, base.tokenizer.encode(phrase)[1:-1], base.tokenizer.starts_word,
-                                places.get(phrase.split()[-1])) for phrase in wish.phrases]
+            boxes = [phrase_box(maps[i], wish.captions[0], phrase, base.tokenizer, places) for phrase in wish.phrases]
             found = [(phrase, *box) for phrase, box in zip(wish.phrases, boxes)
                      if box and box[1] >= config.box_threshold]
-        found = found or [(wish.caption, (0.5, 0.5, 1.0, 1.0), 1.0)]    # no phrase: the whole image (MRA section 2)
+        found = found or [(wish.captions[0], (0.5, 0.5, 1.0, 1.0), 1.0)]    # no phrase: the whole image (MRA section 2)
         rows.append({"boxes": [[round(x, 4) for x in box] for _, box, _ in found],
                      "logits": [round(sure, 4) for _, _, sure in found],
-                     "phrases": [phrase for phrase, _, _ in found], "caption": wish.caption, "origin": wish.origin})
+                     "phrases": [phrase for phrase, _, _ in found], "caption": wish.captions[0], "origin": wish.path})
     return rows
 
 

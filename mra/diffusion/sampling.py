@@ -3,8 +3,8 @@
 Before: denoiser.py, noising.py. After: prompts.py, fit.py; adapt.py puts them together.
 """
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mra import checkpoint
 from mra.config import DiffusionConfig
 from mra.data.records import open_image
-from mra.data.tokenizer import ClipTokenizer, Tokenizer, checked, pad
+from mra.data.tokenizer import ClipTokenizer, Tokenizer, pad
 from mra.data.words import swap_left_right
 from mra.diffusion.autoencoder import Autoencoder, StableAutoencoder
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, structure
@@ -48,27 +48,24 @@ def read_base(path: Path) -> tuple[Diffusion, dict]:
     """A base that adapt.py has trained, and the facts of its file."""
     tensors, facts = checkpoint.load(path)
     with checkpoint.trusting(path):
-        tokenizer, _ = Tokenizer(checked(facts["vocab"], path)), (facts["images"], facts["source"])
+        tokenizer, _ = Tokenizer(facts["vocab"], path), (facts["images"], facts["source"])      # it must tell them, too
         size = checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer)
         return checkpoint.build(lambda: Diffusion(size, tokenizer), tensors, path), facts
 
 
-class Crops(torch.utils.data.Dataset):
-    """Image files as (3, H, W) uint8."""
+def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0) -> Tensor:
+    """Image files as (N, 3, H, W) uint8."""
+    read = partial(_read, size=(config.width, config.height))
+    return torch.cat(list(torch.utils.data.DataLoader(paths, 64, num_workers=workers, collate_fn=read)))
 
-    def __init__(self, paths: Sequence[str], config: DiffusionConfig):
-        self.paths, self.size = paths, (config.width, config.height)
 
-    def __len__(self) -> int:
-        return len(self.paths)
+def _read(paths: list[str], size: tuple[int, int]) -> Tensor:
+    return stacked([np.asarray(open_image(path).resize(size, Image.Resampling.BICUBIC)) for path in paths])
 
-    def __getitem__(self, index: int) -> Tensor:
-        image = open_image(self.paths[index]).resize(self.size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
-    def read(self, workers: int = 0) -> Tensor:
-        """All of them, (N, 3, H, W) uint8."""
-        return torch.cat(list(torch.utils.data.DataLoader(self, 64, num_workers=workers)))
+def stacked(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures (H, W, 3) of one size -> (N, 3, H, W)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -112,10 +109,9 @@ class LatentPairs:
     captions are kept once. After `read` the states of the captions are cached too, in the host's memory.
     """
 
-    def __init__(self, autoencoder: Autoencoder | StableAutoencoder, images: Tensor, captions: list[tuple[int, str]],
-                 tokenizer: Tokenizer | ClipTokenizer, condition: str = "white"):
-        device, self.states = next(autoencoder.parameters()).device, None
-        self.latents = torch.cat([encode(autoencoder, images, mirrored) for mirrored in (False, True)])  # (2N, C, h, w)
+    def __init__(self, base: Diffusion, images: Tensor, captions: list[tuple[int, str]], condition: str = "white"):
+        device, self.states = next(base.parameters()).device, None
+        self.latents = torch.cat([encode(base.autoencoder, images, flip) for flip in (False, True)])    # (2N, C, h, w)
         self.conditions = None
         if condition == "structure":
             edges = torch.cat([structure(to_float(some)) for some in images.split(256)]).half().to(device)
@@ -123,7 +119,8 @@ class LatentPairs:
         words = [caption for _, caption in captions]
         words += [swap_left_right(caption) for caption in words] + [""]
         numbers = {caption: i for i, caption in enumerate(dict.fromkeys(words))}
-        self.ids, self.keep = (x.to(device) for x in pad([tokenizer.encode(w) for w in numbers], tokenizer.pad_id))
+        ids = [base.tokenizer.encode(caption, base.config.max_tokens) for caption in numbers]
+        self.ids, self.keep = (x.to(device) for x in pad(ids, base.tokenizer.pad_id))
         self.caption_of = torch.tensor([numbers[caption] for caption in words], device=device)  # (2M + 1,)
         index = torch.tensor([i for i, _ in captions], device=device)
         self.image_of = torch.cat([index, index + len(images)])                                 # (2M,)
@@ -172,18 +169,19 @@ class LatentPairs:
         return diffusion_loss(denoise, latents, noise, t, schedule)
 
 
-def guide(denoiser: Denoiser, prompt: Prompt, nothing: Prompt, branch: DomainBranch | None, condition: Tensor | None,
-          text: float, domain: float, rescale: float, span: tuple[float, float] = (0, math.inf)) -> Denoise:
+def guide(denoiser: Denoiser, both: Prompt, branch: DomainBranch | None, condition: Tensor | None, text: float,
+          domain: float, rescale: float, span: tuple[float, float] = (0, 1000)) -> Denoise:
     """A `denoise` for the samplers, with guidance on the text and on the domain.
 
     v = v(nothing, base) + domain (v(nothing, branch) - v(nothing, base)) + text (v(words, branch) - v(nothing, branch))
 
-    `nothing` is the empty caption, B times. The domain's null is the base without its branch, which was never trained
-    on the target, so neither needs dropping in training. Guidance of 1 costs no pass. Outside `span`, the lowest and
-    the highest level t, the text has none: of much noise guidance takes the variety, at little it does nothing
-    (Kynkaanniemi et al. 2024).
+    `both` holds B captions and then the empty one, B times. The domain's null is the base without its branch, which
+    was never trained on the target, so neither needs dropping in training. Guidance of 1 costs no pass. Outside `span`,
+    the lowest and the highest level t, the text has none: of much noise guidance takes the variety, at little it does
+    nothing (Kynkaanniemi et al. 2024).
     """
-    both = Prompt(torch.cat([prompt.states, nothing.states]), torch.cat([prompt.keep, nothing.keep]))
+    count = len(both.keep) // 2
+    prompt, nothing = both[:count], both[count:]
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         def predict(passes: int, asked: Prompt) -> Tensor:

@@ -82,7 +82,7 @@ def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.devic
     @torch.no_grad()
     def sample() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            ddim(guide(denoiser, both[:batch], both[batch:], side, white, 3.0, 1.0, 0.7), noise, base.schedule,
+            ddim(guide(denoiser, both, side, white, 3.0, 1.0, 0.7), noise, base.schedule,
                  options.steps)
 
     return train, sample

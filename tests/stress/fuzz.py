@@ -52,9 +52,9 @@ from mra.data import augment, records, town, words  # noqa: E402
 from mra.data.batches import PairDataset  # noqa: E402
 from mra.data.check import check_set  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
-from mra.diffusion.sampling import Crops, Diffusion, read_base  # noqa: E402
+from mra.diffusion.sampling import Diffusion, read_base, read_images  # noqa: E402
 from mra.retriever import Retriever  # noqa: E402
-from mra.training import make_optimizer, queries_of  # noqa: E402
+from mra.training import Machine, make_optimizer, queries_of  # noqa: E402
 from tests.test_weights import Bert  # noqa: E402
 
 SECONDS, BYTES, LETTERS = 10, 2 * 2**30, 4000      # at most, of a case; of its sentence
@@ -312,10 +312,10 @@ def images(folder: Path) -> Maker:
                 gallery.troubles(found, 1, lambda line: None)
                 return
             image = records.open_image(str(path))
-            augment.plain_view(image, (32, 16))
+            augment.tensor_of(image, (32, 16))
             augment.pretrain_view(image, (0.5, 0.5, 0.3, 0.3), (32, 16), rng)
             augment.finetune_view(image, (32, 16), rng)
-            Crops([str(path)], DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2))[0]
+            read_images([str(path)], DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2))
             figures.photograph(str(path))
 
         return Case(f"{origin} as {name!r}: {deed}", repr(str(path)), read)
@@ -351,7 +351,7 @@ class Whole:
             found, own_tokenizer, said = released.load_retriever(path, CPU)
             config = evaluate.EvalConfig(query="a man in a red coat", k=2)
             f"{said['train']['dataset'] or ''} {said['pretrained_on']} {said['train']['seed']}"
-            evaluate.rank(config, found, own_tokenizer, said, [config.query], [photo] * 3)
+            evaluate.rank(config, Machine.of("cpu", "float32"), found, own_tokenizer, said, [config.query], [photo] * 3)
             if dataclasses.asdict(self.model.config) == said["model"]:
                 train.load_model(TrainConfig(preset="tiny", init=str(path)), CPU, lambda line: None)
 
@@ -380,7 +380,7 @@ def whole_files(folder: Path) -> Whole:
     paint(folder / "photos/1.png")
     gallery.encode(folder / "photos", model.eval(), folder / "valid.gallery", 4, say=lambda line: None)
     return Whole(folder, {
-        "best": (own, facts), "last": (own | checkpoint.optimizer_tensors(model, optimizer), facts),
+        "best": (own, facts), "last": (checkpoint.state(model, optimizer), facts),
         "gallery": checkpoint.load(folder / "valid.gallery"),
         "base": (checkpoint.weights(base), {"size": dataclasses.asdict(base.config), "vocab": tokenizer.pieces,
                                             "images": 3, "source": "sda"}),
@@ -508,7 +508,7 @@ def vocab(folder: Path) -> Maker:
             for text in (*CAPTIONS, "", str(rng.choice(ODD))):
                 ids = tokenizer.encode(text)
                 mask_words(ids, tokenizer, rng)
-                tokenizer.words(ids)
+                [tokenizer.pieces[i] for i in ids]
 
         return Case(deed, str(path), read, (
             "train.py", "--dataset", "icfg", "--preset", "tiny", "--init", "none", "--vocab", str(path), "--steps", "1",
