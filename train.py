@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
     log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, rank > 0, first)
     with training.stoppable() as asked:
-        batches = batches_from(first, plan.steps, dataset, config, rank, world, device)     # Ctrl-C spares its workers
+        batches = batches_from(first, plan.steps, dataset, config, rank, world, device)
         for step in range(first, plan.steps):
             model.train()
             rate = training.schedule(step, plan.steps, config.warmup)
@@ -147,7 +148,13 @@ def batches_from(first: int, stop: int, dataset: PairDataset, config: TrainConfi
     keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, stop * config.accumulate,
                  rank, world)
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate,
-                                            num_workers=config.workers, pin_memory=device.type == "cuda"))
+                                            num_workers=config.workers, pin_memory=device.type == "cuda",
+                                            worker_init_fn=ignore_ctrl_c))
+
+
+def ignore_ctrl_c(_: int) -> None:
+    """A terminal's Ctrl-C reaches the loading processes, too; what they load is needed to end the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Tokenizer,

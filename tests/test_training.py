@@ -126,8 +126,8 @@ def test_a_stop_in_the_last_step_is_heeded(town, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_of_a_terminal_spares_the_loading_processes(town, tmp_path):
-    """It reaches them, too; the run goes on to the end of its step, and saves it."""
-    endless = *SIX, "--steps", "100000", "--evals", "1", "--log-every", "1", "--workers", "1", "--dataset", "sda"
+    """It reaches them, too; the run goes on to the end of its step, for which it needs more batches, and saves it."""
+    endless = (*SIX, "--steps", "100000", "--evals", "1", "--accumulate", "40", "--workers", "1", "--dataset", "sda")
     running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *endless, "--out", str(tmp_path)], cwd=town,
                                start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while running.poll() is None and not (tmp_path / "log.jsonl").exists():
