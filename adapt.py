@@ -116,7 +116,10 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
 
 
 def train_base(config: AdaptConfig, machine: Machine) -> Path:
-    """Autoencoder, then denoiser, on the source alone; returns the file that holds both."""
+    """Autoencoder, then denoiser, on the source alone; returns the file that holds both.
+
+    A second run at the same time is refused where the first is in one of them.
+    """
     out, plans, schedule = Path("out") / f"base-{config.size}", FITS[config.size], Schedule.cosine()
     records = base_records(config, machine)
     images = read_images([record.path for record in records.records], DIFFUSION_PRESETS[config.size], config.workers)
@@ -124,7 +127,8 @@ def train_base(config: AdaptConfig, machine: Machine) -> Path:
     tokenizer = Tokenizer.read()
     torch.manual_seed(config.seed)
     base = Diffusion(replace(DIFFUSION_PRESETS[config.size], vocab=len(tokenizer)), tokenizer).to(machine.device)
-    facts = {"size": asdict(base.config), "source": records.name, "root": source_root(config), "images": len(images),
+    size = {name: value for name, value in asdict(base.config).items() if name != "stable"}     # as in older files
+    facts = {"size": size, "source": records.name, "root": source_root(config), "images": len(images),
              "captions": len(captions), "contents": contents(records, images)}
     machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
 

@@ -42,7 +42,7 @@ class EvalConfig:
     k: int = -1                       # candidates that the fusion encoder re-scores; -1: the preset's; 0: none
     mirror: bool = True               # average over the mirror image
     fusion: str = "clean"             # clean: a pair's score depends on that pair; published: as the released code
-    weight: float = -1.0              # of the similarity; below 0: clean, chosen on val; published, 0.002
+    weight: float = -1.0              # of the similarity; -1: clean, chosen on val; published, 0.002
     query: str = ""                   # a sentence: rank a gallery for it instead
     queries: str = ""                 # a text file with a sentence in each line, besides --query
     gallery: str = ""                 # a folder of photographs for these sentences; empty: the test images
@@ -103,6 +103,8 @@ def main() -> None:
 def check(config: EvalConfig) -> None:
     """Raise UserError for values that no run can use."""
     check_values(config, fusion=("clean", "published"), split=records.SPLITS)
+    if -1 < config.weight < 0:
+        raise UserError(f"--weight {config.weight}: give 0 or more, or leave it out.")
     asked = config.query or config.queries
     if asked and len(config.dataset) > 1:
         raise UserError("--query and --queries rank one gallery: give one --dataset.")

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mra import checkpoint, losses, released, training, weights
 from mra.config import PRESETS, TrainConfig, UserError, check_values, harmless, parse, pretrains, recipe, run, show
 from mra.data import town
-from mra.data.batches import Batch, PairDataset, order
+from mra.data.batches import Batch, PairDataset, loader, order
 from mra.data.check import check_set
 from mra.data.records import DATASETS, RecordSet, load_splits, share_of
 from mra.data.tokenizer import Tokenizer
@@ -131,8 +130,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
                 best = keep(machine, out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
                     "step": done, "seconds": round(time.perf_counter() - started, 1)})
             if training.any_process(asked.is_set(), machine):
-                if log.terms:
-                    log.flush(done, config.lr * rate)       # which refuses what is not finite
+                log.flush(done, config.lr * rate)           # which refuses what is not finite
                 if done not in plan.evals:
                     machine.first(lambda: checkpoint.save(out / "last.safetensors", checkpoint.state(model, optimizer),
                                                           facts | {"step": done, "best": best}))
@@ -147,14 +145,8 @@ def batches_from(first: int, stop: int, dataset: PairDataset, config: TrainConfi
     """This process's batches of the steps `first` to `stop`."""
     keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, stop * config.accumulate,
                  rank, world)
-    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate,
-                                            num_workers=config.workers, pin_memory=device.type == "cuda",
-                                            worker_init_fn=ignore_ctrl_c))
-
-
-def ignore_ctrl_c(_: int) -> None:
-    """A terminal's Ctrl-C reaches the loading processes, too; what they load is needed to end the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return iter(loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate,
+                       pin_memory=device.type == "cuda"))
 
 
 def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Tokenizer,

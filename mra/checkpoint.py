@@ -119,7 +119,8 @@ def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], path: Path)
 def check_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Those of the tensors that are weights: every name and shape must agree, or UserError says which does not."""
     own = weights(model)
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(("optimizer.", "average."))}
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(("optimizer.", "average."))
+             and not name.endswith("relative_position_index")}      # which older files hold
     wrong = sorted(own.keys() ^ given.keys()) or [
         n for n in own if own[n].shape != given[n].shape or own[n].is_floating_point() > given[n].is_floating_point()]
     if wrong:

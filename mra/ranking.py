@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mra.config import ModelConfig
 from mra.data.augment import tensor_of
+from mra.data.batches import loader
 from mra.data.records import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
@@ -147,9 +148,9 @@ def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: in
                    mirror: bool = True) -> Tensor:
     """Unit features (G, 2, E) of the images and of their mirror images, or without `mirror` (G, 1, E)."""
     device, own = next(model.parameters()).device, own_batches(len(images), batch)
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, own), batch, num_workers=workers)
+    batches = loader(torch.utils.data.Subset(images, own), workers, batch_size=batch)
     features = torch.zeros(len(images), 1 + mirror, model.config.embed, device=device)
-    for start, image in zip(own[::batch], loader):
+    for start, image in zip(own[::batch], batches):
         image = image.to(device)
         for i, x in enumerate((image, image.flip(-1))[:1 + mirror]):
             features[start:start + batch, i] = model.encode_image(x)[1].float()
@@ -173,8 +174,8 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
     images = torch.utils.data.Subset(images, wanted[own].tolist())
     logits = torch.zeros(candidates.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
-    loader = torch.utils.data.DataLoader(images, batch, num_workers=workers)
-    for start, image in zip(own[::batch], loader):
+    batches = loader(images, workers, batch_size=batch)
+    for start, image in zip(own[::batch], batches):
         place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)

@@ -151,7 +151,7 @@ class Machine:
         if data_root:
             return Path(data_root)
         self.first(lambda: town.ready(dataset, tiny, self.say))
-        return town.ready(dataset, tiny, self.say)
+        return town.root(tiny)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -204,6 +204,8 @@ class Log:
 
     def flush(self, step: int, rate: float) -> None:
         """Write the means of the steps up to `step`. Raises UserError if a term of one of them is not finite."""
+        if not self.terms:
+            return
         for number, terms in enumerate(self.terms, step - len(self.terms) + 1):
             for name, term in terms.items():
                 if not term.isfinite():

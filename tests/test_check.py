@@ -73,7 +73,7 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
         assert line in out
     for number, words in ((3, "a caption is empty or not text: ' '"), (13, "the field 'id' has the wrong type"),
                           (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train, "),
-                          (17, "also in test, ")):
+                          (12, "record 1 ("), (17, "also in test, "), (17, "record 16 (")):
         assert any(f"record {number} (" in line and words in line for line in out.splitlines()), words
     assert "train: 5 images, published 6" in out and "train: 11 captions, published 12" in out
     assert "test: 4 images, published 6" in out and "test: 8 captions, published 12" in out
@@ -139,6 +139,13 @@ def test_drawn_data_is_not_held_against_the_published_counts(checked, root):
     assert status == 0 and "drawn data, not photographs" in out and "5 (6)" in out
 
 
-def test_a_set_that_is_not_there(root):
+def test_wordless_captions_are_noted(root):
+    lines = []
+    file = (root / "CUHK-PEDES").rename(root / "RSTPReid") / "reid_raw.json"
+    items = json.loads(file.read_text().replace("file_path", "img_path"))
+    items[2]["captions"] = ["穿红衣", "a man"]
+    file.with_name("data_captions.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    assert not check.check_set("rstp", root, 1, lines.append)        # its counts are not the published ones
+    assert any("Note: 1 captions have no word left" in line and "record 2 (" in line for line in lines)
     with pytest.raises(UserError, match="no folder"):
         check.check_set("icfg", root, 1)

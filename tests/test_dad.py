@@ -417,6 +417,8 @@ def test_train_pretrains_on_the_adapted_set(made):
     (("--target", "market"), "--target market"), (("--images", "0"), "--images 0"),
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
     (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
+    (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),
+    (("--checkpoint", "ft_cuhk.pth"), "ft_cuhk.pth: no such file of weights"),      # a released one
     (("--sampler", "euler"), "--sampler euler"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):
     status, _, err = command(tmp_path, "adapt.py", *flags)

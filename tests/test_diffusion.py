@@ -199,6 +199,13 @@ def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the condition has a say
 
 
+def test_captions_are_cut_at_what_the_base_can_read(tokenizer, images):
+    base = Diffusion(dataclasses.replace(DIFFUSION_PRESETS["tiny"], vocab=len(tokenizer), max_tokens=10, positions=10),
+                     tokenizer)
+    pairs = LatentPairs(base, images, [(0, "a man in a red coat, " * 9)])
+    assert pairs.ids.shape[1] == 10 and pairs.ids[0, -1] == tokenizer.sep_id
+
+
 def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
     base.requires_grad_(False)
     before = {name: value.clone() for name, value in base.state_dict().items()}

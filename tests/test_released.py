@@ -354,6 +354,8 @@ def test_another_image_size(small, one, other):
     side = {"swin": 15, "swin-224": 13}[other]
     assert torch.equal(after[name], released.resized_table(before[name], side))
     found.encode_image(torch.randn(1, 3, PRESETS[other].height, PRESETS[other].width))
+    assert dict(found.named_buffers()).keys() - after.keys()       # the indices: files of before hold them, too
+    checkpoint.restore_weights(found, after | dict(found.named_buffers()), Path("old.safetensors"))
 
 
 def test_another_size_of_a_vit():

@@ -315,3 +315,5 @@ def test_two_colours_of_one_garment_stay_together():
     caption = "a man in a purple and dark blue checked top, black jeans and white sneakers and a red and grey bag"
     assert words.noun_phrases(caption) == ["a man", "a purple and dark blue checked top", "black jeans",
                                            "white sneakers", "a red and grey bag"]
+    assert words.noun_phrases("her shoes are black and white, a black & white top") == ["black and white",
+                                                                                       "a black & white top"]

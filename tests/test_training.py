@@ -130,10 +130,13 @@ def test_ctrl_c_of_a_terminal_spares_the_loading_processes(town, tmp_path):
     endless = (*SIX, "--steps", "100000", "--evals", "1", "--accumulate", "40", "--workers", "1", "--dataset", "sda")
     running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *endless, "--out", str(tmp_path)], cwd=town,
                                start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while running.poll() is None and not (tmp_path / "log.jsonl").exists():
-        time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGINT)
-    _, err = running.communicate(timeout=100)
+    try:
+        while running.poll() is None and not (tmp_path / "log.jsonl").exists():
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)
+        _, err = running.communicate(timeout=100)
+    finally:
+        running.kill()
     assert running.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
     assert (tmp_path / "last.safetensors").exists()
 

@@ -125,6 +125,12 @@ def _positions(labels: list[int]) -> tuple[list[int], list[int]]:
     return at + [0] * fill, [labels[i] for i in at] + [-100] * fill
 
 
+def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.utils.data.DataLoader:
+    """Loads in forked processes: they share what is read, and heed signals as this one does, to the end of its step."""
+    return torch.utils.data.DataLoader(samples, num_workers=workers, **more,
+                                       multiprocessing_context="fork" if workers else None)
+
+
 def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0,
           world: int = 1) -> Iterator[list[tuple[int, int]]]:
     """Batches of (epoch, index) from step `start` on: one endless stream of permutations, dealt out by rank.

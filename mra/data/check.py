@@ -12,6 +12,7 @@ from pathlib import Path
 from mra.config import UserError
 from mra.data import in_processes
 from mra.data.records import SPLITS, Row, locate, open_image, read_rows, shown
+from mra.data.words import clean
 
 PUBLISHED = {   # identities, images and captions of each split, from the benchmark table of the MRA paper
     "cuhk": {"train": (11_003, 34_054, 68_126), "val": (1_000, 3_078, 6_158), "test": (1_000, 3_074, 6_156)},
@@ -58,6 +59,9 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
     for one, other in combinations(rows if before.split is None else (), 2):        # else each file may count from 0
         if shared := {row.identity for row in rows[one]} & {row.identity for row in rows[other]}:
             say(f"Note: {len(shared):,} identities of {one} stand in {other}, too, as {shown(min(shared))}")
+    wordless = [row.place for row in every for caption in row.said[0] if not clean(caption, dataset)]
+    if wordless:        # as of Chinese signs alone: trained on and searched with like any other
+        say(f"Note: {len(wordless):,} captions have no word left after cleaning, the first in {wordless[0]}")
     wrong["image that does not decode"] = list(troubles(present, workers, say).values())
     return tell(wrong, every, say)
 

@@ -59,7 +59,7 @@ class Record:
     captions: tuple[str, ...]
     identity: int                   # 0 .. K-1 within its RecordSet
     boxes: tuple[Box, ...] = ()
-    phrases: tuple[str, ...] = ()   # parallel to boxes
+    phrases: tuple[str, ...] = ()   # parallel to boxes, where there are any
 
 
 class Packed(Sequence):
@@ -161,8 +161,12 @@ def _record_set(dataset: str, split: str, source: Source, rows: list[Row], allow
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
-    records = Packed(Record(row.path, captions, ids[row.identity], boxes, phrases)
-                     for row in rows for captions, boxes, phrases in [row.said])
+
+    def record_of(row: Row) -> Record:
+        captions, boxes, phrases = row.said
+        return Record(row.path, captions, ids[row.identity], boxes, phrases)
+
+    records = Packed(map(record_of, rows))
     more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
     if (source.images / "town.json").is_file():
         say(f"{shown(source.images)} is drawn data, not photographs.")

@@ -209,6 +209,11 @@ def _portrait(task: tuple) -> Portrait:
                     describe(person, pose.view, boxes, rng), shot.camera)
 
 
+def root(tiny: bool) -> Path:
+    """Where the demo town lies, under the working directory."""
+    return Path("data/demo-tiny" if tiny else "data/demo")
+
+
 @dataclass(frozen=True)
 class TownConfig:
     """What `python -m mra.data.town` draws."""
@@ -231,12 +236,11 @@ def main() -> None:
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """The demo town's folder; in it the set of that name (sda, cuhk, icfg, rstp) is drawn if it is missing."""
-    root = Path("data/demo-tiny" if tiny else "data/demo")
+    """`root`, with the drawn set of that name (sda, cuhk, icfg, rstp) in it; it is drawn if it is missing."""
     if dataset in ("sda", "cuhk", "icfg", "rstp"):
-        build(root, "source" if dataset == "sda" else dataset, TINY if tiny else DEFAULT, 0,
+        build(root(tiny), "source" if dataset == "sda" else dataset, TINY if tiny else DEFAULT, 0,
               1 if tiny else os.cpu_count() or 1, say)
-    return root
+    return root(tiny)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ def noun_phrases(caption: str) -> list[str]:
 
     An "and" between two colours holds them together: "a black and white top" is one piece.
     """
-    pieces = BETWEEN.split(TWO_COLOURS.sub("\\1\0", caption))          # a sign that no caption holds
-    return [piece.strip().replace("\0", " and ") for piece in pieces if len(piece.split()) > 1 and TERM.search(piece)]
+    pieces = [piece.strip().replace("\0", " and ")          # a sign that no caption holds
+              for piece in BETWEEN.split(TWO_COLOURS.sub("\\1\0", caption))]
+    return [piece for piece in pieces if len(piece.split()) > 1 and TERM.search(piece)]
 
 
 def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
