@@ -101,7 +101,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
     log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, rank > 0, first)
     with training.stoppable() as asked:
-        batches = batches_from(first, plan.steps, dataset, config, rank, world, device)
+        batches = batches_from(first, plan.steps, dataset, config, rank, world, device)     # Ctrl-C spares its workers
         for step in range(first, plan.steps):
             model.train()
             rate = training.schedule(step, plan.steps, config.warmup)

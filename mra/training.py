@@ -203,7 +203,7 @@ class Log:
         self.restart()
 
     def flush(self, step: int, rate: float) -> None:
-        """Write the means of the steps up to `step`. Raises UserError if a term of one of them is not finite."""
+        """Write the means of the steps up to `step`, if any. Raises UserError if a term of one is not finite."""
         if not self.terms:
             return
         for number, terms in enumerate(self.terms, step - len(self.terms) + 1):
