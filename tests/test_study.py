@@ -1,5 +1,6 @@
 """The study: the quick version as a user runs it, every kind of image set, and the table from runs made by hand."""
 
+import importlib
 import json
 import os
 import signal
@@ -57,6 +58,19 @@ def test_differences_are_of_the_runs_that_both_have():
     assert cells["mAP"] == "+2.0 [-10.7, +14.7], error 1.0"
     assert contrasts.contrast(runs, pair[0], ("pairs", "source"), "zero-shot") == {}
     assert contrasts.contrast(runs, *pair, "all") == {}
+
+
+def test_a_seed_without_all_targets_is_left_out_of_means():
+    """Else the mean of seed 1 would be that of the one target that it has."""
+    figures = {("cuhk", 0): 10.0, ("icfg", 0): 30.0, ("icfg", 1): 40.0}
+    runs = [made_run(arm, *key, r1 + more) for arm, more in {"source": 0, "dad": 20, "exact": 40}.items()
+            for key, r1 in figures.items() if (arm, *key) != ("source", "icfg", 1)]
+    runs += [made_run("restyled", "icfg", seed, 35.0 + seed) for seed in (0, 1)]
+    cells = contrasts.row(runs, "regions", "dad", "zero-shot")
+    assert (cells["runs"], cells["R@1"], cells["R@1 - source"], cells["gap closed"]) == ("2", "40.0", "+20.0", "50 %")
+    cells = contrasts.contrast(runs, ("regions", "dad"), ("regions", "restyled"), "zero-shot")
+    assert cells["runs"] == "2" and cells["R@1"].startswith("+19.5 [")          # both have icfg alone, of both seeds
+    assert contrasts.by_seed({("cuhk", 0): 1.0, ("icfg", 1): 2.0}) == [1.0, 2.0]
 
 
 def test_other_targets_have_a_column_where_they_were_tested():
@@ -199,3 +213,15 @@ def test_what_another_process_makes_is_waited_for(monkeypatch, tmp_path):
     script.write_text("import sys; sys.exit('out: broken')")
     with pytest.raises(study.UserError, match="script.py failed: out: broken"):
         study.call("script.py")
+
+
+def test_the_written_tables_are_of_the_runs(monkeypatch, capsys):
+    """tables.md is what study_table.py prints of runs.json, and the README has its main arms and differences."""
+    folder = ROOT / "tests/benchmarks"
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    importlib.import_module("study_table").main(str(folder / "study/runs.json"))
+    said = capsys.readouterr().out
+    assert said == (folder / "study/tables.md").read_text()
+    main, readme = said.split("## All arms")[0], (ROOT / "README.md").read_text()
+    rows = [line for line in main.splitlines() if line.startswith("| `") or " - " in line]
+    assert len(rows) == 6 + 5 and all(row in readme for row in rows)

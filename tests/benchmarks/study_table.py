@@ -1,0 +1,99 @@
+"""The tables of the study in Markdown, those of the README among them, from the runs in a study.json.
+
+    cd tests/benchmarks; python study_table.py study/runs.json > study/tables.md
+
+R@1 by embeddings unless a column says otherwise. The main arms are compared on the targets and seeds that all six have,
+the others on ICFG style, each on the seeds it has; gaps and differences are those of the seeds that both sides have. A
+mean is that over targets of each target's mean over seeds, so that seeds which lack a target count, too; (1.2) is a
+standard error over the pairs of target and seed. Intervals over seeds are in what `python -m mra.study --table` prints.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from mra import contrasts, study  # noqa: E402
+
+LOSSES = {"regions": "with", "pairs": "without", "released": "box ignored"}
+TITLES = dict(zip(study.STAGES, ("not fine-tuned", "DaD of a tenth", "fine-tuned on a tenth", "on all")))
+Values = dict[tuple[str, int], float]       # of (target, seed)
+
+
+def by_target(values: Values) -> list[float]:
+    """The mean over seeds of each target."""
+    targets = [target for target in study.TARGETS if any(own == target for own, _ in values)]
+    return [statistics.mean(value for (own, _), value in values.items() if own == target) for target in targets]
+
+
+def mean(values: Values) -> str:
+    return f"{statistics.mean(by_target(values)):.1f}" if values else ""
+
+
+def share(gains: Values, gap: Values) -> str:
+    """How much of the gap is closed, on the targets and seeds of both, where there is a gap."""
+    closed, whole = (sum(by_target({key: some[key] for key in gains.keys() & gap.keys()})) for some in (gains, gap))
+    return f"{100 * closed / whole:.0f} %" if whole > 0 else ""
+
+
+def differences(runs: list[dict]) -> str:
+    """Of all that are compared in mra/study.py, those of these runs, after every stage."""
+    rows = []
+    for name, pair in study.CONTRASTS.items():
+        some, others = (contrasts.of(runs, *one) for one in pair)
+        if some.keys() & others.keys():
+            rows.append({"difference of R@1": name})
+            for stage, title in TITLES.items():
+                gains = contrasts.paired(some, others, stage)
+                spread = list(gains.values())
+                error = f" ({statistics.stdev(spread) / len(spread) ** 0.5:.1f})" if len(spread) > 1 else ""
+                rows[-1][title] = f"{statistics.mean(by_target(gains)):+.1f}{error}"
+    return contrasts.as_table(rows)
+
+
+def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
+    """One row an arm."""
+    rows = []
+    for arm, losses in groups:
+        some, source, exact = (contrasts.of(runs, losses, name) for name in (arm, "source", "exact"))
+        plain, of_tenth, tenth, every = ({} if arm == "none" and "zero-shot" in stage else contrasts.scores(some, stage)
+                                         for stage in study.STAGES)
+        of_tenth = of_tenth if study.learns(arm) else {}
+        closed = [share(contrasts.paired(some, source, stage) if values else {}, contrasts.paired(exact, source, stage))
+                  for stage, values in zip(study.STAGES, (plain, of_tenth))]
+        elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in
+                                          one["results"]["all"].items() if target != key[0])
+                     for key, one in some.items()}
+        styles = by_target(plain)
+        row = {"images": f"`{arm}`", "region losses": LOSSES[losses]}
+        if len(styles) > 1:
+            row["R@1 on CUHK, ICFG, RSTP style"] = ", ".join(f"{value:.1f}" for value in styles)
+        row |= {"R@1": mean(plain), "mAP": mean(plain and contrasts.scores(some, "zero-shot", "mAP")),
+                "gap closed": closed[0], "DaD of a tenth": mean(of_tenth), "then gap closed": closed[1],
+                "fine-tuned on a tenth": mean(tenth), "on all": mean(every)}
+        if len(styles) < 2:
+            row["seeds"] = ", ".join(str(seed) for _, seed in sorted(some))
+            row |= {"twins, not fine-tuned": mean(plain and contrasts.scores(some, "zero-shot", "twins R@1")),
+                    "re-ranked": mean(plain and contrasts.scores(some, "zero-shot", "R@1", "re-ranked"))}
+        rows.append(row | {"tuned on all, other targets": mean(elsewhere)})
+    return contrasts.as_table(rows)
+
+
+def main(path: str) -> None:
+    runs = json.loads(Path(path).read_text())
+    common = set.intersection(*(set(contrasts.of(runs, losses, arm)) for arm, losses in study.MAIN))
+    whole = [one for one in runs
+             if (one["target"], one["seed"]) in common and (one["arm"], one["losses"]) in study.MAIN]
+    in_icfg = [one for one in runs if one["target"] == "icfg"]
+    every = [(arm, losses) for losses in study.LOSSES for arm in study.ARMS if contrasts.of(in_icfg, losses, arm)]
+    seeds = "; ".join(f"{target} {', '.join(str(seed) for own, seed in sorted(common) if own == target)}"
+                      for target in study.TARGETS)
+    print(f"{len(runs)} of {len(list(study.plan(study.StudyConfig())))} runs.\n\n## Main arms\n\nSeeds: {seeds}.\n\n"
+          f"{table(whole, study.MAIN)}\n{differences(whole)}\n"
+          f"## All arms, ICFG style\n\n{table(in_icfg, every)}\n{differences(in_icfg)}", end="")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
