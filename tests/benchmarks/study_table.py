@@ -2,10 +2,10 @@
 
     cd tests/benchmarks; python study_table.py study/runs.json > study/tables.md
 
-R@1 by embeddings unless a column says otherwise. The main arms are compared on the targets and seeds that all six have,
-the others on ICFG style, each on the seeds it has; gaps and differences are those of the seeds that both sides have. A
-mean is that over targets of each target's mean over seeds, so that seeds which lack a target count, too; (1.2) is a
-standard error over the pairs of target and seed. Intervals over seeds are in what `python -m mra.study --table` prints.
+R@1 by embeddings unless a column says otherwise. The main arms are compared on the pairs of target and seed that all
+six have, the others on ICFG style, each on the seeds it has; gaps and differences are those of the pairs that both
+sides have. Means and (standard errors) are over pairs. Intervals over the seeds that have every target are in what
+`python -m mra.study --table` prints.
 """
 
 import json
@@ -22,19 +22,13 @@ TITLES = dict(zip(study.STAGES, ("not fine-tuned", "DaD of a tenth", "fine-tuned
 Values = dict[tuple[str, int], float]       # of (target, seed)
 
 
-def by_target(values: Values) -> list[float]:
-    """The mean over seeds of each target."""
-    targets = [target for target in study.TARGETS if any(own == target for own, _ in values)]
-    return [statistics.mean(value for (own, _), value in values.items() if own == target) for target in targets]
-
-
 def mean(values: Values) -> str:
-    return f"{statistics.mean(by_target(values)):.1f}" if values else ""
+    return f"{statistics.mean(values.values()):.1f}" if values else ""
 
 
 def share(gains: Values, gap: Values) -> str:
     """How much of the gap is closed, on the targets and seeds of both, where there is a gap."""
-    closed, whole = (sum(by_target({key: some[key] for key in gains.keys() & gap.keys()})) for some in (gains, gap))
+    closed, whole = (sum(some[key] for key in gains.keys() & gap.keys()) for some in (gains, gap))
     return f"{100 * closed / whole:.0f} %" if whole > 0 else ""
 
 
@@ -46,10 +40,9 @@ def differences(runs: list[dict]) -> str:
         if some.keys() & others.keys():
             rows.append({"difference of R@1": name})
             for stage, title in TITLES.items():
-                gains = contrasts.paired(some, others, stage)
-                spread = list(gains.values())
-                error = f" ({statistics.stdev(spread) / len(spread) ** 0.5:.1f})" if len(spread) > 1 else ""
-                rows[-1][title] = f"{statistics.mean(by_target(gains)):+.1f}{error}"
+                gains = list(contrasts.paired(some, others, stage).values())
+                error = f" ({statistics.stdev(gains) / len(gains) ** 0.5:.1f})" if len(gains) > 1 else ""
+                rows[-1][title] = f"{statistics.mean(gains):+.1f}{error}"
     return contrasts.as_table(rows)
 
 
@@ -66,10 +59,11 @@ def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
         elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in
                                           one["results"]["all"].items() if target != key[0])
                      for key, one in some.items()}
-        styles = by_target(plain)
+        styles = [mean(own) for target in study.TARGETS
+                  if (own := {key: value for key, value in plain.items() if key[0] == target})]
         row = {"images": f"`{arm}`", "region losses": LOSSES[losses]}
         if len(styles) > 1:
-            row["R@1 on CUHK, ICFG, RSTP style"] = ", ".join(f"{value:.1f}" for value in styles)
+            row["R@1 on CUHK, ICFG, RSTP style"] = ", ".join(styles)
         row |= {"R@1": mean(plain), "mAP": mean(plain and contrasts.scores(some, "zero-shot", "mAP")),
                 "gap closed": closed[0], "DaD of a tenth": mean(of_tenth), "then gap closed": closed[1],
                 "fine-tuned on a tenth": mean(tenth), "on all": mean(every)}
@@ -81,6 +75,21 @@ def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
     return contrasts.as_table(rows)
 
 
+def one_by_one(runs: list[dict]) -> str:
+    """The main arms not fine-tuned, a row for each target and seed that has any of them."""
+    rows = []
+    for target, seed in sorted({(one["target"], one["seed"]) for one in runs}):
+        own = [one for one in runs if (one["target"], one["seed"]) == (target, seed)]
+        row = {"target": target, "seed": str(seed)}
+        for losses in ("regions", "pairs"):
+            arms = {arm: contrasts.of(own, losses, arm) for arm in ("source", "dad", "exact")}
+            row |= {f"{arm} {LOSSES[losses]}": mean(contrasts.scores(some, "zero-shot")) for arm, some in arms.items()}
+            row[f"gap closed {LOSSES[losses]}"] = share(*(
+                contrasts.paired(arms[arm], arms["source"], "zero-shot") for arm in ("dad", "exact")))
+        rows.append(row)
+    return contrasts.as_table(rows)
+
+
 def main(path: str) -> None:
     runs = json.loads(Path(path).read_text())
     common = set.intersection(*(set(contrasts.of(runs, losses, arm)) for arm, losses in study.MAIN))
@@ -88,10 +97,10 @@ def main(path: str) -> None:
              if (one["target"], one["seed"]) in common and (one["arm"], one["losses"]) in study.MAIN]
     in_icfg = [one for one in runs if one["target"] == "icfg"]
     every = [(arm, losses) for losses in study.LOSSES for arm in study.ARMS if contrasts.of(in_icfg, losses, arm)]
-    seeds = "; ".join(f"{target} {', '.join(str(seed) for own, seed in sorted(common) if own == target)}"
-                      for target in study.TARGETS)
-    print(f"{len(runs)} of {len(list(study.plan(study.StudyConfig())))} runs.\n\n## Main arms\n\nSeeds: {seeds}.\n\n"
-          f"{table(whole, study.MAIN)}\n{differences(whole)}\n"
+    pairs = ", ".join(f"{target} {seed}" for target, seed in sorted(common))
+    print(f"{len(runs)} of {len(list(study.plan(study.StudyConfig())))} runs.\n\n"
+          f"## Main arms (targets and seeds: {pairs})\n\n{table(whole, study.MAIN)}\n{differences(whole)}\n"
+          f"## Each target and seed: main arms with and without region losses, not fine-tuned\n\n{one_by_one(runs)}\n"
           f"## All arms, ICFG style\n\n{table(in_icfg, every)}\n{differences(in_icfg)}", end="")
 
 
