@@ -39,16 +39,16 @@ def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
     """
     some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
     gains, whole = paired(some, source, stage), paired(exact, source, stage)
-    both = balanced({key: gains[key] for key in gains if key in whole})
+    both = gains.keys() & whole.keys()
     gap = sum(whole[key] for key in both)
     noise = 2 * statistics.stdev(whole[key] for key in both) * len(both) ** 0.5 if len(both) > 1 else 0
     labelled = sorted({one["labelled"][stage] for one in some.values()})
     elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
                                       if target != one["target"])
                  for key, one in some.items() if len(one["results"][stage]) > 1}
-    return {"losses": losses, "arm": arm, "runs": str(len(balanced(some))),
-            "labelled pairs": " to ".join(map(str, labelled)), "R@1": spread(scores(some, stage)),
-            "mAP": spread(scores(some, stage, "mAP")), "re-ranked R@1": spread(scores(some, stage, "R@1", "re-ranked")),
+    return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
+            "R@1": spread(scores(some, stage)), "mAP": spread(scores(some, stage, "mAP")),
+            "re-ranked R@1": spread(scores(some, stage, "R@1", "re-ranked")),
             "R@1 of twins": spread(scores(some, stage, "twins R@1")),
             "R@1 - source": "" if arm == "source" else interval(gains),
             "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap > noise else "",
@@ -61,36 +61,28 @@ def contrast(runs: list[dict], one: tuple[str, str], other: tuple[str, str], sta
     gains = {title: paired(some, others, stage, *metric) for title, metric in {
         "R@1": ("R@1",), "mAP": ("mAP",), "re-ranked R@1": ("R@1", "re-ranked"), "R@1 of twins": ("twins R@1",),
         "R@1 of the rest": ("rest R@1",)}.items()}
-    return {"stage": stage, "runs": str(len(balanced(gains["R@1"])))} | {
+    return {"stage": stage, "runs": str(len(gains["R@1"]))} | {
         title: interval(values) for title, values in gains.items()} if gains["R@1"] else {}
 
 
 def as_table(rows: list[dict[str, str]]) -> str:
     """Markdown; a row without a column has an empty cell there."""
-    columns = max(rows, key=len)
+    columns = max(rows, key=len, default={})
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "".join(
         f"| {' | '.join(cells.get(column, '') for column in columns)} |\n" for cells in rows)
 
 
-def balanced(values: dict) -> dict:
-    """What there is of the seeds that have every target, so that no mean leans to one; all if no seed has."""
-    targets, seeds = ({key[i] for key in values} for i in (0, 1))
-    whole = {seed for seed in seeds if all((target, seed) in values for target in targets)}
-    return {key: value for key, value in values.items() if key[1] in whole} or values
-
-
 def by_seed(values: dict[tuple[str, int], float]) -> list[float]:
     """Means over targets: runs of a seed share their first stage, and are not independent."""
-    values = balanced(values)
     return [statistics.mean(value for (_, own), value in values.items() if own == seed)
             for seed in sorted({seed for _, seed in values})]
 
 
 def spread(values: dict[tuple[str, int], float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Mean over all, and standard deviation over seeds."""
     means = by_seed(values)
     more = f" +- {statistics.stdev(means):.1f}" if len(means) > 1 else ""
-    return f"{statistics.mean(means):.1f}{more}"
+    return f"{statistics.mean(values.values()):.1f}{more}"
 
 
 def interval(gains: dict[tuple[str, int], float]) -> str:
@@ -98,6 +90,6 @@ def interval(gains: dict[tuple[str, int], float]) -> str:
     means = by_seed(gains)
     if len(means) < 2:
         return f"{means[0]:+.1f}" if means else ""
-    mean, error = statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
+    mean, error = statistics.mean(gains.values()), statistics.stdev(means) / len(means) ** 0.5
     reach = STUDENT[min(len(means) - 1, len(STUDENT)) - 1] * error
     return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}], error {error:.1f}"

@@ -3,7 +3,7 @@
     cd tests/benchmarks; python study_table.py study/runs.json > study/tables.md
 
 R@1 by embeddings unless a column says otherwise. The main arms are compared on the pairs of target and seed that all
-six have, the others on ICFG style, each on the seeds it has; gaps and differences are those of the pairs that both
+six have, the others on ICFG style, seed by seed; gaps and differences are those of the pairs that both
 sides have. Means and (standard errors) are over pairs. Intervals over the seeds that have every target are in what
 `python -m mra.study --table` prints.
 """
@@ -39,7 +39,10 @@ def differences(runs: list[dict]) -> str:
         some, others = (contrasts.of(runs, *one) for one in pair)
         if some.keys() & others.keys():
             rows.append({"difference of R@1": name})
+            learned = any(study.learns(arm) for _, arm in pair)
             for stage, title in TITLES.items():
+                if stage == study.STAGES[1] and not learned:
+                    continue
                 gains = list(contrasts.paired(some, others, stage).values())
                 error = f" ({statistics.stdev(gains) / len(gains) ** 0.5:.1f})" if len(gains) > 1 else ""
                 rows[-1][title] = f"{statistics.mean(gains):+.1f}{error}"
@@ -65,13 +68,12 @@ def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
         if len(styles) > 1:
             row["R@1 on CUHK, ICFG, RSTP style"] = ", ".join(styles)
         row |= {"R@1": mean(plain), "mAP": mean(plain and contrasts.scores(some, "zero-shot", "mAP")),
-                "gap closed": closed[0], "DaD of a tenth": mean(of_tenth), "then gap closed": closed[1],
+                "gap closed": closed[0], "DaD of a tenth": mean(of_tenth), "gap closed, DaD of a tenth": closed[1],
                 "fine-tuned on a tenth": mean(tenth), "on all": mean(every)}
         if len(styles) < 2:
-            row["seeds"] = ", ".join(str(seed) for _, seed in sorted(some))
             row |= {"twins, not fine-tuned": mean(plain and contrasts.scores(some, "zero-shot", "twins R@1")),
                     "re-ranked": mean(plain and contrasts.scores(some, "zero-shot", "R@1", "re-ranked"))}
-        rows.append(row | {"tuned on all, other targets": mean(elsewhere)})
+        rows.append(row | {"other targets, after all": mean(elsewhere)})
     return contrasts.as_table(rows)
 
 
@@ -84,7 +86,7 @@ def one_by_one(runs: list[dict]) -> str:
         for losses in ("regions", "pairs"):
             arms = {arm: contrasts.of(own, losses, arm) for arm in ("source", "dad", "exact")}
             row |= {f"{arm} {LOSSES[losses]}": mean(contrasts.scores(some, "zero-shot")) for arm, some in arms.items()}
-            row[f"gap closed {LOSSES[losses]}"] = share(*(
+            row[f"gap closed, {LOSSES[losses]}"] = share(*(
                 contrasts.paired(arms[arm], arms["source"], "zero-shot") for arm in ("dad", "exact")))
         rows.append(row)
     return contrasts.as_table(rows)
@@ -96,12 +98,16 @@ def main(path: str) -> None:
     whole = [one for one in runs
              if (one["target"], one["seed"]) in common and (one["arm"], one["losses"]) in study.MAIN]
     in_icfg = [one for one in runs if one["target"] == "icfg"]
-    every = [(arm, losses) for losses in study.LOSSES for arm in study.ARMS if contrasts.of(in_icfg, losses, arm)]
+    by_seed = ""
+    for seed in sorted({one["seed"] for one in in_icfg}):
+        some = [one for one in in_icfg if one["seed"] == seed]
+        done = [(arm, losses) for losses in study.LOSSES for arm in study.ARMS if contrasts.of(some, losses, arm)]
+        by_seed += f"Seed {seed}:\n\n{table(some, done)}\n"
     pairs = ", ".join(f"{target} {seed}" for target, seed in sorted(common))
     print(f"{len(runs)} of {len(list(study.plan(study.StudyConfig())))} runs.\n\n"
           f"## Main arms (targets and seeds: {pairs})\n\n{table(whole, study.MAIN)}\n{differences(whole)}\n"
           f"## Each target and seed: main arms with and without region losses, not fine-tuned\n\n{one_by_one(runs)}\n"
-          f"## All arms, ICFG style\n\n{table(in_icfg, every)}\n{differences(in_icfg)}", end="")
+          f"## All arms, ICFG style\n\n{by_seed}Differences:\n\n{differences(in_icfg)}", end="")
 
 
 if __name__ == "__main__":
