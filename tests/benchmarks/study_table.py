@@ -3,9 +3,8 @@
     cd tests/benchmarks; python study_table.py study/runs.json > study/tables.md
 
 R@1 by embeddings unless a column says otherwise. The main arms are compared on the pairs of target and seed that all
-six have, the others on ICFG style, seed by seed; gaps and differences are those of the pairs that both
-sides have. Means and (standard errors) are over pairs. Intervals over the seeds that have every target are in what
-`python -m mra.study --table` prints.
+six have, the others on ICFG style, seed by seed; gaps and differences are those of the pairs that both sides have.
+Means and (standard errors) are over pairs. Intervals over seeds are in what `python -m mra.study --table` prints.
 """
 
 import json
@@ -24,12 +23,6 @@ Values = dict[tuple[str, int], float]       # of (target, seed)
 
 def mean(values: Values) -> str:
     return f"{statistics.mean(values.values()):.1f}" if values else ""
-
-
-def share(gains: Values, gap: Values) -> str:
-    """How much of the gap is closed, on the targets and seeds of both, where there is a gap."""
-    closed, whole = (sum(some[key] for key in gains.keys() & gap.keys()) for some in (gains, gap))
-    return f"{100 * closed / whole:.0f} %" if whole > 0 else ""
 
 
 def differences(runs: list[dict]) -> str:
@@ -53,11 +46,11 @@ def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
     """One row an arm."""
     rows = []
     for arm, losses in groups:
-        some, source, exact = (contrasts.of(runs, losses, name) for name in (arm, "source", "exact"))
+        some = contrasts.of(runs, losses, arm)
         plain, of_tenth, tenth, every = ({} if arm == "none" and "zero-shot" in stage else contrasts.scores(some, stage)
                                          for stage in study.STAGES)
         of_tenth = of_tenth if study.learns(arm) else {}
-        closed = [share(contrasts.paired(some, source, stage) if values else {}, contrasts.paired(exact, source, stage))
+        closed = [contrasts.row(runs, losses, arm, stage)["gap closed"] if values else ""
                   for stage, values in zip(study.STAGES, (plain, of_tenth))]
         elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in
                                           one["results"]["all"].items() if target != key[0])
@@ -86,8 +79,8 @@ def one_by_one(runs: list[dict]) -> str:
         for losses in ("regions", "pairs"):
             arms = {arm: contrasts.of(own, losses, arm) for arm in ("source", "dad", "exact")}
             row |= {f"{arm} {LOSSES[losses]}": mean(contrasts.scores(some, "zero-shot")) for arm, some in arms.items()}
-            row[f"gap closed, {LOSSES[losses]}"] = share(*(
-                contrasts.paired(arms[arm], arms["source"], "zero-shot") for arm in ("dad", "exact")))
+            row[f"gap closed, {LOSSES[losses]}"] = (
+                contrasts.row(own, losses, "dad", "zero-shot")["gap closed"] if arms["dad"] else "")
         rows.append(row)
     return contrasts.as_table(rows)
 
