@@ -168,7 +168,7 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
     stand side by side, rounded up so that few shapes occur. `pairs` are matched at a time; 0: what suits the device.
     """
     device = candidates.device
-    pairs = pairs or (4096 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
+    pairs = pairs or (2048 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
     wanted, candidates = candidates.unique(return_inverse=True)                    # now places in wanted (G',)
     own = own_batches(len(wanted), batch)
     images = torch.utils.data.Subset(images, wanted[own].tolist())

@@ -303,11 +303,11 @@ def test_bf16_computes_features_and_scores_and_orders_nothing(work, monkeypatch)
     encode, metrics, found = Retriever.encode_image, ranking.Search.metrics, set()
 
     def encoding(*given):
-        found.add(("encodes", torch.is_autocast_enabled("cpu")))
+        found.add(("encodes", torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")))
         return encode(*given)
 
     def measuring(*given):
-        found.add(("orders", torch.is_autocast_enabled("cpu")))
+        found.add(("orders", torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")))
         return metrics(*given)
     monkeypatch.setattr(Retriever, "encode_image", encoding)
     monkeypatch.setattr(ranking.Search, "metrics", measuring)

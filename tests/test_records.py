@@ -163,7 +163,8 @@ def test_sda_parts_in_natural_order_with_boxes(tmp_path):
     val = load("sda", "val", tmp_path, say=quiet).records
     order = [f"{start}_{i}.jpg" for start in (0, 5000, 10000) for i in range(4)] + ["0_0.jpg"]
     for records_ in (train, val):
-        assert (kept := [Path(r.path).name for r in records_]) == [name for name in order if name in kept]
+        kept = [Path(r.path).name for r in records_]
+        assert kept == [name for name in order if name in kept]
     assert len(train) + len(val) == 13 and len(val) == 2
     full = next(r for r in train if r.boxes)
     assert full.phrases == ("a man", "a red hat") and full.boxes[0] == (0.5, 0.5, 1.0, 1.0)

@@ -29,6 +29,7 @@ from mra.diffusion import Schedule, ddim, diffusion_loss
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, round_weights
 from mra.diffusion.sampling import Diffusion, guide
 
+MODES = "eager", "compiled"
 CAPTION = "a slim woman with long blond hair wears a red jacket over a white top, black jeans and white sneakers"
 
 
@@ -134,10 +135,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    size, top = DIFFUSION_PRESETS[options.size], ceiling(device)
+    size, top = dataclasses.replace(DIFFUSION_PRESETS[options.size], vocab=1), ceiling(device)
     with torch.device("meta"):
         denoiser = Denoiser(size)
         del denoiser.text_encoder
@@ -149,10 +151,10 @@ def main() -> None:
     print(f"{'':38}{'images/s':>10}{'GiB':>8}{'ceiling':>9}")
     for side in [ours] + [diffusers] * (size.stable and importlib.util.find_spec("diffusers") is not None):
         counted = []
-        for mode in ("eager", "compiled"):
+        for mode in options.modes:
             runs = side(size, options, device, mode == "compiled")
             for i, title in enumerate(("branch training", "sampling")):
-                if mode == "eager":
+                if mode == options.modes[0]:
                     with FlopCounterMode(display=False) as counter:
                         runs[i]()
                     counted.append(counter.get_total_flops())
@@ -162,7 +164,7 @@ def main() -> None:
                 memory = (torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
                           else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
                 print(f"{f'{side.__name__}, {title}, {mode}':38}{options.batch / taken:10.1f}{memory:8.2f}"
-                      f"{counted[i] / taken / top:9.1%}")
+                      f"{counted[i] / taken / top:9.1%}", flush=True)
             del runs
             gc.collect()        # what comes next has the device's memory for itself
 

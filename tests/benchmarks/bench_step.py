@@ -1,10 +1,11 @@
 """Time and memory of one fine-tuning step (ITC, ITM, MLM, EDA captions; AdamW), random data, at a preset's full size.
 
-    python -m tests.benchmarks.bench_step --preset base --batch 40                on a GPU
-    python -m tests.benchmarks.bench_step --preset base --batch 2 4 --target 40   on the CPU: extrapolates memory
+    python -m tests.benchmarks.bench_step --preset base swin --batch 40 --steps 20        on a GPU
+    python -m tests.benchmarks.bench_step --batch 2 4 --target 40 --sides eager           on the CPU: extrapolates memory
 
-Prints the memory beside the 27 GiB that the released code takes at batch 40, 384x256, bf16, EDA captions (one H100).
-On the CPU each batch size runs in a fresh process, and the peak is that process's resident memory.
+Eager beside compiled, as train.py does with --compile, in bf16; and beside the 383 ms and 27.1 GiB that a plain step of
+the released model takes at batch 40, 384x256, EDA captions (one H100, eager bf16 autocast; measured elsewhere). Every
+line is measured in a fresh process; on the CPU the peak is that process's resident memory.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from mra.data.batches import Batch
 from mra.retriever import Retriever
 from mra.training import make_optimizer
 
-RELEASED_GIB = 27.0
-TOKENS, MASKED = 56, 10
+SIDES = "eager", "compiled"
+RELEASED_SECONDS, RELEASED_GIB = 0.383, 27.1
+TOKENS, MASKED, WARM = 56, 10, 2
 
 
 def random_batch(preset: str, batch: int) -> Batch:
@@ -35,20 +37,21 @@ def random_batch(preset: str, batch: int) -> Batch:
                  ids.gather(1, at), ids, keep)
 
 
-def measure(preset: str, batch: int, steps: int) -> tuple[float, float]:
+def measure(preset: str, batch: int, steps: int, compiled: bool) -> tuple[float, float]:
     """Seconds a step, and peak memory in GiB."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = Retriever(dataclasses.replace(PRESETS[preset], vocab=30522)).to(device)
     optimizer = make_optimizer(model, TrainConfig())
+    step_model = torch.compile(model) if compiled else model
     data = random_batch(preset, batch).to(device)
-    for step in range(steps + 1):
-        if step == 1:
+    for step in range(steps + WARM):
+        if step == WARM:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
-            loss = losses.total(model(data, True, 0.2, 0.8), 0.8)
+            loss = losses.total(step_model(data, True, 0.2, 0.8), 0.8)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -60,31 +63,38 @@ def measure(preset: str, batch: int, steps: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="base", choices=PRESETS)
+    parser.add_argument("--preset", nargs="+", default=["base"], choices=PRESETS)
     parser.add_argument("--batch", type=int, nargs="+", default=[40])
-    parser.add_argument("--target", type=int, default=40, help="batch size to extrapolate to from two measured ones")
+    parser.add_argument("--target", type=int, default=0, help="batch size to extrapolate the memory of two others to")
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--inner", action="store_true", help="measure here and print two numbers")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inner:
-        return print(*measure(given.preset, given.batch[0], given.steps))
-    config, cpu = PRESETS[given.preset], f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}; torch {torch.__version__}; "
-          f"{given.preset} {config.height}x{config.width}, bf16 autocast")
-    peaks = {}
-    for batch in given.batch:
-        command = [sys.executable, "-m", "tests.benchmarks.bench_step", "--preset", given.preset, "--batch", str(batch),
-                   "--steps", str(given.steps), "--inner"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        seconds, peaks[batch] = map(float, done.stdout.split())
-        print(f"batch {batch:3}: {seconds:.3f} s a step, {batch / seconds:.1f} pairs/s, peak {peaks[batch]:.2f} GiB")
-    if given.target not in peaks and len(peaks) > 1:
-        (small, low), *_, (large, high) = sorted(peaks.items())
-        peaks[given.target] = low + (high - low) / (large - small) * (given.target - small)
-        print(f"batch {given.target:3}: extrapolated linearly")
-    if given.target in peaks:
-        print(f"batch {given.target}: ours {peaks[given.target]:.1f} GiB, released code {RELEASED_GIB} GiB, "
-              f"ratio {peaks[given.target] / RELEASED_GIB:.2f}")
+        return print(*measure(given.preset[0], given.batch[0], given.steps, given.sides[0] == "compiled"))
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}; torch {torch.__version__}; bf16\n"
+          f"{'':34}{'a step':>10}{'pairs/s':>10}{'peak':>12}{'ratio to':>10}{given.sides[0]}, released")
+    for preset in given.preset:
+        peaks = {}
+        for batch in given.batch:
+            first = None
+            for side in given.sides:
+                command = [sys.executable, "-m", "tests.benchmarks.bench_step", "--preset", preset, "--batch",
+                           str(batch), "--steps", str(given.steps), "--sides", side, "--inner"]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                seconds, peaks[batch] = map(float, done.stdout.split()[-2:])
+                first = first or seconds
+                config = PRESETS[preset]
+                title = f"{preset} {config.height}x{config.width}, batch {batch}, {side}"
+                beside = f", {RELEASED_SECONDS / seconds:.2f}, {peaks[batch] / RELEASED_GIB:.2f} of its memory"
+                print(f"{title:34}{1000 * seconds:7.0f} ms{batch / seconds:10.1f}{peaks[batch]:8.2f} GiB"
+                      f"{first / seconds:10.2f}{beside * (batch == 40)}", flush=True)
+        if given.target and len(peaks) > 1:
+            (small, low), *_, (large, high) = sorted(peaks.items())
+            peak = low + (high - low) / (large - small) * (given.target - small)
+            print(f"{preset}, batch {given.target}: {peak:.1f} GiB, extrapolated linearly, {peak / RELEASED_GIB:.2f} of "
+                  "the released code's at batch 40")
 
 
 if __name__ == "__main__":
