@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_diffusion --size base --batch 32        on a GPU
     python -m tests.benchmarks.bench_diffusion --size demo --batch 32        on the CPU
-    python -m tests.benchmarks.bench_diffusion --size sd15 --batch 8         on a GPU; not run on one yet
+    python -m tests.benchmarks.bench_diffusion --size sd15 --batch 8         on a GPU
 
 Sampling is DDIM with guidance (two passes in one). The last column is the share of what a large bf16 matrix product
 reaches on this machine; operations are counted by PyTorch's flop counter. For sd15, frozen weights are kept in bf16, as

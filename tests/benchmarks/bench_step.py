@@ -1,7 +1,7 @@
 """Time and memory of one fine-tuning step (ITC, ITM, MLM, EDA captions; AdamW), random data, at a preset's full size.
 
-    python -m tests.benchmarks.bench_step --preset base swin --batch 40 --steps 20        on a GPU
-    python -m tests.benchmarks.bench_step --batch 2 4 --target 40 --sides eager           on the CPU: extrapolates memory
+    python -m tests.benchmarks.bench_step --preset base swin --batch 40 --steps 20    on a GPU
+    python -m tests.benchmarks.bench_step --batch 2 4 --target 40 --sides eager       on the CPU: extrapolates memory
 
 Eager beside compiled, as train.py does with --compile, in bf16; and beside the 383 ms and 27.1 GiB that a plain step of
 the released model takes at batch 40, 384x256, EDA captions (one H100, eager bf16 autocast; measured elsewhere). Every
@@ -74,7 +74,7 @@ def main() -> None:
         return print(*measure(given.preset[0], given.batch[0], given.steps, given.sides[0] == "compiled"))
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}; torch {torch.__version__}; bf16\n"
-          f"{'':34}{'a step':>10}{'pairs/s':>10}{'peak':>12}{'ratio to':>10}{given.sides[0]}, released")
+          f"{'':34}{'a step':>10}{'pairs/s':>10}{'peak':>12}{'ratio':>10} to {given.sides[0]}, to the released model's")
     for preset in given.preset:
         peaks = {}
         for batch in given.batch:
@@ -93,8 +93,8 @@ def main() -> None:
         if given.target and len(peaks) > 1:
             (small, low), *_, (large, high) = sorted(peaks.items())
             peak = low + (high - low) / (large - small) * (given.target - small)
-            print(f"{preset}, batch {given.target}: {peak:.1f} GiB, extrapolated linearly, {peak / RELEASED_GIB:.2f} of "
-                  "the released code's at batch 40")
+            print(f"{preset}, batch {given.target}: {peak:.1f} GiB, extrapolated linearly, "
+                  f"{peak / RELEASED_GIB:.2f} of the released code's at batch 40")
 
 
 if __name__ == "__main__":
