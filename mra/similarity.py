@@ -61,7 +61,7 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, ids: T
     image, text (B, E) of unit length, ids (B,), B the same in every process: N = processes x B pairs. Under autocast
     features are compared in its precision, and summed in float32. Each process returns the joint loss; its gradients
     are such that the mean over processes, which DistributedDataParallel takes, is the joint gradient. `tile` (rows,
-    columns) forces tiles of at most that size; left out, they suit the device, and up to PLAIN pairs there are none.
+    columns) forces tiles of at most that size; left out, they suit the device, and few pairs (PLAIN, FUSED) need none.
     """
     device = image.device.type
     count = len(image) * processes()
