@@ -18,8 +18,7 @@ from torch import Tensor
 
 from mra import losses
 
-PLAIN = 1024     # pairs up to which the whole matrix is made after all: it is small then, and tiles are slower ...
-FUSED = 8192     # ... and up to which a GPU makes it compiled, in as much memory as tiles take and a third of the time
+PLAIN = 1024     # pairs up to which the whole matrix is made after all: it is small then, and tiles are slower
 TILES = {"cuda": (4096, 8192), "cpu": (1024, 1024)}    # rows, columns: work enough to hide what a launch costs
 
 
@@ -48,9 +47,6 @@ class Compiled:
 
 # ---- contrastive loss
 
-fused = Compiled(losses.contrastive)
-
-
 def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, ids: Tensor, smoothing: float = 0.0,
                 tile: tuple[int, int] | None = None) -> Tensor:
     """`losses.contrastive` of the pairs of all processes, from this process's own, in memory of O(N E); a scalar.
@@ -61,13 +57,11 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, ids: T
     image, text (B, E) of unit length, ids (B,), B the same in every process: N = processes x B pairs. Under autocast
     features are compared in its precision, and summed in float32. Each process returns the joint loss; its gradients
     are such that the mean over processes, which DistributedDataParallel takes, is the joint gradient. `tile` (rows,
-    columns) forces tiles of at most that size; left out, they suit the device, and few pairs (PLAIN, FUSED) need none.
+    columns) forces tiles of at most that size; left out, they suit the device, and up to PLAIN pairs there are none.
     """
     device = image.device.type
-    count = len(image) * processes()
-    if tile is None and (count <= PLAIN or count <= FUSED and image.is_cuda):
-        whole = losses.contrastive if count <= PLAIN else fused
-        return whole(gathered(image), gathered(text), temperature, gathered(ids), smoothing)
+    if tile is None and len(image) * processes() <= PLAIN:
+        return losses.contrastive(gathered(image), gathered(text), temperature, gathered(ids), smoothing)
     if torch.is_autocast_enabled(device):
         image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
     wide = torch.promote_types(image.dtype, torch.float32)

@@ -142,7 +142,7 @@ def main() -> None:
     size, top = dataclasses.replace(DIFFUSION_PRESETS[options.size], vocab=1), ceiling(device)
     with torch.device("meta"):
         denoiser = Denoiser(size)
-        del denoiser.text_encoder
+        del denoiser.text_encoder       # it is not counted, so any vocabulary will do
     print(f"{name}, {platform.processor() or platform.machine()}, torch {torch.__version__}; {options.size} "
           f"{size.height}x{size.width}, batch {options.batch}, {options.steps} DDIM steps; denoiser "
           f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, "

@@ -10,6 +10,7 @@ pads captions to 56, computes keys and values again for each pair, and all token
 
 import argparse
 import dataclasses
+import functools
 import platform
 import time
 
@@ -24,10 +25,14 @@ CUDA = torch.cuda.is_available()
 
 
 @torch.inference_mode()
-def plain_loop(model: Retriever, images: list[Tensor], tokens: Tensor, keep: Tensor, candidates: Tensor) -> Tensor:
-    """Logits (q, k, 2) as the published evaluation computes them; tokens (q, 56, D)."""
-    encoded = torch.cat([model.image_encoder(torch.stack(images[i:i + 64]).to(tokens.device))
-                         for i in range(0, len(images), 64)])                                   # (G, 1+N, D)
+def plain_encoding(model: Retriever, images: list[Tensor], device: torch.device) -> Tensor:
+    """Tokens (G, 1+N, D) of the gallery."""
+    return torch.cat([model.image_encoder(torch.stack(images[i:i + 64]).to(device)) for i in range(0, len(images), 64)])
+
+
+@torch.inference_mode()
+def plain_loop(model: Retriever, encoded: Tensor, tokens: Tensor, keep: Tensor, candidates: Tensor) -> Tensor:
+    """Logits (q, k, 2) as the published evaluation computes them; encoded (G, 1+N, D), tokens (q, 56, D)."""
     rows = []
     for own, own_keep, chosen in zip(tokens, keep, candidates):
         x, its_keep = own.expand(len(chosen), -1, -1), own_keep.expand(len(chosen), -1)
@@ -65,8 +70,11 @@ def main() -> None:
         tokens, features = model.encode_text(torch.randint(5, 1000, keep.shape, device=device) * keep, keep)
         begun = model.fusion_encoder.begin(tokens, keep)
     few = slice(0, given.plain_queries)
-    plain_time, plain = timed(lambda: plain_loop(model, images, tokens[few], keep[few], candidates[few]))
-    plain_time *= given.queries / min(given.plain_queries, given.queries)
+    encoding_time, encoded = timed(lambda: plain_encoding(model, images, device))
+    plain_loop(model, encoded, tokens[:1], keep[:1], candidates[:1])                            # warms up
+    plain_time, plain = timed(functools.partial(plain_loop, model, encoded, tokens[few], keep[few], candidates[few]))
+    plain_time = encoding_time + plain_time * given.queries / min(given.plain_queries, given.queries)
+    del encoded         # ours has the device's memory for itself
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):

@@ -76,7 +76,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}; torch {torch.__version__}; bf16\n"
           f"{'':34}{'a step':>10}{'pairs/s':>10}{'peak':>12}{'ratio':>10} to {given.sides[0]}, to the released model's")
     for preset in given.preset:
-        peaks = {}
+        config, peaks = PRESETS[preset], {}
         for batch in given.batch:
             first = None
             for side in given.sides:
@@ -85,7 +85,6 @@ def main() -> None:
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 seconds, peaks[batch] = map(float, done.stdout.split()[-2:])
                 first = first or seconds
-                config = PRESETS[preset]
                 title = f"{preset} {config.height}x{config.width}, batch {batch}, {side}"
                 beside = f", {RELEASED_SECONDS / seconds:.2f}, {peaks[batch] / RELEASED_GIB:.2f} of its memory"
                 print(f"{title:34}{1000 * seconds:7.0f} ms{batch / seconds:10.1f}{peaks[batch]:8.2f} GiB"
