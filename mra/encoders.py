@@ -35,8 +35,7 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim, 1e-6)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.patches(image).flatten(2).transpose(1, 2)                   # (B, N, D), row by row
-        x = x + self.positions
+        x = self.patches(image).flatten(2).transpose(1, 2) + self.positions  # (B, N, D), row by row
         if self.class_token is not None:
             x = torch.cat([x, self.class_token.expand(len(x), 1, -1)], 1)    # (B, N+1, D)
         for block in self.blocks:
@@ -54,11 +53,10 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        depths = (2, 2, config.image_depth - 6, 2)
         dim, heads = config.image_dim // 8, config.image_heads // 8
         self.patches, self.patch_norm = nn.Conv2d(3, dim, config.patch // 8, config.patch // 8), nn.LayerNorm(dim)
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
-        for stage, depth in enumerate(depths):
+        for stage, depth in enumerate((2, 2, config.image_depth - 6, 2)):
             side = math.gcd(config.window, *(8 // 2**stage * rows for rows in config.grid))
             self.stages.append(nn.Sequential(*(
                 SwinTransformerBlock(dim << stage, heads << stage, [side, side], [i % 2 * (side // 2)] * 2,
@@ -80,10 +78,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim = config.text_dim
-        self.words = nn.Embedding(config.vocab, dim)
-        self.positions = nn.Embedding(config.positions, dim)
-        self.norm = nn.LayerNorm(dim, 1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.words, self.positions = nn.Embedding(config.vocab, dim), nn.Embedding(config.positions, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim, 1e-12), nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(PostNormBlock(dim, config.text_heads, config.dropout)
                                     for _ in range(config.text_depth))
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017): self-attention, or cross-attention to a `memory`.
 
-    The keys and values of a context are computed by `memory` on their own, so that passes which look at the
-    same image (matched, mismatched, masked words) share them.
+    `memory` is called apart, so that passes which look at the same image (matched, mismatched, masked words) share it.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
@@ -26,8 +25,7 @@ class Attention(nn.Module):
 
     def memory(self, context: Tensor) -> Tensor:
         """Keys and values of a context (B, S, D) as one tensor (B, 2, heads, S, D / heads)."""
-        batch, length, _ = context.shape
-        return self.to_memory(context).view(batch, length, 2, self.heads, -1).permute(0, 2, 3, 1, 4)
+        return self.to_memory(context).unflatten(2, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, keep: Tensor | None = None,
                 causal: bool = False) -> Tensor:
@@ -35,12 +33,11 @@ class Attention(nn.Module):
 
         `causal`, without `keep`: each token attends to itself and to those before it.
         """
-        batch, length, dim = x.shape
-        query = self.to_query(x).view(batch, length, self.heads, -1).transpose(1, 2)   # (B, heads, T, D/heads)
+        query = self.to_query(x).unflatten(2, (self.heads, -1)).transpose(1, 2)        # (B, heads, T, D/heads)
         key, value = (self.memory(x) if memory is None else memory).unbind(1)          # (B, heads, S, D/heads)
         mask = None if keep is None else keep[:, None, None, :]                        # (B, 1, 1, S)
         mixed = attend(query, key, value, mask, causal)                                # (B, heads, T, D/heads)
-        return self.to_out(mixed.transpose(1, 2).reshape(batch, length, dim))          # (B, T, D)
+        return self.to_out(mixed.transpose(1, 2).flatten(2))                           # (B, T, D)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:

@@ -2,9 +2,9 @@
 
 The contrastive loss is that of losses.py (ITC and RPC of MRA section 3) for batches of any size: the N x N logits
 exist only as tiles, whose log-sum-exp is taken in both directions at once and which the backward pass makes again.
-With several processes each makes the tiles of its own rows; features travel, logits never. The mathematics of a tile
-is compiled where there is a compiler. Tiles have few shapes, the last is padded, and `keep` tells what is real: N may
-vary with few recompilations. Before: losses.py. After: retriever.py.
+With several processes each makes the tiles of its own rows; features travel, logits never. A tile's mathematics is
+compiled where there is a compiler; tiles have few shapes, so that N may vary with few recompilations.
+Before: losses.py. After: retriever.py.
 """
 
 import functools
@@ -123,7 +123,7 @@ def label_term(image: Tensor, texts: Tensor, ids: Tensor, smoothing: float,
 
 def log_sum_exps(image: Tensor, text: Tensor, scale: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of scale * image @ text.T over its columns (B,) and over its rows (N,), tile by tile."""
-    (images, image_keep), (texts, text_keep) = (cut(x, size) for x, size in zip((image, text), tile))
+    (images, image_keep), (texts, text_keep) = cut(tile[0], image), cut(tile[1], text)
     rows, columns = (x.new_full(keep.shape, -torch.inf, dtype=scale.dtype)
                      for x, keep in ((image, image_keep), (text, text_keep)))
     for i, row in enumerate(rows):
@@ -148,9 +148,8 @@ def pulled_back(image: Tensor, text: Tensor, scale: Tensor, rows: Tensor, column
                 weight: Tensor, floor: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """slopes @ text (B, E) and slopes.T @ image (N, E), tile by tile; arguments as of `tile_slopes`, whole."""
     own = own_rows(len(image))
-    (images, image_keep), (rows, _), (own_ids, _), (weight, _) = (cut(x, tile[0]) for x in (
-        image, rows, ids[own], weight[own]))
-    (texts, text_keep), (columns, _), (ids, _) = (cut(x, tile[1]) for x in (text, columns, ids))
+    images, rows, own_ids, weight, image_keep = cut(tile[0], image, rows, ids[own], weight[own])
+    texts, columns, ids, text_keep = cut(tile[1], text, columns, ids)
     to_image, to_text = (torch.zeros_like(x, dtype=scale.dtype) for x in (images, texts))
     for i in range(len(images)):
         for j in range(len(texts)):
@@ -190,17 +189,18 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def cut(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """x (n, ...) as equal tiles (tiles, rows, ...), the last one padded with 0, and which rows are real (tiles, rows).
+def cut(size: int, *tensors: Tensor) -> list[Tensor]:
+    """Tensors (n, ...) in equal tiles (tiles, rows, ...), the last padded with 0; then which rows are real, likewise.
 
     As few tiles as rows of `size` allow, of 1/4, 2/4, 3/4 or 4/4 of it: little padding, and few shapes to compile.
     """
-    count, step = math.ceil(len(x) / size), math.ceil(size / 4)
-    rows = math.ceil(len(x) / count / step) * step
-    missing = count * rows - len(x)
-    padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.detach()
-    keep = torch.arange(count * rows, device=x.device) < len(x)
-    return padded.unflatten(0, (count, rows)), keep.view(count, rows)
+    n, step = len(tensors[0]), math.ceil(size / 4)
+    count = math.ceil(n / size)
+    rows = math.ceil(n / count / step) * step
+    keep = torch.arange(count * rows, device=tensors[0].device) < n
+    missing = count * rows - n
+    whole = [torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.detach() for x in tensors]
+    return [x.unflatten(0, (count, rows)) for x in (*whole, keep)]
 
 
 # ---- processes
@@ -253,11 +253,10 @@ def pool_regions(patches: Tensor, region_keep: Tensor) -> Tensor:
 
 def top_k(queries: Tensor, gallery: Tensor, k: int, chunk: int = 65536,
           queries_at_once: int = 512) -> tuple[Tensor, Tensor]:
-    """The k best of gallery (G, E) for each query (Q, E): similarities (Q, k) and indices (Q, k), best first.
+    """The k best, at most G, of gallery (G, E) for each query (Q, E): similarities and indices (Q, k), best first.
 
-    k is at most G. Equal similarities stand in the order of their indices. The gallery is read once, `chunk` rows at a
-    time, in the queries' precision and on their device; it may be a tensor of a file, as of
-    `safetensors.safe_open(path, "pt").get_tensor(name)`, of which no more than that is then in memory.
+    Equal similarities stand in the order of their indices. The gallery is read once, `chunk` rows at a time, in the
+    queries' precision and on their device; a mapped file's tensor, as of `safetensors.safe_open`, stays on disk.
     """
     best = [(q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=q.device))
             for q in queries.split(queries_at_once)]
@@ -266,8 +265,7 @@ def top_k(queries: Tensor, gallery: Tensor, k: int, chunk: int = 65536,
         for i, some in enumerate(queries.split(queries_at_once)):
             values, indices = first_k(some @ rows.T, k)                                # (q, k)
             best[i] = merged([best[i], (values, indices + start)], k)
-    values, indices = zip(*best)
-    return torch.cat(values), torch.cat(indices)
+    return tuple(map(torch.cat, zip(*best)))
 
 
 def sharded_top_k(queries: Tensor, gallery: Tensor, k: int, chunk: int = 65536) -> tuple[Tensor, Tensor]:
