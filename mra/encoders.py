@@ -133,10 +133,7 @@ class FusionEncoder(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor, at: Tensor, memories: list[Tensor],
                 image_keep: Tensor | None = None, begun: bool = False) -> Tensor:
-        """Fused tokens at the positions `at` (B, M), (B, M, D); image_keep (B, S), True = may be looked at.
-
-        With `begun`, x is what `begin` returned.
-        """
+        """Fused tokens (B, M, D) at the positions `at` (B, M); image_keep (B, S). If `begun`, x is from `begin`."""
         for i, (block, memory) in enumerate(zip(self.blocks, memories)):
             here = at if i + 1 == len(self.blocks) else None
             if begun and i == 0:

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017): self-attention, or cross-attention to a `memory`.
-
-    `memory` is called apart, so that passes which look at the same image (matched, mismatched, masked words) share it.
-    """
+    """Multi-head attention (Vaswani et al. 2017): self-attention, or cross-attention to a `memory`."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
         super().__init__()
@@ -24,7 +21,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def memory(self, context: Tensor) -> Tensor:
-        """Keys and values of a context (B, S, D) as one tensor (B, 2, heads, S, D / heads)."""
+        """Keys and values (B, 2, heads, S, D / heads) of a context (B, S, D), for every pass that looks at it."""
         return self.to_memory(context).unflatten(2, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, keep: Tensor | None = None,

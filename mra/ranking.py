@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from mra.config import ModelConfig
 from mra.data.augment import tensor_of
@@ -30,8 +31,7 @@ WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity bes
 def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
     """METRICS of each query (Q', 5) from order (Q, G), the gallery's indices, best first; ids are (Q,) and (G,).
 
-    A query without a match in the gallery is left out. mINP is the mean of the number of matches / rank of the last
-    one (Ye et al. 2021).
+    A query without a match is left out. mINP: the mean of the number of matches / rank of the last (Ye et al. 2021).
     """
     hit = gallery_ids[order] == query_ids[:, None]                                 # (Q, G)
     hit = hit[hit.any(1)].double()
@@ -108,7 +108,7 @@ def quality(metrics: dict[str, float]) -> float:
     return (metrics["R@1"] + metrics["mAP"]) / 2
 
 
-class Images(torch.utils.data.Dataset):
+class Images(Dataset):
     """Image files as model input (3, H, W)."""
 
     def __init__(self, paths: list[str], config: ModelConfig):
@@ -144,13 +144,11 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
 
 
 @torch.inference_mode()
-def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: int, workers: int = 0,
-                   mirror: bool = True) -> Tensor:
+def encode_gallery(model: Retriever, images: Dataset, batch: int, workers: int = 0, mirror: bool = True) -> Tensor:
     """Unit features (G, 2, E) of the images and of their mirror images, or without `mirror` (G, 1, E)."""
     device, own = next(model.parameters()).device, own_batches(len(images), batch)
-    batches = loader(torch.utils.data.Subset(images, own), workers, batch_size=batch)
     features = torch.zeros(len(images), 1 + mirror, model.config.embed, device=device)
-    for start, image in zip(own[::batch], batches):
+    for start, image in zip(own[::batch], loader(Subset(images, own), workers, batch_size=batch)):
         image = image.to(device)
         for i, x in enumerate((image, image.flip(-1))[:1 + mirror]):
             features[start:start + batch, i] = model.encode_image(x)[1].float()
@@ -158,8 +156,8 @@ def encode_gallery(model: Retriever, images: torch.utils.data.Dataset, batch: in
 
 
 @torch.inference_mode()
-def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries: Queries, candidates: Tensor,
-                     mirrored: bool, batch: int, pairs: int = 0, workers: int = 0) -> Tensor:
+def match_candidates(model: Retriever, images: Dataset, queries: Queries, candidates: Tensor, mirrored: bool,
+                     batch: int, pairs: int = 0, workers: int = 0) -> Tensor:
     """Matching logits (Q, k, 2), [mismatched, matched], of each query with its candidates (Q, k).
 
     Image by image: a gallery image's keys and values are computed once for all queries that ask for it, so no
@@ -171,11 +169,10 @@ def match_candidates(model: Retriever, images: torch.utils.data.Dataset, queries
     pairs = pairs or (2048 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
     wanted, candidates = candidates.unique(return_inverse=True)                    # now places in wanted (G',)
     own = own_batches(len(wanted), batch)
-    images = torch.utils.data.Subset(images, wanted[own].tolist())
+    images = Subset(images, wanted[own].tolist())
     logits = torch.zeros(candidates.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
-    batches = loader(images, workers, batch_size=batch)
-    for start, image in zip(own[::batch], batches):
+    for start, image in zip(own[::batch], loader(images, workers, batch_size=batch)):
         place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
@@ -198,7 +195,6 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     """Rank the gallery `paths` for every caption: by similarity, and the first k (at most G, 0: none) by matching.
 
     Several processes share out the images; all must call this, and all get the same.
-
     `mirror` averages over the mirror images, whose captions get left and right exchanged unless `swap` is off.
     `features` (G, 2, E) are those of `encode_gallery`, where they are known; they may lie in a file, and stay there.
     """

@@ -1,9 +1,8 @@
 """The released MRA checkpoints, number for number, and checkpoints of either kind for images of another size.
 
-A released file holds a Swin-B, BERT's layers as text and fusion encoder, and the heads; it becomes one of the
-presets `swin` (384x256) or `swin-224`. Fine-tuning at 384x256 what was pretrained at 224x224 interpolates the
-tables of positions.
-Before: weights.py. After: train.py (`--init`), evaluate.py and adapt.py (`--checkpoint`).
+A released file holds a Swin-B, BERT's layers as text and fusion encoder, and the heads; it becomes one of the presets
+`swin` (384x256) or `swin-224`. Fine-tuning at 384x256 what was pretrained at 224x224 interpolates the tables of
+positions. Before: weights.py. After: train.py (`--init`), evaluate.py and adapt.py (`--checkpoint`).
 """
 
 import math
@@ -29,13 +28,10 @@ RELEASED_DROPPED = (r".*\.relative_position_index$", r".*\.attn_mask$")      # t
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], ModelConfig, str]:
-    """A released checkpoint's tensors under our names, its configuration, and the preset nearest to it.
-
-    Raises UserError for a file that is not one.
-    """
+    """A released checkpoint's tensors under our names, its configuration, the preset nearest to it; else UserError."""
     with Source(path, RELEASED_NAMES + BERT_NAMES, RELEASED_DROPPED + BERT_DROPPED) as source:
         rows, _ = source.shape("image_encoder.stages.0.0.attn.relative_position_bias_table")
-        preset = {15: "swin", 13: "swin-224"}.get(math.isqrt(rows))          # windows of 8 or 7 patches
+        preset = {225: "swin", 169: "swin-224"}.get(rows)                    # windows of 8 or 7 patches
         if preset is None:
             raise UserError(f"{path}: {rows} relative positions; the released models' windows have 225 or 169.")
         config = replace(PRESETS[preset], vocab=source.shape("embeddings.word_embeddings.weight")[0])
@@ -47,16 +43,13 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], ModelConfig, str]:
 
 
 def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[Retriever, Tokenizer, dict]:
-    """`checkpoint.load_retriever` for our checkpoints and for the released ones, known by their suffix .pth.
-
-    A released one takes the vocabulary `vocab`, else the vocab.txt beside it; its facts name the preset.
-    """
-    if Path(path).suffix == ".safetensors":
+    """A checkpoint's model, tokenizer and facts; a released one's vocabulary is `vocab`, or the vocab.txt beside it."""
+    if path.suffix == ".safetensors":
         if vocab:
             raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
         return checkpoint.load_retriever(path, device)
     tensors, config, preset = read_released(path)
-    tokenizer = read_vocabulary(vocab, Path(path), config.vocab)
+    tokenizer = read_vocabulary(vocab, path, config.vocab)
     facts = {"train": {"preset": preset, "dataset": "sda" if preset == "swin-224" else "", "seed": "unknown",
                        "data_root": "real data"}, "val": {"weight": 0.0}, "pretrained_on": "sda"}
     model = checkpoint.build(lambda: Retriever(config), tensors, path)

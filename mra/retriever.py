@@ -68,8 +68,7 @@ class Retriever(nn.Module):
     def encode_text(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E).
 
-        With `bins` the feature is made of [CLS] and the bins of all that follows to max_tokens, padding (id 0)
-        included, as released.
+        With `bins` these are of [CLS] and the bins of all that follows to max_tokens, padding (id 0) too, as released.
         """
         length, fill = ids.shape[1], (0, self.config.max_tokens - ids.shape[1]) if self.config.bins else (0, 0)
         tokens = self.text_encoder(F.pad(ids, fill), F.pad(keep, fill))      # (B, max_tokens or T, D)
@@ -103,10 +102,9 @@ class Retriever(nn.Module):
             released = self.config.released_regions                          # then the feature ignores the box
             region, region_keep = pool_region(image, batch.region_keep, keep_mean=not released)
             feature = self.image_feature(image) if released else self.image_feature(region, batch.region_keep)
-            memories = self.fusion_encoder.memories(region)
-            aligned = self.align(feature, memories, region_keep, batch.phrase_ids, batch.phrase_keep,
-                                 batch.phrase_class, smoothing)
-            terms |= {{"itc": "rpc", "itm": "rpm"}[name]: term for name, term in aligned.items()}
+            aligned = self.align(feature, self.fusion_encoder.memories(region), region_keep, batch.phrase_ids,
+                                 batch.phrase_keep, batch.phrase_class, smoothing)
+            terms |= {"rpc": aligned["itc"], "rpm": aligned["itm"]}
         return terms
 
     def align(self, feature: Tensor, memories: list[Tensor] | None, image_keep: Tensor | None, ids: Tensor,

@@ -51,14 +51,11 @@ VIT_DROPPED = (r"pooler\.", r"classifier\.", r"heads\.head\.")
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .pth or .bin file, which may hold them under "model".
-
-    Raises UserError for a file that is missing, broken, or holds anything but tensors, numbers and words.
-    """
-    if not Path(path).is_file():
+    """The tensors of a file, of which a .pth or .bin may hold them under "model". UserError for anything else in it."""
+    if not path.is_file():
         raise UserError(f"{path}: no such file of weights.")
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # broken files raise almost every type
@@ -109,9 +106,8 @@ class Source:
 
     def take(self, *names: str) -> Tensor:
         """One tensor, or several of the same shape, one below the other."""
-        for name in names:
-            if self.shape(name) != self.shape(names[0]):
-                raise ValueError(f"{name} is of another shape than {names[0]}")
+        if len({self.shape(name) for name in names}) > 1:
+            raise ValueError(f"the shapes of {names} differ")
         parts = [self.left.pop(name) for name in names]
         if not all(part.isfinite().all() for part in parts):
             raise UserError(f"{self.path}: {names[0]} holds values that are not finite.")
@@ -122,17 +118,15 @@ class Source:
         return {f"{ours}.{name}.{kind}": self.take(*(f"{theirs}.{part}.{kind}" for part in parts))
                 for name, parts in table.items() for kind in ("weight", "bias")}
 
-    def count(self, pattern: str) -> int:
+    def depth(self) -> int:
         """How many layers there are: one more than the largest number in a name."""
-        return 1 + max((int(found[1]) for found in map(re.compile(pattern).match, self.left) if found), default=-1)
+        numbers = re.findall(r"^encoder\.layer\.(\d+)\.", "\n".join(self.left), re.MULTILINE)
+        return 1 + max(map(int, numbers), default=-1)
 
 
 def heads_of(path: Path, dim: int) -> int:
-    """Attention heads, which no tensor shows: from the config.json beside the weights, else those of the usual widths.
-
-    Raises UserError where neither tells, or that file names an activation other than the exact GELU.
-    """
-    beside = Path(path).with_name("config.json")
+    """Attention heads, which no tensor shows: as config.json beside the weights says, or those usual for the width."""
+    beside = path.with_name("config.json")
     with checkpoint.trusting(beside):
         said = json.loads(beside.read_text()) if beside.is_file() else {}
         said = said if said.get("hidden_size") == dim else {}       # it may be that of other weights
@@ -147,18 +141,15 @@ def heads_of(path: Path, dim: int) -> int:
 # ---- BERT
 
 def bert_tensors(source: Source, text_depth: int) -> dict[str, Tensor]:
-    """Text encoder from BERT's first `text_depth` layers, fusion encoder from the rest, word head if there is one.
-
-    Every token is of type 0 here, so that row goes into the position embeddings.
-    """
+    """Text encoder from BERT's first `text_depth` layers, fusion encoder from the rest, word head if there is one."""
     words = source.take("embeddings.word_embeddings.weight")
     positions, types = (source.take(f"embeddings.{kind}_embeddings.weight") for kind in ("position", "token_type"))
     if positions.shape[1:] != types.shape[1:]:
         raise ValueError("positions and types differ in width")
     tensors = {"text_encoder.words.weight": words,
-               "text_encoder.positions.weight": positions + types[0]}
+               "text_encoder.positions.weight": positions + types[0]}        # every token is of type 0 here
     tensors |= source.layers("text_encoder", "embeddings", {"norm": ("LayerNorm",)})
-    for i in range(source.count(r"encoder\.layer\.(\d+)\.")):
+    for i in range(source.depth()):
         ours = f"text_encoder.blocks.{i}" if i < text_depth else f"fusion_encoder.blocks.{i - text_depth}"
         tensors |= source.layers(ours, f"encoder.layer.{i}", BERT_BLOCK)
         if f"encoder.layer.{i}.crossattention.self.query.weight" in source.left:
@@ -176,14 +167,13 @@ def bert_tensors(source: Source, text_depth: int) -> dict[str, Tensor]:
 def bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
     """A Hugging Face BERT's tensors under our names, and the configuration with its sizes.
 
-    `path` is model.safetensors, pytorch_model.bin or their folder. Its layers, however many, are divided between
-    the encoders as `config`'s are. Raises UserError for anything missing or unknown.
+    Its layers, however many, are divided between text and fusion encoder as `config`'s are.
     """
     path = in_folder(path)
     with Source(path, BERT_NAMES, BERT_DROPPED) as source:
         vocab, dim = source.shape("embeddings.word_embeddings.weight")
         positions, _ = source.shape("embeddings.position_embeddings.weight")
-        depth = source.count(r"encoder\.layer\.(\d+)\.")
+        depth = source.depth()
         text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)
         if not 0 < text_depth < depth:
             raise UserError(f"{path}: {depth} layers are too few for a text and a fusion encoder.")
@@ -195,7 +185,7 @@ def bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfi
 
 def in_folder(path: Path, names: Iterable[str] = ("model.safetensors", "pytorch_model.bin")) -> Path:
     """`path`, or the first of these files in the folder `path`. Raises UserError for a folder without any."""
-    found = next((Path(path) / name for name in names if (Path(path) / name).is_file()), Path(path))
+    found = next((path / name for name in names if (path / name).is_file()), path)
     if found.is_dir():
         raise UserError(f"{path} holds no weights: none of {', '.join(names)}.")
     return found
@@ -206,13 +196,12 @@ def in_folder(path: Path, names: Iterable[str] = ("model.safetensors", "pytorch_
 def vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
     """A vision transformer's tensors under our names, and the configuration with its sizes; the image's stays.
 
-    torchvision's names (vit_b_16) or Hugging Face's. Its position embeddings are interpolated to `config`'s image,
-    and its class token becomes one that the patches look at.
+    Position embeddings are interpolated to `config`'s image; the class token becomes one that the patches look at.
     """
     path = in_folder(path)
     with Source(path, VIT_NAMES, VIT_DROPPED) as source:
         dim, _, patch, _ = source.shape("embeddings.patch_embeddings.projection.weight")
-        depth = source.count(r"encoder\.layer\.(\d+)\.")
+        depth = source.depth()
         config = replace(config, patch=patch, image_dim=dim, image_depth=depth, image_heads=heads_of(path, dim),
                          window=0, class_token=True)
         if not depth:
@@ -255,8 +244,7 @@ def resized_grid(positions: Tensor, grid: tuple[int, int], to: tuple[int, int]) 
 def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str) -> tuple[Retriever, Tokenizer]:
     """A new retriever that starts from BERT, a vision transformer or both, as far as they go; the rest is random.
 
-    The vocabulary is `vocab`, else the vocab.txt beside BERT, else the packaged one. Raises UserError where
-    something does not fit.
+    The vocabulary is `vocab`, else the vocab.txt beside BERT, else the packaged one.
     """
     files = {}
     for path, kind in ((bert_path, bert), (vit_path, vit)):
