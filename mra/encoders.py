@@ -1,9 +1,8 @@
 """The three encoders of MRA (section 3): image E_V, text E_T and fusion E_F.
 
-E_V is a vision transformer on rectangular images, or a Swin transformer as in the released models. E_T and E_F
-are the two halves of one BERT: the first layers read the words alone, the last ones also attend to the image
-(text asks, image tokens answer).
-Before: layers.py. After: losses.py, retriever.py.
+E_V is a vision transformer on rectangular images, or a Swin transformer as in the released models. E_T and E_F are the
+two halves of one BERT: the first layers read the words alone, the last ones also attend to the image (text asks, image
+tokens answer). Before: layers.py. After: losses.py, retriever.py.
 """
 
 import math

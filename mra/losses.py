@@ -54,8 +54,7 @@ def matching(logits: Tensor, matched: Tensor) -> Tensor:
 
 def masked_words(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (B, M) of the words at masked positions, logits (B, M, V); 0 where labels (B, M) are -100."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100,
-                           reduction="none").view_as(labels)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
 def total(terms: dict[str, Tensor], beta: float) -> Tensor:

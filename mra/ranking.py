@@ -37,8 +37,7 @@ def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor
     hit = hit[hit.any(1)].double()
     found = hit.cumsum(1)                                                          # hits among the first r
     rank = torch.arange(1, hit.shape[1] + 1)                                       # (G,)
-    matches = found[:, -1]
-    last = (hit * rank).amax(1) if len(hit) else matches
+    matches, last = found[:, -1], (hit * rank).amax(1)
     return torch.stack([*(found[:, min(k, len(rank)) - 1].clamp(max=1) for k in (1, 5, 10)),
                         (found / rank * hit).sum(1) / matches, matches / last], 1)
 
@@ -173,12 +172,11 @@ def match_candidates(model: Retriever, images: Dataset, queries: Queries, candid
     logits = torch.zeros(candidates.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
     for start, image in zip(own[::batch], loader(images, workers, batch_size=batch)):
-        place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)
+        place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)    # its pairs
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
         memories = model.fusion_encoder.memories(tokens)
-        query = place // candidates.shape[1]                                       # (pairs of this batch,)
-        by_length = lengths[query].argsort(stable=True)                            # alike lengths side by side
+        by_length = lengths[place // candidates.shape[1]].argsort(stable=True)     # alike lengths side by side
         for some in place[by_length].split(pairs):
             query = some // candidates.shape[1]
             column = candidates.flatten()[some] - start

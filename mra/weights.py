@@ -201,19 +201,18 @@ def vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig
     path = in_folder(path)
     with Source(path, VIT_NAMES, VIT_DROPPED) as source:
         dim, _, patch, _ = source.shape("embeddings.patch_embeddings.projection.weight")
-        depth = source.depth()
-        config = replace(config, patch=patch, image_dim=dim, image_depth=depth, image_heads=heads_of(path, dim),
-                         window=0, class_token=True)
-        if not depth:
+        config = replace(config, patch=patch, image_dim=dim, image_depth=source.depth(), window=0, class_token=True,
+                         image_heads=heads_of(path, dim))
+        if not config.image_depth:
             raise UserError(f"{path}: it has no layers, so these are not the weights they should be.")
         if config.height % patch or config.width % patch:
             raise UserError(f"{path}: its patches of {patch} pixels do not tile an image of "
                             f"{config.height}x{config.width}; choose another --preset.")
-        return vit_tensors(source, depth, config.grid), config
+        return vit_tensors(source, config), config
 
 
-def vit_tensors(source: Source, depth: int, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """Image encoder of so many layers for a grid of rows and columns of patches."""
+def vit_tensors(source: Source, config: ModelConfig) -> dict[str, Tensor]:
+    """The image encoder of that configuration."""
     for name in [name for name in source.left if ".self_attention.in_proj_" in name]:     # torchvision's
         layer, kind = name.split(".self_attention.in_proj_")
         for part, tensor in zip(("query", "key", "value"), source.take(name).chunk(3)):
@@ -225,10 +224,10 @@ def vit_tensors(source: Source, depth: int, grid: tuple[int, int]) -> dict[str, 
     token = source.take("embeddings.cls_token")
     if token.shape != positions[:, :1].shape:
         raise ValueError("class token and positions differ in width")
-    tensors = {f"{ours}.positions": resized_grid(positions[:, 1:], (side, side), grid),
+    tensors = {f"{ours}.positions": resized_grid(positions[:, 1:], (side, side), config.grid),
                f"{ours}.class_token": token + positions[:, :1]}
     tensors |= source.layers(ours, "embeddings", {"patches": ("patch_embeddings.projection",)})
-    for i in range(depth):
+    for i in range(config.image_depth):
         tensors |= source.layers(f"{ours}.blocks.{i}", f"encoder.layer.{i}", VIT_BLOCK)
     return tensors | {f"{ours}.norm.{kind}": source.take(f"layernorm.{kind}") for kind in ("weight", "bias")}
 
