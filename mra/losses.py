@@ -41,10 +41,9 @@ def hard_negatives(similarity: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     exists (B,): False where the batch holds no other id, and the column must not be used.
     """
     other = ids[:, None] != ids[None, :]                                     # (B, B)
-    exists = other.any(1)                                                    # (B,)
-    allowed = other | ~exists[:, None]                                       # a row without negatives: anything
-    weights = similarity.float().masked_fill(~allowed, -torch.inf).softmax(1).nan_to_num(1.0)    # the log tells of nan
-    return torch.multinomial(weights, 1).squeeze(1), exists
+    weights = similarity.float().masked_fill(~other, -torch.inf).softmax(1)
+    weights = weights.nan_to_num(1.0)       # anything for a row without negatives, and for nan, of which the log tells
+    return torch.multinomial(weights, 1).squeeze(1), other.any(1)
 
 
 def matching(logits: Tensor, matched: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ VIT_DROPPED = (r"pooler\.", r"classifier\.", r"heads\.head\.")
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, of which a .pth or .bin may hold them under "model". UserError for anything else in it."""
+    """The tensors of a file of weights; a .pth or .bin may hold them under "model". Raises UserError for all else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file of weights.")
     try:
@@ -194,7 +194,7 @@ def in_folder(path: Path, names: Iterable[str] = ("model.safetensors", "pytorch_
 # ---- vision transformers
 
 def vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
-    """A vision transformer's tensors under our names, and the configuration with its sizes; the image's stays.
+    """A ViT of torchvision or Hugging Face under our names, and the configuration with its sizes; the image's stays.
 
     Position embeddings are interpolated to `config`'s image; the class token becomes one that the patches look at.
     """
