@@ -76,11 +76,11 @@ def _tiled(image: Tensor, *rest) -> Tensor:
 
 
 class Contrastive(torch.autograd.Function):
-    """The loss above and its gradients; keeps the features and vectors of N numbers for the backward pass."""
+    """The loss above; keeps features and vectors of N numbers. Autograd rounds its gradients as the features are."""
 
     @staticmethod
     def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor, smoothing: float, tile: tuple) -> Tensor:
-        ctx.types, ctx.tile = (image.dtype, text.dtype), tile
+        ctx.tile = tile
         texts, ids, own = gathered(text), gathered(ids), own_rows(len(text))           # (N, E), (N,)
         rows, columns = log_sum_exps(image, texts, scale, tile)                        # (B,), (N,)
         columns = gathered(columns[None]).logsumexp(0)                                 # (N,)
@@ -99,8 +99,7 @@ class Contrastive(torch.autograd.Function):
         to_text = summed(to_text)[own_rows(len(image))]                                # (B, E)
         upstream = upstream * processes() / len(texts)
         to_scale = upstream * (image * to_image).sum()
-        to_image, to_text = (x.mul_(upstream * scale).to(kind) for x, kind in zip((to_image, to_text), ctx.types))
-        return to_image, to_text, to_scale, None, None, None
+        return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None, None
 
 
 def label_term(image: Tensor, texts: Tensor, ids: Tensor, smoothing: float,
