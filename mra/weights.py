@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-class Source:
+class Source(AbstractContextManager):
     """The tensors of a file under the names that `rules` give them, each to be taken once or `dropped` by a pattern.
 
     To be used in a `with` statement, whose end raises UserError for tensors left over or that do not fit together.
@@ -87,9 +88,6 @@ class Source:
         for name, tensor in read(path).items():
             if self.left.setdefault(renamed(name, rules), tensor) is not tensor:
                 raise UserError(f"{path}: {name} is there twice, once under another name.")
-
-    def __enter__(self) -> "Source":
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, RuntimeError | ValueError | IndexError | ArithmeticError):
