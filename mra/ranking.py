@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from mra.config import ModelConfig
 from mra.data.augment import tensor_of
@@ -147,7 +147,7 @@ def encode_gallery(model: Retriever, images: Dataset, batch: int, workers: int =
     """Unit features (G, 2, E) of the images and of their mirror images, or without `mirror` (G, 1, E)."""
     device, own = next(model.parameters()).device, own_batches(len(images), batch)
     features = torch.zeros(len(images), 1 + mirror, model.config.embed, device=device)
-    for start, image in zip(own[::batch], loader(Subset(images, own), workers, batch_size=batch)):
+    for start, image in zip(own[::batch], loader(images, workers, batch_size=batch, sampler=own)):
         image = image.to(device)
         for i, x in enumerate((image, image.flip(-1))[:1 + mirror]):
             features[start:start + batch, i] = model.encode_image(x)[1].float()
@@ -168,10 +168,9 @@ def match_candidates(model: Retriever, images: Dataset, queries: Queries, candid
     pairs = pairs or (2048 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
     wanted, candidates = candidates.unique(return_inverse=True)                    # now places in wanted (G',)
     own = own_batches(len(wanted), batch)
-    images = Subset(images, wanted[own].tolist())
     logits = torch.zeros(candidates.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
-    for start, image in zip(own[::batch], loader(images, workers, batch_size=batch)):
+    for start, image in zip(own[::batch], loader(images, workers, batch_size=batch, sampler=wanted[own].tolist())):
         place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)    # its pairs
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)

@@ -68,7 +68,7 @@ class Retriever(nn.Module):
     def encode_text(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E).
 
-        With `bins` these are of [CLS] and the bins of all that follows to max_tokens, padding (id 0) too, as released.
+        With `bins` the features are of [CLS] and the bins of all up to max_tokens, padding (id 0) too, as released.
         """
         length, fill = ids.shape[1], (0, self.config.max_tokens - ids.shape[1]) if self.config.bins else (0, 0)
         tokens = self.text_encoder(F.pad(ids, fill), F.pad(keep, fill))      # (B, max_tokens or T, D)
