@@ -164,8 +164,7 @@ class Figure:
         """Centre line of a stroke and the vector to one side, (K, 2) pixels each; higher up is larger."""
         rows = np.asarray(stroke.rows, float)
         at = np.linspace(0, 1, 11)
-        x, y, z, side, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i])
-                               for i in (0, 1, 2, 3, -1))
+        x, y, z, side, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i]) for i in (0, 1, 2, 3, -1))
         y = y + 0.3 * self.high * self.near(x, z)
         zoom = (1 + self.high * (0.5 - y)) * self.tall * HEIGHT * SCALE
         centre = np.stack([self.left * HEIGHT * SCALE + (x * self.cos + z * self.sin) * zoom,
@@ -215,7 +214,7 @@ def _legs(figure: Figure, person: Person) -> Groups:
     flare, hem = {"skirt": (.135, .70), "long skirt": (.16, .90)}.get(person.lower, (.062, .56))
     rows = [(0, .46, 0, .09 * stout, .075 * stout), (0, hem, 0, flare, flare * .9)]
     pleats = [(s * .8, .2, s, 1) for s in (-.7, -.35, 0, .35, .7)] * ("skirt" in person.lower)
-    yield -5, [Stroke("lower", cloth, rows, FLAT, folds=pleats)]
+    yield -5, [Stroke("lower", cloth, rows, folds=pleats)]
 
 
 def _limb(stops, widths, stout: float = 1.0) -> list:
@@ -348,10 +347,8 @@ def _carried(figure: Figure, person: Person) -> Groups:
         "umbrella": ([(x, .46, .02, .008), (x, .54, .02, .008)], [(x, .54, .02, .030), (x, .92, .02, .008)]),
         "suitcase": ([(x * 1.15, .52, -.03, .008), (x * 1.2, .70, -.06, .008)],
                      [(x * 1.2, .68, -.06, .078, .06), (x * 1.2, .94, -.06, .078, .06)]),
-        "shopping bag": ([(x, .515, 0, .012), (x, .56, 0, .024)],
-                         [(x, .555, 0, .066, .05), (x, .74, 0, .07, .055)]),
-        "book": ([(x * .7, .44, .085, .03)] * 2,
-                 [(x * .7, .40, .085, .055, .03), (x * .7, .51, .085, .055, .03)]),
+        "shopping bag": ([(x, .515, 0, .012), (x, .56, 0, .024)], [(x, .555, 0, .066, .05), (x, .74, 0, .07, .055)]),
+        "book": ([(x * .7, .44, .085, .03)] * 2, [(x * .7, .40, .085, .055, .03), (x * .7, .51, .085, .055, .03)]),
         "skateboard": ([(x * 1.1, .36, .03, .042, .04), (x * 1.1, .60, .03, .042, .04)],
                        [(x * 1.1, .32, .02, .030, .04), (x * 1.1, .64, .02, .030, .04)])}
     if person.carried:

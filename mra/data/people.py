@@ -40,9 +40,8 @@ PATTERNS = {"plain": ("{0} {2}",), "striped": ("{0} and {1} striped {2}", "{0} {
             "checked": ("{0} and {1} checked {2}", "{0} {2} with {1} checks"),
             "two-tone": ("{2} that is {0} above and {1} below", "{0} {2} with a lower half in {1}"),
             "logo": ("{0} {2} with a logo in {1}", "{0} {2} with a print in {1}")}
-LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"),
-          "shorts": ("shorts",), "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"),
-          "long skirt": ("long skirt",)}
+LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"), "shorts": ("shorts",),
+          "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"), "long skirt": ("long skirt",)}
 SHOES = {"sneakers": ("sneakers", "trainers", "running shoes"), "boots": ("boots", "high boots"),
          "shoes": ("leather shoes", "dress shoes")}
 BAGS = {"backpack": ("backpack", "rucksack"), "shoulder bag": ("shoulder bag", "messenger bag"),
@@ -115,11 +114,10 @@ def sample_person(rng: random.Random) -> Person:
     hairs = list(HAIR) if gender == "woman" else ("short", "short", "long")
     lowers = [kind for kind in LOWERS if gender == "woman" or kind not in WOMENS]
     return Person(
-        gender, rng.choice(list(BUILDS)), rng.choice(hairs), rng.choice(list(HAIR_COLOURS)),
-        *maybe(0.4, HEADGEAR), upper, upper_colour, pattern,
-        "" if pattern == "plain" else colour(upper_colour), inner, rng.choice(lowers), colour(),
-        rng.choice(list(SHOES)), colour(), *maybe(0.65, BAGS), rng.choice(("left", "right")),
-        *maybe(0.45, CARRIED), rng.randrange(4))
+        gender, rng.choice(list(BUILDS)), rng.choice(hairs), rng.choice(list(HAIR_COLOURS)), *maybe(0.4, HEADGEAR),
+        upper, upper_colour, pattern, "" if pattern == "plain" else colour(upper_colour), inner,
+        rng.choice(lowers), colour(), rng.choice(list(SHOES)), colour(),
+        *maybe(0.65, BAGS), rng.choice(("left", "right")), *maybe(0.45, CARRIED), rng.randrange(4))
 
 
 def twin_of(person: Person, rng: random.Random) -> Person:

@@ -305,25 +305,20 @@ def _grouped(rows: list[Row], refused: list[str]) -> list[Row]:
 
 
 def _choose(rows: list[Row], split: str, source: Source, say) -> list[Row]:
+    """The rows of a split; whom val holds out of train depends on the identities and their numbers of images alone."""
     chosen = [row for row in rows if row.split == split]
     if source.carve and split != "test" and all(row.split != "val" for row in rows):
         train = [row for row in rows if row.split == "train"]
-        held = _held_out(Counter(row.identity for row in train))
+        images, held, count = Counter(row.identity for row in train), set(), 0
+        for identity in random.Random(0).sample(sorted(images), math.ceil(VAL_SHARE * (len(images) - 1))):
+            if count + images[identity] <= VAL_IMAGES:
+                held.add(identity)
+                count += images[identity]
         chosen = [row for row in train if (row.identity in held) == (split == "val")]
         say(f"without a val split: {len(held)} training identities, the same each time, are held out as val")
     if not chosen:
         raise UserError(f"{shown(source.files[0])} has no record for the split {split}")
     return chosen
-
-
-def _held_out(images: Counter) -> set[str]:
-    """Identities for val, out of {identity: images}; they depend on nothing else."""
-    held, count = set(), 0
-    for identity in random.Random(0).sample(sorted(images), math.ceil(VAL_SHARE * (len(images) - 1))):
-        if count + images[identity] <= VAL_IMAGES:
-            held.add(identity)
-            count += images[identity]
-    return held
 
 
 class _Images:

@@ -60,7 +60,7 @@ def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
     """Up to alpha x words terms of the lexicon give way to a synonym; letter case and punctuation stay."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
-    for term in sorted(chosen, key=lambda match: match.start(), reverse=True):
+    for term in sorted(chosen, key=re.Match.start, reverse=True):
         text = text[:term.start()] + _cased(_synonym(term, rng), term[0]) + text[term.end():]
     return text
 
