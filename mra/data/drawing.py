@@ -241,8 +241,7 @@ def _torso(figure: Figure, person: Person) -> Groups:
     middle = [(-.05, .05, -1, 2, dark)] * front
     details = {"jacket": [*middle, (-1, 1, .92, 2, dark)], "coat": [*middle, (-1, 1, .62, .66, dark)],
                "vest": [*middle, *((-1, 1, t, t + .03, dark) for t in (.2, .4, .6, .8))], "shirt": middle,
-               "sweater": [(-1, 1, .9, 2, dark)], "hoodie": [(-.5, .5, .68, .88, dark)] * front,
-               }.get(person.upper, [])
+               "sweater": [(-1, 1, .9, 2, dark)], "hoodie": [(-.5, .5, .68, .88, dark)] * front}.get(person.upper, [])
     folds = [(-.8, .62, -.1, .70), (.85, .58, .2, .68), (-.7, .84, .1, .80), (.9, .3, .5, .42)]
     group = [Stroke("person", SKINS[person.skin], [(0, .11, .005, .034), (0, .19, 0, .036)]),
              Stroke("upper", colour, rows, FLAT, _pattern(person) + details, folds)]
