@@ -1,14 +1,13 @@
 """Views of one picture: image and box move together, and a flag tells the words to follow.
 
-Holds the random views of pretraining and fine-tuning, the one of testing, and `box_to_patches`: a region's
-tokens. Paper (MRA): training settings, region encoding. The released code mirrors an image and leaves "left"
-and "right" in its caption as they are; here `View.mirrored` tells the caller to swap them.
+Paper (MRA): training settings, region encoding. The released code mirrors an image and leaves "left" and "right" in
+its caption as they are; here `View.mirrored` tells the caller to swap them.
 Read before: records.py (image and box). After: words.py, batches.py.
 """
 
 import math
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ ERASE_AREA, ERASE_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)     # of the image; heigh
 EDGE = 1e-6                     # of a patch: overlaps below it are rounding
 
 
-@dataclass(frozen=True, eq=False)
-class View:
+class View(NamedTuple):
     """What the model sees of one picture."""
     image: Tensor               # (3, H, W) normalised
     box: Box | None             # (cx, cy, w, h), fractions of this view
@@ -55,9 +53,8 @@ def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random,
 
 def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:
     """The patches, row by row, that share some area with `box`: (N,) bool, True = use it; never empty."""
-    (cx, cy, w, h), (rows, columns) = box, grid
-    keep = torch.zeros(rows, columns, dtype=torch.bool)                     # (rows, columns)
-    keep[_touched(cy, h, rows), _touched(cx, w, columns)] = True
+    (cx, cy, w, h), keep = box, torch.zeros(grid, dtype=torch.bool)         # (rows, columns)
+    keep[_touched(cy, h, grid[0]), _touched(cx, w, grid[1])] = True
     return keep.flatten()                                                   # (N,)
 
 

@@ -1,14 +1,14 @@
 """From records to a Batch: the last stop before the model.
 
-`PairDataset` turns one (epoch, index) into a Sample: the image is augmented and its box moves with it, the
-words follow a mirrored image, are encoded and masked. `collate` pads and stacks. All of a sample's randomness
-comes from (seed, epoch, index), and the order of the samples is a pure function of the seed, so neither the
-number of workers nor a restart changes anything. Before: augment.py, tokenizer.py, words.py. After: retriever.py.
+All of a sample's randomness comes from (seed, epoch, index), and the order of the samples is a pure function of the
+seed, so neither the number of workers nor a restart changes anything.
+Before: augment.py, tokenizer.py, words.py. After: retriever.py.
 """
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
 @dataclass(frozen=True)
 class Sample:
     """One image-caption pair, and one of its regions, before padding."""
-
     image: Tensor                       # (3, H, W)
     identity: int
     caption: list[int]                  # (T,) ids
@@ -41,7 +40,6 @@ class Sample:
 @dataclass(frozen=True)
 class Batch:
     """One step's input. Every keep mask: True = use it."""
-
     image: Tensor                       # (B, 3, H, W) normalised
     identity: Tensor                    # (B,)
     caption_ids: Tensor                 # (B, T)
@@ -57,8 +55,7 @@ class Batch:
     phrase_class: Tensor | None = None  # (B,)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if x is None else x.to(device, non_blocking=True)
-                       for x in (getattr(self, field.name) for field in fields(self))))
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -66,8 +63,8 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
         self.source, self.tokenizer, self.model, self.train = source, tokenizer, model, train
-        counts = np.fromiter((len(record.captions) for record in source.records), np.int64, len(source.records))
-        self.ends = counts.cumsum()     # of each record's pairs, so that pair - end counts its captions from behind
+        # Where each record's pairs end, so that pair - end counts its captions from behind.
+        self.ends = np.cumsum([len(record.captions) for record in source.records])
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
         self.pretraining = has_boxes or pretrains(source.name)
@@ -90,14 +87,12 @@ class PairDataset(torch.utils.data.Dataset):
             caption, phrase = swap_left_right(caption), swap_left_right(phrase)
         ids = self.encode(caption)
         masked, labels = mask_words(ids, self.tokenizer, rng)
-        sample = dict(image=view.image, identity=record.identity, caption=ids, masked=masked, labels=labels)
-        if self.train.eda:
-            sample |= dict(eda=self.encode(eda(caption, rng)))
+        augmented = self.encode(eda(caption, rng)) if self.train.eda else None
+        region = ()
         if self.with_regions:
-            ids = self.encode(phrase)
-            sample |= dict(region_keep=box_to_patches(view.box, self.model.grid), phrase=ids,
-                           phrase_class=hash(tuple(ids)))      # of integers: the same in every process
-        return Sample(**sample)
+            phrase = self.encode(phrase)
+            region = box_to_patches(view.box, self.model.grid), phrase, hash(tuple(phrase))     # equal in any process
+        return Sample(view.image, record.identity, ids, masked, labels, augmented, *region)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, self.model.max_tokens)
@@ -137,13 +132,12 @@ def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 
 
     Step s of W processes takes positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
     """
-    current, permutation = -1, []
+    @lru_cache(1)
+    def permutation(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**62)
+        return torch.randperm(count, generator=generator).tolist()
+
     for step in range(start, stop):
-        keys, first = [], (step * world + rank) * batch
-        for position in range(first, first + batch):
-            epoch, place = divmod(position, count)
-            if epoch != current:
-                generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**62)
-                current, permutation = epoch, torch.randperm(count, generator=generator).tolist()
-            keys.append((epoch, permutation[place]))
-        yield keys
+        first = (step * world + rank) * batch
+        places = [divmod(position, count) for position in range(first, first + batch)]
+        yield [(epoch, permutation(epoch)[place]) for epoch, place in places]

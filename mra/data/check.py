@@ -26,8 +26,7 @@ CHUNK = 64      # images that a process decodes before it is given others
 
 def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print) -> bool:
     """Print what a set holds and all that is wrong with it; whether nothing is. Raises UserError if there is none."""
-    published, rows, wrong, absent = PUBLISHED.get(dataset, {}), {}, defaultdict(list), []
-    before, read = None, []
+    published, rows, wrong, absent, before = PUBLISHED.get(dataset, {}), {}, defaultdict(list), [], None
     for split in SPLITS:
         try:
             source = locate(dataset, split, Path(data_root))
@@ -55,7 +54,10 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
     every = [row for some in rows.values() for row in some]
     present = list(dict.fromkeys(row.path for row in every if not row.missing))
     wrong["missing image"] = [row.place for row in every if row.missing]
-    wrong["image that has two records"] = twice(every)
+    first = {}      # of two splits, whoever trains on it has seen the answer
+    wrong["image that has two records"] = [
+        f"{row.place}: also in {first[row.path].split}, {first[row.path].place}" for row in every
+        if first.setdefault(row.path, row) is not row]
     for one, other in combinations(rows if before.split is None else (), 2):        # else each file may count from 0
         if shared := {row.identity for row in rows[one]} & {row.identity for row in rows[other]}:
             say(f"Note: {len(shared):,} identities of {one} stand in {other}, too, as {shown(min(shared))}")
@@ -74,13 +76,6 @@ def table(counts: dict[str, tuple], published: dict[str, tuple]) -> str:
                  for n, right in zip(found, published.get(split, (0, 0, 0)))]
         lines.append(f"{split:7}" + "".join(f"{cell:>26}" for cell in cells))
     return "\n".join(lines)
-
-
-def twice(every: list[Row]) -> list[str]:
-    """The records whose image an earlier one has too; of two splits, whoever trains on it has seen the answer."""
-    first = {}
-    return [f"{row.place}: also in {first[row.path].split}, {first[row.path].place}" for row in every
-            if first.setdefault(row.path, row) is not row]
 
 
 def trouble(path: str) -> str | None:

@@ -2,17 +2,15 @@
 
 One source with the look of synthetic data and three targets, each with cameras of its own, that differ from it in
 light, colour and viewpoint: the domain gap of the MRA paper. Every strength stands in the table DOMAINS. A figure is
-drawn from strokes in body coordinates, with its light and the number of the part beside its colour, then lit, put into
-a place, and exposed.
+drawn from strokes in body coordinates, then lit, put into a place, and exposed.
 Before: people.py (who is drawn). After: town.py, which draws whole sets.
 """
 
-import dataclasses
 import io
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,10 +23,9 @@ from mra.data.people import Person
 VERSION = 1                     # of the drawing: sets of another version are drawn again
 HEIGHT, WIDTH, SCALE = 192, 96, 4      # pixels of a file; the figure is drawn SCALE times as large
 PARTS = ("hair", "headgear", "upper", "inner", "logo", "lower", "shoes", "bag", "carried")
-PAINT = {"": (0, 0, 0), "black": (30, 30, 34), "white": (240, 240, 236), "grey": (134, 136, 140),
-         "red": (206, 30, 38), "blue": (48, 112, 222), "navy": (28, 36, 104), "green": (34, 140, 62),
-         "yellow": (244, 208, 40), "orange": (242, 124, 24), "purple": (122, 52, 160),
-         "pink": (244, 138, 180), "brown": (112, 66, 34)}
+PAINT = {"": (0, 0, 0), "black": (30, 30, 34), "white": (240, 240, 236), "grey": (134, 136, 140), "red": (206, 30, 38),
+         "blue": (48, 112, 222), "navy": (28, 36, 104), "green": (34, 140, 62), "yellow": (244, 208, 40),
+         "orange": (242, 124, 24), "purple": (122, 52, 160), "pink": (244, 138, 180), "brown": (112, 66, 34)}
 HAIR_PAINT = {"black": (26, 22, 24), "brown": (92, 54, 28), "blond": (232, 196, 108), "grey": (168, 168, 172),
               "red": (172, 70, 24)}
 SKINS = ((246, 212, 188), (222, 176, 140), (166, 114, 80), (104, 68, 50))
@@ -115,7 +112,7 @@ Groups = Iterator[tuple[float, list[Stroke]]]      # strokes that lie on each ot
 def camera_of(domain: str, camera: int) -> Domain:
     """The domain as its camera number `camera` sees it: a pure function of the table."""
     base, rng = DOMAINS[domain], random.Random(f"{domain}/{camera}")
-    names = [field.name for field in dataclasses.fields(Domain)[6:]]       # from exposure on
+    names = [field.name for field in fields(Domain)[6:]]       # from exposure on
     strengths = {name: getattr(base, name) * (base.strength * (1 + base.spread * rng.uniform(-1, 1))) for name in names}
     return replace(base, light=rng.choice((-1, 1)) * rng.uniform(0.4, 1), **strengths)
 
@@ -135,7 +132,7 @@ class Figure:
         self.tall = 0.90 - cam.distance * rng.uniform(0.3, 1)
         self.left = 0.5 * WIDTH / HEIGHT + cam.crop * rng.uniform(-1, 1)
         self.top = (1 - self.tall) * rng.uniform(0.5, 0.75) + cam.crop * rng.uniform(-1, 1)
-        self.high, self.relief, self.lit = cam.height, cam.relief, cam.light
+        self.high, self.relief, self.lit, self.phase = cam.height, cam.relief, cam.light, pose.phase
 
     def near(self, x: float, z: float) -> float:
         return z * self.cos - x * self.sin
@@ -167,8 +164,7 @@ class Figure:
         """Centre line of a stroke and the vector to one side, (K, 2) pixels each; higher up is larger."""
         rows = np.asarray(stroke.rows, float)
         at = np.linspace(0, 1, 11)
-        x, y, z, side, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i])
-                               for i in (0, 1, 2, 3, -1))
+        x, y, z, side, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i]) for i in (0, 1, 2, 3, -1))
         y = y + 0.3 * self.high * self.near(x, z)
         zoom = (1 + self.high * (0.5 - y)) * self.tall * HEIGHT * SCALE
         centre = np.stack([self.left * HEIGHT * SCALE + (x * self.cos + z * self.sin) * zoom,
@@ -190,25 +186,16 @@ def paint(colour: str, factor: float = 1.0) -> tuple[int, int, int]:
     return tuple(int(v * factor if max(values) > 90 else v + 120 * (1 - factor)) for v in values)
 
 
-def strokes(figure: Figure, person: Person, pose: Pose) -> Iterator[Stroke]:
-    """The whole person, from the farthest part to the nearest."""
-    groups = [*_legs(figure, person, pose), *_arms(figure, person, pose)]
-    for part in (_torso, _head, _headgear, _bag, _carried):
-        groups += part(figure, person)
-    for _, group in sorted(groups, key=lambda group: group[0]):
-        yield from group
-
-
-def _legs(figure: Figure, person: Person, pose: Pose) -> Groups:
+def _legs(figure: Figure, person: Person) -> Groups:
     cloth, shoe, stout = paint(person.lower_colour), paint(person.shoes_colour), STOUT[person.build]
     widths = {"trousers": (.070, .056, .050), "jeans": (.064, .046, .038), "leggings": (.054, .037, .025),
               "shorts": (.068, .068)}.get(person.lower)
     worn = [(-.4, .5, .12, .42, paint(person.lower_colour, .85)),
             (-1, 1, .92, 2, paint(person.lower_colour, .6))] * (person.lower == "jeans")
-    sole = [(-1, -.45, -1, 2, paint("grey" if person.shoes_colour == "white" else "white"))]
-    sole = sole * (person.shoes == "sneakers")
+    edge = paint("grey" if person.shoes_colour == "white" else "white")
+    sole = [(-1, -.45, -1, 2, edge)] * (person.shoes == "sneakers")
     for side in (1, -1):
-        thigh = 0.42 * math.sin(pose.phase) * side
+        thigh = 0.42 * math.sin(figure.phase) * side
         shin = thigh - 0.1 - max(0.0, -thigh) * 0.7
         hip = np.array((side * .052, .48, 0))
         knee = hip + (side * .004, .240 * math.cos(thigh), .240 * math.sin(thigh))
@@ -227,7 +214,7 @@ def _legs(figure: Figure, person: Person, pose: Pose) -> Groups:
     flare, hem = {"skirt": (.135, .70), "long skirt": (.16, .90)}.get(person.lower, (.062, .56))
     rows = [(0, .46, 0, .09 * stout, .075 * stout), (0, hem, 0, flare, flare * .9)]
     pleats = [(s * .8, .2, s, 1) for s in (-.7, -.35, 0, .35, .7)] * ("skirt" in person.lower)
-    yield -5, [Stroke("lower", cloth, rows, FLAT, folds=pleats)]
+    yield -5, [Stroke("lower", cloth, rows, folds=pleats)]
 
 
 def _limb(stops, widths, stout: float = 1.0) -> list:
@@ -254,8 +241,7 @@ def _torso(figure: Figure, person: Person) -> Groups:
     middle = [(-.05, .05, -1, 2, dark)] * front
     details = {"jacket": [*middle, (-1, 1, .92, 2, dark)], "coat": [*middle, (-1, 1, .62, .66, dark)],
                "vest": [*middle, *((-1, 1, t, t + .03, dark) for t in (.2, .4, .6, .8))], "shirt": middle,
-               "sweater": [(-1, 1, .9, 2, dark)], "hoodie": [(-.5, .5, .68, .88, dark)] * front,
-               }.get(person.upper, [])
+               "sweater": [(-1, 1, .9, 2, dark)], "hoodie": [(-.5, .5, .68, .88, dark)] * front}.get(person.upper, [])
     folds = [(-.8, .62, -.1, .70), (.85, .58, .2, .68), (-.7, .84, .1, .80), (.9, .3, .5, .42)]
     group = [Stroke("person", SKINS[person.skin], [(0, .11, .005, .034), (0, .19, 0, .036)]),
              Stroke("upper", colour, rows, FLAT, _pattern(person) + details, folds)]
@@ -270,14 +256,14 @@ def _torso(figure: Figure, person: Person) -> Groups:
         yield figure.near(0, -.05), [Stroke("upper", paint(person.upper_colour, .85), hood, ROUND)]
 
 
-def _arms(figure: Figure, person: Person, pose: Pose) -> Groups:
+def _arms(figure: Figure, person: Person) -> Groups:
     stout, skin = (STOUT[person.build] + 1) / 2, SKINS[person.skin]
     part, colour = ("inner", person.inner_colour) if person.upper == "vest" else ("upper", person.upper_colour)
     loose = .042 if person.upper in ("coat", "jacket", "hoodie") else .037
     for side in (1, -1):
         beside_bag = (person.bag_side == "left") == (side > 0)
         still = person.bag == "handbag" if beside_bag else bool(person.carried)
-        swing = 0.0 if still else -0.5 * math.sin(pose.phase) * side
+        swing = 0.0 if still else -0.5 * math.sin(figure.phase) * side
         bend = swing + (0.05 if still else 0.35)
         shoulder = np.array((side * .096, .200, 0))
         elbow = shoulder + (side * .024, .155 * math.cos(swing), .155 * math.sin(swing))
@@ -360,10 +346,8 @@ def _carried(figure: Figure, person: Person) -> Groups:
         "umbrella": ([(x, .46, .02, .008), (x, .54, .02, .008)], [(x, .54, .02, .030), (x, .92, .02, .008)]),
         "suitcase": ([(x * 1.15, .52, -.03, .008), (x * 1.2, .70, -.06, .008)],
                      [(x * 1.2, .68, -.06, .078, .06), (x * 1.2, .94, -.06, .078, .06)]),
-        "shopping bag": ([(x, .515, 0, .012), (x, .56, 0, .024)],
-                         [(x, .555, 0, .066, .05), (x, .74, 0, .07, .055)]),
-        "book": ([(x * .7, .44, .085, .03)] * 2,
-                 [(x * .7, .40, .085, .055, .03), (x * .7, .51, .085, .055, .03)]),
+        "shopping bag": ([(x, .515, 0, .012), (x, .56, 0, .024)], [(x, .555, 0, .066, .05), (x, .74, 0, .07, .055)]),
+        "book": ([(x * .7, .44, .085, .03)] * 2, [(x * .7, .40, .085, .055, .03), (x * .7, .51, .085, .055, .03)]),
         "skateboard": ([(x * 1.1, .36, .03, .042, .04), (x * 1.1, .60, .03, .042, .04)],
                        [(x * 1.1, .32, .02, .030, .04), (x * 1.1, .64, .02, .030, .04)])}
     if person.carried:
@@ -423,8 +407,11 @@ def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> P
     """Draw `person`, (HEIGHT, WIDTH), as camera number `camera` of a domain sees it. A pure function."""
     rng, cam = random.Random(seed), camera_of(domain, camera)
     figure = Figure(pose, cam, rng)
-    for stroke in strokes(figure, person, pose):
-        figure.draw(stroke)
+    groups = [group for draw in (_legs, _arms, _torso, _head, _headgear, _bag, _carried)
+              for group in draw(figure, person)]
+    for _, strokes in sorted(groups, key=lambda group: group[0]):       # from the farthest to the nearest
+        for stroke in strokes:
+            figure.draw(stroke)
     cover = figure.part.point(lambda v: 255 * (v > 0)).reduce(SCALE)
     pan = rng.randrange(2 * WIDTH)
     scene = _array(backdrop(domain, camera, rng.randrange(6)).crop((pan, 0, pan + WIDTH, HEIGHT)))

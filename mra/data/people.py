@@ -1,10 +1,9 @@
 """Who lives in the demo town, and what people write about them.
 
-An identity is a `Person`: about 40 bits of attributes. `describe` is an annotator: from the parts that a
-picture shows it writes a caption of 15 to 40 words and names some of its phrases with their boxes, as the SDA
-set of the MRA paper does. No word is untrue or about something hidden. "left" and "right" are those of the
-picture, so that a mirrored picture swaps the words. One person seen from the front, by hand; the annotator is
-random.Random(136874):
+An identity is a `Person`: about 40 bits of attributes. `describe` is an annotator: from the parts that a picture shows
+it writes a caption of 15 to 40 words and names some of its phrases with their boxes, as the SDA set of the MRA paper
+does. No word is untrue or about something hidden. "left" and "right" are those of the picture, so that a mirrored
+picture swaps the words. One person seen from the front, by hand; the annotator is random.Random(136874):
 
     person   slim woman, long blond hair, red jacket over white, black jeans, white sneakers, green handbag
     boxes    cx cy w h: person .50 .52 .40 .90, hair .50 .14 .18 .20, upper .50 .32 .34 .32,
@@ -41,9 +40,8 @@ PATTERNS = {"plain": ("{0} {2}",), "striped": ("{0} and {1} striped {2}", "{0} {
             "checked": ("{0} and {1} checked {2}", "{0} {2} with {1} checks"),
             "two-tone": ("{2} that is {0} above and {1} below", "{0} {2} with a lower half in {1}"),
             "logo": ("{0} {2} with a logo in {1}", "{0} {2} with a print in {1}")}
-LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"),
-          "shorts": ("shorts",), "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"),
-          "long skirt": ("long skirt",)}
+LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"), "shorts": ("shorts",),
+          "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"), "long skirt": ("long skirt",)}
 SHOES = {"sneakers": ("sneakers", "trainers", "running shoes"), "boots": ("boots", "high boots"),
          "shoes": ("leather shoes", "dress shoes")}
 BAGS = {"backpack": ("backpack", "rucksack"), "shoulder bag": ("shoulder bag", "messenger bag"),
@@ -61,14 +59,10 @@ WOMENS = ("leggings", "skirt", "long skirt")
 TWINS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "lower": ("trousers", "shorts", *WOMENS),
          "upper": ("t-shirt", "shirt", "sweater", "hoodie", "tank top")}
 TEMPLATES = (               # [...] is left out when what it would tell is not told
-    "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.]"
-    "[ {she} is {view}.]",
-    "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}]"
-    "[, carrying {bag+carried}].",
-    "{person} is wearing {upper+lower+shoes}[, has {headgear+hair}][ and carries {bag+carried}]."
-    "[ {she} is {view}.]",
-    "this is {person}[ {view}].[ {she} has {bag+carried+hair}.]"
-    " {her} clothes are {headgear+upper+lower+shoes}.")
+    "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.][ {she} is {view}.]",
+    "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}][, carrying {bag+carried}].",
+    "{person} is wearing {upper+lower+shoes}[, has {headgear+hair}][ and carries {bag+carried}].[ {she} is {view}.]",
+    "this is {person}[ {view}].[ {she} has {bag+carried+hair}.] {her} clothes are {headgear+upper+lower+shoes}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +114,10 @@ def sample_person(rng: random.Random) -> Person:
     hairs = list(HAIR) if gender == "woman" else ("short", "short", "long")
     lowers = [kind for kind in LOWERS if gender == "woman" or kind not in WOMENS]
     return Person(
-        gender, rng.choice(list(BUILDS)), rng.choice(hairs), rng.choice(list(HAIR_COLOURS)),
-        *maybe(0.4, HEADGEAR), upper, upper_colour, pattern,
-        "" if pattern == "plain" else colour(upper_colour), inner, rng.choice(lowers), colour(),
-        rng.choice(list(SHOES)), colour(), *maybe(0.65, BAGS), rng.choice(("left", "right")),
-        *maybe(0.45, CARRIED), rng.randrange(4))
+        gender, rng.choice(list(BUILDS)), rng.choice(hairs), rng.choice(list(HAIR_COLOURS)), *maybe(0.4, HEADGEAR),
+        upper, upper_colour, pattern, "" if pattern == "plain" else colour(upper_colour), inner,
+        rng.choice(lowers), colour(), rng.choice(list(SHOES)), colour(),
+        *maybe(0.65, BAGS), rng.choice(("left", "right")), *maybe(0.45, CARRIED), rng.randrange(4))
 
 
 def twin_of(person: Person, rng: random.Random) -> Person:
@@ -136,15 +129,14 @@ def twin_of(person: Person, rng: random.Random) -> Person:
 
 
 def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> Words:
-    """One annotator's words on a picture: `view` front, back, left or right; `boxes` the parts to be seen,
-    always with "person", "upper" and "lower"."""
+    """An annotator's words on a picture; `boxes` are those of the parts seen, always "person", "upper" and "lower"."""
     texts = {part: text for part, text in _phrases(person, view, boxes, rng).items() if part in boxes}
     always = {"person", "upper", "lower"}
     optional = rng.sample([part for part in texts if part not in always], len(texts) - 3)
     template, view_text = rng.choice(TEMPLATES), rng.choice(VIEWS[view]) if rng.random() < 0.5 else ""
-    tries = [([part for part in optional if rng.random() < 0.9], view_text)]
-    tries.append((optional, rng.choice(VIEWS[view])))
-    for kept, view_text in tries + [(optional[i:], "") for i in range(len(optional))]:
+    tries = [([part for part in optional if rng.random() < 0.9], view_text), (optional, rng.choice(VIEWS[view])),
+             *((optional[i:], "") for i in range(len(optional)))]
+    for kept, view_text in tries:
         told = {part: text for part, text in texts.items() if part in always or part in kept}
         caption = _compose(template, told, view_text, person.gender)
         if 15 <= len(caption.split()) <= 40:
@@ -194,16 +186,15 @@ def _upper(person: Person, boxes: dict[str, Box], rng: random.Random) -> str:
 
 def _compose(template: str, told: dict[str, str], view: str, gender: str) -> str:
     """Fill in a template: {a+b} lists the parts a and b as far as they are told."""
-    she, her = ("she", "her") if gender == "woman" else ("he", "his")
-    told = told | {"view": view, "she": she, "her": her}
+    told = told | {"view": view}
+    words = told | ({"she": "she", "her": "her"} if gender == "woman" else {"she": "he", "her": "his"})
 
     def fill(slot: re.Match) -> str:
-        texts = [told[part] for part in slot[1].split("+") if told.get(part)]
+        texts = [words[part] for part in slot[1].split("+") if words.get(part)]
         return " and ".join(filter(None, (", ".join(texts[:-1]), *texts[-1:])))
 
     def option(group: re.Match) -> str:
-        slots = [slot for slot in re.findall(r"{(.*?)}", group[1]) if slot not in ("she", "her")]
-        return group[1] if any(told.get(part) for slot in slots for part in slot.split("+")) else ""
+        return group[1] if any(map(told.get, re.findall(r"(\w+)[+}]", group[1]))) else ""
 
     return re.sub(r"{(.*?)}", fill, re.sub(r"\[(.*?)\]", option, template))
 

@@ -1,10 +1,8 @@
 """One record type and a reader for every annotation format of the field.
 
-Holds `Record`, `load` (one split of CUHK-PEDES, ICFG-PEDES, RSTPReid, SDA, MALS or a user's own folder), `open_image`
-and `save_image`. All that can be wrong in a file is found while it is read and told in one sentence, so that code
-further on trusts a `Record`. Boxes and phrases are those of the SDA set of the MRA paper.
-Read before: config.py (UserError). After: check.py, which lists all that is wrong at once; augment.py, which moves
-image and box; batches.py, which collates.
+All that can be wrong in a file is found while it is read and told in one sentence, so that code further on trusts a
+`Record`. Boxes and phrases are those of the SDA set of the MRA paper.
+Read before: config.py (UserError). After: check.py, which lists all that is wrong at once; augment.py.
 """
 
 import gc
@@ -19,8 +17,8 @@ import reprlib
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -40,16 +38,15 @@ PIXEL_LIMIT = 50_000_000            # a larger picture is no pedestrian crop and
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 
 _LAYOUTS = {    # images (a level imgs may follow) | raw file, its image key | a file a split | parts
-    "cuhk": ("CUHK-PEDES", ("CUHK-PEDES/reid_raw.json",), "file_path", ("finetune/cuhk_{}.json",), ""),
-    "icfg": ("ICFG-PEDES", ("ICFG-PEDES/ICFG-PEDES.json", "ICFG-PEDES/ICFG_PEDES.json"), "file_path",
-             ("finetune/icfg_{}.json",), ""),
-    "rstp": ("RSTPReid", ("RSTPReid/data_captions.json",), "img_path", ("finetune/rstp_{}.json",), ""),
-    "sda": ("SDA", (), "", ("SDA/finetune/sda_{}.json",), "SDA/sda_*.json"),
-    "mals": ("MALS", (), "", (), "MALS/g_*_attrs.json"),
+    "cuhk": ("CUHK-PEDES", "CUHK-PEDES/reid_raw.json", "file_path", ("finetune/cuhk_{}.json",), ""),
+    "icfg": ("ICFG-PEDES", "ICFG-PEDES/ICFG[-_]PEDES.json", "file_path", ("finetune/icfg_{}.json",), ""),
+    "rstp": ("RSTPReid", "RSTPReid/data_captions.json", "img_path", ("finetune/rstp_{}.json",), ""),
+    "sda": ("SDA", "", "", ("SDA/finetune/sda_{}.json",), "SDA/sda_*.json"),
+    "mals": ("MALS", "", "", (), "MALS/g_*_attrs.json"),
 }
+_OWN = ("", "", "", ("{}.json", "*_{}.json"), "*.json")     # below the user's folder
 DATASETS = tuple(_LAYOUTS)
 NOT_RECORDS = ("report.json", "town.json")      # what adapt.py and the town say about a set, beside its records
-_OWN = ("", (), "", ("{}.json", "*_{}.json"), "*.json")     # below the user's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +120,6 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     return load_splits(dataset, (split,), data_root, allow_missing, say)[0]
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: it would look through millions of objects again and again, none in a cycle."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@_uncollected()
 def load_splits(dataset: str, splits: tuple[str, ...], data_root: Path, allow_missing: bool = False,
                 say=print) -> list[RecordSet]:
     """`load` of several splits; the files that two of them share are read once."""
@@ -161,12 +147,8 @@ def _record_set(dataset: str, split: str, source: Source, rows: list[Row], allow
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
-
-    def record_of(row: Row) -> Record:
-        captions, boxes, phrases = row.said
-        return Record(row.path, captions, ids[row.identity], boxes, phrases)
-
-    records = Packed(map(record_of, rows))
+    records = Packed(Record(row.path, captions, ids[row.identity], boxes, phrases)
+                     for row in rows for captions, boxes, phrases in [row.said])
     more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
     if (source.images / "town.json").is_file():
         say(f"{shown(source.images)} is drawn data, not photographs.")
@@ -201,7 +183,7 @@ def locate(dataset: str, split: str, root: Path) -> Source:
         raise UserError(f"no folder {shown(images)}: a data set is one of {', '.join(DATASETS)} or a folder")
     if files := _files(base, raw):
         return Source(files[:1], images, None, carve, (image_key, "captions", "id"))
-    stored = {s: _files(base, [pattern.format(s) for pattern in processed]) for s in SPLITS}
+    stored = {s: _files(base, *(pattern.format(s) for pattern in processed)) for s in SPLITS}
     carve = carve and not stored["val"]
     wanted = "train" if carve and split == "val" else split
     if len(stored[wanted]) > 1:
@@ -209,18 +191,18 @@ def locate(dataset: str, split: str, root: Path) -> Source:
     if stored[wanted]:
         return Source(stored[wanted], images, wanted, carve, grouped=wanted == "train" or dataset not in DATASETS)
     mixed = dataset == "sda" or not any(stored.values())
-    if wanted == "train" and parts and mixed and (files := _files(base, [parts])):
+    if wanted == "train" and mixed and (files := _files(base, parts)):
         return Source(files, images, "train", carve, boxed=dataset != "mals")
-    sought = [*raw[:1], *(pattern.format(wanted) for pattern in processed), *[parts] * (wanted == "train")]
+    sought = [raw, *(pattern.format(wanted) for pattern in processed), parts * (wanted == "train")]
     hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
     raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no "
                     f"{' or '.join(filter(None, sought)) or 'file of it'}"
                     + hint * (images / "caption_all.json").is_file())
 
 
-def _files(base: Path, patterns: Iterable[str]) -> list[Path]:
+def _files(base: Path, *patterns: str) -> list[Path]:
     """Sorted as people count: part_2 before part_10."""
-    found = (file for pattern in patterns for file in base.glob(pattern)
+    found = (file for pattern in filter(None, patterns) for file in base.glob(pattern)
              if not file.name.startswith(".") and file.name not in NOT_RECORDS)
     return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
 
@@ -230,15 +212,12 @@ def read_rows(source: Source) -> tuple[list[Row], list[str]]:
     images, rows, refused = _Images(source.images), [], []
     workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(source.files) // 8)
     read = in_processes(partial(_read_file, source), source.files, workers, start="fork")      # they only read text
-    for row in chain.from_iterable(read):
-        if isinstance(row, str):
-            refused.append(row)
-            continue
-        try:
-            path = images.find(row.path)
-            rows.append(row._replace(path=path or row.path, missing=path is None))
-        except ValueError as error:
-            refused.append(f"{row.place}: {error}")
+    gc.disable()        # it would look through millions of objects again and again, none in a cycle
+    try:
+        for row in map(images.placed, chain.from_iterable(read)):
+            (refused if isinstance(row, str) else rows).append(row)
+    finally:
+        gc.enable()
     return _grouped(rows, refused) if source.grouped else rows, refused
 
 
@@ -326,25 +305,20 @@ def _grouped(rows: list[Row], refused: list[str]) -> list[Row]:
 
 
 def _choose(rows: list[Row], split: str, source: Source, say) -> list[Row]:
+    """The rows of a split; whom val holds out of train depends on the identities and their numbers of images alone."""
     chosen = [row for row in rows if row.split == split]
     if source.carve and split != "test" and all(row.split != "val" for row in rows):
         train = [row for row in rows if row.split == "train"]
-        held = _held_out(Counter(row.identity for row in train))
+        images, held, count = Counter(row.identity for row in train), set(), 0
+        for identity in random.Random(0).sample(sorted(images), math.ceil(VAL_SHARE * (len(images) - 1))):
+            if count + images[identity] <= VAL_IMAGES:
+                held.add(identity)
+                count += images[identity]
         chosen = [row for row in train if (row.identity in held) == (split == "val")]
         say(f"without a val split: {len(held)} training identities, the same each time, are held out as val")
     if not chosen:
         raise UserError(f"{shown(source.files[0])} has no record for the split {split}")
     return chosen
-
-
-def _held_out(images: Counter) -> set[str]:
-    """Identities for val, out of {identity: images}; they depend on nothing else."""
-    held, count = set(), 0
-    for identity in random.Random(0).sample(sorted(images), math.ceil(VAL_SHARE * (len(images) - 1))):
-        if count + images[identity] <= VAL_IMAGES:
-            held.add(identity)
-            count += images[identity]
-    return held
 
 
 class _Images:
@@ -355,19 +329,22 @@ class _Images:
         self.inside = tuple(os.path.join(os.path.realpath(root), "") for root in self.roots)
         self.listed = {}
 
-    def find(self, image: str) -> str | None:
-        """The path of `image`; None if missing. Raises ValueError if it lies outside."""
+    def placed(self, row: Row | str) -> Row | str:
+        """The row with the path of its image, `missing` if there is none; a sentence if it lies outside."""
+        if isinstance(row, str):
+            return row
+        image = row.path
         if not image or image[0] == "/" or "\\" in image or ".." in image and ".." in image.split("/"):
-            raise ValueError("the path is empty, holds a backslash, or leads out of the image folder")
+            return f"{row.place}: the path is empty, holds a backslash, or leads out of the image folder"
         folder, _, name = image.rpartition("/")
         if folder not in self.listed:
             self.listed[folder] = [self._list(root + folder) for root in self.roots]
         for root, names in zip(self.roots, self.listed[folder]):
             if names.get(name):
-                raise ValueError("a symbolic link leads out of the image folder")
+                return f"{row.place}: a symbolic link leads out of the image folder"
             if name in names:
-                return root + image
-        return None
+                return row._replace(path=root + image)
+        return row._replace(missing=True)
 
     def _list(self, folder: str) -> dict[str, bool]:
         """{file name: does a symbolic link lead out of the image folder}; empty for what is no folder"""
@@ -386,8 +363,7 @@ class _Images:
 def open_image(path) -> Image.Image:
     """The first frame as RGB, upright, on white where transparent. Raises UserError naming the file."""
     try:
-        with warnings.catch_warnings(action="ignore"), \
-                Image.open(path, formats=IMAGE_FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             if image.mode == "F":

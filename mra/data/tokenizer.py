@@ -1,8 +1,7 @@
-"""WordPiece: captions to ids and back, and the masking of whole words (paper section 3, L_MLM).
+"""WordPiece: captions to ids, and the masking of whole words (paper section 3, L_MLM).
 
-The ids are those of BERT's uncased tokenizer for the same vocabulary file. The small vocab.txt of
-this package spells every ASCII word; tests/vocabulary.py learns it from the town's captions.
-Before: words.py (what happens to a caption earlier). After: batches.py (pads and stacks).
+The ids are those of BERT's uncased tokenizer for the same vocabulary file. The small vocab.txt of this package spells
+every ASCII word; tests/vocabulary.py learns it from the town's captions. Before: words.py. After: batches.py.
 """
 
 import random

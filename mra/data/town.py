@@ -6,7 +6,6 @@ can be drawn in any domain.
 Before: drawing.py (one image), people.py (what is written of it). After: records.py, which reads the sets back.
 """
 
-import dataclasses
 import fcntl
 import json
 import math
@@ -16,7 +15,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -105,35 +104,31 @@ def _shots_of(set_name: str, split: str, number: int, person: Person, images: in
 def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, say=print) -> None:
     """Write a set under root in its real layout, unless its manifest says that it is there already.
 
-    The manifest town.json comes last, by renaming: a set without it is drawn again. Raises UserError when the
-    folder holds anything that was not drawn here.
+    The manifest town.json comes last, by renaming: a set without it is drawn again. Raises UserError when the folder
+    holds anything that was not drawn here.
     """
     folder, splits = Path(root) / FOLDERS[set_name], sizes.splits(set_name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{set_name}.lock", "w") as lock:       # a second run waits for the first
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _build(folder, set_name, sizes, splits, seed, workers, say)
-
-
-def _build(folder: Path, set_name: str, sizes: TownSizes, splits: list, seed: int, workers: int, say) -> None:
     twins = [[number + (set_name == "cuhk") for number in pair] for pair in _twins(set_name, sizes)]
     manifest = json.dumps({"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": splits,
-                           "look": dataclasses.asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
-    if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
-        return
-    drawn = (folder / "DRAWN.txt").is_file()
-    for path in folder.rglob("*"):
-        if path.is_file() and not (drawn and OURS.fullmatch(path.name)):
-            raise UserError(f"{path} was not drawn here, and the demo town would draw over it: move it away")
-    say(f"{folder}: drawing demo data: {sum(round(n * images) for _, n, images in splits)} {NOTE}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    with replacing(folder / "DRAWN.txt") as scratch:        # before anything else: the folder is ours
-        scratch.write_text(f"Drawn by mra/data/town.py: {NOTE}.\n")
-    draw, people = partial(_draw_some, folder, set_name, sizes, seed), sum(n for _, n, _ in splits)
-    _write_records(folder, in_processes(draw, range(0, people, CHUNK), workers), say)
-    with replacing(folder / "town.json") as scratch:
-        scratch.write_text(manifest)
+                           "look": asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{set_name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                    # a second run waits for the first
+        if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
+            return
+        drawn = (folder / "DRAWN.txt").is_file()
+        for path in folder.rglob("*"):
+            if path.is_file() and not (drawn and OURS.fullmatch(path.name)):
+                raise UserError(f"{path} was not drawn here, and the demo town would draw over it: move it away")
+        say(f"{folder}: drawing demo data: {sum(round(n * images) for _, n, images in splits)} {NOTE}")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with replacing(folder / "DRAWN.txt") as scratch:    # before anything else: the folder is ours
+            scratch.write_text(f"Drawn by mra/data/town.py: {NOTE}.\n")
+        draw, people = partial(_draw_some, folder, set_name, sizes, seed), sum(n for _, n, _ in splits)
+        _write_records(folder, in_processes(draw, range(0, people, CHUNK), workers), say)
+        with replacing(folder / "town.json") as scratch:
+            scratch.write_text(manifest)
 
 
 def _draw_some(folder: Path, set_name: str, sizes: TownSizes, seed: int, start: int) -> list[tuple[str, str]]:
@@ -143,8 +138,7 @@ def _draw_some(folder: Path, set_name: str, sizes: TownSizes, seed: int, start: 
         image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
         (folder / "imgs" / shot.path).parent.mkdir(parents=True, exist_ok=True)
         save_image(image, folder / "imgs" / shot.path, quality=95)
-        rngs = [random.Random(f"{shot.seed}/{i}") for i in (0, 1)]
-        words = [describe(shot.person, shot.pose.view, boxes, rng) for rng in rngs]
+        words = [describe(shot.person, shot.pose.view, boxes, random.Random(f"{shot.seed}/{i}")) for i in (0, 1)]
         name, record = _record(set_name, shot, words)
         made.append((name, json.dumps(record)))
     return made
@@ -230,7 +224,7 @@ def main() -> None:
         raise UserError(f"--sets {unknown.pop()}: choose from {', '.join(FOLDERS)}.")
     if not (0 < config.people < 1e6 and config.workers >= 1 and config.seed >= 0):
         raise UserError("--people, --workers and --seed: give numbers above 0 (a seed may be 0).")
-    sizes = TownSizes(*((max(2, round(n * config.people)), images) for n, images in dataclasses.astuple(DEFAULT)))
+    sizes = TownSizes(*((max(2, round(n * config.people)), images) for n, images in astuple(DEFAULT)))
     for name in config.sets:
         build(Path(config.root), name, sizes, config.seed, config.workers)
 

@@ -1,10 +1,9 @@
 """What may be done to a caption without an image in sight: cleaning, left <-> right, and EDA.
 
-EDA (Wei & Zou, EMNLP 2019) makes a caption's variants by synonym replacement, random insertion of a synonym,
-random swap and random deletion. It feeds the second positive of fine-tuning (paper section 3); its synonyms and the
-phrases found here make the prompts of the diffusion (section 2). The synonyms come from the small lexicon of clothing
-and appearance in lexicon.txt, not WordNet; it holds no stop words, and a colour is only ever exchanged for another name
-of the same colour.
+EDA (Wei & Zou, EMNLP 2019) feeds the second positive of fine-tuning (paper section 3); its synonyms and the phrases
+found here make the prompts of the diffusion (section 2). The synonyms come from the small lexicon of clothing and
+appearance in lexicon.txt, not WordNet; it holds no stop words, and a colour is only ever exchanged for another name of
+the same colour.
 Before: records.py (captions), augment.py (mirrors the image). After: tokenizer.py (ids).
 """
 
@@ -14,7 +13,6 @@ from pathlib import Path
 
 # lexicon.txt: a group of interchangeable terms between semicolons; a term stands in one group only.
 LEXICON = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
-
 GROUPS = [tuple(" ".join(term.split()) for term in group.split(",")) for group in LEXICON.split(";")]
 SYNONYMS = {term: tuple(other for other in group if other != term) for group in GROUPS for term in group}
 # The longest term wins, so "dark blue" is never read as "blue", nor "t-shirt" as "shirt".
@@ -62,7 +60,7 @@ def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
     """Up to alpha x words terms of the lexicon give way to a synonym; letter case and punctuation stay."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
-    for term in sorted(chosen, key=lambda match: match.start(), reverse=True):
+    for term in sorted(chosen, key=re.Match.start, reverse=True):
         text = text[:term.start()] + _cased(_synonym(term, rng), term[0]) + text[term.end():]
     return text
 
