@@ -55,11 +55,14 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
-class Up(nn.Sequential):
+def upsample(dim: int) -> nn.Sequential:
     """Twice the resolution: nearest neighbour, then a convolution."""
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim, 3, padding=1))
 
-    def __init__(self, dim: int):
-        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim, 3, padding=1))
+
+def mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) with new channels, each a sum of the old ones with the weights in a row of the matrix."""
+    return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
 
 class Autoencoder(nn.Module):
@@ -81,7 +84,7 @@ class Autoencoder(nn.Module):
             encoder += [nn.Conv2d(here, below, 3, stride=2, padding=1)] if below else []
         for here, above in zip(widths[::-1], [*widths[-2::-1], None]):
             decoder += [ResBlock(here, here)]
-            decoder += [Up(here), nn.Conv2d(here, above, 1)] if above else []
+            decoder += [upsample(here), nn.Conv2d(here, above, 1)] if above else []
         encoder += [ResBlock(widths[-1], widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)]
         decoder += [nn.SiLU(), nn.Conv2d(widths[0], 6 * stem**2, 3, padding=1), nn.PixelShuffle(stem)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
@@ -149,7 +152,7 @@ class Autoencoder(nn.Module):
         the likelihood of a Laplace distribution, largest where b is the mean of |r'|.
         """
         rebuilt, grain = (x.float() for x in self.picture(z))
-        off = torch.einsum("ij,bjhw->bihw", OPPONENT.to(image), (image - rebuilt).detach()).abs()
+        off = mix(OPPONENT, (image - rebuilt).detach()).abs()
         return (rebuilt - image).abs().mean() + grain_weight * (off * (-grain).exp() + grain).mean()
 
     @torch.no_grad()
@@ -193,7 +196,7 @@ class StableAutoencoder(nn.Module):
         up = [level(3, below, dim) for below, dim in zip((lowest, *widths[::-1]), widths[::-1])]
         for below, above, dim, other in zip(down, up, widths[:-1], widths[:0:-1]):
             below += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2)]
-            above += [Up(other)]
+            above += [upsample(other)]
         middles = [nn.Sequential(*level(1, lowest, lowest), PixelAttention(lowest), *level(1, lowest, lowest))
                    for _ in range(2)]
         self.encoder = nn.Sequential(

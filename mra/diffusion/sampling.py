@@ -184,16 +184,12 @@ def guide(denoiser: Denoiser, both: Prompt, branch: DomainBranch | None, conditi
     prompt, nothing = both[:count], both[count:]
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
-        def predict(passes: int, asked: Prompt) -> Tensor:
-            zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
-            control = None if branch is None else branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))
-            return denoiser(zs, ts, asked, control).float()
-
         steered, pulled = text != 1 and span[0] <= t[0] <= span[1], domain != 1 and branch is not None
-        if steered or pulled:
-            conditional, unconditional = predict(2, both).chunk(2)
-        else:
-            conditional = predict(1, prompt)
+        passes, asked = (2, both) if steered or pulled else (1, prompt)
+        zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
+        control = None if branch is None else branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))
+        found = denoiser(zs, ts, asked, control).float()
+        conditional, unconditional = found[:count], found[-count:]      # the same, where only one was asked for
         v = guided(conditional, unconditional, text) if steered else conditional
         if pulled:
             v = v + (domain - 1) * (unconditional - denoiser(z, t, nothing).float())
