@@ -55,11 +55,14 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
-class Up(nn.Sequential):
+def upsample(dim: int) -> nn.Sequential:
     """Twice the resolution: nearest neighbour, then a convolution."""
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim, 3, padding=1))
 
-    def __init__(self, dim: int):
-        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim, 3, padding=1))
+
+def mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) with new channels, each a sum of the old ones with the weights in a row of the matrix."""
+    return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
 
 class Autoencoder(nn.Module):
@@ -81,7 +84,7 @@ class Autoencoder(nn.Module):
             encoder += [nn.Conv2d(here, below, 3, stride=2, padding=1)] if below else []
         for here, above in zip(widths[::-1], [*widths[-2::-1], None]):
             decoder += [ResBlock(here, here)]
-            decoder += [Up(here), nn.Conv2d(here, above, 1)] if above else []
+            decoder += [upsample(here), nn.Conv2d(here, above, 1)] if above else []
         encoder += [ResBlock(widths[-1], widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)]
         decoder += [nn.SiLU(), nn.Conv2d(widths[0], 6 * stem**2, 3, padding=1), nn.PixelShuffle(stem)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
@@ -149,7 +152,7 @@ class Autoencoder(nn.Module):
         the likelihood of a Laplace distribution, largest where b is the mean of |r'|.
         """
         rebuilt, grain = (x.float() for x in self.picture(z))
-        off = torch.einsum("ij,bjhw->bihw", OPPONENT.to(image), (image - rebuilt).detach()).abs()
+        off = mix(OPPONENT, (image - rebuilt).detach()).abs()
         return (rebuilt - image).abs().mean() + grain_weight * (off * (-grain).exp() + grain).mean()
 
     @torch.no_grad()
@@ -183,25 +186,25 @@ class StableAutoencoder(nn.Module):
         widths, latent, lowest = config.autoencoder, config.latent, config.autoencoder[-1]
         self.factor = config.factor
 
-        def level(blocks: int, dim_in: int, dim: int) -> list[nn.Module]:
-            return [ResBlock(dim if i else dim_in, dim, eps=1e-6) for i in range(blocks)]
+        def block(dim_in: int, dim: int) -> ResBlock:
+            return ResBlock(dim_in, dim, eps=1e-6)
 
         def last(dim: int, dim_out: int) -> nn.Sequential:
             return nn.Sequential(group_norm(dim), nn.SiLU(), nn.Conv2d(dim, dim_out, 3, padding=1))
 
-        down = [level(2, above, dim) for above, dim in zip((widths[0], *widths), widths)]
-        up = [level(3, below, dim) for below, dim in zip((lowest, *widths[::-1]), widths[::-1])]
+        down = nn.Sequential(*(nn.Sequential(block(above, dim), block(dim, dim))
+                               for above, dim in zip((widths[0], *widths), widths)))
+        up = nn.Sequential(*(nn.Sequential(block(below, dim), block(dim, dim), block(dim, dim))
+                             for below, dim in zip((lowest, *widths[::-1]), widths[::-1])))
         for below, above, dim, other in zip(down, up, widths[:-1], widths[:0:-1]):
-            below += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2)]
-            above += [Up(other)]
-        middles = [nn.Sequential(*level(1, lowest, lowest), PixelAttention(lowest), *level(1, lowest, lowest))
+            below.extend([nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2)])
+            above.append(upsample(other))
+        middles = [nn.Sequential(block(lowest, lowest), PixelAttention(lowest), block(lowest, lowest))
                    for _ in range(2)]
-        self.encoder = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, padding=1), nn.Sequential(*(nn.Sequential(*some) for some in down)), middles[0],
-            last(lowest, 2 * latent), nn.Conv2d(2 * latent, 2 * latent, 1))
-        self.decoder = nn.Sequential(
-            nn.Conv2d(latent, latent, 1), nn.Conv2d(latent, lowest, 3, padding=1), middles[1],
-            nn.Sequential(*(nn.Sequential(*some) for some in up)), last(widths[0], 3))
+        self.encoder = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1), down, middles[0],
+                                     last(lowest, 2 * latent), nn.Conv2d(2 * latent, 2 * latent, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(latent, latent, 1), nn.Conv2d(latent, lowest, 3, padding=1), middles[1],
+                                     up, last(widths[0], 3))
 
     def encode(self, image: Tensor) -> Tensor:
         """The mean latents of an image, scaled."""
@@ -219,8 +222,7 @@ def random_light(image: Tensor, generator: torch.Generator) -> Tensor:
     The autoencoder learns from these, so that it can write pictures of any exposure without having seen a target.
     """
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
-        span = torch.rand(len(image), channels, 1, 1, generator=generator, device=image.device)
-        return low + (high - low) * span
+        return low + (high - low) * torch.rand(len(image), channels, 1, 1, generator=generator, device=image.device)
 
     x = (image + 1) / 2
     grey = x.mean(1, keepdim=True)

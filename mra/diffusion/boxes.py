@@ -9,8 +9,7 @@ image that noun usually is. Before: sampling.py. After: making.py.
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -28,44 +27,35 @@ SHARE = 0.45                    # of a map's peak: the pixels above it are the p
 FINE = 4                        # pixels of such a map along one of the latents
 
 
-@contextmanager
-def recorded(denoiser: Denoiser) -> Iterator[list[Tensor]]:
-    """While it lasts, every cross-attention of this thread adds its map (B, S, T), S pixels, T words."""
-    maps, thread = [], threading.get_ident()
+@torch.no_grad()
+def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt: Prompt, condition: Tensor,
+              schedule: Schedule, generator: torch.Generator) -> Tensor:
+    """How much each pixel of the latents attends to each word: (B, T, h, w), its mean over levels and layers."""
+    total, layers, thread = 0, 0, threading.get_ident()
 
-    def record(module, args, output) -> None:
+    def add_map(module, args, output) -> None:
+        nonlocal total, layers
         if threading.get_ident() != thread:     # others sample with the same denoiser meanwhile
             return
         x, memory, keep = args
         query = module.to_query(x).unflatten(-1, (module.heads, -1)).transpose(1, 2).float()     # (B, heads, S, d)
         scores = query @ memory[:, 0].float().transpose(-1, -2) / math.sqrt(query.shape[-1])      # (B, heads, S, T)
-        maps.append(scores.masked_fill(~keep[:, None, None], -torch.inf).softmax(-1).mean(1))
+        shares = scores.masked_fill(~keep[:, None, None], -torch.inf).softmax(-1).mean(1)         # (B, S, T)
+        rows = round(math.sqrt(x.shape[1] * latents.shape[2] / latents.shape[3]))
+        grid = shares.transpose(1, 2).unflatten(-1, (rows, -1))                          # (B, T, rows, columns)
+        total, layers = total + F.interpolate(grid, latents.shape[2:], mode="bilinear"), layers + 1
 
-    hooks = [module.cross.register_forward_hook(record) for module in denoiser.modules() if hasattr(module, "cross")]
+    hooks = [module.cross.register_forward_hook(add_map) for module in denoiser.modules() if hasattr(module, "cross")]
     try:
-        yield maps
+        for share in LEVELS:
+            t = torch.full((len(latents),), int(share * len(schedule.alpha)), device=latents.device)
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+            z = q_sample(latents, noise, t, schedule)
+            denoiser(z, t, prompt, branch(z, t, prompt, condition))
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def word_maps(denoiser: Denoiser, branch: DomainBranch | None, latents: Tensor, prompt: Prompt, condition: Tensor,
-              schedule: Schedule, generator: torch.Generator) -> Tensor:
-    """How much each pixel of the latents attends to each word: (B, T, h, w), its mean over levels and layers."""
-    total = 0
-    for share in LEVELS:
-        t = torch.full((len(latents),), int(share * len(schedule.alpha)), device=latents.device)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        z = q_sample(latents, noise, t, schedule)
-        control = None if branch is None else branch(z, t, prompt, condition)
-        with recorded(denoiser) as maps:
-            denoiser(z, t, prompt, control)
-        for found in maps:
-            rows = round(math.sqrt(found.shape[1] * latents.shape[2] / latents.shape[3]))
-            grid = found.transpose(1, 2).unflatten(-1, (rows, -1))                       # (B, T, rows, columns)
-            total = total + F.interpolate(grid, latents.shape[2:], mode="bilinear")
-    return total / (len(LEVELS) * len(maps))
+    return total / layers
 
 
 def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str, Tensor]:
@@ -87,7 +77,7 @@ def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer | C
                places: dict[str, Tensor]) -> tuple[Box, float] | None:
     """The box of a phrase and how sure it is, 0..1, from the maps (T, h, w) of its caption's word pieces.
 
-    `places` are those of `usual_places`, or none. None where the caption lacks the phrase.
+    None where the caption lacks the phrase.
     """
     ids, pieces = tokenizer.encode(caption, len(maps)), tokenizer.encode(phrase)[1:-1]
     starts = [i for i in range(len(ids) - len(pieces) + 1) if ids[i:i + len(pieces)] == pieces]
@@ -107,10 +97,9 @@ def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer | C
         return None
     rows, columns = (inside.any(axis).nonzero()[:, 0] for axis in (1, 0))
     top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-    sure = float(heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9))
     height, width = heat.shape
-    return ((left + right) / 2 / width, (top + bottom) / 2 / height,
-            (right - left) / width, (bottom - top) / height), sure
+    box = (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
+    return box, float(heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9))
 
 
 def overlap(a: Box, b: Box) -> float:

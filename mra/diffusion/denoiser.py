@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mra.config import DiffusionConfig
-from mra.diffusion.autoencoder import ResBlock, Up, group_norm, zero
+from mra.diffusion.autoencoder import ResBlock, group_norm, upsample, zero
 from mra.encoders import CausalTextEncoder, TextEncoder
 from mra.layers import GEGLU, Attention, initialise
 
@@ -39,11 +39,12 @@ class Prompt:
 class SpatialTransformer(nn.Module):
     """Pixels (B, C, h, w) attend to each other, then to the caption, then an MLP; added to what came in."""
 
-    def __init__(self, dim: int, heads: int, text_dim: int, bias: bool):
+    def __init__(self, dim: int, config: DiffusionConfig):
         super().__init__()
+        heads, bias = config.heads, not config.stable
         self.norm, self.to_in, self.to_out = group_norm(dim), nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)
         self.self_norm, self.attention = nn.LayerNorm(dim), Attention(dim, heads, bias=bias)
-        self.cross_norm, self.cross = nn.LayerNorm(dim), Attention(dim, heads, text_dim, bias)
+        self.cross_norm, self.cross = nn.LayerNorm(dim), Attention(dim, heads, config.text_dim, bias)
         self.mlp_norm, self.mlp = nn.LayerNorm(dim), GEGLU(dim, 4 * dim)
 
     def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
@@ -65,8 +66,7 @@ class Stage(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, embedding: int, config: DiffusionConfig, attends: bool):
         super().__init__()
         self.block = ResBlock(dim_in, dim_out, embedding, STABLE_EPS if config.stable else 0)
-        self.transformer = (SpatialTransformer(dim_out, config.heads, config.text_dim, not config.stable) if attends
-                            else None)
+        self.transformer = SpatialTransformer(dim_out, config) if attends else None
 
     def forward(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -89,11 +89,10 @@ class Encoder(nn.Module):
         self.stages, self.skip_dims, dim = nn.ModuleList(), [widths[0]], widths[0]
         for i, width in enumerate(widths):
             lowest = i + 1 == len(widths)
-            for _ in range(2):
-                self.stages.append(Stage(dim, width, embedding, config, not lowest))
-                dim = width
-            self.stages.extend([] if lowest else [nn.Conv2d(dim, dim, 3, stride=2, padding=1)])
-            self.skip_dims += [dim] * (2 if lowest else 3)
+            self.stages.extend(Stage(above, width, embedding, config, not lowest) for above in (dim, width))
+            self.stages.extend([] if lowest else [nn.Conv2d(width, width, 3, stride=2, padding=1)])
+            self.skip_dims += [width] * (2 if lowest else 3)
+            dim = width
         self.middle = nn.ModuleList(Stage(dim, dim, embedding, config, attends) for attends in (True, False))
 
     def embed(self, t: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ class Denoiser(nn.Module):
             for _ in range(3):
                 self.stages.append(Stage(dim + dims.pop(), width, embedding, config, i + 1 < len(config.widths)))
                 dim = width
-            self.ups.append(Up(dim) if i else nn.Identity())
+            self.ups.append(upsample(dim) if i else nn.Identity())
         norm = group_norm(dim, eps=STABLE_EPS if config.stable else 1e-6)
         self.last = nn.Sequential(norm, nn.SiLU(), nn.Conv2d(dim, config.latent, 3, padding=1))
         self.text_encoder.apply(initialise)

@@ -54,10 +54,8 @@ class Judge(nn.Module):
 
 
 def tell_apart(first: Tensor, second: Tensor, steps: int, seed: int, device: torch.device, batch: int = 64) -> Judge:
-    """A judge trained to give uint8 images of `first` a negative score and of `second` a positive one.
-
-    As many of each in every batch, mirrored at random.
-    """
+    """A judge trained to give uint8 images of `first` a negative score and of `second` a positive one, from as many
+    of each in every batch, mirrored at random."""
     with ONE_AT_A_TIME:                             # threads share the generator that initialises weights
         torch.manual_seed(seed)
         judge = Judge(1).to(device, memory_format=torch.channels_last)
@@ -78,7 +76,7 @@ def tell_apart(first: Tensor, second: Tensor, steps: int, seed: int, device: tor
 def colourfulness(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (N,) over an image's pixels of the differences between its channels, 0..1."""
     x = images.float() / 255
-    apart = torch.stack([x[:, 0] - x[:, 1], x[:, 1] - x[:, 2], x[:, 0] - x[:, 2]], 1).abs().flatten(1)
+    apart = (x - x.roll(-1, 1)).abs().flatten(1)
     return apart.mean(1), apart.var(1)
 
 

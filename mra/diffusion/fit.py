@@ -38,11 +38,16 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     optimizer = torch.optim.AdamW(parameters.values(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     part = path.with_suffix(".part")
     with claimed(path.parent, machine), stoppable() as asked:
-        first = resume(part, model, average, optimizer, facts)
-        started, seen = time.perf_counter(), []
+        first, seen = 0, []
+        if part.exists():
+            tensors, saved = load_same(part, facts)
+            checkpoint.restore(model, optimizer, tensors, part)
+            for k, p in average.items():
+                p.copy_(tensors[f"average.{k}"])
+            first = saved["step"]
+        started = time.perf_counter()
         for step in range(first, plan.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
+            optimizer.param_groups[0]["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
             loss = backward(loss_of, list(parameters.values()), plan.batch, (seed, step), machine)
             norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
@@ -67,26 +72,12 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
                                     | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
                 if stop and done < plan.steps:
                     raise KeyboardInterrupt
-        with torch.no_grad():
-            for k, p in parameters.items():
-                p.copy_(average[k])
+        model.load_state_dict(average, strict=False)        # of what was trained, and of nothing else
         if machine.rank == 0:
             checkpoint.save(path, checkpoint.weights(model), facts | {"seconds": round(time.perf_counter() - started)})
             part.unlink(missing_ok=True)
     if any_process(asked.is_set(), machine):
         raise KeyboardInterrupt
-
-
-def resume(part: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-           facts: dict) -> int:
-    """Go on from an unfinished run, if there is one; returns the number of steps done."""
-    if not part.exists():
-        return 0
-    tensors, saved = load_same(part, facts)
-    checkpoint.restore(model, optimizer, tensors, part)
-    for name, value in average.items():
-        value.copy_(tensors[f"average.{name}"])
-    return saved["step"]
 
 
 def load_same(path: Path, facts: dict) -> tuple[dict[str, Tensor], dict]:
@@ -103,17 +94,18 @@ def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list
     """Set the gradients of one step of `batch` samples, the mean over shards and processes; returns the loss."""
     shards = max(1, SHARDS // machine.world) if machine.device.type == "cpu" else 1        # of this process
 
-    def gradients(shard: int) -> tuple[Tensor, ...]:
+    def loss_and_gradients(shard: int) -> tuple[Tensor, ...]:
         draw = torch.Generator(machine.device).manual_seed(hash((*seeds, *divmod(shard, SHARDS))) % 2**62)
         loss = loss_of(draw, max(1, batch // (shards * machine.world)))
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-    (loss, *total), *others = machine.map(gradients, range(machine.rank * shards, (machine.rank + 1) * shards))
-    for other_loss, *other in others:
-        loss, total = loss + other_loss, torch._foreach_add(total, other)
-    for parameter, gradient in zip(parameters, torch._foreach_div(total, shards)):
+    total, *others = machine.map(loss_and_gradients, range(machine.rank * shards, (machine.rank + 1) * shards))
+    for other in others:
+        total = torch._foreach_add(total, other)
+    loss, *gradients = torch._foreach_div(total, shards)
+    for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient                        # laid out in memory as the parameter is
         if machine.world > 1:
             dist.all_reduce(parameter.grad)
             parameter.grad /= machine.world
-    return loss / shards
+    return loss

@@ -56,23 +56,17 @@ def reading_loss(reader: Judge, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def colour_accuracy(reader: Judge, images: Tensor, people: list[Person], captions: list[str]) -> dict[str, float]:
-    """Share of the images on which the reader finds the garment colour that the caption asks for.
+    """Share of the images whose caption names a garment and its colour on which the reader finds that colour."""
+    def named(caption: str, person: Person, kind: str) -> bool:
+        return any(term in caption.lower() for term in KINDS[kind][getattr(person, kind)])
 
-    An image counts where its caption names both the garment and the colour of its person.
-    """
-    scores = dict(zip(KINDS, reader.score(images).split(SIZES, 1)))
-    result = {}
-    for name, garment in GARMENTS.items():
-        asked = torch.tensor([names(caption, COLOURS[getattr(person, name)])
-                              and names(caption, KINDS[garment][getattr(person, garment)])
+    scores, result = dict(zip(KINDS, reader.score(images).split(SIZES, 1))), {}
+    for colour, garment in GARMENTS.items():
+        asked = torch.tensor([named(caption, person, colour) and named(caption, person, garment)
                               for person, caption in zip(people, captions)])
-        truth = labels_of(people)[:, list(KINDS).index(name)]
-        result[name] = float((scores[name].argmax(1) == truth)[asked].float().mean())
+        truth = labels_of(people)[:, list(KINDS).index(colour)]
+        result[colour] = float((scores[colour].argmax(1) == truth)[asked].float().mean())
     return result
-
-
-def names(caption: str, terms: tuple[str, ...]) -> bool:
-    return any(term in caption.lower() for term in terms)
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
@@ -198,25 +192,23 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
                 out: Path) -> dict:
     """What the demo town adds: distances to held-out target drawings of every way to make images, and the exact one.
 
-    `rows` are records of the set, `made` (N, 3, H, W) their images.
-    The row "moments" is decoded as made images are, by the decoder that has learned the target's blur and grain.
+    `rows` are records of the set, `made` (N, 3, H, W) their images. The row "moments" is decoded as these are, by the
+    decoder that has learned the target's blur and grain.
     """
-    size = base.config.height, base.config.width
+    size, tiny, steps = (base.config.height, base.config.width), config.size == "tiny", FITS[config.size]["judge"]
 
     def drawn(people: list[Person], seed: int, domain: str = config.target, poses: list[Pose] | None = None) -> Tensor:
         return stacked([one.pixels for one in town.portraits(domain, people, seed, size, machine.cores, poses)])
 
-    source = list(islice(source, len(rows)))
-    shots = {(folder, shot.path): shot for name, folder in town.FOLDERS.items()
-             for shot in town.shots(name, town.TINY if config.size == "tiny" else town.DEFAULT, 0)}
-    origins, seen = ([shots[Path(path.split("/imgs/")[0]).name, path.split("/imgs/")[1]] for path in paths]
-                     for paths in ([row["origin"] for row in rows], [record.path for record in source]))
-    own, theirs = ([shot.person for shot in some] for some in (origins, seen))
+    source, captions = list(islice(source, len(rows))), [row["caption"] for row in rows]
+    shots = {f"{town.root(tiny)}/{folder}/imgs/{shot.path}": shot for name, folder in town.FOLDERS.items()
+             for shot in town.shots(name, town.TINY if tiny else town.DEFAULT, 0)}
+    own = [shots[row["origin"]].person for row in rows]
+    theirs = [shots[record.path].person for record in source]
     plain = read_images([record.path for record in source], base.config, config.workers)
     held_out, others = (drawn(strangers(len(rows), seed), seed) for seed in (2, 3))
     sets = {"source": plain, **transferred(plain, target, base.autoencoder), f"dad {config.mode}": made,
             "exact": drawn(theirs, 1), "target": others}
-    steps, captions = FITS[config.size]["judge"], [row["caption"] for row in rows]
     table = dict(zip(sets, machine.map(
         lambda images: measure(images, held_out, reader, config.seed, machine.device, steps), sets.values())))
     for name, images in sets.items():
@@ -230,12 +222,12 @@ def town_report(config: AdaptConfig, machine: Machine, base: Diffusion, branch: 
     figures.sheet({"source: as the source draws these people": drawn(own[:10], 4, "source"), "adapted": made[:10],
                    f"exact: as {config.target}'s cameras see them": drawn(own[:10], 4),
                    "target: other people": held_out[:10]}, out / "adaptation.png")
-    facts = {"gap": table, "classifier on target blurred by half a pixel": separability(
-                 half_pixel_blur(held_out), held_out, config.seed, machine.device, steps),
-             "nearest training image": {"made": nearest(made, target), "held out": nearest(held_out, target)}}
-    truth = drawn(own, 5, poses=[shot.pose for shot in origins])
-    facts["garment colours"] = {name: colour_accuracy(reader, images, own, captions)
-                                for name, images in (("made", made), ("exact images of the same people", truth))}
+    truth = drawn(own, 5, poses=[shots[row["origin"]].pose for row in rows])
+    blurred = separability(half_pixel_blur(held_out), held_out, config.seed, machine.device, steps)
+    facts = {"gap": table, "classifier on target blurred by half a pixel": blurred,
+             "nearest training image": {"made": nearest(made, target), "held out": nearest(held_out, target)},
+             "garment colours": {name: colour_accuracy(reader, images, own, captions) for name, images in
+                                 (("made", made), ("exact images of the same people", truth))}}
     if config.mode == "generate":
         boxed = town.portraits(config.target, theirs[:BOXED], 1, size, machine.cores)
         facts["boxes"] = box_quality(base, branch, boxed, source, places)

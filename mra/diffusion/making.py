@@ -86,8 +86,8 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
             latents = scale * latents + shift
             images = decode(base.autoencoder, latents, draw)
             maps = (word_maps(base.denoiser, branch, latents, prompt, condition, base.schedule, draw).float().cpu()
-                    if config.mode == "generate" else None)
-            rows = describe(config, base, parts[number], maps, places)
+                    if config.mode == "generate" else [None] * len(latents))
+            rows = [describe(config, base, wish, own, places) for wish, own in zip(parts[number], maps)]
         mean, variance = colourfulness(images)
         judged = {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
         if retriever:
@@ -153,21 +153,18 @@ def sample(config: AdaptConfig, base: Diffusion, networks: list[nn.Module], some
     return latents, condition, both[:len(some)]
 
 
-def describe(config: AdaptConfig, base: Diffusion, some: list[Record], maps: Tensor | None,
-             places: dict[str, Tensor]) -> list[dict]:
-    """SDA records without their image: a box for each phrase that the `maps` show, else the boxes that it came with."""
-    rows = []
-    for i, wish in enumerate(some):
-        found = [(phrase, box, 1.0) for phrase, box in zip(wish.phrases, wish.boxes)]
-        if maps is not None:
-            boxes = [phrase_box(maps[i], wish.captions[0], phrase, base.tokenizer, places) for phrase in wish.phrases]
-            found = [(phrase, *box) for phrase, box in zip(wish.phrases, boxes)
-                     if box and box[1] >= config.box_threshold]
-        found = found or [(wish.captions[0], (0.5, 0.5, 1.0, 1.0), 1.0)]    # no phrase: the whole image (MRA section 2)
-        rows.append({"boxes": [[round(x, 4) for x in box] for _, box, _ in found],
-                     "logits": [round(sure, 4) for _, _, sure in found],
-                     "phrases": [phrase for phrase, _, _ in found], "caption": wish.captions[0], "origin": wish.path})
-    return rows
+def describe(config: AdaptConfig, base: Diffusion, wish: Record, maps: Tensor | None,
+             places: dict[str, Tensor]) -> dict:
+    """An SDA record without its image: a box for each phrase that the `maps` show, else the boxes that it came with."""
+    caption = wish.captions[0]
+    found = [(phrase, (box, 1.0)) for phrase, box in zip(wish.phrases, wish.boxes)]
+    if maps is not None:
+        boxes = [(phrase, phrase_box(maps, caption, phrase, base.tokenizer, places)) for phrase in wish.phrases]
+        found = [(phrase, box) for phrase, box in boxes if box and box[1] >= config.box_threshold]
+    found = found or [(caption, ((0.5, 0.5, 1.0, 1.0), 1.0))]       # no phrase: the whole image (MRA section 2)
+    return {"boxes": [[round(x, 4) for x in box] for _, (box, _) in found],
+            "logits": [round(sure, 4) for _, (_, sure) in found],
+            "phrases": [phrase for phrase, _ in found], "caption": caption, "origin": wish.path}
 
 
 def write_part(file: Path, images: Tensor, rows: list[dict], judged: dict[str, Tensor], settings: str) -> None:
@@ -178,9 +175,9 @@ def write_part(file: Path, images: Tensor, rows: list[dict], judged: dict[str, T
     file.unlink(missing_ok=True)            # of another configuration: it would vouch for images that are not its own
     suffix = "png" if images.shape[2] < 128 else "jpg"      # compression would show on small ones
     for i, (row, image) in enumerate(zip(rows, images.cpu())):
-        row |= {"image": f"{file.stem}/{i:02d}.{suffix}"} | {k: round(float(v[i]), 5) for k, v in judged.items()}
-        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / f"{i:02d}.{suffix}", quality=95,
-                   subsampling=0)
+        path = folder / f"{i:02d}.{suffix}"
+        row |= {"image": f"{file.stem}/{path.name}"} | {k: round(float(v[i]), 5) for k, v in judged.items()}
+        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), path, quality=95, subsampling=0)
     checkpoint.write_json(file, {"settings": settings, "records": rows}, indent=None)
 
 

@@ -29,9 +29,9 @@ class Schedule:
     predicts_noise: bool = False
 
     @staticmethod
-    def cosine(levels: int = 1000) -> "Schedule":
+    def cosine() -> "Schedule":
         """alpha_t = cos(pi/2 (t + 1) / K): Nichol & Dhariwal (2021) without their offset, so alpha is 0 at the end."""
-        angle = torch.linspace(0, torch.pi / 2, levels + 1, dtype=torch.float64)[1:]
+        angle = torch.linspace(0, torch.pi / 2, 1001, dtype=torch.float64)[1:]
         alpha = angle.cos()
         alpha[-1] = 0.0
         return Schedule(alpha.float(), (1 - alpha**2).sqrt().float())

@@ -94,19 +94,18 @@ def at_once(height: int, width: int) -> int:
 @torch.no_grad()
 def decode(autoencoder: Autoencoder | StableAutoencoder, latents: Tensor, generator: torch.Generator) -> Tensor:
     """Latents (N, C, h, w) -> uint8 images (N, 3, H, W), with their grain."""
-    size = [n * autoencoder.factor for n in latents.shape[2:]]
-
-    def noise(some: Tensor) -> Tensor:
-        return torch.randn(len(some), 3, *size, generator=generator, device=some.device)
-
-    return torch.cat([to_bytes(autoencoder.decode(some, noise(some))) for some in latents.split(at_once(*size))])
+    size, images = [n * autoencoder.factor for n in latents.shape[2:]], []
+    for some in latents.split(at_once(*size)):
+        noise = torch.randn(len(some), 3, *size, generator=generator, device=some.device)
+        images.append(to_bytes(autoencoder.decode(some, noise)))
+    return torch.cat(images)
 
 
 class LatentPairs:
     """The latents of N images and of their mirror images, M captions of them, and their conditions, all cached.
 
-    images (N, 3, H, W) uint8; captions: (index of the image, words). `draw` picks random samples of them, and equal
-    captions are kept once. After `read` the states of the captions are cached too, in the host's memory.
+    images (N, 3, H, W) uint8; captions: (index of the image, words); equal ones are kept once. After `read` the states
+    of the captions are cached too, in the host's memory.
     """
 
     def __init__(self, base: Diffusion, images: Tensor, captions: list[tuple[int, str]], condition: str = "white"):
@@ -145,23 +144,21 @@ class LatentPairs:
         states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
         return Prompt(states.to(keep.device), keep)
 
-    def draw(self, generator: torch.Generator, count: int, drop: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (B, C, h, w), numbers of captions (B,), condition (B, 1, H, W); with chance `drop` without words."""
-        device = self.latents.device
-        pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
-        image = self.image_of[pair]
-        pair[torch.rand(count, generator=generator, device=device) < drop] = len(self.caption_of) - 1
-        condition = (torch.ones(count, 1, *self.size, device=device) if self.conditions is None
-                     else self.conditions[image].float())
-        return self.latents[image], self.caption_of[pair], condition
-
     def loss(self, denoiser: Denoiser, branch: DomainBranch | None, schedule: Schedule, generator: torch.Generator,
              count: int, drop: float = 0.1, middle: bool = False) -> Tensor:
-        """The diffusion loss of `count` samples, of the base alone or with its branch; `middle`: see Schedule.draw."""
-        latents, caption, condition = self.draw(generator, count, drop)
+        """The diffusion loss of `count` random samples, of the base alone or with its branch.
+
+        With chance `drop` a sample has no words; `middle`: see Schedule.draw.
+        """
+        device = self.latents.device
+        pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
+        image = self.image_of[pair]                                                             # (B,)
+        pair[torch.rand(count, generator=generator, device=device) < drop] = len(self.caption_of) - 1
+        latents, prompt = self.latents[image], self.prompt(denoiser, self.caption_of[pair])
+        condition = (torch.ones(count, 1, *self.size, device=device) if self.conditions is None
+                     else self.conditions[image].float())                                       # (B, 1, H, W)
         t = schedule.draw(count, generator, middle)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        prompt = self.prompt(denoiser, caption)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
 
         def denoise(z: Tensor, t: Tensor) -> Tensor:
             return denoiser(z, t, prompt, None if branch is None else branch(z, t, prompt, condition))
@@ -184,16 +181,12 @@ def guide(denoiser: Denoiser, both: Prompt, branch: DomainBranch | None, conditi
     prompt, nothing = both[:count], both[count:]
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
-        def predict(passes: int, asked: Prompt) -> Tensor:
-            zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
-            control = None if branch is None else branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))
-            return denoiser(zs, ts, asked, control).float()
-
         steered, pulled = text != 1 and span[0] <= t[0] <= span[1], domain != 1 and branch is not None
-        if steered or pulled:
-            conditional, unconditional = predict(2, both).chunk(2)
-        else:
-            conditional = predict(1, prompt)
+        passes, asked = (2, both) if steered or pulled else (1, prompt)
+        zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
+        control = None if branch is None else branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))
+        found = denoiser(zs, ts, asked, control).float()
+        conditional, unconditional = found[:count], found[-count:]      # the same, where only one was asked for
         v = guided(conditional, unconditional, text) if steered else conditional
         if pulled:
             v = v + (domain - 1) * (unconditional - denoiser(z, t, nothing).float())

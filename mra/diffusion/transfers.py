@@ -8,7 +8,7 @@ Images are (B, 3, H, W) uint8. Before: sampling.py. After: making.py, gap.py.
 import torch
 from torch import Tensor
 
-from mra.diffusion.autoencoder import OPPONENT, Autoencoder
+from mra.diffusion.autoencoder import OPPONENT, Autoencoder, mix
 from mra.diffusion.sampling import decode, encode, to_bytes, to_float
 
 # RGB -> cone responses, whose logarithms OPPONENT makes nearly independent (Reinhard et al. 2001)
@@ -19,15 +19,18 @@ LOW = 0.08          # of the spectrum's height and width: the amplitudes that FD
 def reinhard(images: Tensor, targets: Tensor) -> Tensor:
     """Each image's mean and standard deviation in the log opponent space become its target's (Reinhard et al. 2001)."""
     def to_opponent(x: Tensor) -> Tensor:
-        lms = torch.einsum("ij,bjhw->bihw", LMS.to(x.device), (to_float(x) + 1) / 2)
-        return torch.einsum("ij,bjhw->bihw", OPPONENT.to(x.device), (lms + 1 / 255).log())
+        return mix(OPPONENT, (mix(LMS, (to_float(x) + 1) / 2) + 1 / 255).log())
 
-    x, y = to_opponent(images), to_opponent(targets)
-    std, mean = torch.std_mean(x, (2, 3), keepdim=True)
-    target_std, target_mean = torch.std_mean(y, (2, 3), keepdim=True)
-    moved = (x - mean) / std.clamp(min=1e-4) * target_std + target_mean
-    lms = torch.einsum("ij,bjhw->bihw", OPPONENT.inverse().to(x.device), moved).exp() - 1 / 255
-    return to_bytes(torch.einsum("ij,bjhw->bihw", LMS.inverse().to(x.device), lms) * 2 - 1)
+    x = to_opponent(images)
+    moved = moved_moments(x, x, to_opponent(targets), (2, 3))
+    return to_bytes(mix(LMS.inverse(), mix(OPPONENT.inverse(), moved).exp() - 1 / 255) * 2 - 1)
+
+
+def moved_moments(x: Tensor, own: Tensor, targets: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """x moved as `own` has to move to get the mean and standard deviation of the targets over these axes."""
+    std, mean = torch.std_mean(own, axes, keepdim=True)
+    target_std, target_mean = torch.std_mean(targets, axes, keepdim=True)
+    return (x - mean) / std.clamp(min=1e-4) * target_std + target_mean
 
 
 def histogram(images: Tensor, targets: Tensor) -> Tensor:
@@ -70,7 +73,5 @@ def match_moments(latents: Tensor, own: Tensor, targets: Tensor) -> Tensor:
     inside[rows:-rows, columns:-columns] = True
     moved = torch.empty_like(latents)
     for region in (inside, ~inside):
-        std, mean = torch.std_mean(own[:, :, region], (0, 2), keepdim=True)
-        target_std, target_mean = torch.std_mean(targets[:, :, region], (0, 2), keepdim=True)
-        moved[:, :, region] = (latents[:, :, region] - mean) / std * target_std + target_mean
+        moved[:, :, region] = moved_moments(*(x[:, :, region] for x in (latents, own, targets)), (0, 2))
     return moved
