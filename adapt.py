@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mra import checkpoint, released, training
-from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_values, harmless, parse, run, show
+from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_values, harmless, parse, run
 from mra.data import town
 from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
@@ -48,7 +48,8 @@ def main() -> None:
     config = parse(AdaptConfig, __doc__, recipe_of=lambda given: FITS.get(given.size, {}).get("flags", {}))
     check(config)
     machine = Machine.of(config.device, config.precision)
-    machine.say(f"{show(config)}\nRunning on {machine.device} in {machine.precision}, {machine.world} process(es).")
+    machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
+                f"Running on {machine.device} in {machine.precision}, {machine.world} process(es).")
     if config.train_base:
         machine.say(f"{train_base(config, machine)} is ready.")
         return None if config.source else train_reader(config, machine)
