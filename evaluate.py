@@ -8,9 +8,8 @@
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
-The released code's score depends on the number of processes it runs on: `--fusion published` gives that of one,
-`--fusion published --weight 0.008` about that of four. The clean score of a released checkpoint, which knows no val,
-is the matching logit alone unless --weight is given.
+`--fusion published` gives the released code's score on one process, with `--weight 0.008` about that on four. The clean
+score of a released checkpoint, which knows no val, is the matching logit alone unless --weight is given.
 Every field of EvalConfig is a flag. Prints the metrics of both stages and writes results.json and ranking.png; for
 sentences query.json, query.png and, with --gallery, gallery.safetensors: its embeddings, for the next time.
 """
@@ -161,8 +160,8 @@ def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, orde
     for number, q in enumerate(torch.linspace(0, len(captions) - 1, min(count, len(captions))).long().tolist()):
         first = order[q, :10].tolist()
         heat = heat_maps(model, tokenizer, captions[q], paths[first[0]]) if number < count // 2 else ()
-        rows.append(figures.Row(captions[q], [paths[g] for g in first],
-                                [bool(gallery_ids[g] == query_ids[q]) for g in first], heat))
+        right = (gallery_ids[first] == query_ids[q]).tolist()
+        rows.append(figures.Row(captions[q], [paths[g] for g in first], right, heat))
     return rows
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mra import checkpoint, contrasts, diffusion, figures, ranking
 from mra.config import DIFFUSION_PRESETS, UserError, parse, replacing, run
@@ -242,7 +243,7 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
     return rows
 
 
-# ---- images
+# ---- images of an arm: (N, 3, H, W) and as many SDA records without their file
 
 def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
     """A folder in SDA format: images of the arm's kind, and source images for SOURCE_SHARE as many and the rest."""
@@ -255,35 +256,33 @@ def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
     random.Random(one.seed).shuffle(source)
     most = min(round(one.images * KEPT), round(len(source) / (1 + SOURCE_SHARE)))
     count, total = max(1, round(most * SHARES.get(one.arm, 1))), round(most * (1 + SOURCE_SHARE))
-    own = (adapted(one, share, retriever, count) if learns(one.arm) else [] if one.arm == "source"
-           else (moved if one.arm in TRANSFERS else exact)(one, source[:count]))
-    rest = source[len(own):total]
-    plain = read_images([record.path for record in rest], DIFFUSION_PRESETS[one.size])
-    rows = own + [(image, row_of(record)) for image, record in zip(plain, rest)]
+    images, rows = (adapted(one, share, retriever, count) if learns(one.arm) else ([], []) if one.arm == "source"
+                    else (moved if one.arm in TRANSFERS else exact)(one, source[:count]))
+    own, rest = len(rows), source[len(rows):total]
+    images = [*images, *read_images([record.path for record in rest], DIFFUSION_PRESETS[one.size])]
+    rows += map(row_of, rest)
     if one.arm == "shuffled":
-        words = [{name: row[name] for name in WORDS} for _, row in rows]
+        words = [{name: row[name] for name in WORDS} for row in rows]
         random.Random(one.seed).shuffle(words)
-        rows = [(image, row | other) for (image, row), other in zip(rows, words)]
+        rows = [row | other for row, other in zip(rows, words)]
     (folder / "imgs").mkdir(parents=True)
-    for number, (image, row) in enumerate(rows):
-        row |= {"image": f"{number:06d}.png"}
+    for number, (image, row) in enumerate(zip(images, rows)):
+        row["image"] = f"{number:06d}.png"
         save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / "imgs" / row["image"])
     for start in range(0, len(rows), 5000):
-        some = [row for _, row in rows[start:start + 5000]]
-        checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", some, indent=None)
-    if len(own) < count and one.arm != "source":
-        print(f"{one.name}: {len(own)} images of its own in place of {count}, the others are the source's.", flush=True)
-    checkpoint.write_json(folder / "report.json", {"own": len(own), "images": len(rows)})
+        checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", rows[start:start + 5000], indent=None)
+    if own < count and one.arm != "source":
+        print(f"{one.name}: {own} images of its own in place of {count}, the others are the source's.", flush=True)
+    checkpoint.write_json(folder / "report.json", {"own": own, "images": len(rows)})
     return folder
 
 
 def row_of(record: Record) -> dict:
-    """The SDA record of an image, but for its file."""
     return {"image_id": record.identity, "caption": record.captions[0], "phrases": record.phrases,
             "boxes": record.boxes}
 
 
-def adapted(one: Run, share: float, retriever: str, count: int) -> list[tuple[torch.Tensor, dict]]:
+def adapted(one: Run, share: float, retriever: str, count: int) -> tuple[Tensor, list[dict]]:
     """Some of what adapt.py makes, having learned from the target's labelled pairs or a share of them."""
     folder = Path("out/sda") / f"study-{one.images_of('dad' if one.arm in SHARES else one.arm)}-{share:g}"
     flags = ("--mode", "restyle") if one.arm == "restyled" else ("--captions", "source", *VARIANTS.get(one.arm, ()))
@@ -294,20 +293,19 @@ def adapted(one: Run, share: float, retriever: str, count: int) -> list[tuple[to
     rows = [row for part in sorted(folder.glob("sda_*.json")) for row in checkpoint.read_json(part)]
     random.Random(one.seed).shuffle(rows)
     images = read_images([str(folder / "imgs" / row["image"]) for row in rows[:count]], DIFFUSION_PRESETS[one.size])
-    return [(image, {name: row[name] for name in WORDS} | {"image_id": 10**6 + number})      # each a person of its own
-            for number, (image, row) in enumerate(zip(images, rows))]
+    return images, [{name: row[name] for name in WORDS} | {"image_id": 10**6 + number}      # each a person of its own
+                    for number, row in enumerate(rows[:count])]
 
 
-def moved(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
+def moved(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
     """Source images in the look of the target's unlabelled training images, without diffusion."""
     base, _ = read_base(Path(diffusion.__path__[0]) / f"base-{one.size}.safetensors")
     target = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
     plain, looks = (read_images([record.path for record in some], base.config) for some in (source, target.records))
-    return [(image, row_of(record)) for image, record in
-            zip(transferred(plain, looks, base.eval().autoencoder)[one.arm], source)]
+    return transferred(plain, looks, base.eval().autoencoder)[one.arm], list(map(row_of, source))
 
 
-def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
+def exact(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
     """The source's people as the target's cameras meet them, with captions and boxes of their own."""
     sizes = town.TINY if one.size == "tiny" else town.DEFAULT
     shots = {shot.path: shot for shot in town.shots("source", sizes, 0)}
@@ -315,8 +313,9 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
     size = DIFFUSION_PRESETS[one.size]
     drawn = town.portraits(one.target, [shot.person for shot in seen], 7 + (one.arm == "exact again"),
                            (size.height, size.width), torch.get_num_threads())
-    return [(image, {"image_id": record.identity} | {name: getattr(portrait.words, name) for name in WORDS})
-            for image, portrait, record in zip(stacked([shown.pixels for shown in drawn]), drawn, source)]
+    rows = [{"image_id": record.identity} | {name: getattr(portrait.words, name) for name in WORDS}
+            for portrait, record in zip(drawn, source)]
+    return stacked([portrait.pixels for portrait in drawn]), rows
 
 
 # ---- tables and figure
