@@ -42,8 +42,7 @@ def main() -> None:
     check(config)
     if config.check:
         root = Path(config.data_root) if config.data_root else town.ready(config.dataset, config.preset == "tiny")
-        well = check_set(config.dataset, root, config.workers or os.cpu_count() or 1)
-        sys.exit(0 if well else 1)
+        sys.exit(0 if check_set(config.dataset, root, config.workers or os.cpu_count() or 1) else 1)
     machine = training.Machine.of(config.device, config.precision)
     if not config.init and not pretrains(config.dataset):
         out = config.out or default_out(config)
