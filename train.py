@@ -69,16 +69,19 @@ def adapted_set(config: TrainConfig) -> Path | None:
 
 def train(config: TrainConfig, machine: training.Machine) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
-    config = replace(config, out=config.out or default_out(config))
+    started, config = time.perf_counter(), replace(config, out=config.out or default_out(config))
     with training.claimed(Path(config.out), machine):
-        return train_stage(config, machine)
+        machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
+                    f"Training on {machine.device} in {machine.precision}, {machine.world} process(es).")
+        found, best = Path(config.out, "best.safetensors"), train_stage(config, machine)
+    machine.say(f"Best on val: {describe(best)}\n{found} is ready after {time.perf_counter() - started:.0f} s.")
+    return found
 
 
-def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
-    """`train` in a folder of its own."""
+def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
+    """`train` in a folder of its own; returns the best result on val."""
     started, out = time.perf_counter(), Path(config.out)
     device, rank, world, say = machine.device, machine.rank, machine.world, machine.say
-    say(f"{json.dumps(asdict(config), indent=2)}\nTraining on {device} in {machine.precision}, {world} process(es).")
     # ---- data, model, optimiser
     root = machine.root(config.data_root, config.dataset, config.preset == "tiny")
     train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, say)
@@ -134,9 +137,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
                     machine.first(lambda: checkpoint.save(out / "last.safetensors", checkpoint.state(model, optimizer),
                                                           facts | {"step": done, "best": best}))
                 raise KeyboardInterrupt
-    say(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
-        f"{time.perf_counter() - started:.0f} s.")
-    return out / "best.safetensors"
+    return best
 
 
 def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Tokenizer,
