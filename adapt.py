@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mra import checkpoint, released, training
-from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_values, harmless, parse, run, show
+from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_values, harmless, parse, run
 from mra.data import town
 from mra.data.records import RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
@@ -34,7 +34,6 @@ from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
 from mra.diffusion.fit import fit, load_same
 from mra.diffusion.making import PROBES, SAMPLERS, Looks, collect, make, unfinish, wishes
-from mra.diffusion.noising import Schedule
 from mra.diffusion.sampling import CONDITIONS, Diffusion, LatentPairs, encode, read_base, read_images, stacked, to_float
 from mra.diffusion.stable import read_stable
 from mra.training import Machine
@@ -48,7 +47,8 @@ def main() -> None:
     config = parse(AdaptConfig, __doc__, recipe_of=lambda given: FITS.get(given.size, {}).get("flags", {}))
     check(config)
     machine = Machine.of(config.device, config.precision)
-    machine.say(f"{show(config)}\nRunning on {machine.device} in {machine.precision}, {machine.world} process(es).")
+    machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
+                f"Running on {machine.device} in {machine.precision}, {machine.world} process(es).")
     if config.train_base:
         machine.say(f"{train_base(config, machine)} is ready.")
         return None if config.source else train_reader(config, machine)
@@ -120,7 +120,7 @@ def train_base(config: AdaptConfig, machine: Machine) -> Path:
 
     A second run at the same time is refused where the first is in one of them.
     """
-    out, plans, schedule = Path("out") / f"base-{config.size}", FITS[config.size], Schedule.cosine()
+    out, plans = Path("out") / f"base-{config.size}", FITS[config.size]
     records = base_records(config, machine)
     images = read_images([record.path for record in records.records], DIFFUSION_PRESETS[config.size], config.workers)
     captions = [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]
@@ -136,22 +136,16 @@ def train_base(config: AdaptConfig, machine: Machine) -> Path:
         some = images[torch.randint(len(images), (count,), generator=draw, device=machine.device).cpu()]
         lit = random_light(to_float(some.to(machine.device)), draw)
         noise = torch.randn(count, *base.config.shape, generator=draw, device=machine.device)
-        with machine.autocast():
-            return base.autoencoder.loss(lit, noise, kl_weight=1e-4)
-
-    denoiser = torch.compile(base.denoiser) if config.compile else base.denoiser
-
-    def denoiser_loss(draw: torch.Generator, count: int) -> Tensor:
-        with machine.autocast():
-            return pairs.loss(denoiser, None, schedule, draw, count)
+        return base.autoencoder.loss(lit, noise, kl_weight=1e-4)
 
     base.autoencoder.start(random_light(to_float(images[:2000]), torch.Generator().manual_seed(0)).to(machine.device))
     fit("autoencoder", base.autoencoder, autoencoder_loss, plans["autoencoder"], out / "autoencoder.safetensors",
         facts, config.seed, machine)
     base.autoencoder.learn_scale(encode(base.autoencoder, images[:2000]))
     pairs = LatentPairs(base, images, captions)
-    fit("denoiser", base.denoiser, denoiser_loss, plans["denoiser"], out / "denoiser.safetensors",
-        facts, config.seed, machine)
+    denoiser = torch.compile(base.denoiser) if config.compile else base.denoiser
+    fit("denoiser", base.denoiser, lambda draw, count: pairs.loss(denoiser, None, base.schedule, draw, count),
+        plans["denoiser"], out / "denoiser.safetensors", facts, config.seed, machine)
     with training.claimed(out, machine):
         machine.first(lambda: checkpoint.save(
             out / "base.safetensors", {name: value.half() for name, value in checkpoint.weights(base).items()},
@@ -198,12 +192,9 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
     plans = FITS[config.size]
     plan = plans["branch"]
     steps = config.steps or plan.steps or math.ceil(plans["epochs"] * len(captions) / plan.batch)
-
-    def loss_of(draw: torch.Generator, count: int) -> Tensor:
-        with machine.autocast():
-            return pairs.loss(denoiser, step_branch, base.schedule, draw, count, middle=plan.middle)
-
-    fit("branch", branch, loss_of, replace(plan, steps=steps), dad_folder(config) / "branch.safetensors",
+    fit("branch", branch,
+        lambda draw, count: pairs.loss(denoiser, step_branch, base.schedule, draw, count, middle=plan.middle),
+        replace(plan, steps=steps), dad_folder(config) / "branch.safetensors",
         learned_from | {"pairs": len(captions)}, config.seed, machine)
     if rounds:
         round_weights(branch)
@@ -221,8 +212,7 @@ def adapt_decoder(config: AdaptConfig, machine: Machine, base: Diffusion, learne
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         some = torch.randint(len(images), (count,), generator=draw, device=machine.device)
         own = to_float(images[some.cpu()].to(machine.device))
-        with machine.autocast():
-            return autoencoder.decoder_loss(own, autoencoder.unscaled(latents[some]))
+        return autoencoder.decoder_loss(own, autoencoder.unscaled(latents[some]))
 
     for part in (autoencoder.decoder, autoencoder.linear_out):
         part.requires_grad_(True)
@@ -289,8 +279,7 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
 
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         some = torch.randint(len(images), (count,), generator=draw, device=machine.device).cpu()
-        with machine.autocast():
-            return gap.reading_loss(reader, images[some].to(machine.device), labels[some].to(machine.device))
+        return gap.reading_loss(reader, images[some].to(machine.device), labels[some].to(machine.device))
 
     fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine)
     return reader.eval()
@@ -324,10 +313,9 @@ def from_source(config: AdaptConfig) -> bool:
 
 def default_out(config: AdaptConfig) -> str:
     """out/sda/<target>, and what sets this run apart from the default one."""
-    parts = [config.target] + [config.size] * (config.size != "demo") + [config.mode] * (config.mode != "generate")
-    parts += [config.condition] * (config.condition != "white") + ["source"] * (config.captions == "source")
-    parts += [f"s{config.seed}"] * (config.seed != 0) + [f"{config.share:g}"] * (config.share < 1)
-    return "out/sda/" + "-".join(parts)
+    usual = {"demo": config.size, "generate": config.mode, "white": config.condition, "target": config.captions,
+             "s0": f"s{config.seed}", "1": f"{config.share:g}"}
+    return "-".join([f"out/sda/{config.target}", *(own for value, own in usual.items() if own != value)])
 
 
 def check(config: AdaptConfig) -> None:

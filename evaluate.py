@@ -8,9 +8,8 @@
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
-The released code's score depends on the number of processes it runs on: `--fusion published` gives that of one,
-`--fusion published --weight 0.008` about that of four. The clean score of a released checkpoint, which knows no val,
-is the matching logit alone unless --weight is given.
+`--fusion published` gives the released code's score on one process, with `--weight 0.008` about that on four. The clean
+score of a released checkpoint, which knows no val, is the matching logit alone unless --weight is given.
 Every field of EvalConfig is a flag. Prints the metrics of both stages and writes results.json and ranking.png; for
 sentences query.json, query.png and, with --gallery, gallery.safetensors: its embeddings, for the next time.
 """
@@ -58,8 +57,8 @@ def main() -> None:
     """The metrics of every dataset, or the answers to the sentences asked."""
     config = parse(EvalConfig, __doc__)
     check(config)
-    on_gpu = choose_device(config.device).type == "cuda"
-    machine = Machine.of(config.device, config.precision or ("bf16" if on_gpu else "float32"))
+    usual = "bf16" if choose_device(config.device).type == "cuda" else "float32"
+    machine = Machine.of(config.device, config.precision or usual)
     path, say = Path(config.checkpoint) if config.checkpoint else newest(), machine.say
     model, tokenizer, facts = released.load_retriever(path, machine.device, config.vocab)
     datasets = config.dataset or (facts["train"]["dataset"],)
@@ -79,11 +78,9 @@ def main() -> None:
     say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
     for dataset in datasets:
         started = time.perf_counter()
-        source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing,
-                              say)
+        source = load(config, facts, dataset, machine)
         captions, query_ids, paths, gallery_ids = queries_of(source)
-        found, reranked = rank(config, machine, model, tokenizer, facts, captions, paths)
-        stages = {"embeddings": found.candidates} | ({} if reranked is None else {"re-ranked": reranked})
+        found, stages = rank(config, machine, model, tokenizer, facts, captions, paths)
         metrics = dict(zip(stages, found.metrics(query_ids, gallery_ids, *stages.values())))
         for stage, values in metrics.items():
             say(f"{source.name + ' ' + stage:24}" + "".join(f"{values[name]:8.2f}" for name in ranking.METRICS))
@@ -123,11 +120,12 @@ def newest() -> Path:
     return found[-1]
 
 
-def data_root(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> Path:
-    """The folder given, or the demo town, drawn where it is missing."""
+def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> records.RecordSet:
+    """The split to evaluate on, of the folder given or of the demo town, drawn where it is missing."""
     if dataset in records.DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
-    return machine.root(config.data_root, dataset, facts["train"]["preset"] == "tiny")
+    root = machine.root(config.data_root, dataset, facts["train"]["preset"] == "tiny")
+    return records.load(dataset, config.split, root, config.allow_missing, machine.say)
 
 
 def weight_of(config: EvalConfig, facts: dict) -> float:
@@ -138,8 +136,8 @@ def weight_of(config: EvalConfig, facts: dict) -> float:
 
 
 def rank(config: EvalConfig, machine: Machine, model, tokenizer, facts: dict, captions: list[str],
-         paths: list[str], features: torch.Tensor | None = None) -> tuple[ranking.Search, torch.Tensor | None]:
-    """Both stages for every caption; the second's order (Q, K) is None without it, or where its encoder is untrained.
+         paths: list[str], features: torch.Tensor | None = None) -> tuple[ranking.Search, dict[str, torch.Tensor]]:
+    """What is found for every caption, and the order (Q, K) of each stage; there is one where k is 0.
 
     `features` (G, 2, E) of the gallery, where they are known.
     """
@@ -152,7 +150,8 @@ def rank(config: EvalConfig, machine: Machine, model, tokenizer, facts: dict, ca
     with machine.autocast():        # encoders alone: what is ordered stays in float32
         found = ranking.search(model, tokenizer, captions, paths, k, config.mirror, config.batch, config.workers,
                                not published, features)
-    return found, (found.reranked(weight_of(config, facts), published) if k else None)
+    return found, {"embeddings": found.candidates} | (
+        {"re-ranked": found.reranked(weight_of(config, facts), published)} if k else {})
 
 
 def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, order, count: int = 6) -> list[figures.Row]:
@@ -161,8 +160,8 @@ def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, orde
     for number, q in enumerate(torch.linspace(0, len(captions) - 1, min(count, len(captions))).long().tolist()):
         first = order[q, :10].tolist()
         heat = heat_maps(model, tokenizer, captions[q], paths[first[0]]) if number < count // 2 else ()
-        rows.append(figures.Row(captions[q], [paths[g] for g in first],
-                                [bool(gallery_ids[g] == query_ids[q]) for g in first], heat))
+        right = (gallery_ids[first] == query_ids[q]).tolist()
+        rows.append(figures.Row(captions[q], [paths[g] for g in first], right, heat))
     return rows
 
 
@@ -195,12 +194,10 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
             paths, features, left_out = gallery.encode(Path(config.gallery), model, out / "gallery.safetensors",
                                                        config.batch, config.workers)
     else:
-        source = records.load(dataset, config.split, data_root(config, facts, dataset, machine), config.allow_missing)
-        paths, features, left_out = [record.path for record in source.records], None, []
-    found, order = rank(config, machine, model, tokenizer, facts, [clean(sentence, dataset) for sentence in asked],
-                        paths, features)
-    order = found.candidates if order is None else order
-    answers, rows = [], []
+        paths, features, left_out = [one.path for one in load(config, facts, dataset, machine).records], None, []
+    found, stages = rank(config, machine, model, tokenizer, facts, [clean(sentence, dataset) for sentence in asked],
+                         paths, features)
+    order, answers, rows = list(stages.values())[-1], [], []
     for q, sentence in enumerate(asked):
         print(f"{records.shown(sentence)}:")
         first = []

@@ -13,13 +13,14 @@ Every field of mra.config.TrainConfig is a flag; a recipe there sets some by dat
 best on val lies in `out` as best.safetensors.
 """
 
-import dataclasses
 import hashlib
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mra import checkpoint, losses, released, training, weights
-from mra.config import PRESETS, TrainConfig, UserError, check_values, harmless, parse, pretrains, recipe, run, show
+from mra.config import PRESETS, TrainConfig, UserError, check_values, harmless, parse, pretrains, recipe, run
 from mra.data import town
-from mra.data.batches import Batch, PairDataset, loader, order
+from mra.data.batches import PairDataset, loader, order
 from mra.data.check import check_set
 from mra.data.records import DATASETS, RecordSet, load_splits, share_of
 from mra.data.tokenizer import Tokenizer
@@ -41,27 +42,23 @@ def main() -> None:
     check(config)
     if config.check:
         root = Path(config.data_root) if config.data_root else town.ready(config.dataset, config.preset == "tiny")
-        well = check_set(config.dataset, root, config.workers or os.cpu_count() or 1)
-        sys.exit(0 if well else 1)
-    if config.init or pretrains(config.dataset):
-        train(config)
-    elif config.data_root:
-        raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
-    else:
+        sys.exit(0 if check_set(config.dataset, root, config.workers or os.cpu_count() or 1) else 1)
+    machine = training.Machine.of(config.device, config.precision)
+    if not config.init and not pretrains(config.dataset):
         out = config.out or default_out(config)
         training.make_folder(Path(out))       # before the long pretraining
-        train(dataclasses.replace(config, out=out, init=str(pretrain(config))))
+        config = replace(config, out=out, init=str(pretrain(config, machine)))
+    train(config, machine)
 
 
-def pretrain(config: TrainConfig) -> Path:
+def pretrain(config: TrainConfig, machine: training.Machine) -> Path:
     """The checkpoint that a demo fine-tuning starts from; made first unless it is there already."""
     source = str(adapted_set(config) or "sda")
-    training.Machine.of(config.device, config.precision).say(
-        f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
+    machine.say(f"No --init given: pretraining on {'the demo source' if source == 'sda' else source} first.")
     shared = {name: getattr(config, name) for name in (
         "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
         "released_regions", "workers")}
-    return train(TrainConfig(**recipe("sda", config.preset) | shared | {"dataset": source}))
+    return train(TrainConfig(**recipe("sda", config.preset) | shared | {"dataset": source}), machine)
 
 
 def adapted_set(config: TrainConfig) -> Path | None:
@@ -70,19 +67,21 @@ def adapted_set(config: TrainConfig) -> Path | None:
     return made if config.dataset in DATASETS and (made / "report.json").exists() else None
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, machine: training.Machine) -> Path:
     """One stage, from records to the best checkpoint, whose path is returned."""
-    machine = training.Machine.of(config.device, config.precision)
-    config = dataclasses.replace(config, out=config.out or default_out(config))
+    started, config = time.perf_counter(), replace(config, out=config.out or default_out(config))
     with training.claimed(Path(config.out), machine):
-        return train_stage(config, machine)
+        machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
+                    f"Training on {machine.device} in {machine.precision}, {machine.world} process(es).")
+        found, best = Path(config.out, "best.safetensors"), train_stage(config, machine)
+    machine.say(f"Best on val: {describe(best)}\n{found} is ready after {time.perf_counter() - started:.0f} s.")
+    return found
 
 
-def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
-    """`train` in a folder of its own."""
+def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
+    """`train` in a folder of its own; returns the best result on val."""
     started, out = time.perf_counter(), Path(config.out)
     device, rank, world, say = machine.device, machine.rank, machine.world, machine.say
-    say(f"{show(config)}\nTraining on {device} in {machine.precision}, {world} process(es).")
     # ---- data, model, optimiser
     root = machine.root(config.data_root, config.dataset, config.preset == "tiny")
     train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, say)
@@ -91,7 +90,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
     plan = training.Plan.of(config, len(dataset), world)
     optimizer = training.make_optimizer(model, config)
     facts = checkpoint.model_facts(model, tokenizer) | {
-        "train": dataclasses.asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
+        "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
         "pairs": len(dataset), "adapted": made_by(config.dataset), "processes": world, "versions": checkpoint.VERSIONS}
     first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
     if first:
@@ -100,8 +99,11 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
     log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, rank > 0, first)
-    with training.stoppable() as asked:
-        batches = batches_from(first, plan.steps, dataset, config, rank, world, device)     # Ctrl-C spares its workers
+    keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, plan.steps * config.accumulate,
+                 rank, world)
+    with training.stoppable() as asked:     # Ctrl-C spares the loading processes
+        batches = iter(loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate,
+                              pin_memory=device.type == "cuda"))
         for step in range(first, plan.steps):
             model.train()
             rate = training.schedule(step, plan.steps, config.warmup)
@@ -135,18 +137,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> Path:
                     machine.first(lambda: checkpoint.save(out / "last.safetensors", checkpoint.state(model, optimizer),
                                                           facts | {"step": done, "best": best}))
                 raise KeyboardInterrupt
-    say(f"Best on val: {describe(best)}\n{out / 'best.safetensors'} is ready after "
-        f"{time.perf_counter() - started:.0f} s.")
-    return out / "best.safetensors"
-
-
-def batches_from(first: int, stop: int, dataset: PairDataset, config: TrainConfig, rank: int, world: int,
-                 device: torch.device) -> Iterator[Batch]:
-    """This process's batches of the steps `first` to `stop`."""
-    keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, stop * config.accumulate,
-                 rank, world)
-    return iter(loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate,
-                       pin_memory=device.type == "cuda"))
+    return best
 
 
 def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Tokenizer,
@@ -173,10 +164,10 @@ def default_out(config: TrainConfig) -> str:
     name = config.dataset if config.dataset in DATASETS else "-".join(Path(config.dataset).resolve().parts[-2:])
     parts = [name, config.preset, f"s{config.seed}"] + ["noregions"] * (not config.regions)
     parts += ["released"] * config.released_regions
-    if not config.init and not pretrains(config.dataset) and adapted_set(config):
-        parts += ["adapted"]
-    if config.init and not (config.init == "none" and pretrains(config.dataset)):
-        parts += ["scratch"] if config.init == "none" else ["from", Path(config.init).resolve().parent.name]
+    if config.init not in ("", "none"):
+        parts += ["from", Path(config.init).resolve().parent.name]
+    elif not pretrains(config.dataset):
+        parts += ["scratch"] if config.init else ["adapted"] if adapted_set(config) else []
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
@@ -191,7 +182,7 @@ def load_model(config: TrainConfig, device: torch.device, say: Callable) -> tupl
     torch.manual_seed(config.seed)
     if config.init in ("", "none"):
         say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
-        size = dataclasses.replace(PRESETS[config.preset], released_regions=config.released_regions)
+        size = replace(PRESETS[config.preset], released_regions=config.released_regions)
         model, tokenizer = weights.start(size, config.bert, config.vit, config.vocab)
         return model.to(device), tokenizer, "nothing"
     model, tokenizer, facts = released.load_retriever(Path(config.init), device, config.vocab)
@@ -216,6 +207,8 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if (config.bert or config.vit or config.released_regions) and config.init not in ("", "none"):
         raise UserError("--bert, --vit and --released-regions start a new model, --init goes on with one as it is.")
+    if config.data_root and not (config.init or config.check or pretrains(config.dataset)):
+        raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
 
 
 def describe(result: dict) -> str:

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import inspect
 import io
-import json
 import os
 import re
 import signal
@@ -294,28 +293,20 @@ def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = _refuse
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags.")
+    parser.error = refuse
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
     for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            several = dict(nargs="+") if field.type == tuple[str, ...] else {}
-            parser.add_argument(flag, type=str if several else field.type, help=text, **several)
+        takes = (dict(action=argparse.BooleanOptionalAction) if field.type is bool
+                 else dict(nargs="+") if field.type == tuple[str, ...] else dict(type=field.type))
+        parser.add_argument(flag, help=text, **takes)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     return kind(**{**recipe_of(kind(**given)), **given})
-
-
-def _refuse(message: str):
-    raise UserError(f"{message}; --help lists the flags.")
-
-
-def show(config) -> str:
-    """A configuration as indented JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def harmless(text) -> str:
@@ -347,14 +338,14 @@ def run(main: Callable[[], None]) -> None:
             import torch.distributed as dist  # here, for processes that draw or load images do without it
             if dist.is_initialized():
                 dist.destroy_process_group()
+        return
     except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
-        print(f"error: {harmless(sentence)}", file=sys.stderr)
-        sys.exit(2)
+        said, status = f"error: {harmless(sentence)}", 2
     except BrokenExecutor:
-        print("error: a helping process was killed, perhaps for lack of memory; give fewer --workers.", file=sys.stderr)
-        sys.exit(2)
+        said, status = "error: a helping process was killed, perhaps for lack of memory; give fewer --workers.", 2
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on after what was saved last (with --no-resume it starts over).",
-              file=sys.stderr)
-        sys.exit(130)
+        said = "Stopped; the same command goes on after what was saved last (with --no-resume it starts over)."
+        status = 130
+    print(said, file=sys.stderr)
+    sys.exit(status)

@@ -6,6 +6,7 @@ function says otherwise. Before: nothing. After: study.py.
 
 import statistics
 
+METRICS = {"R@1": ("R@1",), "mAP": ("mAP",), "re-ranked R@1": ("R@1", "re-ranked"), "R@1 of twins": ("twins R@1",)}
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # 97.5 % of t with 1 to 9 degrees of freedom or more
 
 
@@ -47,9 +48,7 @@ def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
                                       if target != one["target"])
                  for key, one in some.items() if len(one["results"][stage]) > 1}
     return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
-            "R@1": spread(scores(some, stage)), "mAP": spread(scores(some, stage, "mAP")),
-            "re-ranked R@1": spread(scores(some, stage, "R@1", "re-ranked")),
-            "R@1 of twins": spread(scores(some, stage, "twins R@1")),
+            **{title: spread(scores(some, stage, *metric)) for title, metric in METRICS.items()},
             "R@1 - source": "" if arm == "source" else interval(gains),
             "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap > noise else "",
             } | ({"R@1 on other targets": spread(elsewhere)} if elsewhere else {})
@@ -58,9 +57,8 @@ def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
 def contrast(runs: list[dict], one: tuple[str, str], other: tuple[str, str], stage: str) -> dict[str, str]:
     """How much better one (losses, arm) is than another where both have run; nothing where they have not."""
     some, others = of(runs, *one), of(runs, *other)
-    gains = {title: paired(some, others, stage, *metric) for title, metric in {
-        "R@1": ("R@1",), "mAP": ("mAP",), "re-ranked R@1": ("R@1", "re-ranked"), "R@1 of twins": ("twins R@1",),
-        "R@1 of the rest": ("rest R@1",)}.items()}
+    gains = {title: paired(some, others, stage, *metric)
+             for title, metric in {**METRICS, "R@1 of the rest": ("rest R@1",)}.items()}
     return {"stage": stage, "runs": str(len(gains["R@1"]))} | {
         title: interval(values) for title, values in gains.items()} if gains["R@1"] else {}
 

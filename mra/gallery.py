@@ -49,20 +49,18 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
     something changed, for this folder alone. Raises UserError for a folder without a readable image.
     """
     stamps = {path: stamp(path) for path in photographs(folder, say, cache.parent)}
-    device = next(model.parameters()).device.type
     owner = {"weights": checkpoint.digest(model), "model": asdict(model.config),
-             "bf16": torch.is_autocast_enabled(device)}
+             "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
     files, features = remembered(cache, owner, model.config.embed)
     known = set(files)
-    new = [path for path, mark in stamps.items() if mark not in known]
-    broken = troubles(new, workers, say)
-    for sentence in broken.values():
+    broken = troubles([path for path, mark in stamps.items() if mark not in known], workers, say)
+    for path, sentence in broken.items():
         say(f"Left out: {sentence}")
-    new = [path for path in new if path not in broken]
-    paths = [path for path in stamps if path not in broken]
-    if not paths:
+        del stamps[path]
+    new = [path for path, mark in stamps.items() if mark not in known]
+    if not stamps:
         raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
-    say(f"{shown(folder)}: {len(paths)} images, {len(new)} of them to encode, the others known from {cache}.")
+    say(f"{shown(folder)}: {len(stamps)} images, {len(new)} of them to encode, the others known from {cache}.")
     done = 0
     while done < len(new):
         part = new[done:done + max(PART, len(files) // 4)]      # the more there is to write again, the more rarely
@@ -71,14 +69,14 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
         checkpoint.save(cache, {"features": features}, owner | {"files": files})
         if len(new) > PART:
             say(f"  {done:,} of {len(new):,} encoded")
-    place, kept = {mark: number for number, mark in enumerate(files)}, [stamps[path] for path in paths]
+    place, kept = {mark: number for number, mark in enumerate(files)}, list(stamps.values())
     if files != kept:
         checkpoint.save(cache, {"features": features[[place[mark] for mark in kept]]}, owner | {"files": kept})
     files, features = remembered(cache, owner, model.config.embed)
     if files != kept:
         raise UserError(f"{cache} cannot be read again as it was written: does another run write there? Give another "
                         "--out.")
-    return paths, features, list(broken.values())
+    return list(stamps), features, list(broken.values())
 
 
 def stamp(path: str) -> str:

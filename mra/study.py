@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mra import checkpoint, contrasts, diffusion, figures, ranking
 from mra.config import DIFFUSION_PRESETS, UserError, parse, replacing, run
@@ -152,11 +153,8 @@ def perform(one: Run, out: Path) -> None:
     folder, steps = out / one.name, STEPS[one.size]
     shares = (1.0, FEW) if learns(one.arm) else (1.0,)      # in the 10 % protocol DaD sees the same 10 %
     starts = {share: pretrained(one, out, folder, share) for share in shares}
-    results = {}
-    if one.arm != "none":
-        seen_all = test(starts[1.0], one, (one.target,))
-        seen_few = test(starts[FEW], one, (one.target,)) if FEW in starts else seen_all     # without DaD none are seen
-        results = dict(zip(STAGES, (seen_all, seen_few)))
+    zero_shot = [test(start, one, (one.target,)) for start in starts.values() if start != "none"]
+    results = dict(zip(STAGES[:2], 2 * zero_shot))      # without DaD no pair is seen: twice the same
     for stage, share in (("tenth", FEW), ("all", 1.0)):
         start = starts.get(share, starts[1.0])
         count = steps[stage] + (steps["source"] + steps["mix"] if start == "none" else 0)
@@ -242,7 +240,7 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
     return rows
 
 
-# ---- images
+# ---- images of an arm: (N, 3, H, W) and as many SDA records without their file
 
 def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
     """A folder in SDA format: images of the arm's kind, and source images for SOURCE_SHARE as many and the rest."""
@@ -255,35 +253,33 @@ def image_set(one: Run, out: Path, share: float, retriever: str) -> Path:
     random.Random(one.seed).shuffle(source)
     most = min(round(one.images * KEPT), round(len(source) / (1 + SOURCE_SHARE)))
     count, total = max(1, round(most * SHARES.get(one.arm, 1))), round(most * (1 + SOURCE_SHARE))
-    own = (adapted(one, share, retriever, count) if learns(one.arm) else [] if one.arm == "source"
-           else (moved if one.arm in TRANSFERS else exact)(one, source[:count]))
-    rest = source[len(own):total]
-    plain = read_images([record.path for record in rest], DIFFUSION_PRESETS[one.size])
-    rows = own + [(image, row_of(record)) for image, record in zip(plain, rest)]
+    images, rows = (adapted(one, share, retriever, count) if learns(one.arm) else ([], []) if one.arm == "source"
+                    else (moved if one.arm in TRANSFERS else exact)(one, source[:count]))
+    own, rest = len(rows), source[len(rows):total]
+    images = [*images, *read_images([record.path for record in rest], DIFFUSION_PRESETS[one.size])]
+    rows += map(row_of, rest)
     if one.arm == "shuffled":
-        words = [{name: row[name] for name in WORDS} for _, row in rows]
+        words = [{name: row[name] for name in WORDS} for row in rows]
         random.Random(one.seed).shuffle(words)
-        rows = [(image, row | other) for (image, row), other in zip(rows, words)]
+        rows = [row | other for row, other in zip(rows, words)]
     (folder / "imgs").mkdir(parents=True)
-    for number, (image, row) in enumerate(rows):
-        row |= {"image": f"{number:06d}.png"}
+    for number, (image, row) in enumerate(zip(images, rows)):
+        row["image"] = f"{number:06d}.png"
         save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / "imgs" / row["image"])
     for start in range(0, len(rows), 5000):
-        some = [row for _, row in rows[start:start + 5000]]
-        checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", some, indent=None)
-    if len(own) < count and one.arm != "source":
-        print(f"{one.name}: {len(own)} images of its own in place of {count}, the others are the source's.", flush=True)
-    checkpoint.write_json(folder / "report.json", {"own": len(own), "images": len(rows)})
+        checkpoint.write_json(folder / f"sda_{start}_{start + 5000}.json", rows[start:start + 5000], indent=None)
+    if own < count and one.arm != "source":
+        print(f"{one.name}: {own} images of its own in place of {count}, the others are the source's.", flush=True)
+    checkpoint.write_json(folder / "report.json", {"own": own, "images": len(rows)})
     return folder
 
 
 def row_of(record: Record) -> dict:
-    """The SDA record of an image, but for its file."""
     return {"image_id": record.identity, "caption": record.captions[0], "phrases": record.phrases,
             "boxes": record.boxes}
 
 
-def adapted(one: Run, share: float, retriever: str, count: int) -> list[tuple[torch.Tensor, dict]]:
+def adapted(one: Run, share: float, retriever: str, count: int) -> tuple[Tensor, list[dict]]:
     """Some of what adapt.py makes, having learned from the target's labelled pairs or a share of them."""
     folder = Path("out/sda") / f"study-{one.images_of('dad' if one.arm in SHARES else one.arm)}-{share:g}"
     flags = ("--mode", "restyle") if one.arm == "restyled" else ("--captions", "source", *VARIANTS.get(one.arm, ()))
@@ -294,20 +290,19 @@ def adapted(one: Run, share: float, retriever: str, count: int) -> list[tuple[to
     rows = [row for part in sorted(folder.glob("sda_*.json")) for row in checkpoint.read_json(part)]
     random.Random(one.seed).shuffle(rows)
     images = read_images([str(folder / "imgs" / row["image"]) for row in rows[:count]], DIFFUSION_PRESETS[one.size])
-    return [(image, {name: row[name] for name in WORDS} | {"image_id": 10**6 + number})      # each a person of its own
-            for number, (image, row) in enumerate(zip(images, rows))]
+    return images, [{name: row[name] for name in WORDS} | {"image_id": 10**6 + number}      # each a person of its own
+                    for number, row in enumerate(rows[:count])]
 
 
-def moved(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
+def moved(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
     """Source images in the look of the target's unlabelled training images, without diffusion."""
     base, _ = read_base(Path(diffusion.__path__[0]) / f"base-{one.size}.safetensors")
     target = load(one.target, "train", town.ready(one.target, one.size == "tiny"), say=quiet)
     plain, looks = (read_images([record.path for record in some], base.config) for some in (source, target.records))
-    return [(image, row_of(record)) for image, record in
-            zip(transferred(plain, looks, base.eval().autoencoder)[one.arm], source)]
+    return transferred(plain, looks, base.eval().autoencoder)[one.arm], list(map(row_of, source))
 
 
-def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
+def exact(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
     """The source's people as the target's cameras meet them, with captions and boxes of their own."""
     sizes = town.TINY if one.size == "tiny" else town.DEFAULT
     shots = {shot.path: shot for shot in town.shots("source", sizes, 0)}
@@ -315,8 +310,9 @@ def exact(one: Run, source: list[Record]) -> list[tuple[torch.Tensor, dict]]:
     size = DIFFUSION_PRESETS[one.size]
     drawn = town.portraits(one.target, [shot.person for shot in seen], 7 + (one.arm == "exact again"),
                            (size.height, size.width), torch.get_num_threads())
-    return [(image, {"image_id": record.identity} | {name: getattr(portrait.words, name) for name in WORDS})
-            for image, portrait, record in zip(stacked([shown.pixels for shown in drawn]), drawn, source)]
+    rows = [{"image_id": record.identity} | {name: getattr(portrait.words, name) for name in WORDS}
+            for portrait, record in zip(drawn, source)]
+    return stacked([portrait.pixels for portrait in drawn]), rows
 
 
 # ---- tables and figure

@@ -96,7 +96,8 @@ def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list
 
     def loss_and_gradients(shard: int) -> tuple[Tensor, ...]:
         draw = torch.Generator(machine.device).manual_seed(hash((*seeds, *divmod(shard, SHARDS))) % 2**62)
-        loss = loss_of(draw, max(1, batch // (shards * machine.world)))
+        with machine.autocast():
+            loss = loss_of(draw, max(1, batch // (shards * machine.world)))
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     total, *others = machine.map(loss_and_gradients, range(machine.rank * shards, (machine.rank + 1) * shards))
