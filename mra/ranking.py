@@ -36,10 +36,21 @@ def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor
     hit = gallery_ids[order] == query_ids[:, None]                                 # (Q, G)
     hit = hit[hit.any(1)].double()
     found = hit.cumsum(1)                                                          # hits among the first r
-    rank = torch.arange(1, hit.shape[1] + 1)                                       # (G,)
+    rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)                    # (G,)
     matches, last = found[:, -1], (hit * rank).amax(1)
     return torch.stack([*(found[:, min(k, len(rank)) - 1].clamp(max=1) for k in (1, 5, 10)),
                         (found / rank * hit).sum(1) / matches, matches / last], 1)
+
+
+def means(rows: list[Tensor]) -> dict[str, float]:
+    """METRICS in percent, from `metric_rows` of some queries after others; nan where none has a match."""
+    return dict(zip(METRICS, (100 * torch.cat(rows).mean(0)).tolist()))
+
+
+def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
+    """METRICS in percent of any scores (Q, G), the highest first, equal ones as in the gallery; ids (Q,) and (G,)."""
+    return means([metric_rows(some.argsort(dim=1, descending=True, stable=True), ids, gallery_ids)
+                  for some, ids in zip(scores.split(BLOCK), query_ids.split(BLOCK))])
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class Search:
             rest = self.rest(some)
             for part, first in zip(parts, firsts):
                 part.append(metric_rows(torch.cat([first[some], rest], 1), query_ids[some], gallery_ids))
-        return [dict(zip(METRICS, (100 * torch.cat(part).mean(0)).tolist())) for part in parts]
+        return list(map(means, parts))
 
 
 def choose_weight(found: Search, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:

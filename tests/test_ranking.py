@@ -9,7 +9,7 @@ import torch
 from mra import ranking
 from mra.data.augment import tensor_of
 from mra.data.records import open_image
-from mra.ranking import Search, choose_weight, search
+from mra.ranking import Search, choose_weight, retrieval_metrics, search
 
 CAPTIONS = ["a man in a red coat with a bag on his left", "a woman",
             "blue jeans and white shoes on the right side", "black hat",
@@ -47,10 +47,12 @@ def order(found: Search, first: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, found.rest(slice(None))], 1)
 
 
-def retrieval_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
-    """Of scores (Q, G), the best five of each query as candidates."""
+def checked_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
+    """Those of scores (Q, G), which a search with the best five of each query as candidates must have, too."""
     found = made(scores, scores[:, :0], scores.argsort(dim=1, descending=True, stable=True)[:, :5])
-    return found.metrics(query_ids, gallery_ids, found.candidates)[0]
+    metrics = retrieval_metrics(scores, query_ids, gallery_ids)
+    assert found.metrics(query_ids, gallery_ids, found.candidates) == [pytest.approx(metrics, nan_ok=True)]
+    return metrics
 
 
 # ---- metrics
@@ -67,7 +69,7 @@ def test_metrics_of_a_ranking_made_by_hand():
     scores = torch.zeros(2, 7).scatter(1, ranks, torch.arange(7.0, 0, -1).expand(2, -1))
     expected = dict(zip(NAMES, (0, 50, 100, 100 * (8 / 15 + 1 / 7) / 2, 100 * (3 / 5 + 1 / 7) / 2)))
     ids = torch.tensor([1, 4]), torch.tensor([1, 2, 1, 3, 2, 1, 4])
-    assert retrieval_metrics(scores, *ids) == pytest.approx(expected)
+    assert checked_metrics(scores, *ids) == pytest.approx(expected)
     assert made(torch.zeros(2, 7), torch.zeros(2, 0)).metrics(*ids, ranks) == [pytest.approx(expected)]
 
 
@@ -77,27 +79,27 @@ def test_metrics_are_a_naive_loop_with_ties_and_many_queries(queries, gallery, l
     generator = torch.Generator().manual_seed(queries)
     scores = torch.randint(0, levels, (queries, gallery), generator=generator).float()
     ids = [torch.randint(0, people, (count,), generator=generator) for count in (queries, gallery)]
-    assert retrieval_metrics(scores, *ids) == pytest.approx(naive_metrics(scores, *ids))
+    assert checked_metrics(scores, *ids) == pytest.approx(naive_metrics(scores, *ids))
 
 
 def test_a_query_without_a_match_is_left_out():
     scores, gallery = torch.tensor([[3.0, 2, 1], [3, 2, 1]]), torch.tensor([0, 1, 2])
-    with_and_without = retrieval_metrics(scores, torch.tensor([1, 77]), gallery)
-    assert with_and_without == retrieval_metrics(scores[:1], torch.tensor([1]), gallery)
+    with_and_without = checked_metrics(scores, torch.tensor([1, 77]), gallery)
+    assert with_and_without == checked_metrics(scores[:1], torch.tensor([1]), gallery)
     assert with_and_without["mAP"] == 50 and with_and_without["R@1"] == 0
-    nothing = retrieval_metrics(scores, torch.tensor([8, 9]), gallery)
+    nothing = checked_metrics(scores, torch.tensor([8, 9]), gallery)
     assert tuple(nothing) == NAMES and all(math.isnan(value) for value in nothing.values())
 
 
 def test_a_gallery_of_one_image():
-    metrics = retrieval_metrics(torch.tensor([[0.1], [0.2]]), torch.tensor([4, 5]), torch.tensor([4]))
+    metrics = checked_metrics(torch.tensor([[0.1], [0.2]]), torch.tensor([4, 5]), torch.tensor([4]))
     assert metrics == dict.fromkeys(NAMES, 100.0)
 
 
 def test_duplicates_of_an_image_are_hits_of_their_own():
     """The pair of copies stands at ranks 2 and 3: AP = (1/2 + 2/3) / 2, INP = 2/3."""
     scores, gallery_ids = torch.tensor([[0.9, 0.5, 0.5, 0.1]]), torch.tensor([0, 1, 1, 2])
-    metrics = retrieval_metrics(scores, torch.tensor([1]), gallery_ids)
+    metrics = checked_metrics(scores, torch.tensor([1]), gallery_ids)
     assert metrics["mAP"] == pytest.approx(100 * 7 / 12) and metrics["mINP"] == pytest.approx(200 / 3)
 
 
