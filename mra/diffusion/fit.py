@@ -72,7 +72,9 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
                                     | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
                 if stop and done < plan.steps:
                     raise KeyboardInterrupt
-        model.load_state_dict(average, strict=False)        # of what was trained, and of nothing else
+        with torch.no_grad():
+            for k, p in parameters.items():
+                p.copy_(average[k])
         if machine.rank == 0:
             checkpoint.save(path, checkpoint.weights(model), facts | {"seconds": round(time.perf_counter() - started)})
             part.unlink(missing_ok=True)
