@@ -33,7 +33,7 @@ from mra.diffusion.boxes import usual_places
 from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
 from mra.diffusion.fit import fit, load_same
-from mra.diffusion.making import PROBES, SAMPLERS, Looks, collect, make, unfinish, wishes
+from mra.diffusion.making import PROBES, SAMPLERS, Looks, collect, make, name_of, unfinish, wishes
 from mra.diffusion.sampling import CONDITIONS, Diffusion, LatentPairs, encode, read_base, read_images, stacked, to_float
 from mra.diffusion.stable import read_stable
 from mra.training import Machine
@@ -61,7 +61,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way from the base to the finished set in `out`."""
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
-    retriever = released.load_retriever(Path(config.checkpoint), machine.device)[:2] if config.checkpoint else None
+    retriever = released.load_retriever(Path(config.checkpoint), machine.device) if config.checkpoint else None
     # ---- the model: a frozen base, and a branch that learns the target
     base = load_base(config, machine)
     stable, root = base.config.stable, machine.root(config.data_root, config.target, config.size == "tiny")
@@ -75,24 +75,25 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     branch = adapt(config, machine, base, learned_from, target, images)
     if not stable:                  # Stable Diffusion's decoder stays as it is, as in the paper
         adapt_decoder(config, machine, base, learned_from, images, latents)
-    made_with = {"config": asdict(replace(config, out="", device="", workers=0)), **learned_from,
+    places = usual_places(islice(source.records, PLACED), *base.config.shape[1:]) if source else {}
+    wanted = wishes(config, base, (source if from_source(config) else target).records)
+    restyles, many = config.mode == "restyle", replace(config, images=max(config.images, PROBES))
+    probes = [] if stable else wishes(many, base, (source if restyles else target).records)
+    asked_for = name_of(wanted + probes, places)
+    made_with = {"config": asdict(replace(config, out="", device="", workers=0, recompute=False)), **learned_from,
                  "branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
-                 "retriever": retriever and checkpoint.digest(retriever[0])}
+                 "retriever": retriever and checkpoint.digest(retriever[0]), "asked for": asked_for}
     if (out / "report.json").exists() and made_with.items() <= checkpoint.read_json(out / "report.json").items():
         return machine.say(f"{out} is complete; remove its report.json to judge and measure it anew.")
     # ---- the images
     judge, skill = train_judge(config, machine, learned_from, images)
-    places = usual_places(islice(source.records, PLACED), *base.config.shape[1:]) if source else {}
-    wanted = wishes(config, base, (source if from_source(config) else target).records)
-    restyles, looks = config.mode == "restyle", Looks(None, latents)
-    many = replace(config, images=max(config.images, PROBES))
-    probes = [] if stable else wishes(many, base, (source if restyles else target).records)
+    looks = Looks(None, latents)
     if restyles:
         some = [record.path for record in islice(source.records, gap.ROWS)]
         looks = Looks(encode(base.autoencoder, read_images(some, base.config, config.workers)), latents)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: unfinish(out))
-    parts = make(config, machine, base, branch, judge, retriever, wanted, probes, looks, places, out)
+    parts = make(config, machine, base, branch, judge, retriever, wanted, probes, looks, places, asked_for, out)
     # ---- the set and its report
     measured = config.measure and not config.data_root         # drawn people: the exact answer is known
     reader = train_reader(config, machine) if measured else None

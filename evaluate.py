@@ -24,7 +24,7 @@ from mra import checkpoint, figures, gallery, ranking, released
 from mra.config import UserError, check_values, harmless, parse, run
 from mra.data import records
 from mra.data.words import clean, noun_phrases
-from mra.training import Machine, choose_device, make_folder, queries_of
+from mra.training import Machine, choose_device, choose_precision, make_folder, queries_of
 
 PICTURED = 20    # sentences shown in query.png
 
@@ -33,7 +33,7 @@ PICTURED = 20    # sentences shown in query.png
 class EvalConfig:
     """What to evaluate, and how."""
 
-    checkpoint: str = ""              # ours, or a released one (.pth); empty: the newest best.safetensors under out/
+    checkpoint: str = ""              # ours, or a released one (.pth); empty: the newest out/*/best.safetensors
     vocab: str = ""                   # BERT's vocab.txt for a released checkpoint; empty: the one beside it
     dataset: tuple[str, ...] = ()     # empty: the one that the checkpoint was trained on
     split: str = "test"               # train, val or test
@@ -57,7 +57,8 @@ def main() -> None:
     """The metrics of every dataset, or the answers to the sentences asked."""
     config = parse(EvalConfig, __doc__)
     check(config)
-    usual = "bf16" if choose_device(config.device).type == "cuda" else "float32"
+    device = choose_device(config.device)
+    usual = choose_precision("", device) if device.type == "cuda" else "float32"
     machine = Machine.of(config.device, config.precision or usual)
     path, say = Path(config.checkpoint) if config.checkpoint else newest(), machine.say
     model, tokenizer, facts = released.load_retriever(path, machine.device, config.vocab)

@@ -20,6 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from mra.config import PRESETS, TrainConfig, UserError, check_values, harmless, 
 from mra.data import town
 from mra.data.batches import PairDataset, loader, order
 from mra.data.check import check_set
-from mra.data.records import DATASETS, RecordSet, load_splits, share_of
+from mra.data.records import DATASETS, RecordSet, load_splits, open_image, share_of
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 
@@ -58,13 +59,18 @@ def pretrain(config: TrainConfig, machine: training.Machine) -> Path:
     shared = {name: getattr(config, name) for name in (
         "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
         "released_regions", "workers")}
-    return train(TrainConfig(**recipe("sda", config.preset) | shared | {"dataset": source}), machine)
+    usual = recipe("sda", config.preset)
+    joint = {"dataset": source, "batch": max(2, usual["batch"] // machine.world)}      # as many pairs in all processes
+    return train(TrainConfig(**usual | shared | joint), machine)
 
 
 def adapted_set(config: TrainConfig) -> Path | None:
-    """The set that adapt.py made for this target, if there is one."""
+    """The set that adapt.py made for this target, if there is one. Raises UserError for one that is unfinished."""
     made = Path("out/sda") / (config.dataset + f"-{config.preset}" * (config.preset != "demo"))
-    return made if config.dataset in DATASETS and (made / "report.json").exists() else None
+    whole = (made / "report.json").exists()
+    if config.dataset in DATASETS and (made / "parts").is_dir() and not whole:
+        raise UserError(f"{made} is an adapted set that is not finished: run adapt.py again, or remove it.")
+    return made if config.dataset in DATASETS and whole else None
 
 
 def train(config: TrainConfig, machine: training.Machine) -> Path:
@@ -86,6 +92,8 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
     root = machine.root(config.data_root, config.dataset, config.preset == "tiny")
     train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, say)
     model, tokenizer, pretrained_on = load_model(config, device, say)
+    for record in val_set.records:          # a broken one is told now, not after an epoch
+        open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
     plan = training.Plan.of(config, len(dataset), world)
     optimizer = training.make_optimizer(model, config)
@@ -95,6 +103,8 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
     first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
+    elif rank == 0:     # another run's, of which the best stays until there is a new one
+        (out / "last.safetensors").unlink(missing_ok=True)
     step_model = torch.compile(model) if config.compile else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
@@ -113,8 +123,9 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
             torch.manual_seed(hash((config.seed, step, rank)) % 2**62)    # dropout and negatives, as before a restart
             # --------------------------------------------------------------------------------------------------------
             seen = {}
-            for _ in range(config.accumulate):
-                with machine.autocast():
+            for part in range(1, config.accumulate + 1):
+                waits = part < config.accumulate and world > 1      # gradients are exchanged once, when all are added
+                with machine.autocast(), step_model.no_sync() if waits else nullcontext():
                     terms = step_model(next(batches).to(device), fuse, config.smoothing, config.eda)
                     loss = losses.total(terms, config.beta) / config.accumulate
                 loss.backward()

@@ -56,10 +56,13 @@ def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None
         scratch.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict | list:
-    """What `write_json` wrote. Raises UserError where the file is damaged."""
+def read_json(path: Path, kind: type = dict) -> dict | list:
+    """What `write_json` wrote, of that kind. Raises UserError where the file is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+        return found
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove it to have it made anew.") from error
 
@@ -129,17 +132,22 @@ def check_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> d
 
 
 def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into the model. Raises UserError where they do not fit."""
+    """Copy weights into the model. Raises UserError where they do not fit or are not finite."""
     given = check_weights(model, tensors, path)
+    if broken := [name for name, tensor in given.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path}: {len(broken)} of its tensors hold values that are not finite, {broken[0]} first.")
     with torch.no_grad():
         for name, tensor in weights(model).items():
             tensor.copy_(given[name])
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
-    """Go back to what `state` returned. Raises UserError where the weights do not fit."""
+    """Go back to what `state` returned. Raises UserError where the weights do not fit; for use within `trusting`."""
     restore_weights(model, tensors, path)
     parameters = dict(model.named_parameters())
+    kept = {tuple(name.split(".", 2)[1:]) for name in tensors if name.startswith("optimizer.")}
+    if not kept or kept != {(kind, of) for _, of in kept for kind in ("step", "exp_avg", "exp_avg_sq")}:
+        raise ValueError("the optimiser's state is not complete")
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, kind, of = name.split(".", 2)
@@ -169,9 +177,12 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if changed:
             raise UserError(f"{path} was trained with another {changed[0]}, {then.get(changed[0])!r}; give another "
-                            "--out, or --no-resume to overwrite it.")
+                            "--out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it.")
         restore(model, optimizer, tensors, path)
-        return int(saved["step"]), saved["best"]
+        best = saved["best"]
+        if best is not None and not all(isinstance(part, bool | float) for part in best["quality"]):
+            raise ValueError(f"quality is {best['quality']!r}")
+        return int(saved["step"]), best
 
 
 def settings(facts: dict) -> dict:

@@ -159,7 +159,7 @@ class TrainConfig:
     """One stage of training. A recipe below overrides some of these defaults, and a flag overrides both."""
 
     dataset: str = "icfg"        # cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or a folder of your own
-    preset: str = "demo"         # a row of PRESETS
+    preset: str = "demo"         # tiny, demo, small, base, swin or swin-224
     data_root: str = ""          # folder of the real sets; empty: the demo town, which is drawn on first use
     check: bool = False          # read the whole set, decode its images, list what is wrong, and stop
     init: str = ""               # checkpoint to start from, or "none"; empty: pretrain on the demo town first
@@ -205,7 +205,7 @@ class AdaptConfig:
     images: int = 1500            # how many are made, before the filters
     condition: str = "white"      # of the branch; to restyle also structure, the edges of the source image
     captions: str = "target"      # whose captions to generate from, target or source
-    size: str = "demo"            # a row of DIFFUSION_PRESETS
+    size: str = "demo"            # tiny, demo, small, base or sd15
     base: str = ""                # file of a trained base; empty: the shipped one for demo, else trained first
     weights: str = ""             # for sd15: folder of Stable Diffusion 1.5 in the layout of diffusers
     zero_snr: bool = False        # for sd15: end in pure noise and learn v, not the noise
@@ -298,9 +298,10 @@ def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
         raise UserError(f"{message}; --help lists the flags.")
     parser.error = refuse
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
+    usual = kind(**recipe_of(kind()))
     for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        text = f"{comments.get(field.name, '')} (default: {getattr(usual, field.name)!r})".replace("%", "%%")
         takes = (dict(action=argparse.BooleanOptionalAction) if field.type is bool
                  else dict(nargs="+") if field.type == tuple[str, ...] else dict(type=field.type))
         parser.add_argument(flag, help=text, **takes)

@@ -84,10 +84,16 @@ def spread(values: dict[tuple[str, int], float]) -> str:
 
 
 def interval(gains: dict[tuple[str, int], float]) -> str:
-    """Mean of paired differences, its 95 % confidence interval over seeds (Student's) and its standard error."""
-    means = by_seed(gains)
-    if len(means) < 2:
-        return f"{means[0]:+.1f}" if means else ""
-    mean, error = statistics.mean(gains.values()), statistics.stdev(means) / len(means) ** 0.5
-    reach = STUDENT[min(len(means) - 1, len(STUDENT)) - 1] * error
+    """Mean of paired differences, its 95 % confidence interval (Student's) and its standard error.
+
+    Seeds are the independent ones: the error is that of a mean of clusters, of whatever number of targets each.
+    """
+    if not gains:
+        return ""
+    mean, seeds = statistics.mean(gains.values()), {seed for _, seed in gains}
+    parts = [sum(value - mean for (_, own), value in gains.items() if own == seed) / len(gains) for seed in seeds]
+    if len(seeds) < 2:
+        return f"{mean:+.1f}"
+    error = (sum(part * part for part in parts) * len(seeds) / (len(seeds) - 1)) ** 0.5
+    reach = STUDENT[min(len(seeds) - 1, len(STUDENT)) - 1] * error
     return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}], error {error:.1f}"

@@ -137,6 +137,8 @@ def finished(one: Run, out: Path) -> bool:
 def plan(config: StudyConfig) -> Iterator[Run]:
     """The runs in an order that gives the main table first: seed by seed."""
     if config.quick:
+        if config.arms or config.targets or config.seeds:
+            raise UserError("--quick is two arms of one target and seed: no --arms, --targets, --seeds.")
         yield from (Run(arm, "regions", "icfg", 0, min(config.images, 60), "tiny") for arm in ("source", "dad"))
         return
     others = [(arm, "regions") for arm in ARMS if (arm, "regions") not in MAIN]
@@ -287,7 +289,7 @@ def adapted(one: Run, share: float, retriever: str, count: int) -> tuple[Tensor,
         flags += ("--checkpoint", retriever)
     call("adapt.py", "--target", one.target, "--size", one.size, "--seed", str(one.seed), "--share", str(share),
          "--images", str(one.images), "--out", str(folder), "--no-measure", *flags)
-    rows = [row for part in sorted(folder.glob("sda_*.json")) for row in checkpoint.read_json(part)]
+    rows = [row for part in sorted(folder.glob("sda_*.json")) for row in checkpoint.read_json(part, list)]
     random.Random(one.seed).shuffle(rows)
     images = read_images([str(folder / "imgs" / row["image"]) for row in rows[:count]], DIFFUSION_PRESETS[one.size])
     return images, [{name: row[name] for name in WORDS} | {"image_id": 10**6 + number}      # each a person of its own

@@ -101,7 +101,8 @@ def choose_precision(name: str, device: torch.device) -> str:
     """The precision that was asked for, or bf16 where the device has instructions for it, else float32."""
     if name not in ("", "float32", "bf16"):
         raise UserError(f"--precision {name}: give float32 or bf16.")
-    able = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    able = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+            else torch.cpu.get_capabilities().get("avx512_bf16", False))
     return name or ("bf16" if able else "float32")
 
 
@@ -198,8 +199,8 @@ class Log:
     def __init__(self, path: Path, plan: Plan, images: int, quiet: bool, first: int = 0):
         self.path, self.plan, self.images, self.quiet = path, plan, images, quiet
         if path.exists() and not quiet:
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if line.endswith("\n") and step_of(line) <= first))
         self.restart()
 
     def flush(self, step: int, rate: float) -> None:
@@ -229,6 +230,14 @@ class Log:
         if not self.quiet:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; beyond all for one that a crash has spoilt."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]:

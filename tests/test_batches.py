@@ -204,3 +204,10 @@ def test_a_batch_moves_as_a_whole(batch):
     assert isinstance(moved, Batch) and moved.eda_ids is None
     tensors = [x for x in vars(moved).values() if x is not None]
     assert len(tensors) == 12 and all(x.device.type == "meta" for x in tensors)
+
+
+def test_a_batch_is_pinned_by_the_loader(batch, monkeypatch):
+    """All of it, by what DataLoader calls for `pin_memory=True`; a GPU is what really pins."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.to("meta"))
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(dataclasses.replace(batch, eda_ids=None))
+    assert pinned.eda_ids is None and {x.device.type for x in vars(pinned).values() if x is not None} == {"meta"}

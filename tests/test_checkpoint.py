@@ -192,14 +192,14 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     optimizer = make_optimizer(model, train)
     assert checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train)) == (0, None)
     step(model, optimizer, batch, 0)
-    facts = facts_of(model, tokenizer, train, step=7, best={"R@1": 50.0})
+    facts = facts_of(model, tokenizer, train, step=7, best={"quality": [False, 50.0]})
     checkpoint.save(path, checkpoint.state(model, optimizer), facts)
     assert checkpoint.resume(tmp_path, model, optimizer, facts) == (0, None)       # its best checkpoint is lost
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
     other = Retriever(model.config)
     restored = make_optimizer(other, train)
     elsewhere = facts_of(model, tokenizer, dataclasses.replace(train, workers=3, out="there", device="cpu"))
-    assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"R@1": 50.0})
+    assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"quality": [False, 50.0]})
     assert same(checkpoint.state(model, optimizer), checkpoint.state(other, restored))
     older = facts | {"train": {name: value for name, value in facts["train"].items() if name != "bert"}}
     assert checkpoint.resume(tmp_path, other, restored, older)[0] == 7            # from before there was --bert
@@ -207,6 +207,17 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     message = refusal(checkpoint.resume, tmp_path, other, restored, changed)
     assert str(path) in message and "--weight-decay" in message
     assert "number of pairs, 99;" in refusal(checkpoint.resume, tmp_path, other, restored, elsewhere | {"pairs": 98})
+    whole = checkpoint.state(model, optimizer)
+    moment = next(name for name in whole if name.startswith("optimizer.exp_avg."))
+    without = {name: {n: t for n, t in whole.items() if not n.startswith(name)} for name in (moment, "optimizer.")}
+    for tensors, more in ((without[moment], {}), (without["optimizer."], {}), (whole, {"best": {}}),
+                          (whole | {"optimizer.step.nothing": torch.ones(())}, {}),
+                          (whole, {"best": {"quality": "good"}})):
+        checkpoint.save(path, tensors, facts | more)
+        assert str(path) in refusal(checkpoint.resume, tmp_path, other, restored, facts)
+    checkpoint.save(path, {name: tensor * float("nan") if name == "temperature" else tensor
+                           for name, tensor in whole.items()}, facts)
+    assert "temperature first" in refusal(checkpoint.resume, tmp_path, other, restored, facts)
 
 
 def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path, model, tokenizer, batch):
@@ -223,15 +234,16 @@ def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path,
             assert "--batch x processes, 40;" in refusal(checkpoint.resume, tmp_path, model, optimizer, now)
 
 
-def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokenizer, paint):
+def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokenizer, batch, paint):
     """As train.py does after a restart: `result["quality"] >= best["quality"]`."""
     records = tuple(Record(paint(f"{i}.png", seed=i), (f"man {i}", "red hat"), i) for i in range(3))
     val = RecordSet("cuhk", "val", records)
-    train, result = TrainConfig(), validate(model, tokenizer, val, fused=True)
+    train = TrainConfig()
+    step(model, optimizer := make_optimizer(model, train), batch, 0)
+    result = validate(model, tokenizer, val, fused=True)
     assert {"embeddings", "reranked", "weight"} <= result.keys()
-    checkpoint.save(tmp_path / "last.safetensors", checkpoint.weights(model),
+    checkpoint.save(tmp_path / "last.safetensors", checkpoint.state(model, optimizer),
                     facts_of(model, tokenizer, train, step=1, best=result))
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
-    optimizer = make_optimizer(model, train)
     _, best = checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train))
     assert validate(model, tokenizer, val, fused=True)["quality"] >= best["quality"]

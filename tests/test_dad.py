@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -324,6 +325,29 @@ def test_a_finished_set_outlives_mistakes(made):
     (folder / "out/sda/icfg-tiny/report.json").write_bytes(before[folder / "out/sda/icfg-tiny/report.json"])
 
 
+def test_another_source_makes_another_set(made):
+    """Not pixels alone: what stands beside them is copied into the set, or decides where phrases are looked for."""
+    folder, _ = made
+    shutil.copytree(folder / "data/demo-tiny", folder / "own")
+    flags = ("--source", "own", "--data-root", "own", "--base", "out/base-tiny/base.safetensors", "--images", "8",
+             "--malformed", "100", "--mode", "restyle", "--out", "out/own")
+    adapt(folder, *flags)
+    assert "out/own is complete" in adapt(folder, *flags, "--recompute")
+    for file in (folder / "own/SDA").glob("sda_*.json"):
+        file.write_text(re.sub(r'"caption": "', '"caption": "Look, ', file.read_text()))
+    assert "Making 8 images" in adapt(folder, *flags)
+    rows = json.loads((folder / "out/own/sda_0_5000.json").read_text())
+    assert len(rows) == 8 and all(row["caption"].startswith("Look, ") for row in rows)
+
+
+def test_the_prompts_of_a_caption_speak_of_one_person(made):
+    folder, _ = made
+    rows = json.loads((folder / "out/sda/icfg-tiny/sda_0_5000.json").read_text())
+    people = {row["origin"]: row["image_id"] for row in rows}       # ICFG has one caption an image
+    assert len(set(people.values())) == len(people) < len(rows)
+    assert all(people[row["origin"]] == row["image_id"] for row in rows)
+
+
 def test_a_set_half_made_anew_is_no_set(made):
     """Its images are others already: neither the old annotation nor the old part's record may vouch for them."""
     folder, _ = made
@@ -388,7 +412,7 @@ def test_restyling_keeps_captions_and_boxes(made):
     for row in rows:
         record = source[str(folder / row["origin"])] if row["origin"].startswith("data") else source[row["origin"]]
         assert row["caption"] == record.captions[0] and tuple(row["phrases"]) == record.phrases
-        assert np.allclose(row["boxes"], record.boxes, atol=1e-3)
+        assert np.allclose(row["boxes"], record.boxes, atol=1e-3) and row["image_id"] == record.identity
 
 
 def test_sets_of_ones_own_and_two_processes(made):
@@ -409,8 +433,30 @@ def test_sets_of_ones_own_and_two_processes(made):
 
 def test_train_pretrains_on_the_adapted_set(made):
     folder, _ = made
+    report = folder / "out/sda/icfg-tiny/report.json"
+    report.rename(folder / "report.json")
+    status, _, err = command(folder, "train.py", "--dataset", "icfg", "--preset", "tiny", "--steps", "2")
+    assert status == 2 and "out/sda/icfg-tiny is an adapted set that is not finished" in err
+    (folder / "report.json").rename(report)
     assert "pretraining on out/sda/icfg-tiny first" in succeed(folder, "train.py", "--dataset", "icfg", "--preset",
                                                                "tiny", "--steps", "2")
+
+
+def test_a_retriever_judges_captions_as_it_has_learned_them(made, monkeypatch):
+    """One that was fine-tuned on ICFG has seen words without signs between them."""
+    folder, _ = made
+    real, asked = making.agreement, []
+    monkeypatch.setattr(making, "agreement", lambda model, tokenizer, images, captions: (
+        asked.extend(captions) or real(model, tokenizer, images, captions)))
+    for dataset in ("icfg", "sda"):
+        succeed(folder, "train.py", "--dataset", dataset, "--preset", "tiny", "--steps", "1", "--init", "none",
+                "--out", f"out/{dataset}")
+        adapt(folder, "--images", "8", "--malformed", "100", "--mismatch", "-1000", "--no-measure", "--captions",
+              "source", "--checkpoint", f"out/{dataset}/best.safetensors", "--out", "out/judged")
+    clean, raw = asked[:8], asked[8:]
+    rows = json.loads((folder / "out/judged/sda_0_5000.json").read_text())
+    assert [row["caption"] for row in rows] == raw and all("match" in row for row in rows)
+    assert all(re.fullmatch("[a-z0-9 ]+", caption) for caption in clean) and clean != raw
 
 
 @pytest.mark.parametrize("flags, named", [

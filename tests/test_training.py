@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,9 +20,11 @@ from test_commands import ROOT, TINY, command, log_of, refused, succeed
 from torch.nn.parallel import DistributedDataParallel
 
 import mra.retriever
+import train
 from mra import checkpoint, losses, ranking, training
 from mra.config import PRESETS, Fit, TrainConfig, UserError
 from mra.data.batches import Batch
+from mra.data.records import load
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.fit import fit
 from mra.retriever import Retriever
@@ -73,6 +76,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, 
         patch.setattr(checkpoint, "save", kill)
         assert command(town, "train.py", *flags, "--out", str(cut)).status == 130
     assert checkpoint.load(cut / "last.safetensors")[1]["step"] == 3
+    with (cut / "log.jsonl").open("ab") as file:                 # what a power cut may leave
+        file.write(b'\0\xff\n[]\n{"itc": 1}\n{"step": ')
     torch.manual_seed(12345)                                     # the state of the new process is another one
     assert "going on after step 3 of 6" in succeed(town, "train.py", *flags, "--out", str(cut))
     for name in ("last", "best"):
@@ -170,21 +175,40 @@ def test_a_second_run_in_the_same_folder_is_refused(town, tmp_path):
     succeed(town, "train.py", *SIX, "--dataset", "sda", "--out", str(tmp_path))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(town, tmp_path):
-    """Files of this process may have as many bytes as the first checkpoint, and no more."""
+@pytest.mark.parametrize("bytes_of_best, lost", [(0.5, "best"), (1.5, "last")])
+def test_a_full_disk_leaves_the_best_checkpoint_and_never_one_of_each_run(town, tmp_path, bytes_of_best, lost):
+    """Files of this process may have so many bytes and no more; a run starts over where another has finished."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     flags = (*SIX, "--dataset", "sda", "--out", str(tmp_path))
     succeed(town, "train.py", *flags, "--steps", "3")
     before = (tmp_path / "best.safetensors").read_bytes()
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before) * bytes_of_best), limit[1]))
         sentence = refused(town, "train.py", *flags, "--no-resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert "best.safetensors cannot be written" in sentence
-    assert (tmp_path / "best.safetensors").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    assert f"{lost}.safetensors cannot be written" in sentence
+    assert ((tmp_path / "best.safetensors").read_bytes() == before) == (lost == "best")
+    assert not list(tmp_path.glob("*.tmp")) and "going on" not in succeed(town, "train.py", *flags, "--steps", "3")
+
+
+def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
+    shutil.copytree(town / "data/demo-tiny", tmp_path / "sets")
+    broken = load("cuhk", "val", tmp_path / "sets", say=lambda line: None).records[-1].path
+    Path(broken).write_bytes(b"no image")
+    assert broken in refused(town, "train.py", *SIX, "--dataset", "cuhk", "--data-root", str(tmp_path / "sets"),
+                             "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "train", lambda config, machine: asked.append(config.batch * machine.world))
+    for world in (1, 2, 4):
+        train.pretrain(TrainConfig(), training.Machine(torch.device("cpu"), "float32", 0, world, lambda line: None))
+    assert asked == [32, 32, 32]
 
 
 def test_the_seed_decides_and_nothing_else(town, tmp_path):
@@ -371,8 +395,8 @@ def localhost() -> bool:
 def test_torchrun_from_end_to_end(tmp_path):
     """Pretraining and fine-tuning in two processes; one of them draws, logs and saves."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    flags = ("--dataset", "icfg", *TINY, "--device", "cpu", "--batch", "4", "--steps", "3", "--evals", "1",
-             "--log-every", "1")
+    flags = ("--dataset", "icfg", *TINY, "--device", "cpu", "--batch", "4", "--accumulate", "2", "--steps", "3",
+             "--evals", "1", "--log-every", "1")
     ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                           str(ROOT / "train.py"), *flags], cwd=tmp_path, env=environment, text=True, timeout=90,
                          capture_output=True)
@@ -459,10 +483,11 @@ def test_device_and_precision(monkeypatch):
     for bad in ("cuda", "tpu"):
         with pytest.raises(UserError, match=f"--device {bad}"):
             choose_device(bad)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
-    assert choose_precision("", cpu) == "float32" and choose_precision("", cuda) == "bf16"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert choose_precision("", cpu) == "bf16" and choose_precision("float32", cuda) == "float32"
+    for able in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able or including_emulation)
+        assert choose_precision("", cpu) == choose_precision("", cuda) == ("bf16" if able else "float32")
+    assert choose_precision("float32", cuda) == "float32"
     assert choose_precision("bf16", cpu) == "bf16"
     with pytest.raises(UserError, match="--precision fp16"):
         choose_precision("fp16", cpu)

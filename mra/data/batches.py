@@ -6,7 +6,7 @@ Before: augment.py, tokenizer.py, words.py. After: retriever.py.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,8 +54,15 @@ class Batch:
     phrase_keep: Tensor | None = None   # (B, P)
     phrase_class: Tensor | None = None  # (B,)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(*(None if x is None else change(x) for x in vars(self).values()))
+
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
+        return self.each(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU can fetch it from meanwhile; the loader calls this."""
+        return self.each(Tensor.pin_memory)
 
 
 class PairDataset(torch.utils.data.Dataset):

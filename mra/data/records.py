@@ -227,7 +227,7 @@ def _read_file(source: Source, file: Path) -> list[Row | str]:
     try:
         items = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        return [f"{name} cannot be read as one JSON list; is it cut short? ({error})"]
+        return [f"{name} cannot be read as one JSON list; is it cut short, or not UTF-8? ({error})"]
     if not isinstance(items, list) or not items:
         return [f"{name} must hold a list of records and holds {shown(items)}"]
     for number, item in enumerate(items):
@@ -317,7 +317,8 @@ def _choose(rows: list[Row], split: str, source: Source, say) -> list[Row]:
         chosen = [row for row in train if (row.identity in held) == (split == "val")]
         say(f"without a val split: {len(held)} training identities, the same each time, are held out as val")
     if not chosen:
-        raise UserError(f"{shown(source.files[0])} has no record for the split {split}")
+        few = "; to hold some out as val takes two training identities" if source.carve and split == "val" else ""
+        raise UserError(f"{shown(source.files[0])} has no record for the split {split}{few}")
     return chosen
 
 

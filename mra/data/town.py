@@ -231,6 +231,8 @@ def main() -> None:
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
     """`root`, with the drawn set of that name (sda, cuhk, icfg, rstp) in it; it is drawn if it is missing."""
+    if dataset == "mals":
+        raise UserError("The demo town has no MALS: give --data-root, the folder that holds it.")
     if dataset in ("sda", "cuhk", "icfg", "rstp"):
         build(root(tiny), "source" if dataset == "sda" else dataset, TINY if tiny else DEFAULT, 0,
               1 if tiny else os.cpu_count() or 1, say)

@@ -38,8 +38,8 @@ def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt:
         if threading.get_ident() != thread:     # others sample with the same denoiser meanwhile
             return
         x, memory, keep = args
-        query = module.to_query(x).unflatten(-1, (module.heads, -1)).transpose(1, 2).float()     # (B, heads, S, d)
-        scores = query @ memory[:, 0].float().transpose(-1, -2) / math.sqrt(query.shape[-1])      # (B, heads, S, T)
+        query = module.to_query(x).unflatten(-1, (module.heads, -1)).transpose(1, 2)             # (B, heads, S, d)
+        scores = query @ memory[:, 0].transpose(-1, -2) / math.sqrt(query.shape[-1])      # (B, heads, S, T)
         shares = scores.masked_fill(~keep[:, None, None], -torch.inf).softmax(-1).mean(1)         # (B, S, T)
         rows = round(math.sqrt(x.shape[1] * latents.shape[2] / latents.shape[3]))
         grid = shares.transpose(1, 2).unflatten(-1, (rows, -1))                          # (B, T, rows, columns)

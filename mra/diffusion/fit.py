@@ -41,10 +41,11 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
         first, seen = 0, []
         if part.exists():
             tensors, saved = load_same(part, facts)
-            checkpoint.restore(model, optimizer, tensors, part)
-            for k, p in average.items():
-                p.copy_(tensors[f"average.{k}"])
-            first = saved["step"]
+            with checkpoint.trusting(part):
+                checkpoint.restore(model, optimizer, tensors, part)
+                for k, p in average.items():
+                    p.copy_(tensors[f"average.{k}"])
+                first = int(saved["step"])
         started = time.perf_counter()
         for step in range(first, plan.steps):
             optimizer.param_groups[0]["lr"] = plan.lr * schedule(step, plan.steps, 0.05)

@@ -4,6 +4,7 @@ Before: sampling.py, prompts.py, filters.py, boxes.py, transfers.py. After: gap.
 """
 
 import hashlib
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from mra import checkpoint
 from mra.config import AdaptConfig
 from mra.data.records import Record, save_image
 from mra.data.tokenizer import Tokenizer
-from mra.data.words import noun_phrases
+from mra.data.words import clean, noun_phrases
 from mra.diffusion.boxes import phrase_box, word_maps
 from mra.diffusion.denoiser import DomainBranch, Prompt, structure
 from mra.diffusion.filters import Judge, agreement, colourfulness
@@ -47,34 +48,45 @@ class Looks(NamedTuple):
 def wishes(config: AdaptConfig, base: Diffusion, records: Sequence[Record]) -> list[Record]:
     """What to make: some of these records anew, or one for each prompt, with its phrases but no boxes yet.
 
-    `path` is the image that it, or its caption, comes from. Prompts are sorted by length, so that few need padding.
+    `path` is the image that it, or its caption, comes from. The prompts of a caption speak of one person, an identity.
+    They are sorted by length, so that few need padding.
     """
     if config.mode == "restyle":
         chosen = random.Random(config.seed).sample(range(len(records)), min(config.images, len(records)))
         return [records[i] for i in chosen]
     pairs = [(caption, record.path) for record in records for caption in record.captions]
     made = prompts_of([caption for caption, _ in pairs], config.images, config.seed)
-    found = [Record(pairs[i][1], (prompt,), 0, (), tuple(dict.fromkeys(noun_phrases(prompt)))) for i, prompt in made]
+    found = [Record(pairs[i][1], (prompt,), i, (), tuple(dict.fromkeys(noun_phrases(prompt)))) for i, prompt in made]
     return sorted(found, key=lambda wish: len(base.tokenizer.encode(wish.captions[0])))
 
 
+def name_of(wished: list[Record], places: dict[str, Tensor]) -> str:
+    """A short name for what is wished for and where its phrases are looked for: another source, another name."""
+    found = hashlib.sha256()
+    for wish in wished:
+        found.update(f"{wish} {os.path.getsize(wish.path)}".encode())
+    for noun, place in places.items():
+        found.update(noun.encode() + place.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainBranch, judge: Judge,
-         retriever: tuple[Retriever, Tokenizer] | None, wanted: list[Record], probes: list[Record], looks: Looks,
-         places: dict[str, Tensor], out: Path) -> list[Path]:
+         retriever: tuple[Retriever, Tokenizer, dict] | None, wanted: list[Record], probes: list[Record], looks: Looks,
+         places: dict[str, Tensor], asked_for: str, out: Path) -> list[Path]:
     """Sample, judge and annotate, part by part; a part that is on disk for the same configuration is kept.
 
-    Returns the parts' files. See `calibrate` for the probes, boxes.py for the places.
+    Returns the parts' files. See `calibrate` for the probes, boxes.py for the places, `name_of` for asked_for.
     """
     parts = [wanted[i:i + PART] for i in range(0, len(wanted), PART)]
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     # what decides the images and what is said of each: not the thresholds, not the machine
-    used = replace(config, workers=0, out="", device="", measure=True, checkpoint="", grey_mean=0, grey_variance=0,
-                   malformed=0, mismatch=0)
+    used = replace(config, workers=0, out="", device="", measure=True, checkpoint="", recompute=False, grey_mean=0,
+                   grey_variance=0, malformed=0, mismatch=0)
     weights = " ".join(checkpoint.digest(network) for network in (base, branch, judge, *(retriever or ())[:1]))
-    settings = hashlib.sha256(f"{used} {weights}".encode()).hexdigest()[:16]
+    settings = hashlib.sha256(f"{used} {weights} {asked_for}".encode()).hexdigest()[:16]
     networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
     missing = [number for number in range(machine.rank, len(parts), machine.world)
-               if not files[number].exists() or checkpoint.read_json(files[number])["settings"] != settings]
+               if not files[number].exists() or checkpoint.read_json(files[number]).get("settings") != settings]
     done = []
 
     def make_part(number: int) -> None:
@@ -91,7 +103,9 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
         mean, variance = colourfulness(images)
         judged = {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
         if retriever:
-            judged["match"] = agreement(*retriever, images, [wish.captions[0] for wish in parts[number]])
+            model, tokenizer, facts = retriever
+            captions = [clean(wish.captions[0], facts["train"]["dataset"]) for wish in parts[number]]
+            judged["match"] = agreement(model, tokenizer, images, captions)
         write_part(files[number], images, rows, judged, settings)
         done.append(number)
         seconds = (time.perf_counter() - started) / len(done)
@@ -164,7 +178,8 @@ def describe(config: AdaptConfig, base: Diffusion, wish: Record, maps: Tensor | 
     found = found or [(caption, ((0.5, 0.5, 1.0, 1.0), 1.0))]       # no phrase: the whole image (MRA section 2)
     return {"boxes": [[round(x, 4) for x in box] for _, (box, _) in found],
             "logits": [round(sure, 4) for _, (_, sure) in found],
-            "phrases": [phrase for phrase, _ in found], "caption": caption, "origin": wish.path}
+            "phrases": [phrase for phrase, _ in found], "caption": caption, "image_id": wish.identity,
+            "origin": wish.path}
 
 
 def write_part(file: Path, images: Tensor, rows: list[dict], judged: dict[str, Tensor], settings: str) -> None:
@@ -192,8 +207,8 @@ def collect(config: AdaptConfig, parts: list[Path], out: Path) -> tuple[list[dic
     """Write the annotation files of what passes the filters; returns the records kept and those dropped."""
     rows = [row for part in parts for row in checkpoint.read_json(part)["records"]]
     kept, dropped = [], []
-    for number, row in enumerate(rows):
-        row |= {"image_id": number, "dropped_by": filters_of(config, row)}
+    for row in rows:
+        row["dropped_by"] = filters_of(config, row)
         (dropped if row["dropped_by"] else kept).append(row)
     for start in range(0, len(kept), FILE):
         checkpoint.write_json(out / f"sda_{start}_{start + FILE}.json", kept[start:start + FILE], indent=None)
