@@ -103,11 +103,11 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
     first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
-    elif rank == 0:     # another run's, of which the best stays until there is a new one
-        (out / "last.safetensors").unlink(missing_ok=True)
     step_model = torch.compile(model) if config.compile else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
+    if not first:               # here all processes have looked; another run's best stays until there is a new one
+        machine.first(lambda: (out / "last.safetensors").unlink(missing_ok=True))
     log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, rank > 0, first)
     keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, plan.steps * config.accumulate,
                  rank, world)

@@ -319,9 +319,10 @@ def test_a_finished_set_outlives_mistakes(made):
         status, _, err = command(folder, "adapt.py", *same, *flags)
         assert status == 2 and named in err
     assert {path: path.read_bytes() for path in before} == before
-    (folder / "out/sda/icfg-tiny/report.json").write_text("{")
-    status, _, err = command(folder, "adapt.py", *same)
-    assert status == 2 and "report.json cannot be read" in err
+    for spoilt in ("{", "[]"):
+        (folder / "out/sda/icfg-tiny/report.json").write_text(spoilt)
+        status, _, err = command(folder, "adapt.py", *same)
+        assert status == 2 and "report.json cannot be read" in err
     (folder / "out/sda/icfg-tiny/report.json").write_bytes(before[folder / "out/sda/icfg-tiny/report.json"])
 
 

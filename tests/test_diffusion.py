@@ -367,6 +367,10 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
         fit("line", model, loss_of, plan, tmp_path / "x.safetensors", {}, 0, MACHINE)
     tensors, facts = checkpoint.load(tmp_path / "x.part")
     assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())
+    for lost in ("average.weight", "optimizer.exp_avg.weight"):
+        checkpoint.save(tmp_path / "y.part", {name: value for name, value in tensors.items() if name != lost}, facts)
+        with pytest.raises(UserError, match="y.part: its facts are incomplete"):
+            fit("line", model, loss_of, plan, tmp_path / "y.safetensors", {}, 0, MACHINE)
     fit("line", model, loss_of, plan, tmp_path / "x.safetensors", {}, 0, MACHINE)
     assert model.weight.isfinite().all()
 

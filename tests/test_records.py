@@ -200,6 +200,9 @@ def test_own_set_in_finetune_format(tmp_path, prefix):
     train, val = (load(folder, split, Path("nowhere"), say=quiet).records for split in ("train", "val"))
     assert {r.path for r in train}.isdisjoint(r.path for r in val) and len(train) + len(val) == 5 and val
     assert "test.json" in refusal(folder, "test", tmp_path)
+    write(tmp_path / f"mine/{prefix}train.json", items[::3])
+    assert "takes two training identities" in refusal(folder, "val", tmp_path)
+    write(tmp_path / f"mine/{prefix}train.json", items[:5])
     write(tmp_path / f"mine/{prefix}val.json", items[5:])
     assert len(load(folder, "train", tmp_path, say=quiet).records) == 5
     assert load(folder, "val", tmp_path, say=quiet).records[0].path == f"{folder}/5.jpg"

@@ -203,8 +203,9 @@ def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
     assert not (tmp_path / "run/log.jsonl").exists()
 
 
-def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(monkeypatch):
+def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_path, monkeypatch):
     asked = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda config, machine: asked.append(config.batch * machine.world))
     for world in (1, 2, 4):
         train.pretrain(TrainConfig(), training.Machine(torch.device("cpu"), "float32", 0, world, lambda line: None))

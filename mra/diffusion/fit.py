@@ -59,12 +59,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
             done = step + 1
             stop = any_process(asked.is_set(), machine)
             if done % plan.save_every == 0 or done == plan.steps or stop:
-                for number, values in enumerate(torch.stack(seen).tolist(), done - len(seen) + 1):
-                    for what, value in zip(("loss", "gradient"), values):
-                        if not math.isfinite(value):
-                            raise UserError(f"{name}: the {what} is {value} at step {number}; what was saved before it "
-                                            "is kept.")
-                mean, seen = float(torch.stack(seen).mean(0)[0]), []
+                mean, seen = mean_loss(name, torch.stack(seen), done), []
                 seconds = (time.perf_counter() - started) / (done - first)
                 machine.say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
                             f"{seconds * (plan.steps - done) / 60:.1f} min left")
@@ -81,6 +76,15 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
             part.unlink(missing_ok=True)
     if any_process(asked.is_set(), machine):
         raise KeyboardInterrupt
+
+
+def mean_loss(name: str, seen: Tensor, done: int) -> float:
+    """Of the losses and gradient norms (steps, 2) up to step `done`. Raises UserError for one that is not finite."""
+    for number, values in enumerate(seen.tolist(), done - len(seen) + 1):
+        for what, value in zip(("loss", "gradient"), values):
+            if not math.isfinite(value):
+                raise UserError(f"{name}: the {what} is {value} at step {number}; what was saved before it is kept.")
+    return float(seen.mean(0)[0])
 
 
 def load_same(path: Path, facts: dict) -> tuple[dict[str, Tensor], dict]:
