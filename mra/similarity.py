@@ -55,9 +55,10 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, ids: T
     which is losses.contrastive because the targets are symmetric and each row sums to one.
 
     image, text (B, E) of unit length, ids (B,), B the same in every process: N = processes x B pairs. Under autocast
-    features are compared in its precision, and summed in float32. Each process returns the joint loss; its gradients
-    are such that the mean over processes, which DistributedDataParallel takes, is the joint gradient. `tile` (rows,
-    columns) forces tiles of at most that size; left out, they suit the device, and up to PLAIN pairs there are none.
+    features are compared in its precision; tiles keep their products in float32, without tiles these are rounded, too.
+    Each process returns the joint loss; its gradients are such that the mean over processes, which
+    DistributedDataParallel takes, is the joint gradient. `tile` (rows, columns) forces tiles of at most that size; left
+    out, they suit the device, and up to PLAIN pairs there are none.
     """
     device = image.device.type
     if tile is None and len(image) * processes() <= PLAIN:
