@@ -37,7 +37,7 @@ from mra.data.records import Record, load, load_splits, save_image, share_of
 from mra.diffusion.gap import TARGETS
 from mra.diffusion.sampling import read_base, read_images, stacked
 from mra.diffusion.transfers import transferred
-from mra.training import choose_device, queries_of
+from mra.training import Machine, choose_device, claimed, queries_of
 
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
 TITLES = {"regions": "With region losses", "pairs": "Without region losses",
@@ -113,13 +113,14 @@ def main() -> None:
         raise UserError(f"--images {config.images}: give {LEAST} or more.")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    runs = list(plan(config))
+    runs, machine = list(plan(config)), Machine.of("", "")
     if not runs:
         raise UserError("There is no such run: of the arms beside the main ones, only icfg is a target.")
     for number, one in enumerate(runs, 1):
         if not config.table and not finished(one, out):
             print(f"{number}/{len(runs)}: {one.name}", flush=True)
-            perform(one, out)
+            with claimed(out / one.name, machine):
+                perform(one, out)
     report(out, of_kind(runs[0]))
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_commands import ROOT, command, succeed
 
-from mra import contrasts, study
+from mra import contrasts, study, training
 from mra.data.records import load
 
 
@@ -213,6 +213,19 @@ def test_what_another_process_makes_is_waited_for(monkeypatch, tmp_path):
     script.write_text("import sys; sys.exit('out: broken')")
     with pytest.raises(study.UserError, match="script.py failed: out: broken"):
         study.call("script.py")
+
+
+def test_the_same_run_is_not_made_by_two_processes_at_once(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(study, "perform", lambda one, out: made.append(one.arm))
+    monkeypatch.setattr(study, "report", lambda out, kind: None)
+    monkeypatch.setattr(sys, "argv", ["study", "--quick", "--out", str(tmp_path)])
+    with training.claimed(tmp_path / "regions-dad-icfg-tiny-60-s0", training.Machine.of("cpu", "float32")):
+        with pytest.raises(study.UserError, match="regions-dad-icfg-tiny-60-s0: another run is writing there"):
+            study.main()
+    assert made == ["source"]
+    study.main()
+    assert made == ["source", "source", "dad"]
 
 
 def test_the_written_tables_are_of_the_runs(monkeypatch, capsys):
