@@ -36,13 +36,13 @@ def paired(some: dict, others: dict, stage: str, *metric: str) -> dict[tuple[str
 def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
     """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds.
 
-    Where `exact` is not surely better than `source`, by two standard errors over targets and seeds, no gap is closed.
+    Where `exact` is not surely better than `source`, by three standard errors over targets and seeds, no gap is closed.
     """
     some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
     gains, whole = paired(some, source, stage), paired(exact, source, stage)
     both = gains.keys() & whole.keys()
     gap = sum(whole[key] for key in both)
-    noise = 2 * statistics.stdev(whole[key] for key in both) * len(both) ** 0.5 if len(both) > 1 else 0
+    noise = 3 * statistics.stdev(whole[key] for key in both) * len(both) ** 0.5 if len(both) > 1 else 0
     labelled = sorted({one["labelled"][stage] for one in some.values()})
     elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
                                       if target != one["target"])

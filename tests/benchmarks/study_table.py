@@ -4,7 +4,7 @@
 
 R@1 by embeddings unless a column says otherwise. The main arms are compared on the pairs of target and seed that all
 six have, the others on ICFG style, seed by seed; gaps and differences are those of the pairs that both sides have.
-Means and (standard errors) are over pairs. Intervals over seeds are in what `python -m mra.study --table` prints.
+Means are over pairs; [95 % intervals] are over seeds, since runs of one seed share what they start from.
 """
 
 import json
@@ -25,20 +25,19 @@ def mean(values: Values) -> str:
     return f"{statistics.mean(values.values()):.1f}" if values else ""
 
 
-def differences(runs: list[dict]) -> str:
+def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings") -> str:
     """Of all that are compared in mra/study.py, those of these runs, after every stage."""
     rows = []
     for name, pair in study.CONTRASTS.items():
         some, others = (contrasts.of(runs, *one) for one in pair)
         if some.keys() & others.keys():
-            rows.append({"difference of R@1": name})
+            rows.append({f"difference of {metric}": name})
             learned = any(study.learns(arm) for _, arm in pair)
             for stage, title in TITLES.items():
                 if stage == study.STAGES[1] and not learned:
                     continue
-                gains = list(contrasts.paired(some, others, stage).values())
-                error = f" ({statistics.stdev(gains) / len(gains) ** 0.5:.1f})" if len(gains) > 1 else ""
-                rows[-1][title] = f"{statistics.mean(gains):+.1f}{error}"
+                gains = contrasts.paired(some, others, stage, metric, ranked)
+                rows[-1][title] = contrasts.interval(gains).split(", error")[0]
     return contrasts.as_table(rows)
 
 
@@ -55,18 +54,12 @@ def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
         elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in
                                           one["results"]["all"].items() if target != key[0])
                      for key, one in some.items()}
-        styles = [mean(own) for target in study.TARGETS
-                  if (own := {key: value for key, value in plain.items() if key[0] == target})]
-        row = {"images": f"`{arm}`", "region losses": LOSSES[losses]}
-        if len(styles) > 1:
-            row["R@1 on CUHK, ICFG, RSTP style"] = ", ".join(styles)
-        row |= {"R@1": mean(plain), "mAP": mean(plain and contrasts.scores(some, "zero-shot", "mAP")),
-                "gap closed": closed[0], "DaD of a tenth": mean(of_tenth), "gap closed, DaD of a tenth": closed[1],
-                "fine-tuned on a tenth": mean(tenth), "on all": mean(every)}
-        if len(styles) < 2:
-            row |= {"twins, not fine-tuned": mean(plain and contrasts.scores(some, "zero-shot", "twins R@1")),
-                    "re-ranked": mean(plain and contrasts.scores(some, "zero-shot", "R@1", "re-ranked"))}
-        rows.append(row | {"other targets, after all": mean(elsewhere)})
+        mean_ap, twins, reranked = (mean(plain and contrasts.scores(some, "zero-shot", *metric)) for metric in
+                                    (("mAP",), ("twins R@1",), ("R@1", "re-ranked")))
+        rows.append({"images": f"`{arm}`", "region losses": LOSSES[losses], "R@1": mean(plain), "mAP": mean_ap,
+                     "twins": twins, "re-ranked": reranked, "gap closed": closed[0], "DaD of a tenth": mean(of_tenth),
+                     "gap closed, DaD of a tenth": closed[1], "fine-tuned on a tenth": mean(tenth),
+                     "on all": mean(every), "other targets, after all": mean(elsewhere)})
     return contrasts.as_table(rows)
 
 
@@ -100,7 +93,10 @@ def main(path: str) -> None:
     print(f"{len(runs)} of {len(list(study.plan(study.StudyConfig())))} runs.\n\n"
           f"## Main arms (targets and seeds: {pairs})\n\n{table(whole, study.MAIN)}\n{differences(whole)}\n"
           f"## Each target and seed: main arms with and without region losses, not fine-tuned\n\n{one_by_one(runs)}\n"
-          f"## All arms, ICFG style\n\n{by_seed}Differences:\n\n{differences(in_icfg)}", end="")
+          f"## All arms, ICFG style\n\n{by_seed}Differences:\n\n{differences(in_icfg)}\n"
+          "## Main arms: differences of other figures\n\n"
+          f"Re-ranked:\n\n{differences(whole, 'R@1', 're-ranked')}\n"
+          f"{differences(whole, 'twins R@1')}\n{differences(whole, 'rest R@1')}", end="")
 
 
 if __name__ == "__main__":
