@@ -94,7 +94,7 @@ def main() -> None:
     checkpoint.write_json(out / "results.json", {
         "results": results, "evaluation": asdict(config), "checkpoint": str(path), "versions": checkpoint.VERSIONS,
         "pretrained_on": facts["pretrained_on"], "train": facts["train"], "weight": weight_of(config, facts)})
-    figures.ranking_picture(rows, out / "ranking.png")
+    figures.table(rows, out / "ranking.png")
     print(f"Wrote {out / 'results.json'} and {out / 'ranking.png'}.")
 
 
@@ -155,20 +155,25 @@ def rank(config: EvalConfig, machine: Machine, model, tokenizer, facts: dict, ca
         {"re-ranked": found.reranked(weight_of(config, facts), published)} if k else {})
 
 
-def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, order, count: int = 6) -> list[figures.Row]:
-    """Evenly spaced queries with their first ten photographs; the first half with heat maps of two phrases."""
+def picture_rows(model, tokenizer, captions, query_ids, paths, gallery_ids, order, count: int = 6) -> list[tuple]:
+    """Evenly spaced queries with their first ten photographs, framed green where right, else red.
+
+    The first half has heat maps of two phrases, too.
+    """
     rows = []
     for number, q in enumerate(torch.linspace(0, len(captions) - 1, min(count, len(captions))).long().tolist()):
         first = order[q, :10].tolist()
-        heat = heat_maps(model, tokenizer, captions[q], paths[first[0]]) if number < count // 2 else ()
+        heat = heat_maps(model, tokenizer, captions[q], paths[first[0]]) if number < count // 2 else []
         right = (gallery_ids[first] == query_ids[q]).tolist()
-        rows.append(figures.Row(captions[q], [paths[g] for g in first], right, heat))
+        rows.append((captions[q], [(figures.photograph(paths[g]), figures.GREEN if well else figures.RED, "")
+                                   for g, well in zip(first, right)] + heat))
     return rows
 
 
-def heat_maps(model, tokenizer, sentence: str, path: str) -> tuple:
+def heat_maps(model, tokenizer, sentence: str, path: str) -> list[figures.Cell]:
     """The last two phrases of a sentence, each with its heat map on a photograph."""
-    return tuple((phrase, figures.heat_map(model, tokenizer, path, phrase)) for phrase in noun_phrases(sentence)[-2:])
+    return [(figures.heat_map(model, tokenizer, path, phrase), figures.GREY, phrase)
+            for phrase in noun_phrases(sentence)[-2:]]
 
 
 def sentences(config: EvalConfig, dataset: str) -> list[str]:
@@ -212,10 +217,9 @@ def answer(config: EvalConfig, model, tokenizer, facts: dict, dataset: str, out:
             print(f"{len(first):3}  similarity {hit['similarity']:.3f}  {match}{records.shown(Path(paths[g]))}")
         answers.append({"query": sentence, "first": first})
         if q < PICTURED:
-            shown = [each["path"] for each in first]
-            rows.append(figures.Row(sentence, shown, [None] * len(shown),
-                                    heat_maps(model, tokenizer, sentence, shown[0])))
-    figures.ranking_picture(rows, out / "query.png")
+            rows.append((sentence, [(figures.photograph(hit["path"]), figures.GREY, "") for hit in first]
+                         + heat_maps(model, tokenizer, sentence, first[0]["path"])))
+    figures.table(rows, out / "query.png")
     checkpoint.write_json(out / "query.json", {"gallery": config.gallery or dataset, "images": len(paths),
                                                "left_out": left_out, "answers": answers})
     print(f"Wrote {out / 'query.json'} and {out / 'query.png'}.")

@@ -108,7 +108,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
     if not first:               # here all processes have looked; another run's best stays until there is a new one
         machine.first(lambda: (out / "last.safetensors").unlink(missing_ok=True))
-    log = training.Log(out / "log.jsonl", plan, config.batch * config.accumulate * world, rank > 0, first)
+    log = training.Log(out / "log.jsonl", plan.steps, config.batch * config.accumulate * world, rank > 0, first)
     keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, plan.steps * config.accumulate,
                  rank, world)
     with training.stoppable() as asked:     # Ctrl-C spares the loading processes

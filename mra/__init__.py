@@ -8,7 +8,7 @@ Read in this order; each file's docstring says what comes before and after.
     data/town.py          the drawn data sets, one source and three targets
     data/records.py       one record type, a reader for every annotation format;  data/check.py  is a set whole?
     data/augment.py       image and box move together
-    data/tokenizer.py     WordPiece and whole-word masking;  data/words.py  EDA, left and right
+    data/words.py         EDA, left and right;  data/tokenizer.py  WordPiece and whole-word masking
     data/batches.py       records to a Batch
     layers.py             the one attention, the MLPs, one block for each norm order
     encoders.py           image, text and fusion encoders

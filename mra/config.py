@@ -172,7 +172,7 @@ class TrainConfig:
     share: float = 1.0           # of the training identities that is used, the same ones each time
     epochs: float = 30           # passes over the image-caption pairs
     steps: int = 0               # a number of steps instead of epochs; 0: epochs decide
-    batch: int = 40              # pairs of one step and process
+    batch: int = 40              # pairs of one batch and process
     accumulate: int = 1          # batches whose gradients are added up before a step
     lr: float = 1e-4             # peak rate of the encoders
     head_lr: float = 5.0         # the new heads' rate as a multiple of lr
@@ -344,9 +344,10 @@ def run(main: Callable[[], None]) -> None:
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
         said, status = f"error: {harmless(sentence)}", 2
     except BrokenExecutor:
-        said, status = "error: a helping process was killed, perhaps for lack of memory; give fewer --workers.", 2
+        said = "error: a helping process was killed, perhaps for lack of memory; free some, or give fewer --workers."
+        status = 2
     except KeyboardInterrupt:
-        said = "Stopped; the same command goes on after what was saved last (with --no-resume it starts over)."
+        said = "Stopped; the same command goes on after what was saved last."
         status = 130
     print(said, file=sys.stderr)
     sys.exit(status)

@@ -3,7 +3,6 @@
 Before: ranking.py. After: evaluate.py, which draws them.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,17 +16,9 @@ from mra.retriever import Retriever
 CELL = (96, 192)     # width and height of a photograph in the picture, pixels
 GAP = 8              # between photographs, pixels
 TITLE = 40           # height of a row's sentence, pixels
-GREEN, RED, GREY, INK = (30, 150, 60), (205, 40, 40), (150, 150, 150), (20, 20, 20)
+WHITE, GREEN, RED, GREY, INK = (255, 255, 255), (30, 150, 60), (205, 40, 40), (150, 150, 150), (20, 20, 20)
 
-
-@dataclass(frozen=True)
-class Row:
-    """One query: its sentence, the paths it ranked first, whether each is right (None: unknown), phrase heat maps."""
-
-    sentence: str
-    paths: list[str]
-    right: list[bool | None]
-    heat: tuple[tuple[str, Image.Image], ...] = ()
+Cell = tuple[Image.Image, tuple[int, int, int], str]     # a picture of CELL pixels, the colour of its frame, its words
 
 
 @torch.inference_mode()
@@ -46,38 +37,27 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
     return Image.composite(Image.new("RGB", CELL, (255, 60, 0)), photo, mask)
 
 
-def ranking_picture(rows: list[Row], path: Path) -> None:
-    """Write one row per query: its sentence, its photographs framed green (right) or red (wrong), its heat maps."""
+def table(rows: list[tuple[str, list[Cell]]], path: Path) -> None:
+    """Write rows of framed pictures, each row below its sentence."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(11)
-    columns = max(len(row.paths) + len(row.heat) for row in rows)
-    high = TITLE + CELL[1] + 3 * GAP
+    columns, high = max(len(cells) for _, cells in rows), TITLE + CELL[1] + 3 * GAP
     sheet = Image.new("RGB", (max(700, columns * (CELL[0] + GAP) + GAP), high * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
+    for number, (sentence, cells) in enumerate(rows):
         top = number * high
-        pen.multiline_text((GAP, top + 2), _wrapped(row.sentence, font, sheet.width - 2 * GAP), INK, font, spacing=1)
-        frames = [(photograph(path), None, {True: GREEN, False: RED, None: GREY}[right])
-                  for path, right in zip(row.paths, row.right)] + [(image, phrase, GREY) for phrase, image in row.heat]
-        for column, (image, phrase, colour) in enumerate(frames):
+        pen.multiline_text((GAP, top + 2), _wrapped(sentence, font, sheet.width - 2 * GAP), INK, font, spacing=1)
+        for column, (image, colour, words) in enumerate(cells):
             x, y = GAP + column * (CELL[0] + GAP), top + TITLE
             pen.rectangle((x - 3, y - 3, x + CELL[0] + 2, y + CELL[1] + 2), fill=colour)
             sheet.paste(image, (x, y))
-            if phrase:
-                pen.text((x, y + CELL[1] + 3), _wrapped(phrase, small, CELL[0]).split("\n")[0], INK, small)
+            pen.text((x, y + CELL[1] + 3), _wrapped(words, small, CELL[0]).split("\n")[0], INK, small)
     save_image(sheet, path)
 
 
 def sheet(rows: dict[str, torch.Tensor], path: Path) -> None:
     """Write rows of uint8 images (N, 3, H, W), each under its title."""
-    font, wide, high = ImageFont.load_default(15), CELL[0] + GAP, CELL[1] + 22 + GAP
-    picture = Image.new("RGB", (max(len(images) for images in rows.values()) * wide + GAP, len(rows) * high), "white")
-    pen = ImageDraw.Draw(picture)
-    for number, (title, images) in enumerate(rows.items()):
-        pen.text((GAP, number * high + 2), title, INK, font)
-        for i, image in enumerate(images):
-            crop = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(CELL, Image.Resampling.BICUBIC)
-            picture.paste(crop, (GAP + i * wide, number * high + 22))
-    save_image(picture, path)
+    table([(title, [(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(CELL, Image.Resampling.BICUBIC),
+                     WHITE, "") for image in images]) for title, images in rows.items()], path)
 
 
 def bars(groups: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
@@ -130,10 +110,10 @@ def photograph(path: str) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """At most two lines of printable text, each at most `width` pixels."""
+    """At most two lines of printable text, each at most `width` pixels where its words are short enough."""
     lines = [""]
     for word in "".join(c if c.isprintable() else " " for c in text[:1000]).split():
-        if font.getlength(f"{lines[-1]} {word}") > width:
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines[:2])

@@ -177,23 +177,22 @@ def match_candidates(model: Retriever, images: Dataset, queries: Queries, candid
     """
     device = candidates.device
     pairs = pairs or (2048 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
-    wanted, candidates = candidates.unique(return_inverse=True)                    # now places in wanted (G',)
+    wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) places in it
     own = own_batches(len(wanted), batch)
-    logits = torch.zeros(candidates.numel(), 2, device=device)
+    logits = torch.zeros(places.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
     for start, image in zip(own[::batch], loader(images, workers, batch_size=batch, sampler=wanted[own].tolist())):
-        place = ((candidates >= start) & (candidates < start + batch)).flatten().nonzero().squeeze(1)    # its pairs
+        asked = ((places >= start) & (places < start + batch)).flatten().nonzero().squeeze(1)    # pairs of this batch
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
         memories = model.fusion_encoder.memories(tokens)
-        by_length = lengths[place // candidates.shape[1]].argsort(stable=True)     # alike lengths side by side
-        for some in place[by_length].split(pairs):
-            query = some // candidates.shape[1]
-            column = candidates.flatten()[some] - start
+        by_length = lengths[asked // places.shape[1]].argsort(stable=True)         # alike lengths side by side
+        for some in asked[by_length].split(pairs):
+            query, column = some // places.shape[1], places.flatten()[some] - start
             longest = -(-int(lengths[query].max()) // 8) * 8                       # beyond T, slicing stops there
             logits[some] = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
                                        [memory[column] for memory in memories], begun=True).float()
-    return summed(logits).view(*candidates.shape, 2)
+    return summed(logits).view(*places.shape, 2)
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
 from mra.retriever import Retriever
+from mra.similarity import summed
 
 SHARDS = 2      # parts of a batch that the CPU works on side by side; a fixed number, so that it decides no result
 NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
@@ -90,11 +91,7 @@ def stoppable() -> Iterator[threading.Event]:
 
 def any_process(asked: bool, machine: "Machine") -> bool:
     """Whether it is true in any process, so that all of them stop after the same step."""
-    if machine.world == 1:
-        return asked
-    flag = torch.tensor(float(asked), device=machine.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return bool(summed(torch.tensor(float(asked), device=machine.device))) if machine.world > 1 else asked
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -191,13 +188,13 @@ class Plan:
 
 
 class Log:
-    """Loss terms of the steps since the last line; flushed to a line of progress and of log.jsonl.
+    """Loss terms of the steps since the last line; flushed to a line of progress, which `name` begins, and of `path`.
 
     `images` are of one step, all processes. In a run that goes on after step `first`, what was logged after it goes.
     """
 
-    def __init__(self, path: Path, plan: Plan, images: int, quiet: bool, first: int = 0):
-        self.path, self.plan, self.images, self.quiet = path, plan, images, quiet
+    def __init__(self, path: Path, steps: int, images: int, quiet: bool, first: int = 0, name: str = ""):
+        self.path, self.steps, self.images, self.quiet, self.name = path, steps, images, quiet, name
         if path.exists() and not quiet:
             lines = path.read_text(errors="replace").splitlines(keepends=True)
             path.write_text("".join(line for line in lines if line.endswith("\n") and step_of(line) <= first))
@@ -210,16 +207,16 @@ class Log:
         for number, terms in enumerate(self.terms, step - len(self.terms) + 1):
             for name, term in terms.items():
                 if not term.isfinite():
-                    raise UserError(f"{name} is {term.item()} at step {number}; the checkpoints before it are kept. "
-                                    "Try a smaller --lr.")
+                    raise UserError(f"{self.name}{name} is {term.item()} at step {number}; what was saved before it is "
+                                    f"kept.{'' if self.name else ' Try a smaller --lr.'}")
         seconds = (time.perf_counter() - self.since) / len(self.terms)      # of one step
         means = {name: round(torch.stack([t[name] for t in self.terms if name in t]).mean().item(), 4)
                  for name in self.terms[-1]}
         self.write({"step": step, **means, "lr": rate, "images_per_second": round(self.images / seconds, 1)})
         if not self.quiet:
-            left = seconds * (self.plan.steps - step)
-            print(f"step {step}/{self.plan.steps}  " + "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-                  + f"  lr {rate:.1e}  {self.images / seconds:.0f} images/s  {left / 60:.1f} min left", flush=True)
+            told = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+            print(f"{self.name}step {step}/{self.steps}  {told}  lr {rate:.1e}  {self.images / seconds:.0f} images/s  "
+                  f"{seconds * (self.steps - step) / 60:.1f} min left", flush=True)
         self.restart()
 
     def restart(self) -> None:

@@ -115,7 +115,7 @@ def test_what_is_drawn_is_the_text_alone(tmp_path, paint):
     path, pixels = paint("a.png"), {}
     for name, sentence in (("hostile", "a\x1b red\u202e coat"), ("plain", "a  red  coat"),
                            ("markup", "<b>a red coat</b>"), ("long", "red coat " * 10**5)):
-        figures.ranking_picture([figures.Row(sentence, [path], [None])], tmp_path / "x.png")
+        figures.table([(sentence, [(figures.photograph(path), figures.GREY, "")])], tmp_path / "x.png")
         pixels[name] = np.asarray(Image.open(tmp_path / "x.png"))
     assert (pixels["hostile"] == pixels["plain"]).all() and (pixels["markup"] != pixels["plain"]).any()
     assert pixels["long"].shape == pixels["plain"].shape
@@ -204,7 +204,7 @@ def test_a_full_disk_spoils_nothing(tmp_path, model, full_disk, kind):
 
 def test_a_full_disk_ends_a_command_in_one_sentence(tmp_path, full_disk):
     """Even where the file that is written has no name left, as for the log."""
-    log = training.Log(tmp_path / "log.jsonl", training.Plan(1, 0, frozenset()), 1, False)
+    log = training.Log(tmp_path / "log.jsonl", 1, 1, False)
     full_disk(0)
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(io.StringIO()) as err:
         run(lambda: log.write({"step": 1}))

@@ -135,9 +135,9 @@ def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.uti
 
 def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0,
           world: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (epoch, index) from step `start` on: one endless stream of permutations, dealt out by rank.
+    """Batches of (epoch, index) from number `start` on: one endless stream of permutations, dealt out by rank.
 
-    Step s of W processes takes positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
+    Batch s of W processes takes positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
     """
     @lru_cache(1)
     def permutation(epoch: int) -> list[int]:

@@ -136,7 +136,7 @@ def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
     template, view_text = rng.choice(TEMPLATES), rng.choice(VIEWS[view]) if rng.random() < 0.5 else ""
     tries = [([part for part in optional if rng.random() < 0.9], view_text), (optional, rng.choice(VIEWS[view])),
              *((optional[i:], "") for i in range(len(optional)))]
-    for kept, view_text in tries:
+    for kept, view_text in tries:       # until the caption is neither short nor long
         told = {part: text for part, text in texts.items() if part in always or part in kept}
         caption = _compose(template, told, view_text, person.gender)
         if 15 <= len(caption.split()) <= 40:

@@ -74,10 +74,11 @@ def shots(set_name: str, sizes: TownSizes, seed: int, start: int = 0, stop: int 
     first, twins = 0, {second for _, second in _twins(set_name, sizes)}
     for split, people, images in sizes.splits(set_name):
         for number in range(max(start, first), min(stop, first + people)):
-            rngs = [random.Random(f"{seed}/{set_name}/{first}/{number - i}") for i in (0, 1)]
-            person = twin_of(sample_person(rngs[1]), rngs[0]) if number in twins else sample_person(rngs[0])
+            own_rng, before = (random.Random(f"{seed}/{set_name}/{first}/{number - i}") for i in (0, 1))
+            person = (twin_of(sample_person(before), own_rng) if number in twins      # of the one before, drawn again
+                      else sample_person(own_rng))
             own = round(images * (number - first + 1)) - round(images * (number - first))
-            yield from _shots_of(set_name, split, number, person, own, rngs[0])
+            yield from _shots_of(set_name, split, number, person, own, own_rng)
         first += people
 
 

@@ -4,7 +4,3 @@ Read noising.py, autoencoder.py, denoiser.py, sampling.py (the model and its use
 model), fit.py (its training), prompts.py, filters.py, boxes.py, transfers.py, making.py (what makes a data set of
 samples) and gap.py (what it is compared with, and how).
 """
-
-from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
-
-__all__ = ["Schedule", "ddim", "diffusion_loss", "dpm_solver", "q_sample"]

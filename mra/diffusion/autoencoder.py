@@ -117,7 +117,7 @@ class Autoencoder(nn.Module):
     def picture(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latents before scaling -> the image (B, 3, H, W), and the log of its grain's size on each OPPONENT axis."""
         missed, grain = self.decoder(z).chunk(2, 1)
-        return self.linear_out(z) + missed, (grain - 4).clamp(-5.5, 0)       # from what 8 bits can show
+        return self.linear_out(z) + missed, (grain - 4).clamp(-5.5, 0)     # small at first; at least half an 8-bit step
 
     def encode(self, image: Tensor) -> Tensor:
         """The mean latents of an image, scaled."""

@@ -4,19 +4,18 @@ Before: autoencoder.py, denoiser.py. After: adapt.py.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mra import checkpoint
 from mra.config import Fit, UserError
-from mra.training import SHARDS, Machine, any_process, claimed, schedule, stoppable
+from mra.similarity import summed
+from mra.training import SHARDS, Log, Machine, any_process, claimed, schedule, stoppable
 
 
 def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], Tensor], plan: Fit, path: Path,
@@ -38,7 +37,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     optimizer = torch.optim.AdamW(parameters.values(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     part = path.with_suffix(".part")
     with claimed(path.parent, machine), stoppable() as asked:
-        first, seen = 0, []
+        first = 0
         if part.exists():
             tensors, saved = load_same(part, facts)
             with checkpoint.trusting(part):
@@ -47,6 +46,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
                     p.copy_(tensors[f"average.{k}"])
                 first = int(saved["step"])
         started = time.perf_counter()
+        log = Log(path.with_suffix(".jsonl"), plan.steps, plan.batch, machine.rank > 0, first, f"{name} ")
         for step in range(first, plan.steps):
             optimizer.param_groups[0]["lr"] = plan.lr * schedule(step, plan.steps, 0.05)
             loss = backward(loss_of, list(parameters.values()), plan.batch, (seed, step), machine)
@@ -55,14 +55,11 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
             optimizer.zero_grad(set_to_none=True)
             keep = min(plan.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - keep)
-            seen.append(torch.stack([loss, norm]))
+            log.terms.append({"loss": loss, "gradient": norm})
             done = step + 1
             stop = any_process(asked.is_set(), machine)
             if done % plan.save_every == 0 or done == plan.steps or stop:
-                mean, seen = mean_loss(name, torch.stack(seen), done), []
-                seconds = (time.perf_counter() - started) / (done - first)
-                machine.say(f"{name} step {done}/{plan.steps}  loss {mean:.4f}  {plan.batch / seconds:.0f} images/s  "
-                            f"{seconds * (plan.steps - done) / 60:.1f} min left")
+                log.flush(done, optimizer.param_groups[0]["lr"])
                 if machine.rank == 0 and done < plan.steps:
                     checkpoint.save(part, checkpoint.state(model, optimizer)
                                     | {f"average.{k}": v for k, v in average.items()}, facts | {"step": done})
@@ -76,15 +73,6 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
             part.unlink(missing_ok=True)
     if any_process(asked.is_set(), machine):
         raise KeyboardInterrupt
-
-
-def mean_loss(name: str, seen: Tensor, done: int) -> float:
-    """Of the losses and gradient norms (steps, 2) up to step `done`. Raises UserError for one that is not finite."""
-    for number, values in enumerate(seen.tolist(), done - len(seen) + 1):
-        for what, value in zip(("loss", "gradient"), values):
-            if not math.isfinite(value):
-                raise UserError(f"{name}: the {what} is {value} at step {number}; what was saved before it is kept.")
-    return float(seen.mean(0)[0])
 
 
 def load_same(path: Path, facts: dict) -> tuple[dict[str, Tensor], dict]:
@@ -112,8 +100,5 @@ def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list
         total = torch._foreach_add(total, other)
     loss, *gradients = torch._foreach_div(total, shards)
     for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient                        # laid out in memory as the parameter is
-        if machine.world > 1:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= machine.world
+        parameter.grad = summed(gradient).div_(machine.world)       # laid out in memory as the parameter is
     return loss

@@ -56,7 +56,7 @@ def reading_loss(reader: Judge, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def colour_accuracy(reader: Judge, images: Tensor, people: list[Person], captions: list[str]) -> dict[str, float]:
-    """Share of the images whose caption names a garment and its colour on which the reader finds that colour."""
+    """Share of the images whose caption has the words for a garment and its colour, on which the reader finds it."""
     def named(caption: str, person: Person, kind: str) -> bool:
         return any(term in caption.lower() for term in KINDS[kind][getattr(person, kind)])
 

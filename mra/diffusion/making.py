@@ -49,7 +49,7 @@ def wishes(config: AdaptConfig, base: Diffusion, records: Sequence[Record]) -> l
     """What to make: some of these records anew, or one for each prompt, with its phrases but no boxes yet.
 
     `path` is the image that it, or its caption, comes from. The prompts of a caption speak of one person, an identity.
-    They are sorted by length, so that few need padding.
+    Prompts are sorted by length, so that few need padding.
     """
     if config.mode == "restyle":
         chosen = random.Random(config.seed).sample(range(len(records)), min(config.images, len(records)))

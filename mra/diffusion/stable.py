@@ -19,11 +19,11 @@ from mra.weights import Source, in_folder, renamed
 
 
 def place(kind: str):
-    """The third of three numbered modules a level, as theirs: level and number apart."""
+    """Module n of ours, three of which make a level, as theirs: level n // 3, and its number n % 3 there."""
     return lambda found: f"{found[1]}_blocks.{int(found[2]) // 3}.{kind}.{int(found[2]) % 3}."
 
 
-# Patterns in our names, and theirs. [kv] stands for two tensors, keys and values, here one below the other.
+# Patterns in our names, and theirs, one after another. [kv] stands for two tensors, keys and values, here in one.
 ATTENTION = ((r"to_query", "to_q"), (r"to_memory", "to_[kv]"), (r"(attn\d|attentions\.\d)\.to_out", r"\1.to_out.0"))
 BLOCK = ((r"\.modulation\.", ".time_emb_proj."), (r"\.skip\.", ".conv_shortcut."))
 UNET = (

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mra.config import DIFFUSION_PRESETS, DiffusionConfig
 from mra.data.tokenizer import Tokenizer
-from mra.diffusion import Schedule, ddim, diffusion_loss
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, round_weights
+from mra.diffusion.noising import Schedule, ddim, diffusion_loss
 from mra.diffusion.sampling import Diffusion, guide
 
 MODES = "eager", "compiled"

@@ -220,7 +220,8 @@ def annotations(folder: Path) -> Maker:
             captions, _, paths, _ = queries_of(found)
             words.noun_phrases(captions[0])
             if rng.random() < 0.1:
-                figures.ranking_picture([figures.Row(captions[0], paths[:1], [True])], folder / "picture.png")
+                cells = [(figures.photograph(paths[0]), figures.GREEN, "a phrase")]
+                figures.table([(captions[0], cells)], folder / "picture.png")
 
         return Case(f"{file}: {'; '.join(deeds)}; {deed}", Path(file).parts[0], read, (
             "train.py", "--dataset", name, *((() if dataset == "own" else ("--data-root", str(folder)))), "--init",
