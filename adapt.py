@@ -58,7 +58,11 @@ def main() -> None:
 
 
 def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
-    """The whole way from the base to the finished set in `out`."""
+    """The whole way from the base to the finished set in `out`.
+
+    What is there already is kept if it is of the same making: a network by `learned_from` and its plan, the set by
+    `made_with`, and where that differs its parts by what `make` says decides them.
+    """
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
     retriever = released.load_retriever(Path(config.checkpoint), machine.device) if config.checkpoint else None

@@ -102,9 +102,10 @@ def config_of(kind: type[Config], values: dict, tokenizer: Tokenizer) -> Config:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     config = kind(**given)
     for field in fields(kind):
-        for value in given[field.name] if field.type == tuple[int, ...] else (getattr(config, field.name),):
-            if type(value) is not (int if field.type == tuple[int, ...] else field.type) or not 0 <= value <= 1e6:
-                raise ValueError(f"{field.name} is {value!r}")
+        value = getattr(config, field.name)
+        numbers, of = (value, int) if field.type == tuple[int, ...] else ((value,), field.type)
+        if not all(type(number) is of and 0 <= number <= 1e6 for number in numbers):
+            raise ValueError(f"{field.name} is {value!r}")
     if config.vocab != len(tokenizer) or not 2 <= config.max_tokens <= config.positions:
         raise ValueError(f"{len(tokenizer)} word pieces, {config.max_tokens} tokens of {config.positions}")
     return config

@@ -88,34 +88,34 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     missing = [number for number in range(machine.rank, len(parts), machine.world)
                if not files[number].exists() or checkpoint.read_json(files[number]).get("settings") != settings]
     done = []
-
-    def make_part(number: int) -> None:
-        if asked.is_set():
-            return
-        draw = torch.Generator(machine.device).manual_seed(hash((config.seed, number)) % 2**62)
-        with torch.no_grad(), machine.autocast():
-            latents, condition, prompt = sample(config, base, networks, parts[number], looks, draw)
-            latents = scale * latents + shift
-            images = decode(base.autoencoder, latents, draw)
-            maps = (word_maps(base.denoiser, branch, latents, prompt, condition, base.schedule, draw).float().cpu()
-                    if config.mode == "generate" else [None] * len(latents))
-            rows = [describe(config, base, wish, own, places) for wish, own in zip(parts[number], maps)]
-        mean, variance = colourfulness(images)
-        judged = {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
-        if retriever:
-            model, tokenizer, facts = retriever
-            captions = [clean(wish.captions[0], facts["train"]["dataset"]) for wish in parts[number]]
-            judged["match"] = agreement(model, tokenizer, images, captions)
-        write_part(files[number], images, rows, judged, settings)
-        done.append(number)
-        seconds = (time.perf_counter() - started) / len(done)
-        machine.say(f"{len(done)} of {len(missing)} parts made  {PART / seconds:.1f} images/s  "
-                    f"{seconds * (len(missing) - len(done)) / 60:.1f} min left")
-
     with stoppable() as asked:
         scale, shift = (calibrate(config, machine, base, networks, probes, looks) if missing and probes
                         else (1.0, 0.0))
         started = time.perf_counter()
+
+        def make_part(number: int) -> None:
+            if asked.is_set():
+                return
+            draw = torch.Generator(machine.device).manual_seed(hash((config.seed, number)) % 2**62)
+            with torch.no_grad(), machine.autocast():
+                latents, condition, prompt = sample(config, base, networks, parts[number], looks, draw)
+                latents = scale * latents + shift
+                images = decode(base.autoencoder, latents, draw)
+                maps = (word_maps(base.denoiser, branch, latents, prompt, condition, base.schedule, draw).float().cpu()
+                        if config.mode == "generate" else [None] * len(latents))
+                rows = [describe(config, base, wish, own, places) for wish, own in zip(parts[number], maps)]
+            mean, variance = colourfulness(images)
+            judged = {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
+            if retriever:
+                model, tokenizer, facts = retriever
+                captions = [clean(wish.captions[0], facts["train"]["dataset"]) for wish in parts[number]]
+                judged["match"] = agreement(model, tokenizer, images, captions)
+            write_part(files[number], images, rows, judged, settings)
+            done.append(number)
+            seconds = (time.perf_counter() - started) / len(done)
+            machine.say(f"{len(done)} of {len(missing)} parts made  {PART / seconds:.1f} images/s  "
+                        f"{seconds * (len(missing) - len(done)) / 60:.1f} min left")
+
         machine.map(make_part, missing)
         if any_process(asked.is_set(), machine):        # which also waits for all
             raise KeyboardInterrupt
