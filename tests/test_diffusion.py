@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 import signal
@@ -371,6 +372,8 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
         with pytest.raises(UserError, match="y.part: its facts are incomplete"):
             fit("line", model, loss_of, plan, tmp_path / "y.safetensors", {}, 0, MACHINE)
     fit("line", model, loss_of, plan, tmp_path / "x.safetensors", {}, 0, MACHINE)
+    logged = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [5, 10, 15, 20] and logged[0]["loss"] > logged[3]["loss"]
     assert model.weight.isfinite().all()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from test_commands import ROOT, command, succeed
 
 from mra import checkpoint, figures, gallery, training
@@ -119,6 +119,8 @@ def test_what_is_drawn_is_the_text_alone(tmp_path, paint):
         pixels[name] = np.asarray(Image.open(tmp_path / "x.png"))
     assert (pixels["hostile"] == pixels["plain"]).all() and (pixels["markup"] != pixels["plain"]).any()
     assert pixels["long"].shape == pixels["plain"].shape
+    wide = "short-sleeved-t-shirt"          # wider than its picture: drawn all the same
+    assert figures._wrapped(wide, ImageFont.load_default(11), 96) == wide
 
 
 @pytest.mark.parametrize("named", ["..", "/etc", "elsewhere", "../elsewhere"])
