@@ -27,6 +27,13 @@ def scores(some: dict, stage: str, metric: str = "R@1", ranked: str = "embedding
             if stage in one["results"]}
 
 
+def elsewhere(some: dict, stage: str) -> dict[tuple[str, int], float]:
+    """An arm's mean R@1 on the targets that are not its own, where it was tested there, by (target, seed)."""
+    return {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
+                                 if target != one["target"])
+            for key, one in some.items() if len(one["results"][stage]) > 1}
+
+
 def paired(some: dict, others: dict, stage: str, *metric: str) -> dict[tuple[str, int], float]:
     """By how much an arm is better than another, for every (target, seed) that both have."""
     first, second = (scores(arm, stage, *metric) for arm in (some, others))
@@ -44,14 +51,11 @@ def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
     gap = sum(whole[key] for key in both)
     noise = 3 * statistics.stdev(whole[key] for key in both) * len(both) ** 0.5 if len(both) > 1 else 0
     labelled = sorted({one["labelled"][stage] for one in some.values()})
-    elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in one["results"][stage].items()
-                                      if target != one["target"])
-                 for key, one in some.items() if len(one["results"][stage]) > 1}
     return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
             **{title: spread(scores(some, stage, *metric)) for title, metric in METRICS.items()},
             "R@1 - source": "" if arm == "source" else interval(gains),
             "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap > noise else "",
-            } | ({"R@1 on other targets": spread(elsewhere)} if elsewhere else {})
+            } | ({"R@1 on other targets": spread(others)} if (others := elsewhere(some, stage)) else {})
 
 
 def contrast(runs: list[dict], one: tuple[str, str], other: tuple[str, str], stage: str) -> dict[str, str]:
@@ -84,7 +88,7 @@ def spread(values: dict[tuple[str, int], float]) -> str:
 
 
 def interval(gains: dict[tuple[str, int], float]) -> str:
-    """Mean of paired differences, its 95 % confidence interval (Student's) and its standard error.
+    """Mean of paired differences and its 95 % confidence interval (Student's).
 
     Seeds are the independent ones: the error is that of a mean of clusters, of whatever number of targets each.
     """
@@ -96,4 +100,4 @@ def interval(gains: dict[tuple[str, int], float]) -> str:
         return f"{mean:+.1f}"
     error = (sum(part * part for part in parts) * len(seeds) / (len(seeds) - 1)) ** 0.5
     reach = STUDENT[min(len(seeds) - 1, len(STUDENT)) - 1] * error
-    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}], error {error:.1f}"
+    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}]"

@@ -36,8 +36,7 @@ def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings
             for stage, title in TITLES.items():
                 if stage == study.STAGES[1] and not learned:
                     continue
-                gains = contrasts.paired(some, others, stage, metric, ranked)
-                rows[-1][title] = contrasts.interval(gains).split(", error")[0]
+                rows[-1][title] = contrasts.interval(contrasts.paired(some, others, stage, metric, ranked))
     return contrasts.as_table(rows)
 
 
@@ -51,15 +50,12 @@ def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
         of_tenth = of_tenth if study.learns(arm) else {}
         closed = [contrasts.row(runs, losses, arm, stage)["gap closed"] if values else ""
                   for stage, values in zip(study.STAGES, (plain, of_tenth))]
-        elsewhere = {key: statistics.mean(ranked["embeddings"]["R@1"] for target, ranked in
-                                          one["results"]["all"].items() if target != key[0])
-                     for key, one in some.items()}
         mean_ap, twins, reranked = (mean(plain and contrasts.scores(some, "zero-shot", *metric)) for metric in
                                     (("mAP",), ("twins R@1",), ("R@1", "re-ranked")))
         rows.append({"images": f"`{arm}`", "region losses": LOSSES[losses], "R@1": mean(plain), "mAP": mean_ap,
                      "twins": twins, "re-ranked": reranked, "gap closed": closed[0], "DaD of a tenth": mean(of_tenth),
                      "gap closed, DaD of a tenth": closed[1], "fine-tuned on a tenth": mean(tenth),
-                     "on all": mean(every), "other targets, after all": mean(elsewhere)})
+                     "on all": mean(every), "other targets, after all": mean(contrasts.elsewhere(some, "all"))})
     return contrasts.as_table(rows)
 
 
