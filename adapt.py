@@ -274,7 +274,7 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
     if shipped.exists() and not config.train_base:
         checkpoint.restore_weights(reader, checkpoint.load(shipped)[0], shipped)
         return reader.eval()
-    count, size = 60 if config.size == "tiny" else 6000, DIFFUSION_PRESETS[config.size]
+    count, size = 20 if config.size == "tiny" else 6000, DIFFUSION_PRESETS[config.size]
     people = gap.strangers(count, seed=0)
     drawn = {domain: town.portraits(domain, people, 0, (size.height, size.width), machine.cores)
              for domain in gap.TARGETS}

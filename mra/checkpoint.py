@@ -12,19 +12,20 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import safetensors
 import torch
-import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mra.config import Config, ModelConfig, TrainConfig, UserError, replacing
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 
-VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+VERSIONS = {"torch": torch.__version__, "torchvision": version("torchvision")}
 
 
 def save(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -111,9 +112,17 @@ def config_of(kind: type[Config], values: dict, tokenizer: Tokenizer) -> Config:
     return config
 
 
+class Uninitialised(TorchFunctionMode):
+    """Modules made within it are not initialised: on "meta" that does nothing but load the compiler, for seconds."""
+
+    def __torch_function__(self, function, types, given=(), named=None):
+        initialises = getattr(function, "__module__", "") == "torch.nn.init"
+        return None if initialises else function(*given, **(named or {}))
+
+
 def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], path: Path) -> nn.Module:
     """`make()` with these weights; made only once it is known that they fit, for facts may ask for any size."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         check_weights(make(), tensors, path)
     model = make()
     restore_weights(model, tensors, path)

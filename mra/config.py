@@ -134,9 +134,9 @@ class Fit:
 
 
 FITS = {    # of each size; judge: steps of filters.tell_apart
-    "tiny":  dict(autoencoder=Fit(20, 16, 2e-3), denoiser=Fit(20, 16, 2e-3),
-                  decoder=Fit(10, 16, 1e-3), branch=Fit(10, 16, 1e-3, middle=True),
-                  judge=20, reader=Fit(20, 64, 2e-3)),
+    "tiny":  dict(autoencoder=Fit(5, 16, 2e-3), denoiser=Fit(5, 16, 2e-3),
+                  decoder=Fit(5, 16, 1e-3), branch=Fit(5, 16, 1e-3, middle=True),
+                  judge=5, reader=Fit(5, 16, 2e-3), flags=dict(sampling_steps=4)),
     "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3),
                   decoder=Fit(600, 32, 2e-3), branch=Fit(2400, 16, 3e-3, middle=True),
                   judge=200, reader=Fit(3000, 64, 2e-3)),

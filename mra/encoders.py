@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 
 from mra.config import ModelConfig
 from mra.layers import PostNormBlock, PreNormBlock, QuickGELU, pick
@@ -51,6 +50,8 @@ class SwinEncoder(nn.Module):
     """
 
     def __init__(self, config: ModelConfig):
+        # here, since it takes two seconds that no other encoder needs
+        from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
         super().__init__()
         dim, heads = config.image_dim // 8, config.image_heads // 8
         self.patches, self.patch_norm = nn.Conv2d(3, dim, config.patch // 8, config.patch // 8), nn.LayerNorm(dim)

@@ -67,10 +67,9 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, ids: T
         image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
     wide = torch.promote_types(image.dtype, torch.float32)
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=image.device)
-    return _tiled(image, text, scale, ids, smoothing, tile or TILES.get(device, TILES["cpu"]))
+    return torch.compiler.disable(_tiled)(image, text, scale, ids, smoothing, tile or TILES.get(device, TILES["cpu"]))
 
 
-@torch.compiler.disable      # a compiled model calls it as it is; its tiles are compiled by themselves
 def _tiled(image: Tensor, *rest) -> Tensor:
     with torch.autocast(image.device.type, enabled=False):
         return Contrastive.apply(image, *rest)

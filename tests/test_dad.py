@@ -1,5 +1,6 @@
 """What DaD does around its networks: prompts, filters, boxes, transfers, the report's measures, and adapt.py itself."""
 
+import contextlib
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from test_commands import command, succeed
 from adapt import load_base
 from adapt import main as adapt_main
 from mra.config import AdaptConfig
+from mra.data import town
 from mra.data.people import COLOURS, sample_person
 from mra.data.records import Record, load
 from mra.data.words import noun_phrases
@@ -385,28 +387,32 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
     monkeypatch.chdir(folder)
     real, compiled = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or real(module, backend="eager"))
-    for flags in (("--compile", "--domain-guidance", "1.5"), ("--domain-guidance", "1.5")):
-        monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--seed", "7", "--steps", "2", "--images", "8",
+    monkeypatch.setattr(making, "calibrate", lambda *given: (1.0, 0.0))      # of other sizes, to be traced again
+    guided = ("--domain-guidance", "1.5", "--guidance-from", "0", "--guidance-to", "1", "--sampling-steps", "2")
+    for flags in (("--compile", *guided), guided):
+        monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--seed", "7", "--steps", "1", "--images", "8",
                                           "--malformed", "100", "--no-measure", "--precision", "float32",
                                           "--out", f"out/compile{len(flags)}", *flags])
         adapt_main()
-    first, second = (json.loads((folder / f"out/compile{n}/sda_0_5000.json").read_text()) for n in (3, 2))
+    first, second = (json.loads((folder / f"out/compile{n}/sda_0_5000.json").read_text()) for n in (9, 8))
     assert len(compiled) == 4 and len(first) == 8       # denoiser and branch, to train and to sample
     for one, other in zip(first, second, strict=True):
         images = [np.asarray(Image.open(folder / f"out/compile{n}/imgs" / row["image"]), np.int16)
-                  for n, row in ((3, one), (2, other))]
+                  for n, row in ((9, one), (8, other))]
         assert one["caption"] == other["caption"] and abs(images[0] - images[1]).max() <= 1
 
 
 def test_filters_that_drop_everything_say_so(made):
     folder, _ = made
-    status, out, err = command(folder, "adapt.py", "--size", "tiny", "--malformed", "-100", "--out", "out/none")
-    assert status == 2 and "Kept 0 of 260" in out and "loosen the thresholds" in err
+    status, out, err = command(folder, "adapt.py", "--size", "tiny", "--images", "8", "--malformed", "-100", "--out",
+                               "out/none")
+    assert status == 2 and "Kept 0 of 8" in out and "loosen the thresholds" in err
 
 
 def test_restyling_keeps_captions_and_boxes(made):
     folder, _ = made
-    adapt(folder, "--mode", "restyle", "--condition", "structure", "--images", "8", "--malformed", "100")
+    adapt(folder, "--mode", "restyle", "--condition", "structure", "--images", "8", "--malformed", "100",
+          "--no-measure")
     source = {record.path: record for record in
               load("sda", "train", folder / "data/demo-tiny", say=lambda line: None).records}
     rows = json.loads((folder / "out/sda/icfg-tiny-restyle-structure/sda_0_5000.json").read_text())
@@ -422,7 +428,8 @@ def test_sets_of_ones_own_and_two_processes(made):
     flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--data-root", "data/demo-tiny",
              "--images", "130", "--malformed", "100", "--precision", "float32", "--out", "out/two", "--device", "cpu",
              "--base", "out/base-tiny/base.safetensors")
-    succeed(folder, "adapt.py", *flags[:2], "--target", "rstp", "--images", "8", "--malformed", "100")    # draws rstp
+    with contextlib.chdir(folder):
+        town.ready("rstp", True, lambda line: None)
     ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "adapt.py"),
                           *flags], cwd=folder, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr

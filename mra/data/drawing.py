@@ -141,30 +141,31 @@ class Figure:
         centre, across = self._shape(stroke)
         t = (np.arange(len(centre)) - 3 * stroke.ends[0]) / 10
 
-        def points(s, at) -> list[tuple[float, float]]:
-            return list(zip(*(np.interp(at, t, mid) + s * np.interp(at, t, side)
-                              for mid, side in zip(centre.T, across.T))))
+        def lines(at) -> list[np.ndarray]:
+            return [np.stack([np.interp(at, t, values) for values in line.T], -1) for line in (centre, across)]
 
-        def patch(s0: float, s1: float, t0: float = -1, t1: float = 2) -> list[tuple[float, float]]:
-            at = np.concatenate([[max(t0, t[0])], t[(t > t0) & (t < t1)], [min(t1, t[-1])]])
-            return points(s0, at) + points(s1, at)[::-1]
+        def patch(s0: float, s1: float, middle=centre, side=across) -> list[float]:
+            return np.concatenate([middle + s0 * side, (middle + s1 * side)[::-1]]).ravel().tolist()
 
         colour, light, part = self.pens
-        colour.polygon(patch(-1, 1), stroke.colour)
-        part.polygon(patch(-1, 1), 255 if stroke.part == "person" else PARTS.index(stroke.part) + 1)
-        for *where, paint in stroke.bands:
-            colour.polygon(patch(*where), paint)
+        whole = patch(-1, 1)
+        colour.polygon(whole, stroke.colour)
+        part.polygon(whole, 255 if stroke.part == "person" else PARTS.index(stroke.part) + 1)
+        for s0, s1, t0, t1, paint in stroke.bands:
+            at = np.concatenate([[max(t0, t[0])], t[(t > t0) & (t < t1)], [min(t1, t[-1])]])
+            colour.polygon(patch(s0, s1, *lines(at)), paint)
         for level, half, shift in ((0.5, 1, 0), (0.8, 0.86, 0.08), (1, 0.62, 0.22), (1.12, 0.28, 0.34)):
             s0, s1 = max(-1, self.lit * shift - half), min(1, self.lit * shift + half)
             light.polygon(patch(s0, s1), int(200 * (1 + self.relief * (level - 1))))
         for s0, t0, s1, t1 in stroke.folds:
-            light.line(points(np.array((s0, s1)), np.array((t0, t1))), int(200 - 110 * self.relief), 4)
+            middle, side = lines((t0, t1))
+            light.line([*(middle + np.array([[s0], [s1]]) * side).flat], int(200 - 110 * self.relief), 4)
 
     def _shape(self, stroke: Stroke) -> tuple[np.ndarray, np.ndarray]:
         """Centre line of a stroke and the vector to one side, (K, 2) pixels each; higher up is larger."""
         rows = np.asarray(stroke.rows, float)
-        at = np.linspace(0, 1, 11)
-        x, y, z, side, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i]) for i in (0, 1, 2, 3, -1))
+        at, knots = np.linspace(0, 1, 11), np.linspace(0, 1, len(rows))
+        x, y, z, side, deep = (np.interp(at, knots, rows[:, i]) for i in (0, 1, 2, 3, -1))
         y = y + 0.3 * self.high * self.near(x, z)
         zoom = (1 + self.high * (0.5 - y)) * self.tall * HEIGHT * SCALE
         centre = np.stack([self.left * HEIGHT * SCALE + (x * self.cos + z * self.sin) * zoom,

@@ -191,7 +191,8 @@ def portraits(domain: str, people: list[Person], seed: int, size: tuple[int, int
               poses: list[Pose] | None = None) -> list[Portrait]:
     """Each person once, as a camera of that domain meets them (or in the given pose), (H, W) = size; pure."""
     tasks = [(domain, person, f"{seed}/{i}", size, poses and poses[i]) for i, person in enumerate(people)]
-    return list(in_processes(_portrait, tasks, workers if len(tasks) >= 100 else 1, CHUNK))
+    few = len(tasks) < 500                # drawn before processes have started
+    return list(in_processes(_portrait, tasks, 1 if few else workers, CHUNK))
 
 
 def _portrait(task: tuple) -> Portrait:
