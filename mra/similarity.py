@@ -67,7 +67,10 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, ids: T
         image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
     wide = torch.promote_types(image.dtype, torch.float32)
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=image.device)
-    return torch.compiler.disable(_tiled)(image, text, scale, ids, smoothing, tile or TILES.get(device, TILES["cpu"]))
+    # a compiled model calls this as it is, since tiles are compiled by themselves; a decorator would do the same, but
+    # load the compiler, two seconds, in every process that imports this
+    tiled = torch.compiler.disable(_tiled)
+    return tiled(image, text, scale, ids, smoothing, tile or TILES.get(device, TILES["cpu"]))
 
 
 def _tiled(image: Tensor, *rest) -> Tensor:

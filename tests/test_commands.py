@@ -3,10 +3,12 @@
 import contextlib
 import io
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -313,6 +315,16 @@ def test_bf16_computes_features_and_scores_and_orders_nothing(work, monkeypatch)
     monkeypatch.setattr(ranking.Search, "metrics", measuring)
     assert rows_of(succeed(work, "evaluate.py", "--precision", "bf16")).keys() == {"icfg embeddings", "icfg re-ranked"}
     assert {("encodes", True), ("orders", False)} <= found and ("orders", True) not in found
+
+
+def test_a_search_starts_without_what_it_does_not_need(work):
+    """The compiler and torchvision take seconds to load."""
+    code = ("import runpy, sys; sys.argv = ['evaluate.py', '--query', 'a coat']; "
+            f"runpy.run_path({str(ROOT / 'evaluate.py')!r}, run_name='__main__'); "
+            "print(sorted({'torch', 'torch._dynamo', 'torchvision'} & sys.modules.keys()))")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0 and ran.stdout.endswith("['torch']\n")
 
 
 def test_evaluation_of_the_pretrained_model(work):
