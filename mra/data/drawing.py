@@ -141,7 +141,7 @@ class Figure:
         centre, across = self._shape(stroke)
         t = (np.arange(len(centre)) - 3 * stroke.ends[0]) / 10
 
-        def lines(at) -> list[np.ndarray]:
+        def lines(at) -> list[np.ndarray]:      # of both, (len(at), 2) each
             return [np.stack([np.interp(at, t, values) for values in line.T], -1) for line in (centre, across)]
 
         def patch(s0: float, s1: float, middle=centre, side=across) -> list[float]:
@@ -159,7 +159,7 @@ class Figure:
             light.polygon(patch(s0, s1), int(200 * (1 + self.relief * (level - 1))))
         for s0, t0, s1, t1 in stroke.folds:
             middle, side = lines((t0, t1))
-            light.line([*(middle + np.array([[s0], [s1]]) * side).flat], int(200 - 110 * self.relief), 4)
+            light.line((middle + np.array([[s0], [s1]]) * side).ravel().tolist(), int(200 - 110 * self.relief), 4)
 
     def _shape(self, stroke: Stroke) -> tuple[np.ndarray, np.ndarray]:
         """Centre line of a stroke and the vector to one side, (K, 2) pixels each; higher up is larger."""
