@@ -133,7 +133,7 @@ class Fit:
     middle: bool = False    # noise levels are drawn mostly from the middle, not evenly
 
 
-FITS = {    # of each size; judge: steps of filters.tell_apart
+FITS = {    # of each size; judge: steps of filters.tell_apart; flags: other defaults of the command line
     "tiny":  dict(autoencoder=Fit(5, 16, 2e-3), denoiser=Fit(5, 16, 2e-3),
                   decoder=Fit(5, 16, 1e-3), branch=Fit(5, 16, 1e-3, middle=True),
                   judge=5, reader=Fit(5, 16, 2e-3), flags=dict(sampling_steps=4)),
@@ -146,7 +146,7 @@ FITS = {    # of each size; judge: steps of filters.tell_apart
     "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4),
                   decoder=Fit(3000, 16, 2e-4), branch=Fit(10_000, 32, 1e-4, middle=True),
                   judge=2000, reader=Fit(10_000, 64, 1e-3)),
-    # three epochs of the target's pairs, as in the paper; `flags` are other defaults of the command line
+    # three epochs of the target's pairs, as in the paper
     "sd15":  dict(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3, judge=2000,
                   flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
     "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=1,

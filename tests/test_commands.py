@@ -319,7 +319,7 @@ def test_bf16_computes_features_and_scores_and_orders_nothing(work, monkeypatch)
 
 def test_a_search_starts_without_what_it_does_not_need(work):
     """The compiler and torchvision take seconds to load."""
-    code = ("import runpy, sys; sys.argv = ['evaluate.py', '--query', 'a coat']; "
+    code = ("import runpy, sys; sys.argv = ['evaluate.py', '--query', 'a coat', '--device', 'cpu']; "
             f"runpy.run_path({str(ROOT / 'evaluate.py')!r}, run_name='__main__'); "
             "print(sorted({'torch', 'torch._dynamo', 'torchvision'} & sys.modules.keys()))")
     ran = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True,

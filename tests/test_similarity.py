@@ -176,6 +176,18 @@ def test_one_graph_a_tile_function_for_many_sizes(monkeypatch):
     assert len(graphs) == 2 and Compiled.possible
 
 
+def test_a_compiled_model_calls_the_tiles_as_they_are(monkeypatch):
+    graphs, own = [], []
+    fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    model = torch.compile(lambda *given: contrastive(*given).exp(),
+                          backend=lambda graph, inputs: own.append(graph.code) or graph.forward)
+    torch.manual_seed(0)
+    given = unit(100, 8).float(), unit(100, 8).float(), torch.tensor(0.07), torch.arange(100) // 3, 0.1, (32, 64)
+    with torch.compiler.set_stance("default"):
+        assert error(model(*given), losses.contrastive(*given[:-1]).exp()) < 1e-5
+    assert len(graphs) == 1 and own and not any("logsumexp" in code for code in own)
+
+
 def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")

@@ -257,6 +257,17 @@ def test_workers_change_nothing(root, tmp_path):
     assert all((tmp_path / path).read_bytes() == (root / path).read_bytes() for path in files)
 
 
+def test_portraits_are_the_same_from_several_processes(monkeypatch):
+    monkeypatch.setattr(town, "CHUNK", 2)
+    those, drawn = [sample_person(random.Random(i)) for i in range(6)], []
+    for many in (7, 6):
+        monkeypatch.setattr(town, "MANY", many)
+        drawn.append(town.portraits("cuhk", those, 3, (32, 16), workers=2))
+    for one, other in zip(*drawn, strict=True):
+        assert (one.pixels == other.pixels).all() and one.pixels.shape == (32, 16, 3)
+        assert (one.words, one.camera) == (other.words, other.camera)
+
+
 def test_a_half_written_set_is_drawn_again(tmp_path, monkeypatch):
     lines, draw = [], town.render
 

@@ -55,6 +55,7 @@ FOLDERS = {"source": "SDA", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": 
 CUHK_CAMERAS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market")
 TWIN_SHARE = 0.3    # of the test identities belong to a pair that differs in one attribute
 CHUNK = 20          # people a process draws at once
+MANY = 500          # portraits: fewer are drawn before processes have started
 OURS = re.compile(r"(\d+_c\d+_\d+|sda_\w+|reid_raw|ICFG-PEDES|data_captions|town|DRAWN)\.(jpg|json|txt|tmp)")   # files
 
 
@@ -191,8 +192,7 @@ def portraits(domain: str, people: list[Person], seed: int, size: tuple[int, int
               poses: list[Pose] | None = None) -> list[Portrait]:
     """Each person once, as a camera of that domain meets them (or in the given pose), (H, W) = size; pure."""
     tasks = [(domain, person, f"{seed}/{i}", size, poses and poses[i]) for i, person in enumerate(people)]
-    few = len(tasks) < 500                # drawn before processes have started
-    return list(in_processes(_portrait, tasks, 1 if few else workers, CHUNK))
+    return list(in_processes(_portrait, tasks, workers if len(tasks) >= MANY else 1, CHUNK))
 
 
 def _portrait(task: tuple) -> Portrait:
