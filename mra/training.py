@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists: its defaults, made later, would keep the group and its threads
 from torch import Tensor
 
 from mra import ranking

@@ -411,6 +411,19 @@ def test_torchrun_from_end_to_end(tmp_path):
     assert "icfg re-ranked" in succeed(tmp_path, "evaluate.py")
 
 
+@pytest.mark.skipif(not localhost() or not dist.is_gloo_available(), reason="processes cannot talk to each other")
+def test_the_group_and_its_threads_end_before_the_interpreter(tmp_path):
+    """Else they may crash it. What loads a compiler after the group exists must not keep it."""
+    script = tmp_path / "script.py"
+    script.write_text("import weakref\nfrom mra import config, training\nseen = []\n\ndef main():\n"
+                      "    training.Machine.of('cpu', 'float32')\n    import torch._dynamo\n"
+                      "    seen.append(weakref.ref(torch.distributed.group.WORLD))\n\n"
+                      "config.run(main)\nassert seen[0]() is None\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)], cwd=tmp_path,
+                   env=environment, timeout=90, check=True)
+
+
 # ---- plan, rates, choices
 
 def test_the_schedule_by_hand():
