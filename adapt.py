@@ -61,7 +61,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way from the base to the finished set in `out`.
 
     What is there already is kept if it is of the same making: a network by `learned_from` and its plan, the set by
-    `made_with`, and where that differs its parts by what `make` says decides them.
+    `made_with`, and where that differs its parts by what `make` says decides them, as `asked_for`: the wishes.
     """
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
@@ -72,6 +72,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     target = share_of(load(config.target, "train", root, say=machine.say), config.share)
     source = source_records(config, machine) if config.source or not config.data_root else None
     images = read_images([record.path for record in target.records], base.config, config.workers)     # (N, 3, H, W)
+    if len(images) < 2:
+        raise UserError(f"{target.name} has a single training image, from which no look can be learned.")
     learned_from = {"target": target.name, "contents": contents(target, images), "base": checkpoint.digest(base)}
     if not stable:                  # its latents, too, get mean 0 and variance 1; pixels come back in its light
         base.autoencoder.learn_scale(encode(base.autoencoder, images))
@@ -82,9 +84,12 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     places = usual_places(islice(source.records, PLACED), *base.config.shape[1:]) if source else {}
     wanted = wishes(config, base, (source if from_source(config) else target).records)
     restyles, many = config.mode == "restyle", replace(config, images=max(config.images, PROBES))
-    probes = [] if stable else wishes(many, base, (source if restyles else target).records)
-    asked_for = name_of(wanted + probes, places)
-    made_with = {"config": asdict(replace(config, out="", device="", workers=0, recompute=False)), **learned_from,
+    probes = ([] if stable else wanted if many == config and restyles == from_source(config) else
+              wishes(many, base, (source if restyles else target).records))
+    some = list(islice(source.records, gap.ROWS)) if restyles else []       # whose moments move all
+    asked_for = name_of(wanted + probes + some, places, pixels=restyles)
+    used = replace(config, out="", device="", workers=0, recompute=False, precision=machine.precision)
+    made_with = {"config": asdict(used), **learned_from,
                  "branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
                  "retriever": retriever and checkpoint.digest(retriever[0]), "asked for": asked_for}
     if (out / "report.json").exists() and made_with.items() <= checkpoint.read_json(out / "report.json").items():
@@ -93,8 +98,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     judge, skill = train_judge(config, machine, learned_from, images)
     looks = Looks(None, latents)
     if restyles:
-        some = [record.path for record in islice(source.records, gap.ROWS)]
-        looks = Looks(encode(base.autoencoder, read_images(some, base.config, config.workers)), latents)
+        plain = read_images([record.path for record in some], base.config, config.workers)
+        looks = Looks(encode(base.autoencoder, plain), latents)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: unfinish(out))
     parts = make(config, machine, base, branch, judge, retriever, wanted, probes, looks, places, asked_for, out)
@@ -170,6 +175,8 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         train_base(replace(config, seed=0), machine)
     path = trained if own else Path(config.base or shipped)
     base, facts = read_base(path)
+    if base.config.shape != DIFFUSION_PRESETS[config.size].shape:
+        raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
     if own and facts.get("root") != source_root(config):
         raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or give it "
                         "as --base.")
@@ -181,9 +188,11 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
           images: Tensor) -> DomainBranch:
     """The domain branch, trained on the target's training pairs beside the frozen base."""
     captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
-    pairs = LatentPairs(base, images, captions, config.condition)
-    with machine.autocast():
-        pairs.read(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
+    path = dad_folder(config) / "branch.safetensors"
+    if not path.exists():
+        pairs = LatentPairs(base, images, captions, config.condition)
+        with machine.autocast():
+            pairs.read(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
     machine.say(f"Adapting to {target.name}: {len(images)} images, {len(captions)} captions.")
     torch.manual_seed(config.seed)
     branch = DomainBranch(base.denoiser).to(machine.device)
@@ -199,8 +208,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
     steps = config.steps or plan.steps or math.ceil(plans["epochs"] * len(captions) / plan.batch)
     fit("branch", branch,
         lambda draw, count: pairs.loss(denoiser, step_branch, base.schedule, draw, count, middle=plan.middle),
-        replace(plan, steps=steps), dad_folder(config) / "branch.safetensors",
-        learned_from | {"pairs": len(captions)}, config.seed, machine)
+        replace(plan, steps=steps), path, learned_from | {"pairs": len(captions)}, config.seed, machine)
     if rounds:
         round_weights(branch)
     return branch.eval().requires_grad_(False)
@@ -270,23 +278,23 @@ def train_reader(config: AdaptConfig, machine: Machine) -> Judge:
     """The reader of attributes that the report measures with; for demo it ships, with the base."""
     torch.manual_seed(0)        # the same in every process, whatever it has done before
     reader, plan = Judge(sum(gap.SIZES)).to(machine.device), FITS[config.size]["reader"]
-    shipped, folder = SHIPPED / f"reader-{config.size}.safetensors", Path("out") / f"base-{config.size}"
+    shipped, path = SHIPPED / f"reader-{config.size}.safetensors", Path(f"out/base-{config.size}/reader.safetensors")
     if shipped.exists() and not config.train_base:
         checkpoint.restore_weights(reader, checkpoint.load(shipped)[0], shipped)
         return reader.eval()
-    count, size = 20 if config.size == "tiny" else 6000, DIFFUSION_PRESETS[config.size]
-    people = gap.strangers(count, seed=0)
-    drawn = {domain: town.portraits(domain, people, 0, (size.height, size.width), machine.cores)
-             for domain in gap.TARGETS}
-    images = stacked([one.pixels for some in drawn.values() for one in some])
-    cameras = torch.tensor([gap.CAMERAS.index((domain, one.camera)) for domain, some in drawn.items() for one in some])
-    labels = torch.cat([gap.labels_of(people).repeat(len(drawn), 1), cameras[:, None]], 1)
+    people, size = gap.strangers(20 if config.size == "tiny" else 6000, seed=0), DIFFUSION_PRESETS[config.size]
+    if not path.exists():
+        drawn = {domain: town.portraits(domain, people, 0, (size.height, size.width), machine.cores)
+                 for domain in gap.TARGETS}
+        images = stacked([one.pixels for some in drawn.values() for one in some])
+        cameras = [gap.CAMERAS.index((domain, one.camera)) for domain, some in drawn.items() for one in some]
+        labels = torch.cat([gap.labels_of(people).repeat(len(drawn), 1), torch.tensor(cameras)[:, None]], 1)
 
     def loss_of(draw: torch.Generator, count: int) -> Tensor:
         some = torch.randint(len(images), (count,), generator=draw, device=machine.device).cpu()
         return gap.reading_loss(reader, images[some].to(machine.device), labels[some].to(machine.device))
 
-    fit("reader", reader, loss_of, plan, folder / "reader.safetensors", {"people": count}, 0, machine)
+    fit("reader", reader, loss_of, plan, path, {"people": len(people)}, 0, machine)
     return reader.eval()
 
 

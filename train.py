@@ -48,7 +48,7 @@ def main() -> None:
     if not config.init and not pretrains(config.dataset):
         out = config.out or default_out(config)
         training.make_folder(Path(out))       # before the long pretraining
-        config = replace(config, out=out, init=str(pretrain(config, machine)))
+        config = replace(config, out=out, init=str(pretrain(config, machine)), vocab="")      # it has its own now
     train(config, machine)
 
 
@@ -67,10 +67,16 @@ def pretrain(config: TrainConfig, machine: training.Machine) -> Path:
 def adapted_set(config: TrainConfig) -> Path | None:
     """The set that adapt.py made for this target, if there is one. Raises UserError for one that is unfinished."""
     made = Path("out/sda") / (config.dataset + f"-{config.preset}" * (config.preset != "demo"))
-    whole = (made / "report.json").exists()
-    if config.dataset in DATASETS and (made / "parts").is_dir() and not whole:
-        raise UserError(f"{made} is an adapted set that is not finished: run adapt.py again, or remove it.")
-    return made if config.dataset in DATASETS and whole else None
+    if config.dataset not in DATASETS:
+        return None
+    check_whole(made)
+    return made if (made / "report.json").exists() else None
+
+
+def check_whole(folder: Path) -> None:
+    """Raise UserError for a set that adapt.py has not finished."""
+    if (folder / "parts").is_dir() and not (folder / "report.json").exists():
+        raise UserError(f"{folder} is an adapted set that is not finished: run adapt.py again, or remove it.")
 
 
 def train(config: TrainConfig, machine: training.Machine) -> Path:
@@ -100,7 +106,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
     facts = checkpoint.model_facts(model, tokenizer) | {
         "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
         "pairs": len(dataset), "adapted": made_by(config.dataset), "processes": world, "versions": checkpoint.VERSIONS}
-    first, best = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None)
+    first, best, judged = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None, False)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
     step_model = torch.compile(model) if config.compile else model
@@ -108,9 +114,17 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
         step_model = DistributedDataParallel(step_model, find_unused_parameters=plan.fusion_from > 0)
     if not first:               # here all processes have looked; another run's best stays until there is a new one
         machine.first(lambda: (out / "last.safetensors").unlink(missing_ok=True))
-    log = training.Log(out / "log.jsonl", plan.steps, config.batch * config.accumulate * world, rank > 0, first)
+    log = training.Log(out / "log.jsonl", plan.steps, config.batch * config.accumulate * world, rank > 0,
+                       first + judged / 2)
     keys = order(len(dataset), config.batch, config.seed, first * config.accumulate, plan.steps * config.accumulate,
                  rank, world)
+
+    def judge(step: int) -> dict:
+        return keep(machine, out, model, tokenizer, optimizer, val_set, step > plan.fusion_from, log, best, facts | {
+            "step": step, "seconds": round(time.perf_counter() - started, 1)})
+
+    if first in plan.evals and not judged:      # it ended in that evaluation
+        best = judge(first)
     with training.stoppable() as asked:     # Ctrl-C spares the loading processes
         batches = iter(loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate,
                               pin_memory=device.type == "cuda"))
@@ -140,8 +154,7 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
             if done % config.log_every == 0 or done in plan.evals:
                 log.flush(done, config.lr * rate)
             if done in plan.evals:
-                best = keep(machine, out, model, tokenizer, optimizer, val_set, fuse, log, best, facts | {
-                    "step": done, "seconds": round(time.perf_counter() - started, 1)})
+                best = judge(done)
             if training.any_process(asked.is_set(), machine):
                 log.flush(done, config.lr * rate)           # which refuses what is not finite
                 if done not in plan.evals:
@@ -154,20 +167,22 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
 def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Tokenizer,
          optimizer: torch.optim.Optimizer, val_set: RecordSet, fused: bool, log: training.Log, best: dict | None,
          facts: dict) -> dict:
-    """Evaluate on val and write the last checkpoint, and the best one if this is it; returns the best result."""
+    """Write the last checkpoint, evaluate on val, and write the best one if this is it; returns the best result."""
     for buffer in model.buffers() if machine.world > 1 else ():
         dist.broadcast(buffer, 0)       # batch norms have seen other pairs in each process
-    result = training.validate(model, tokenizer, val_set, fused, facts["train"]["workers"])
+    last = out / "last.safetensors"
+    machine.first(lambda: checkpoint.save(last, checkpoint.state(model, optimizer), facts | {"best": best}))
+    result = training.validate(model, tokenizer, val_set, fused, facts["train"]["workers"],
+                               machine.autocast() if machine.device.type == "cuda" else nullcontext())  # as evaluate.py
     log.write({"step": facts["step"], "val": result})
     machine.say(f"val at step {facts['step']}: {describe(result)}")
-    facts, better = facts | {"val": result}, best is None or result["quality"] >= best["quality"]
-    best = result if better else best
+    judged, better = facts | {"val": result}, best is None or result["quality"] >= best["quality"]
     if machine.rank == 0:
         if better:
-            checkpoint.save(out / "best.safetensors", checkpoint.weights(model), facts)
-        checkpoint.save(out / "last.safetensors", checkpoint.state(model, optimizer), facts | {"best": best})
+            checkpoint.save(out / "best.safetensors", checkpoint.weights(model), judged)
+        checkpoint.save(last, checkpoint.state(model, optimizer), judged | {"best": result if better else best})
     log.restart()
-    return best
+    return result if better else best
 
 
 def default_out(config: TrainConfig) -> str:
@@ -214,6 +229,7 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--batch {config.batch}: the swin presets normalise over the batch; give 2 or more.")
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
         raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
+    check_whole(Path(config.dataset))
     if config.init not in ("", "none") and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if (config.bert or config.vit or config.released_regions) and config.init not in ("", "none"):

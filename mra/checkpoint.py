@@ -155,33 +155,32 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     """Go back to what `state` returned. Raises UserError where the weights do not fit; for use within `trusting`."""
     restore_weights(model, tensors, path)
     parameters = dict(model.named_parameters())
-    kept = {tuple(name.split(".", 2)[1:]) for name in tensors if name.startswith("optimizer.")}
-    if not kept or kept != {(kind, of) for _, of in kept for kind in ("step", "exp_avg", "exp_avg_sq")}:
+    saved = {tuple(name.split(".", 2)[1:]): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
+    if not saved or saved.keys() != {(kind, of) for _, of in saved for kind in ("step", "exp_avg", "exp_avg_sq")}:
         raise ValueError("the optimiser's state is not complete")
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, kind, of = name.split(".", 2)
-            if kind == "step":
-                state = tensor.to(parameters[of].device if optimizer.defaults["fused"] else "cpu")
-            else:       # laid out in memory as the parameter is
-                state = torch.empty_like(parameters[of], dtype=tensor.dtype).copy_(tensor.view_as(parameters[of]))
-            optimizer.state[parameters[of]][kind] = state
+    for (kind, of), tensor in saved.items():
+        own = parameters[of]        # a moment is laid out in memory as its parameter is
+        optimizer.state[own][kind] = (tensor.to(own.device) if kind == "step" else
+                                      torch.empty_like(own, dtype=tensor.dtype).copy_(tensor.view_as(own)))
 
 
-MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch"}    # when a run goes on
+# when a run goes on; how many pairs a step has, and in which precision, `settings` tells
+MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision"}
 
 
-def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> tuple[int, dict | None]:
-    """Continue `out`'s last checkpoint, if there is one: the number of steps done, and the best result on val.
+def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
+           facts: dict) -> tuple[int, dict | None, bool]:
+    """Continue `out`'s last checkpoint, if there is one: steps done, best result on val, whether it was evaluated.
 
-    Raises UserError when that checkpoint belongs to a run with another configuration.
+    Raises UserError when that checkpoint belongs to a run with another configuration, or its best one is gone.
     """
     path = out / "last.safetensors"
     if not path.exists():
-        return 0, None
+        return 0, None, False
     tensors, saved = load(path)
     if saved.get("best") and not (out / "best.safetensors").exists():
-        return 0, None
+        raise UserError(f"{path} goes on from a best.safetensors that is gone: put it back, or give --no-resume to "
+                        "start over.")
     with trusting(path):
         now, then = settings(facts), settings(saved)
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
@@ -192,7 +191,7 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
         best = saved["best"]
         if best is not None and not all(isinstance(part, bool | float) for part in best["quality"]):
             raise ValueError(f"quality is {best['quality']!r}")
-        return int(saved["step"]), best
+        return int(saved["step"]), best, "val" in saved
 
 
 def settings(facts: dict) -> dict:
@@ -200,7 +199,7 @@ def settings(facts: dict) -> dict:
     flags = asdict(TrainConfig()) | facts["train"]      # a flag that an older checkpoint does not know had its default
     return {"--" + name.replace("_", "-"): value for name, value in flags.items() if name not in MAY_DIFFER} | {
         "number of pairs": facts["pairs"], "adapted set": facts.get("adapted", ""),
-        "--batch x processes": flags["batch"] * facts["processes"]}
+        "--batch x processes": flags["batch"] * facts["processes"], "--precision": facts["precision"]}
 
 
 def load_retriever(path: Path, device: torch.device) -> tuple[Retriever, Tokenizer, dict]:

@@ -125,7 +125,7 @@ DIFFUSION_PRESETS = {
 class Fit:
     """How long and how fast a network of DaD is trained."""
 
-    steps: int              # 0: `epochs` passes over the pairs
+    steps: int              # 0: as many as draw each pair `epochs` times on average
     batch: int              # images of one step, all processes together
     lr: float               # peak; it rises over the first 5 % of the steps and falls linearly to 0
     decay: float = 0.999    # of the moving average of the weights; it starts smaller and grows to this
@@ -261,7 +261,7 @@ def check_values(config, **choices) -> None:
 
 # What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.
 PAPER = {
-    "pretrain": dict(epochs=32, batch=40, lr=5e-5, warmup=0.01, evals=16, workers=8),
+    "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),   # 2,600 steps
     "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
     "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
@@ -343,9 +343,16 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
         said, status = f"error: {harmless(sentence)}", 2
-    except BrokenExecutor:
-        said = "error: a helping process was killed, perhaps for lack of memory; free some, or give fewer --workers."
-        status = 2
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, BrokenExecutor) or str(error).startswith("DataLoader worker"):
+            said = "a helping process was killed, perhaps for lack of memory; free some, or give fewer --workers."
+        elif type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+            told = ". ".join(str(error).split(". ")[:2]) or type(error).__name__
+            said = (f"out of memory ({harmless(told)}); free some, or do less at once: a smaller --batch, or "
+                    "--recompute of adapt.py.")
+        else:
+            raise
+        said, status = f"error: {said}", 2
     except KeyboardInterrupt:
         said = "Stopped; the same command goes on after what was saved last."
         status = 130

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mra import checkpoint, ranking
 from mra.config import UserError
-from mra.data.check import troubles
+from mra.data.check import trouble
 from mra.data.records import IMAGE_FORMATS, shown
 from mra.retriever import Retriever
 
@@ -48,35 +48,48 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
     `cache` is the file of embeddings, and the features are its own, mapped and not held in memory; it is written where
     something changed, for this folder alone. Raises UserError for a folder without a readable image.
     """
-    stamps = {path: stamp(path) for path in photographs(folder, say, cache.parent)}
+    stamps, broken = {path: stamp(path) for path in photographs(folder, say, cache.parent)}, []
     owner = {"weights": checkpoint.digest(model), "model": asdict(model.config),
              "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
     files, features = remembered(cache, owner, model.config.embed)
     known = set(files)
-    broken = troubles([path for path, mark in stamps.items() if mark not in known], workers, say)
-    for path, sentence in broken.items():
-        say(f"Left out: {sentence}")
-        del stamps[path]
     new = [path for path, mark in stamps.items() if mark not in known]
-    if not stamps:
-        raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
-    say(f"{shown(folder)}: {len(stamps)} images, {len(new)} of them to encode, the others known from {cache}.")
+    say(f"{shown(folder)}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     done = 0
     while done < len(new):
         part = new[done:done + max(PART, len(files) // 4)]      # the more there is to write again, the more rarely
-        fresh = ranking.encode_gallery(model, ranking.Images(part, model.config), batch, workers)
-        features, files, done = torch.cat([features, fresh.cpu()]), files + [stamps[p] for p in part], done + len(part)
-        checkpoint.save(cache, {"features": features}, owner | {"files": files})
+        fresh = ranking.encode_gallery(model, Photographs(part, model.config), batch, workers).cpu()
+        well = fresh.isfinite().all(-1).all(-1)                                     # (g,): it was decoded
+        for path in (path for path, fine in zip(part, well) if not fine):
+            broken.append(trouble(path) or f"the image {shown(Path(path))} could not be read")
+            say(f"Left out: {broken[-1]}")
+            del stamps[path]
+        features, done = torch.cat([features, fresh[well]]), done + len(part)
+        files += [stamps[path] for path in part if path in stamps]
+        if files:
+            write(cache, features, files, owner)
         if len(new) > PART:
             say(f"  {done:,} of {len(new):,} encoded")
+    if not stamps:
+        raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
     place, kept = {mark: number for number, mark in enumerate(files)}, list(stamps.values())
     if files != kept:
-        checkpoint.save(cache, {"features": features[[place[mark] for mark in kept]]}, owner | {"files": kept})
+        write(cache, features[[place[mark] for mark in kept]], kept, owner)
     files, features = remembered(cache, owner, model.config.embed)
     if files != kept:
         raise UserError(f"{cache} cannot be read again as it was written: does another run write there? Give another "
                         "--out.")
-    return list(stamps), features, list(broken.values())
+    return list(stamps), features, broken
+
+
+class Photographs(ranking.Images):
+    """Image files as model input; nan for one that cannot be read, so that each is decoded once."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return super().__getitem__(index)
+        except UserError:
+            return torch.full((3, *self.size), torch.nan)
 
 
 def stamp(path: str) -> str:
@@ -85,11 +98,17 @@ def stamp(path: str) -> str:
     return f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
 
 
+def write(cache: Path, features: Tensor, files: list[str], owner: dict) -> None:
+    """Features (G, 2, E) and stamps (G), these as bytes: a safetensors header takes 100 MB at most."""
+    stamps = torch.frombuffer(bytearray(os.fsencode("\0".join(files))), dtype=torch.uint8)
+    checkpoint.save(cache, {"features": features, "stamps": stamps}, owner)
+
+
 def remembered(cache: Path, owner: dict, width: int) -> tuple[list[str], Tensor]:
     """Stamps (G) and features (G, 2, E) of a cache that this very model wrote; else none."""
     try:
         tensors, facts = checkpoint.load(cache)
-        files, features = [str(file) for file in facts["files"]], tensors["features"]
+        files, features = os.fsdecode(tensors["stamps"].numpy().tobytes()).split("\0"), tensors["features"]
         fits = features.dtype == torch.float32 and features.shape == (len(files), 2, width)
         if fits and {name: facts.get(name) for name in owner} == owner:
             return files, features

@@ -26,6 +26,7 @@ METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10       # images found for each query at least
 BLOCK = 512      # queries whose similarity with the whole gallery is in memory at once
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity beside the matching logit
+GATHERED = 4 * 2**30     # bytes of keys and values that are matched at a time, at most
 
 
 def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
@@ -45,12 +46,6 @@ def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor
 def means(rows: list[Tensor]) -> dict[str, float]:
     """METRICS in percent, from `metric_rows` of some queries after others; nan where none has a match."""
     return dict(zip(METRICS, (100 * torch.cat(rows).mean(0)).tolist()))
-
-
-def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
-    """METRICS in percent of any scores (Q, G), the highest first, equal ones as in the gallery; ids (Q,) and (G,)."""
-    return means([metric_rows(some.argsort(dim=1, descending=True, stable=True), ids, gallery_ids)
-                  for some, ids in zip(scores.split(BLOCK), query_ids.split(BLOCK))])
 
 
 @dataclass(frozen=True)
@@ -173,10 +168,10 @@ def match_candidates(model: Retriever, images: Dataset, queries: Queries, candid
     Image by image: a gallery image's keys and values are computed once for all queries that ask for it, so no
     tokens of the gallery are held in memory; an image that no query asks for is not read. What a query's words make of
     each other before they see an image is computed once, the last layer for [CLS] alone, and lengths that are alike
-    stand side by side, rounded up so that few shapes occur. `pairs` are matched at a time; 0: what suits the device.
+    stand side by side, rounded up so that few shapes occur. `pairs` are matched at a time; 0: what suits the device,
+    and GATHERED.
     """
     device = candidates.device
-    pairs = pairs or (2048 if device.type == "cuda" else 256)                      # 256 stay in a CPU's cache
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) places in it
     own = own_batches(len(wanted), batch)
     logits = torch.zeros(places.numel(), 2, device=device)
@@ -186,8 +181,10 @@ def match_candidates(model: Retriever, images: Dataset, queries: Queries, candid
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
         memories = model.fusion_encoder.memories(tokens)
+        usual = 2048 if device.type == "cuda" else 256                             # 256 stay in a CPU's cache
+        count = pairs or min(usual, GATHERED // sum(memory[0].nbytes for memory in memories))
         by_length = lengths[asked // places.shape[1]].argsort(stable=True)         # alike lengths side by side
-        for some in asked[by_length].split(pairs):
+        for some in asked[by_length].split(count):
             query, column = some // places.shape[1], places.flatten()[some] - start
             longest = -(-int(lengths[query].max()) // 8) * 8                       # beyond T, slicing stops there
             logits[some] = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
@@ -211,6 +208,7 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
         features = encode_gallery(model, images, batch, workers, mirror)
     if mirror:
         passes.append(encode_queries(model, tokenizer, list(map(swap_left_right, captions))) if swap else passes[0])
+    # one product of these is the mean of the passes' similarities
     queries = torch.cat([words.features for words in passes], 1) / len(passes)     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):

@@ -2,8 +2,9 @@
 
 `forward` names the stages of the paper's figure. Whole images with captions and regions with phrases go
 through the same `align`: a region is the mean of the tokens whose patches its box touches, followed by those
-tokens. That mean is what the region-phrase contrastive loss compares, and the fusion encoder sees it too (in
-the released code it does neither). Before: losses.py, similarity.py, data/batches.py. After: training.py, ranking.py.
+tokens. That mean is what the region-phrase contrastive loss compares (with `bins` these tokens bin by bin, the mean in
+place of the others), and the fusion encoder sees it too (in the released code it does neither).
+Before: losses.py, similarity.py, data/batches.py. After: training.py, ranking.py.
 """
 
 import torch
@@ -70,7 +71,8 @@ class Retriever(nn.Module):
 
         With `bins` the features are of [CLS] and the bins of all up to max_tokens, padding (id 0) too, as released.
         """
-        length, fill = ids.shape[1], (0, self.config.max_tokens - ids.shape[1]) if self.config.bins else (0, 0)
+        length = ids.shape[1]
+        fill = (0, self.config.max_tokens - length) if self.config.bins else (0, 0)
         tokens = self.text_encoder(F.pad(ids, fill), F.pad(keep, fill))      # (B, max_tokens or T, D)
         x = tokens[:, 0]
         if self.config.bins:

@@ -85,11 +85,11 @@ class Contrastive(torch.autograd.Function):
     def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor, smoothing: float, tile: tuple) -> Tensor:
         ctx.tile = tile
         texts, ids, own = gathered(text), gathered(ids), own_rows(len(text))           # (N, E), (N,)
-        rows, columns = log_sum_exps(image, texts, scale, tile)                        # (B,), (N,)
-        columns = gathered(columns[None]).logsumexp(0)                                 # (N,)
+        lse_row, lse_column = log_sum_exps(image, texts, scale, tile)                  # (B,), (N,)
+        lse_column = gathered(lse_column[None]).logsumexp(0)                           # (N,)
         aligned, counts = label_term(image, texts, ids, smoothing, scale.dtype)        # scalar, (N,)
-        loss = rows.sum() / 2 + columns[own].sum() / 2 - scale * aligned
-        ctx.save_for_backward(image, texts, scale, rows, columns, ids, (1 - smoothing) / counts,
+        loss = lse_row.sum() / 2 + lse_column[own].sum() / 2 - scale * aligned
+        ctx.save_for_backward(image, texts, scale, lse_row, lse_column, ids, (1 - smoothing) / counts,
                               loss.new_full((), smoothing / len(texts)))
         return summed(loss) / len(texts)
 
@@ -146,24 +146,24 @@ def tile_log_sum_exps(image: Tensor, text: Tensor, scale: Tensor, image_keep: Te
             scores.unflatten(0, (-1, math.gcd(height, 64))).logsumexp(1).logsumexp(0))
 
 
-def pulled_back(image: Tensor, text: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, ids: Tensor,
+def pulled_back(image: Tensor, text: Tensor, scale: Tensor, lse_row: Tensor, lse_column: Tensor, ids: Tensor,
                 weight: Tensor, floor: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """slopes @ text (B, E) and slopes.T @ image (N, E), tile by tile; arguments as of `tile_slopes`, whole."""
     own = own_rows(len(image))
-    images, rows, own_ids, weight, image_keep = cut(tile[0], image, rows, ids[own], weight[own])
-    texts, columns, ids, text_keep = cut(tile[1], text, columns, ids)
+    images, lse_row, own_ids, weight, image_keep = cut(tile[0], image, lse_row, ids[own], weight[own])
+    texts, lse_column, ids, text_keep = cut(tile[1], text, lse_column, ids)
     to_image, to_text = (torch.zeros_like(x, dtype=scale.dtype) for x in (images, texts))
     for i in range(len(images)):
         for j in range(len(texts)):
-            slopes = tile_slopes(images[i], texts[j], scale, rows[i], columns[j], own_ids[i], ids[j], weight[i], floor,
-                                 image_keep[i], text_keep[j])
+            slopes = tile_slopes(images[i], texts[j], scale, lse_row[i], lse_column[j], own_ids[i], ids[j], weight[i],
+                                 floor, image_keep[i], text_keep[j])
             add_product(to_image[i], slopes, texts[j])
             add_product(to_text[j], slopes.T, images[i])
     return to_image.flatten(0, 1)[:len(image)], to_text.flatten(0, 1)[:len(text)]
 
 
 @Compiled
-def tile_slopes(image: Tensor, text: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, row_ids: Tensor,
+def tile_slopes(image: Tensor, text: Tensor, scale: Tensor, lse_row: Tensor, lse_column: Tensor, row_ids: Tensor,
                 column_ids: Tensor, weight: Tensor, floor: Tensor, image_keep: Tensor, text_keep: Tensor) -> Tensor:
     """N times the loss's slope at each logit of a tile (R, C), in the features' precision; 0 in the padding.
 
@@ -171,7 +171,7 @@ def tile_slopes(image: Tensor, text: Tensor, scale: Tensor, rows: Tensor, column
     target_ij = weight_i same_ij + floor,    weight_i = (1 - smoothing) / number of same,    floor = smoothing / N
     """
     scores = logits(image, text, scale)                                                # (R, C)
-    chances = ((scores - rows[:, None]).exp() + (scores - columns).exp()) / 2
+    chances = ((scores - lse_row[:, None]).exp() + (scores - lse_column).exp()) / 2
     slopes = chances - (row_ids[:, None] == column_ids) * weight[:, None] - floor
     return slopes.where(image_keep[:, None] & text_keep, 0).to(image.dtype)
 

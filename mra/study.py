@@ -157,7 +157,7 @@ def perform(one: Run, out: Path) -> None:
     shares = (1.0, FEW) if learns(one.arm) else (1.0,)      # in the 10 % protocol DaD sees the same 10 %
     starts = {share: pretrained(one, out, folder, share) for share in shares}
     zero_shot = [test(start, one, (one.target,)) for start in starts.values() if start != "none"]
-    results = dict(zip(STAGES[:2], 2 * zero_shot))      # without DaD no pair is seen: twice the same
+    results = dict(zip(STAGES[:2], 2 * zero_shot))      # an arm without DaD has one start for both: twice the same
     for stage, share in (("tenth", FEW), ("all", 1.0)):
         start = starts.get(share, starts[1.0])
         count = steps[stage] + (steps["source"] + steps["mix"] if start == "none" else 0)

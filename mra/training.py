@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -194,7 +194,7 @@ class Log:
     `images` are of one step, all processes. In a run that goes on after step `first`, what was logged after it goes.
     """
 
-    def __init__(self, path: Path, steps: int, images: int, quiet: bool, first: int = 0, name: str = ""):
+    def __init__(self, path: Path, steps: int, images: int, quiet: bool, first: float = 0, name: str = ""):
         self.path, self.steps, self.images, self.quiet, self.name = path, steps, images, quiet, name
         if path.exists() and not quiet:
             lines = path.read_text(errors="replace").splitlines(keepends=True)
@@ -231,9 +231,10 @@ class Log:
 
 
 def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; beyond all for one that a crash has spoilt."""
+    """The step of a line of log.jsonl, half a step later for its evaluation; beyond all for one a crash has spoilt."""
     try:
-        return float(json.loads(line)["step"])
+        found = json.loads(line)
+        return float(found["step"]) + ("val" in found) / 2
     except (ValueError, TypeError, KeyError):
         return math.inf
 
@@ -246,16 +247,18 @@ def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]
         [record.identity for record in source.records])
 
 
-def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, workers: int = 0) -> dict:
+def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, workers: int = 0,
+             autocast: AbstractContextManager = nullcontext()) -> dict:
     """R@1 and mAP on val by embeddings and, when the fusion encoder is trained, re-ranked with the best weight.
 
     `quality` is what checkpoints are compared by: whether the fusion encoder is trained, then how good
-    the last stage is. No mirror images, to save time.
+    the last stage is. No mirror images, to save time. What is ordered stays in float32 under `autocast`.
     """
     captions, query_ids, paths, gallery_ids = queries_of(val)
     model.eval()
-    found = ranking.search(model, tokenizer, captions, paths, model.config.rerank if fused else 0, mirror=False,
-                           workers=workers)
+    with autocast:
+        found = ranking.search(model, tokenizer, captions, paths, model.config.rerank if fused else 0, mirror=False,
+                               workers=workers)
     embedded, = found.metrics(query_ids, gallery_ids, found.candidates)
     result = {"embeddings": embedded, "quality": [fused, ranking.quality(embedded)]}
     if fused:

@@ -184,22 +184,26 @@ def test_training_goes_on_bit_for_bit(tmp_path, config, batch):
 
 def facts_of(model, tokenizer, train: TrainConfig, **more) -> dict:
     return checkpoint.model_facts(model, tokenizer) | {
-        "train": dataclasses.asdict(train), "pairs": 99, "processes": 2} | more
+        "train": dataclasses.asdict(train), "precision": "float32", "pairs": 99, "processes": 2} | more
 
 
 def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     train, path = TrainConfig(lr=1e-3), tmp_path / "last.safetensors"
     optimizer = make_optimizer(model, train)
-    assert checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train)) == (0, None)
+    assert checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train)) == (0, None, False)
     step(model, optimizer, batch, 0)
     facts = facts_of(model, tokenizer, train, step=7, best={"quality": [False, 50.0]})
     checkpoint.save(path, checkpoint.state(model, optimizer), facts)
-    assert checkpoint.resume(tmp_path, model, optimizer, facts) == (0, None)       # its best checkpoint is lost
+    assert "best.safetensors that is gone" in refusal(checkpoint.resume, tmp_path, model, optimizer, facts)
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
     other = Retriever(model.config)
     restored = make_optimizer(other, train)
     elsewhere = facts_of(model, tokenizer, dataclasses.replace(train, workers=3, out="there", device="cpu"))
-    assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"quality": [False, 50.0]})
+    assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"quality": [False, 50.0]}, False)
+    assert "--precision, 'float32';" in refusal(checkpoint.resume, tmp_path, other, restored,
+                                                elsewhere | {"precision": "bf16"})      # whatever the flag said
+    spelt = facts_of(model, tokenizer, dataclasses.replace(train, precision="float32"))
+    assert checkpoint.resume(tmp_path, other, restored, spelt)[0] == 7
     assert same(checkpoint.state(model, optimizer), checkpoint.state(other, restored))
     older = facts | {"train": {name: value for name, value in facts["train"].items() if name != "bert"}}
     assert checkpoint.resume(tmp_path, other, restored, older)[0] == 7            # from before there was --bert
@@ -229,7 +233,7 @@ def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path,
     for processes, own, fits in ((1, 40, True), (4, 10, True), (1, 20, False), (4, 20, False)):
         now = facts_of(model, tokenizer, dataclasses.replace(train, batch=own), processes=processes)
         if fits:
-            assert checkpoint.resume(tmp_path, model, optimizer, now) == (7, None)
+            assert checkpoint.resume(tmp_path, model, optimizer, now) == (7, None, False)
         else:
             assert "--batch x processes, 40;" in refusal(checkpoint.resume, tmp_path, model, optimizer, now)
 
@@ -243,7 +247,8 @@ def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokeniz
     result = validate(model, tokenizer, val, fused=True)
     assert {"embeddings", "reranked", "weight"} <= result.keys()
     checkpoint.save(tmp_path / "last.safetensors", checkpoint.state(model, optimizer),
-                    facts_of(model, tokenizer, train, step=1, best=result))
+                    facts_of(model, tokenizer, train, step=1, best=result, val=result))
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
-    _, best = checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train))
+    _, best, judged = checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train))
+    assert judged
     assert validate(model, tokenizer, val, fused=True)["quality"] >= best["quality"]

@@ -176,6 +176,13 @@ def test_another_vocabulary_travels_with_the_checkpoint(work):
     assert "embeddings" in succeed(work, "evaluate.py", "--checkpoint", "out/new/best.safetensors")
 
 
+def test_another_vocabulary_goes_through_both_stages(work, tmp_path):
+    (tmp_path / "data").symlink_to(work / "data")
+    flags = ("--dataset", "icfg", *TINY, "--vocab", str(VOCAB_FILE))
+    assert "Starting from out/sda-tiny-s0/best.safetensors" in succeed(tmp_path, "train.py", *flags)
+    assert "val at step" not in succeed(tmp_path, "train.py", *flags)
+
+
 def test_mals_has_captions_and_no_boxes(work):
     images = sorted((work / "data/demo-tiny/SDA/imgs").rglob("*.jpg"))[:8]
     for part, some in enumerate((images[:4], images[4:])):

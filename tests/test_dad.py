@@ -52,6 +52,16 @@ def test_prompts_take_turns_and_stay_true():
     assert {len(variant(CAPTION, 3, rng).split(", ")) for _ in range(30)} > {3, 4}
 
 
+@pytest.mark.parametrize("caption, person", [
+    ("The man is wearing a blue shirt, black pants and white shoes.", "man"),
+    ("In blue jeans and a red top, a lady walks on.", "a lady walks"),
+    ("She is wearing a red top and her shoes are white boots.", "a woman"),
+    ("He has a black bag and wears a green coat.", "a man"), ("A red top, a black bag.", "a person")])
+def test_a_prompt_of_phrases_begins_with_the_person(caption, person):
+    for number in (2, 3):
+        assert variant(caption, number, random.Random(0)).split(", ")[0] == person
+
+
 def test_prompts_visit_every_caption_before_any_twice():
     captions = [f"{CAPTION} {i}" for i in range(7)]
     made = prompts_of(captions, 17, seed=1)
@@ -265,6 +275,22 @@ def test_nearest_and_shares_by_hand():
     assert [row["gap_closed"] for row in rows.values()] == pytest.approx([0, 0.5, 1], abs=1e-4)
 
 
+def test_light_by_hand():
+    """More images than are looked at together: half of them black, half pure red."""
+    images = torch.zeros(600, 3, 4, 4, dtype=torch.uint8)
+    images[::2, 0] = 255
+    assert gap.light(images) == {"brightness": [0.1667, 0.1667], "saturation": [0.5, 0.5], "red-blue": [0.5, 0.5]}
+
+
+def test_the_name_of_what_is_wished_for_knows_pixels_of_what_is_restyled(tmp_path):
+    wish, names = Record(str(tmp_path / "a.bmp"), ("a man",), 0), []
+    for colour in ("red", "blue"):                      # two files of as many bytes
+        Image.new("RGB", (8, 8), colour).save(wish.path)
+        names += [making.name_of([wish], {}, pixels) for pixels in (True, False)]
+    assert names[0] != names[2] and names[1] == names[3]
+    assert making.name_of([wish], {"man": torch.ones(2)}, True) != names[2]
+
+
 # ---- adapt.py, at tiny size
 
 def adapt(folder: Path, *flags: str) -> str:
@@ -439,11 +465,29 @@ def test_sets_of_ones_own_and_two_processes(made):
     assert sum(1 for _ in (folder / "out/two/imgs").rglob("*.png")) == 130
 
 
+def test_a_base_of_another_size_and_a_single_image_are_refused(made, monkeypatch):
+    folder, _ = made
+    small = ("adapt.py", "--size", "tiny", "--images", "8", "--no-measure")
+    status, _, err = command(folder, *small, "--base", str(ROOT / "mra/diffusion/base-demo.safetensors"))
+    assert status == 2 and "base-demo.safetensors was trained with another --size than tiny" in err
+    root = folder / "single/CUHK-PEDES"
+    with contextlib.chdir(folder):
+        town.ready("cuhk", True, lambda line: None)
+    shutil.copytree(folder / "data/demo-tiny/CUHK-PEDES", root)
+    rows = json.loads((root / "reid_raw.json").read_text())
+    (root / "reid_raw.json").write_text(json.dumps([row for row in rows if row["split"] == "train"][:1]))
+    status, _, err = command(folder, *small, "--target", "cuhk", "--data-root", "single", "--source", "data/demo-tiny",
+                             "--base", "out/base-tiny/base.safetensors")
+    assert status == 2 and "single training image" in err
+
+
 def test_train_pretrains_on_the_adapted_set(made):
     folder, _ = made
     report = folder / "out/sda/icfg-tiny/report.json"
     report.rename(folder / "report.json")
     status, _, err = command(folder, "train.py", "--dataset", "icfg", "--preset", "tiny", "--steps", "2")
+    assert status == 2 and "out/sda/icfg-tiny is an adapted set that is not finished" in err
+    status, _, err = command(folder, "train.py", "--dataset", "out/sda/icfg-tiny", "--preset", "tiny", "--steps", "2")
     assert status == 2 and "out/sda/icfg-tiny is an adapted set that is not finished" in err
     (folder / "report.json").rename(report)
     assert "pretraining on out/sda/icfg-tiny first" in succeed(folder, "train.py", "--dataset", "icfg", "--preset",

@@ -377,6 +377,27 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
     assert model.weight.isfinite().all()
 
 
+def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_path):
+    model, path = torch.nn.Linear(2, 1), tmp_path / "x.safetensors"
+
+    def loss_of(draw, count):
+        counts.append(count)
+        if len(counts) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return model(torch.randn(count, 2, generator=draw)).square().mean()
+    counts, plan = [], Fit(8, 8, 1e-2, save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        fit("line", model, loss_of, plan, path, {}, 0, MACHINE)
+    assert set(counts) == {4}
+    other = dataclasses.replace(MACHINE, precision="bf16")
+    with pytest.raises(UserError, match="x.part was made with another precision"):
+        fit("line", model, loss_of, plan, path, {}, 0, other)
+    fit("line", model, loss_of, plan, path, {}, 0, MACHINE)
+    fit("line", model, None, plan, path, {}, 0, other)                  # what is finished serves any
+    with pytest.raises(UserError, match="line: 3 processes cannot share out the 8 images of a step"):
+        fit("line", model, loss_of, plan, tmp_path / "y.safetensors", {}, 0, dataclasses.replace(MACHINE, world=3))
+
+
 def test_a_fit_of_other_settings_is_refused(tmp_path):
     fit_line(tmp_path / "x.safetensors", 10)
     with pytest.raises(UserError, match="x.safetensors was made with another steps"):

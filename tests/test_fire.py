@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 from test_commands import ROOT, command, succeed
+from torch.utils.data import DataLoader, Dataset
 
 from mra import checkpoint, figures, gallery, training
 from mra.config import UserError, harmless, run
@@ -212,6 +213,32 @@ def test_a_full_disk_ends_a_command_in_one_sentence(tmp_path, full_disk):
         run(lambda: log.write({"step": 1}))
     full_disk(None)
     assert end.value.code == 2 and err.getvalue() == "error: [Errno 27] File too large\n"
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda: torch.empty(2**50), "error: out of memory \\(.*tried to allocate.*; free some, .*--batch"),
+    (lambda: np.empty(2**50), "error: out of memory \\(Unable to allocate.*; free some"),
+    (lambda: next(iter(DataLoader(Dying(), num_workers=1))), "error: a helping process was killed.*--workers"),
+    (lambda: torch.zeros(2) + torch.zeros(3), None)])
+def test_what_a_machine_cannot_hold_is_told_in_one_sentence(capsys, wrong, said):
+    """An error of the program's own is not."""
+    if said is None:
+        with pytest.raises(RuntimeError, match="must match"):
+            run(wrong)
+        return
+    with pytest.raises(SystemExit) as end:
+        run(wrong)
+    assert end.value.code == 2 and re.fullmatch(f"{said}.*\n", capsys.readouterr().err)
+
+
+class Dying(Dataset):
+    """Its reader is killed."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_helper_and_a_plain_terminal(capsys):

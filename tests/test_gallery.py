@@ -45,11 +45,18 @@ def ours(tmp_path, model, tokenizer) -> Path:
 
 @pytest.fixture
 def ask(monkeypatch, tmp_path, capsys):
-    """Run evaluate.py with flags in the test's folder: what it printed, its query.json, how many images it encoded."""
+    """Run evaluate.py with flags in the test's folder: what it printed, its query.json, how many images it encoded.
+
+    One that cannot be read is none of these.
+    """
     monkeypatch.chdir(tmp_path)
     real, encoded = ranking.encode_gallery, []
-    monkeypatch.setattr(ranking, "encode_gallery", lambda model, images, *rest: encoded.append(len(images))
-                        or real(model, images, *rest))
+
+    def encode(*given) -> torch.Tensor:
+        features = real(*given)
+        encoded.append(int(features.isfinite().all(-1).all(-1).sum()))
+        return features
+    monkeypatch.setattr(ranking, "encode_gallery", encode)
 
     def go(*flags, out: str = "out/ours") -> tuple[str, dict, int]:
         encoded.clear()
@@ -123,7 +130,7 @@ def test_embeddings_of_another_run_are_not_taken_for_ones_own(ours, folder, mode
     cache, real = tmp_path / "gallery.safetensors", checkpoint.save
 
     def save(path, tensors, facts):
-        real(path, tensors, facts | {"files": facts["files"][::-1]})
+        real(path, tensors | {"stamps": tensors["stamps"].flip(0)}, facts)
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(UserError, match="another run"):
         gallery.encode(folder, model, cache, 64)
@@ -153,11 +160,37 @@ def test_other_weights_or_a_spoilt_cache_encode_everything(ask, ours, folder, mo
     Path("found/gallery.safetensors").write_bytes(b"cut short")
     monkeypatch.setattr(gallery, "PART", 2)                                          # written after 2, 4 and 5
     out, _, encoded = ask(*flags, "other.safetensors", out="found")
-    assert encoded == 5 and "4 of 5 encoded" in out and ask(*flags, "other.safetensors", out="found")[2] == 0
+    assert encoded == 5 and "4 of 6 encoded" in out and ask(*flags, "other.safetensors", out="found")[2] == 0
+
+
+def test_a_photograph_is_decoded_once_and_a_broken_one_costs_no_other(folder, model, tmp_path, monkeypatch):
+    read, real, lines = [], ranking.open_image, []
+    monkeypatch.setattr(ranking, "open_image", lambda path: read.append(path) or real(path))
+    paths, features, broken = gallery.encode(folder, model, tmp_path / "gallery.safetensors", 64, say=lines.append)
+    assert len(read) == len(set(read)) == 6 and len(paths) == len(features) == 5 and len(broken) == 1
+    monkeypatch.setattr(gallery, "PART", 1)
+    (tmp_path / "gallery.safetensors").unlink()
+    again = gallery.encode(folder, model, tmp_path / "gallery.safetensors", 64)[1]
+    torch.testing.assert_close(again, features, atol=1e-6, rtol=0)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/a.jpg").write_bytes(b"no image")
+    for name in ("none", "missing"):
+        with pytest.raises(UserError, match="no readable image"):
+            gallery.encode(tmp_path / name, model, tmp_path / "other.safetensors", 64)
+
+
+def test_stamps_of_millions_of_photographs_fit(tmp_path):
+    """Of more bytes than a safetensors header may have, and with a name that is no UTF-8."""
+    files = [f"/{i}/" + "x" * 4000 + " 1 2" for i in range(30_000)] + [os.fsdecode(b"/\xff\xfe/\n.jpg 3 4")]
+    features, owner = torch.randn(len(files), 2, 1), {"weights": "some"}
+    gallery.write(tmp_path / "gallery.safetensors", features, files, owner)
+    found, again = gallery.remembered(tmp_path / "gallery.safetensors", owner, 1)
+    assert found == files and torch.equal(again, features)
 
 
 def test_only_candidates_are_read_again(ask, ours, folder, monkeypatch):
     flags = ("--query", ASKED[0], "--gallery", "photos", "--no-mirror", "--k", "2")
+    (folder / "b/broken.jpg").unlink()          # of which nothing is known
     ask(*flags)
     read = []
     real = ranking.open_image

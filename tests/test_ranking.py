@@ -9,7 +9,7 @@ import torch
 from mra import ranking
 from mra.data.augment import tensor_of
 from mra.data.records import open_image
-from mra.ranking import Search, choose_weight, retrieval_metrics, search
+from mra.ranking import Search, choose_weight, means, metric_rows, search
 
 CAPTIONS = ["a man in a red coat with a bag on his left", "a woman",
             "blue jeans and white shoes on the right side", "black hat",
@@ -49,8 +49,8 @@ def order(found: Search, first: torch.Tensor) -> torch.Tensor:
 
 def checked_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
     """Those of scores (Q, G), which a search with the best five of each query as candidates must have, too."""
-    found = made(scores, scores[:, :0], scores.argsort(dim=1, descending=True, stable=True)[:, :5])
-    metrics = retrieval_metrics(scores, query_ids, gallery_ids)
+    ranked = scores.argsort(dim=1, descending=True, stable=True)
+    found, metrics = made(scores, scores[:, :0], ranked[:, :5]), means([metric_rows(ranked, query_ids, gallery_ids)])
     assert found.metrics(query_ids, gallery_ids, found.candidates) == [pytest.approx(metrics, nan_ok=True)]
     return metrics
 
@@ -230,13 +230,22 @@ def test_bf16_rounds_what_encoders_do_and_not_the_order(model, tokenizer, paths)
         assert (other != other.bfloat16().float()).any()            # scores themselves are not rounded
 
 
-def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, paths):
-    """Three candidates a query, in no order, chunks of two pairs: each logit is where its candidate is."""
+def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, paths, monkeypatch):
+    """Three candidates a query, in no order, chunks of two pairs: each logit is where its candidate is.
+
+    The chunks are as asked for, or as many pairs as GATHERED bytes hold.
+    """
+    seen, real = [], model.match
+    monkeypatch.setattr(model, "match", lambda text, *rest, **more: seen.append(len(text)) or real(text, *rest, **more))
+    depth, tokens = model.config.fusion_depth, model.config.patch_count + 1
+    monkeypatch.setattr(ranking, "GATHERED", 3 * depth * 2 * tokens * model.config.text_dim * 4 + 100)
     candidates = torch.tensor([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2], [2, 4, 3]])
     queries = ranking.encode_queries(model, tokenizer, CAPTIONS, batch=2)
     images = ranking.Images(paths, model.config)
-    for mirrored in (False, True):
-        pairs = ranking.match_candidates(model, images, queries, candidates, mirrored, batch=2, pairs=2)   # (5, 3, 2)
+    for mirrored, count in ((False, 2), (True, 2), (False, 0)):
+        seen.clear()
+        pairs = ranking.match_candidates(model, images, queries, candidates, mirrored, 2, count)        # (5, 3, 2)
+        assert max(seen) == (count or 3) and sum(seen) == 15
         expected = torch.tensor([[pair_by_hand(model, tokenizer, caption, paths[g], mirrored)[1] for g in row]
                                  for caption, row in zip(CAPTIONS, candidates.tolist())])
         torch.testing.assert_close(pairs[..., 1] - pairs[..., 0], expected, atol=1e-5, rtol=1e-5)

@@ -61,21 +61,27 @@ def untimed(lines: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("flags", [("--dataset", "sda", "--precision", "float32", "--fusion-from", "0.2"),
                                    ("--dataset", "cuhk", "--precision", "bf16", *AUGMENTED),
                                    ("--dataset", "cuhk", "--precision", "float32", "--accumulate", "2", *AUGMENTED)])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, flags):
-    """Killed right after the checkpoint of step 3: weights, optimiser, losses and val as if it never had been."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+@pytest.mark.parametrize("saved", [["last"], ["last", "best"], ["last", "best", "last"]])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, flags, saved):
+    """Killed right after the checkpoint of step 3: before it is evaluated, once it is logged, or after all of that.
+
+    Weights, optimiser, losses and val are as if it never had been.
+    """
+    whole, cut, saves = tmp_path / "whole", tmp_path / "cut", []
     flags = (*SIX, *flags)
     succeed(town, "train.py", *flags, "--out", str(whole))
     real = checkpoint.save
 
     def kill(path, tensors, facts):
         real(path, tensors, facts)
-        if path.name == "last.safetensors":
+        saves.append(path.stem)
+        if saves == saved:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", kill)
         assert command(town, "train.py", *flags, "--out", str(cut)).status == 130
-    assert checkpoint.load(cut / "last.safetensors")[1]["step"] == 3
+    state = checkpoint.load(cut / "last.safetensors")[1]
+    assert state["step"] == 3 and saves == saved and ("val" in state) == (len(saved) == 3)
     with (cut / "log.jsonl").open("ab") as file:                 # what a power cut may leave
         file.write(b'\0\xff\n[]\n{"itc": 1}\n{"step": ')
     torch.manual_seed(12345)                                     # the state of the new process is another one
@@ -175,8 +181,7 @@ def test_a_second_run_in_the_same_folder_is_refused(town, tmp_path):
     succeed(town, "train.py", *SIX, "--dataset", "sda", "--out", str(tmp_path))
 
 
-@pytest.mark.parametrize("bytes_of_best, lost", [(0.5, "best"), (1.5, "last")])
-def test_a_full_disk_leaves_the_best_checkpoint_and_never_one_of_each_run(town, tmp_path, bytes_of_best, lost):
+def test_a_full_disk_leaves_the_best_checkpoint(town, tmp_path):
     """Files of this process may have so many bytes and no more; a run starts over where another has finished."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     flags = (*SIX, "--dataset", "sda", "--out", str(tmp_path))
@@ -184,14 +189,33 @@ def test_a_full_disk_leaves_the_best_checkpoint_and_never_one_of_each_run(town, 
     before = (tmp_path / "best.safetensors").read_bytes()
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before) * bytes_of_best), limit[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before) * 1.5), limit[1]))
         sentence = refused(town, "train.py", *flags, "--no-resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert f"{lost}.safetensors cannot be written" in sentence
-    assert ((tmp_path / "best.safetensors").read_bytes() == before) == (lost == "best")
+    assert "last.safetensors cannot be written" in sentence and (tmp_path / "best.safetensors").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp")) and "going on" not in succeed(town, "train.py", *flags, "--steps", "3")
+
+
+@pytest.mark.parametrize("what", ["validate", "best"])
+def test_what_fails_in_an_evaluation_costs_no_step(town, tmp_path, monkeypatch, what):
+    """Nor is the best checkpoint of the run before taken for this one's."""
+    flags, real = (*SIX, "--dataset", "sda"), checkpoint.save
+
+    def fail(*given) -> dict:
+        if what == "best" and given[0].stem != "best":
+            return real(*given)
+        raise UserError("no room")
+    succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
+    succeed(town, "train.py", *flags, "--seed", "1", "--out", str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(*((training, "validate") if what == "validate" else (checkpoint, "save")), fail)
+        assert "no room" in refused(town, "train.py", *flags, "--no-resume", "--out", str(tmp_path / "cut"))
+    assert "going on after step 3 of 6" in succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
+    for name in ("last", "best"):
+        assert same(tensors_of(tmp_path / "whole", name), tensors_of(tmp_path / "cut", name))
+    assert untimed(log_of(tmp_path / "whole")) == untimed(log_of(tmp_path / "cut"))
 
 
 def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):

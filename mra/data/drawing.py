@@ -112,8 +112,9 @@ Groups = Iterator[tuple[float, list[Stroke]]]      # strokes that lie on each ot
 def camera_of(domain: str, camera: int) -> Domain:
     """The domain as its camera number `camera` sees it: a pure function of the table."""
     base, rng = DOMAINS[domain], random.Random(f"{domain}/{camera}")
-    names = [field.name for field in fields(Domain)[6:]]       # from exposure on
-    strengths = {name: getattr(base, name) * (base.strength * (1 + base.spread * rng.uniform(-1, 1))) for name in names}
+    names = [field.name for field in fields(Domain)]
+    strengths = {name: getattr(base, name) * (base.strength * (1 + base.spread * rng.uniform(-1, 1)))
+                 for name in names[names.index("exposure"):]}
     return replace(base, light=rng.choice((-1, 1)) * rng.uniform(0.4, 1), **strengths)
 
 

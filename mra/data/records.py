@@ -184,7 +184,7 @@ def locate(dataset: str, split: str, root: Path) -> Source:
     if files := _files(base, raw):
         return Source(files[:1], images, None, carve, (image_key, "captions", "id"))
     stored = {s: _files(base, *(pattern.format(s) for pattern in processed)) for s in SPLITS}
-    carve = carve and not stored["val"]
+    carve = carve and not stored["val"]         # val is then held out of train, and read from train's files
     wanted = "train" if carve and split == "val" else split
     if len(stored[wanted]) > 1:
         raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")

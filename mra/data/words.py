@@ -20,8 +20,18 @@ TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
 SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|wards?|most)?\b)")
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
-                     r"dressed|holding|he|she|her|his|the|from)\b", re.IGNORECASE)
+                     r"dressed|holding|holds|he|she|her|his|the|from)\b", re.IGNORECASE)
 COLOUR = "black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige"
+PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|(?:boy|girl|guy|child|kid|teen|teenager|"
+                    r"youth|student|adult|person|pedestrian|passer-by|individual|male|female)s?)\b", re.IGNORECASE)
+THINGS = """shirt tee top blouse sweater sweatshirt pullover jumper hoodie cardigan jacket coat overcoat raincoat blazer
+    vest waistcoat gilet suit dress gown robe uniform skirt miniskirt trousers pants slacks jeans denims shorts leggings
+    tights capris joggers sweatpants stocking sock shoe sneaker trainer boot sandal heel slipper flip-flop footwear hat
+    cap beanie hood helmet scarf tie belt glove glasses sunglasses mask watch headphones earphones hair ponytail bun
+    braid beard moustache mustache bang fringe backpack rucksack bag handbag purse satchel tote briefcase suitcase case
+    luggage umbrella book phone cellphone bottle cup wallet bicycle bike skateboard stripe sleeve collar logo print
+    clothes clothing outfit"""
+THING = re.compile(rf"\b(?:{'|'.join(THINGS.split())}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
 TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
 
@@ -39,13 +49,13 @@ def swap_left_right(text: str) -> str:
 
 
 def noun_phrases(caption: str) -> list[str]:
-    """The caption's pieces between commas and small words that hold a term of the lexicon, as "a red jacket".
+    """A caption's pieces between commas and small words that name a person or, in two words or more, a thing or colour.
 
-    An "and" between two colours holds them together: "a black and white top" is one piece.
+    "A red jacket" is one, and so is "a black and white top": an "and" between two colours holds them together.
     """
     pieces = [piece.strip().replace("\0", " and ")          # a sign that no caption holds
               for piece in BETWEEN.split(TWO_COLOURS.sub("\\1\0", caption))]
-    return [piece for piece in pieces if len(piece.split()) > 1 and TERM.search(piece)]
+    return [piece for piece in pieces if PERSON.search(piece) or len(piece.split()) > 1 and THING.search(piece)]
 
 
 def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:

@@ -26,7 +26,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int = 0, eps: float = 0.0):
         super().__init__()
-        normed, least = embedding or eps, 1 if eps else 8
+        normed, least = embedding or eps, 1 if eps else 8       # of channels in a group of the second norm
         self.norm1 = group_norm(dim_in, 1, eps or 1e-6) if normed else nn.Identity()
         self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
         if embedding:

@@ -83,9 +83,10 @@ def colourfulness(images: Tensor) -> tuple[Tensor, Tensor]:
 def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:
     """Images (N, 3, H, W), each made a malformed person by one of `kinds` in turn, with another of them as donor."""
     generator = torch.Generator().manual_seed(seed)
-    donors = images[torch.randperm(len(images), generator=generator)]
-    return torch.stack([kinds[i % len(kinds)](image, donor, generator)
-                        for i, (image, donor) in enumerate(zip(images, donors))])
+    donors, made = torch.randperm(len(images), generator=generator), torch.empty_like(images)
+    for i, donor in enumerate(donors):
+        made[i] = kinds[i % len(kinds)](images[i], images[donor], generator)
+    return made
 
 
 def shuffle_bands(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,15 +23,19 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
     """Train the parameters of `model` that require gradients and leave it with their moving average.
 
     `loss_of(generator, n)` gives the loss of n random samples. A finished `path` of the same facts is loaded in place
-    of training; an unfinished one, beside it as .part, is gone on from: bit for bit on the CPU, since all that is
-    random comes from (seed, step, shard): two processes on the CPU do what one does. Raises UserError for a loss or
-    gradient that is not finite.
+    of training; an unfinished one, beside it as .part, is gone on from in the same precision: bit for bit on the CPU,
+    since all that is random comes from (seed, step, shard): two processes on the CPU do what one does. Raises UserError
+    for a loss or gradient that is not finite, and where the processes cannot share out a step's samples.
     """
     facts = {"stage": name, **asdict(plan), "seed": seed, **facts}
     if path.exists():
         checkpoint.restore_weights(model, load_same(path, facts)[0], path)
         machine.say(f"{name}: {path} is there.")
         return
+    facts["precision"] = machine.precision
+    if plan.batch % (machine.world * shards_of(machine)):
+        raise UserError(f"{name}: {machine.world} processes cannot share out the {plan.batch} images of a step; start "
+                        "another number of them.")
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -84,15 +88,20 @@ def load_same(path: Path, facts: dict) -> tuple[dict[str, Tensor], dict]:
     return tensors, saved
 
 
+def shards_of(machine: Machine) -> int:
+    """Parts of a step that this process works on side by side."""
+    return max(1, SHARDS // machine.world) if machine.device.type == "cpu" else 1
+
+
 def backward(loss_of: Callable[[torch.Generator, int], Tensor], parameters: list[nn.Parameter], batch: int,
              seeds: tuple[int, int], machine: Machine) -> Tensor:
     """Set the gradients of one step of `batch` samples, the mean over shards and processes; returns the loss."""
-    shards = max(1, SHARDS // machine.world) if machine.device.type == "cpu" else 1        # of this process
+    shards = shards_of(machine)
 
     def loss_and_gradients(shard: int) -> tuple[Tensor, ...]:
         draw = torch.Generator(machine.device).manual_seed(hash((*seeds, *divmod(shard, SHARDS))) % 2**62)
         with machine.autocast():
-            loss = loss_of(draw, max(1, batch // (shards * machine.world)))
+            loss = loss_of(draw, batch // (shards * machine.world))
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     total, *others = machine.map(loss_and_gradients, range(machine.rank * shards, (machine.rank + 1) * shards))

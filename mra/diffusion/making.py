@@ -4,7 +4,6 @@ Before: sampling.py, prompts.py, filters.py, boxes.py, transfers.py. After: gap.
 """
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -60,11 +59,11 @@ def wishes(config: AdaptConfig, base: Diffusion, records: Sequence[Record]) -> l
     return sorted(found, key=lambda wish: len(base.tokenizer.encode(wish.captions[0])))
 
 
-def name_of(wished: list[Record], places: dict[str, Tensor]) -> str:
-    """A short name for what is wished for and where its phrases are looked for: another source, another name."""
+def name_of(wished: list[Record], places: dict[str, Tensor], pixels: bool) -> str:
+    """A short name for what is wished for and where its phrases are looked for; with the images' files if `pixels`."""
     found = hashlib.sha256()
     for wish in wished:
-        found.update(f"{wish} {os.path.getsize(wish.path)}".encode())
+        found.update(str(wish).encode() + (Path(wish.path).read_bytes() if pixels else b""))
     for noun, place in places.items():
         found.update(noun.encode() + place.numpy().tobytes())
     return found.hexdigest()[:16]
@@ -81,7 +80,7 @@ def make(config: AdaptConfig, machine: Machine, base: Diffusion, branch: DomainB
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     # what decides the images and what is said of each: not the thresholds, not the machine
     used = replace(config, workers=0, out="", device="", measure=True, checkpoint="", recompute=False, grey_mean=0,
-                   grey_variance=0, malformed=0, mismatch=0)
+                   grey_variance=0, malformed=0, mismatch=0, precision=machine.precision)
     weights = " ".join(checkpoint.digest(network) for network in (base, branch, judge, *(retriever or ())[:1]))
     settings = hashlib.sha256(f"{used} {weights} {asked_for}".encode()).hexdigest()[:16]
     networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]

@@ -8,8 +8,9 @@ made from, and is its image's caption. Before: data/words.py. After: making.py.
 """
 
 import random
+import re
 
-from mra.data.words import noun_phrases, replace_synonyms
+from mra.data.words import PERSON, noun_phrases, replace_synonyms
 
 VARIANTS = 19       # of each caption, beside itself (paper section 2)
 ALPHA = 0.5         # the share of the phrases that deletion drops; synonyms replace up to this share of the words
@@ -28,11 +29,13 @@ def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, st
 
 
 def variant(caption: str, number: int, rng: random.Random) -> str:
-    """Variant `number` of a caption: 0 is the caption itself; four operations take turns, the first phrase stays."""
+    """Variant `number` of a caption: 0 is the caption itself; four operations take turns, and who it is stays first."""
     phrases = noun_phrases(caption)
     if number == 0 or len(phrases) < 2:
         return caption
-    first, *others = phrases            # the first says who it is
+    first = next(filter(PERSON.search, phrases), None)
+    others = [phrase for phrase in phrases if phrase is not first]
+    first = first or who(caption)
     if number % 4 == 0:                 # synonyms for some terms
         return replace_synonyms(caption, rng, ALPHA)
     if number % 4 == 1:                 # a phrase again at the end, in other words
@@ -40,3 +43,9 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
     if number % 4 == 2:                 # the phrases in another order
         return ", ".join([first, *rng.sample(others, len(others))])
     return ", ".join([first, *(phrase for phrase in others if rng.random() >= ALPHA)])
+
+
+def who(caption: str) -> str:
+    """The person of a caption that names none but by pronouns."""
+    she, he = (re.search(rf"\b(?:{words})\b", caption, re.IGNORECASE) for words in ("she|her", "he|his|him"))
+    return "a person" if bool(she) == bool(he) else "a woman" if she else "a man"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from mra import checkpoint
 from mra.config import DiffusionConfig
@@ -56,7 +57,10 @@ def read_base(path: Path) -> tuple[Diffusion, dict]:
 def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0) -> Tensor:
     """Image files as (N, 3, H, W) uint8."""
     read = partial(_read, size=(config.width, config.height))
-    return torch.cat(list(torch.utils.data.DataLoader(paths, 64, num_workers=workers, collate_fn=read)))
+    images = torch.empty(len(paths), 3, config.height, config.width, dtype=torch.uint8)
+    for place, some in zip(images.split(64), DataLoader(paths, 64, num_workers=workers, collate_fn=read)):
+        place.copy_(some)           # whose shared memory is free again
+    return images
 
 
 def _read(paths: list[str], size: tuple[int, int]) -> Tensor:

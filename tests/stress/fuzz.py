@@ -50,7 +50,7 @@ from mra import checkpoint, figures, gallery, released, study, weights  # noqa: 
 from mra.config import PRESETS, AdaptConfig, DiffusionConfig, TrainConfig, parse, run  # noqa: E402
 from mra.data import augment, records, town, words  # noqa: E402
 from mra.data.batches import PairDataset  # noqa: E402
-from mra.data.check import check_set  # noqa: E402
+from mra.data.check import check_set, troubles  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
 from mra.diffusion.sampling import Diffusion, read_base, read_images  # noqa: E402
 from mra.retriever import Retriever  # noqa: E402
@@ -310,7 +310,7 @@ def images(folder: Path) -> Maker:
         def read() -> None:
             if rng.random() < 0.2:
                 found = gallery.photographs(target, lambda line: None)
-                gallery.troubles(found, 1, lambda line: None)
+                troubles(found, 1, lambda line: None)
                 return
             image = records.open_image(str(path))
             augment.tensor_of(image, (32, 16))
@@ -599,6 +599,8 @@ def verdict(case: Case, status: int, out: str, err: str, seconds: float) -> str:
         return "read"
     if status != 2 or not re.fullmatch(r"error: \S.*\S\n", err):
         return f"exit status {status}: {err[-3000:]!r}"
+    if err.startswith("error: out of memory"):
+        return err[:500]
     if not err[:-1].isprintable() or len(err) > LETTERS:
         return f"not fit for a terminal, {len(err)} characters: {err[:500]!r}"
     if case.names not in err:
