@@ -20,7 +20,7 @@ TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
 SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|wards?|most)?\b)")
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
-                     r"dressed|holding|holds|he|she|her|his|the|from)\b", re.IGNORECASE)
+                     r"dressed|holding|holds|feet|that|he|she|her|his|the|from)\b", re.IGNORECASE)
 COLOUR = "black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige"
 PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|(?:boy|girl|guy|child|kid|teen|teenager|"
                     r"youth|student|adult|person|pedestrian|passer-by|individual|male|female)s?)\b", re.IGNORECASE)
