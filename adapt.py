@@ -32,7 +32,7 @@ from mra.diffusion.autoencoder import random_light
 from mra.diffusion.boxes import usual_places
 from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import SEEN, UNSEEN, Judge, distort, tell_apart
-from mra.diffusion.fit import fit, load_same
+from mra.diffusion.fit import check_shares, fit, load_same
 from mra.diffusion.making import PROBES, SAMPLERS, Looks, collect, make, name_of, unfinish, wishes
 from mra.diffusion.sampling import CONDITIONS, Diffusion, LatentPairs, encode, read_base, read_images, stacked, to_float
 from mra.diffusion.stable import read_stable
@@ -67,6 +67,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
     retriever = released.load_retriever(Path(config.checkpoint), machine.device) if config.checkpoint else None
     # ---- the model: a frozen base, and a branch that learns the target
+    if not (dad_folder(config) / "branch.safetensors").exists():        # before the long preparation
+        check_shares("branch", FITS[config.size]["branch"], machine)
     base = load_base(config, machine)
     stable, root = base.config.stable, machine.root(config.data_root, config.target, config.size == "tiny")
     target = share_of(load(config.target, "train", root, say=machine.say), config.share)
@@ -87,7 +89,7 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     probes = ([] if stable else wanted if many == config and restyles == from_source(config) else
               wishes(many, base, (source if restyles else target).records))
     some = list(islice(source.records, gap.ROWS)) if restyles else []       # whose moments move all
-    asked_for = name_of(wanted + probes + some, places, pixels=restyles)
+    asked_for = name_of(wanted + (probes if probes is not wanted else []) + some, places, pixels=restyles)
     used = replace(config, out="", device="", workers=0, recompute=False, precision=machine.precision)
     made_with = {"config": asdict(used), **learned_from,
                  "branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
@@ -131,6 +133,8 @@ def train_base(config: AdaptConfig, machine: Machine) -> Path:
     A second run at the same time is refused where the first is in one of them.
     """
     out, plans = Path("out") / f"base-{config.size}", FITS[config.size]
+    for name in ("autoencoder", "denoiser"):
+        check_shares(name, plans[name], machine)
     records = base_records(config, machine)
     images = read_images([record.path for record in records.records], DIFFUSION_PRESETS[config.size], config.workers)
     captions = [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]

@@ -75,7 +75,7 @@ def adapted_set(config: TrainConfig) -> Path | None:
 
 def check_whole(folder: Path) -> None:
     """Raise UserError for a set that adapt.py has not finished."""
-    if (folder / "parts").is_dir() and not (folder / "report.json").exists():
+    if any((folder / "parts").glob("*.json")) and not (folder / "report.json").exists():
         raise UserError(f"{folder} is an adapted set that is not finished: run adapt.py again, or remove it.")
 
 
@@ -105,7 +105,8 @@ def train_stage(config: TrainConfig, machine: training.Machine) -> dict:
     optimizer = training.make_optimizer(model, config)
     facts = checkpoint.model_facts(model, tokenizer) | {
         "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
-        "pairs": len(dataset), "adapted": made_by(config.dataset), "processes": world, "versions": checkpoint.VERSIONS}
+        "pairs": len(dataset), "steps": plan.steps, "adapted": made_by(config.dataset), "processes": world,
+        "versions": checkpoint.VERSIONS}
     first, best, judged = checkpoint.resume(out, model, optimizer, facts) if config.resume else (0, None, False)
     if first:
         say(f"Found {out / 'last.safetensors'}: going on after step {first} of {plan.steps}.")
@@ -173,7 +174,7 @@ def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Toke
     last = out / "last.safetensors"
     machine.first(lambda: checkpoint.save(last, checkpoint.state(model, optimizer), facts | {"best": best}))
     result = training.validate(model, tokenizer, val_set, fused, facts["train"]["workers"],
-                               machine.autocast() if machine.device.type == "cuda" else nullcontext())  # as evaluate.py
+                               machine.autocast() if machine.device.type == "cuda" else nullcontext())   # evaluate.py's
     log.write({"step": facts["step"], "val": result})
     machine.say(f"val at step {facts['step']}: {describe(result)}")
     judged, better = facts | {"val": result}, best is None or result["quality"] >= best["quality"]

@@ -183,10 +183,13 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
                         "start over.")
     with trusting(path):
         now, then = settings(facts), settings(saved)
+        if "val" in saved and saved["step"] == saved.get("steps"):      # finished: nothing is computed any more
+            then["--precision"] = now["--precision"]
         changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if changed:
-            raise UserError(f"{path} was trained with another {changed[0]}, {then.get(changed[0])!r}; give another "
-                            "--out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it.")
+            raise UserError(f"{path} was trained with another {changed[0]}, {then.get(changed[0])!r}; go back to that, "
+                            "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to "
+                            "overwrite it.")
         restore(model, optimizer, tensors, path)
         best = saved["best"]
         if best is not None and not all(isinstance(part, bool | float) for part in best["quality"]):

@@ -260,8 +260,8 @@ def check_values(config, **choices) -> None:
 
 
 # What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.
-PAPER = {
-    "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),   # 2,600 steps
+PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
+    "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
     "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
     "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
@@ -344,10 +344,14 @@ def run(main: Callable[[], None]) -> None:
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
         said, status = f"error: {harmless(sentence)}", 2
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, BrokenExecutor) or str(error).startswith("DataLoader worker"):
-            said = "a helping process was killed, perhaps for lack of memory; free some, or give fewer --workers."
-        elif type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
-            told = ". ".join(str(error).split(". ")[:2]) or type(error).__name__
+        told = str(error).strip() or type(error).__name__
+        if "in DataLoader worker process" in told:              # its traceback, as text
+            told = told.splitlines()[-1]
+        if isinstance(error, BrokenExecutor) or told.startswith("DataLoader worker"):
+            said = (f"a helping process was killed ({harmless(told.splitlines()[0])}), perhaps for lack of memory; "
+                    "free some, or give fewer --workers.")
+        elif any(sign in f"{type(error).__name__} {told}" for sign in ("MemoryError", "allocate memory")):
+            told = ". ".join(told.split(". ")[:2])
             said = (f"out of memory ({harmless(told)}); free some, or do less at once: a smaller --batch, or "
                     "--recompute of adapt.py.")
         else:

@@ -61,13 +61,13 @@ def encode(folder: Path, model: Retriever, cache: Path, batch: int, workers: int
         fresh = ranking.encode_gallery(model, Photographs(part, model.config), batch, workers).cpu()
         well = fresh.isfinite().all(-1).all(-1)                                     # (g,): it was decoded
         for path in (path for path, fine in zip(part, well) if not fine):
-            broken.append(trouble(path) or f"the image {shown(Path(path))} could not be read")
+            broken.append(trouble(path) or f"the image {shown(Path(path))}: the model's features of it are not finite")
             say(f"Left out: {broken[-1]}")
             del stamps[path]
-        features, done = torch.cat([features, fresh[well]]), done + len(part)
-        files += [stamps[path] for path in part if path in stamps]
-        if files:
+        if well.any():
+            features, files = torch.cat([features, fresh[well]]), files + [stamps[p] for p in part if p in stamps]
             write(cache, features, files, owner)
+        done += len(part)
         if len(new) > PART:
             say(f"  {done:,} of {len(new):,} encoded")
     if not stamps:

@@ -202,6 +202,10 @@ def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
     assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"quality": [False, 50.0]}, False)
     assert "--precision, 'float32';" in refusal(checkpoint.resume, tmp_path, other, restored,
                                                 elsewhere | {"precision": "bf16"})      # whatever the flag said
+    done = facts | {"best": None, "val": {}, "steps": 7}
+    checkpoint.save(path, checkpoint.state(model, optimizer), done)         # finished: serves any
+    assert checkpoint.resume(tmp_path, other, restored, elsewhere | {"precision": "bf16"}) == (7, None, True)
+    checkpoint.save(path, checkpoint.state(model, optimizer), facts)
     spelt = facts_of(model, tokenizer, dataclasses.replace(train, precision="float32"))
     assert checkpoint.resume(tmp_path, other, restored, spelt)[0] == 7
     assert same(checkpoint.state(model, optimizer), checkpoint.state(other, restored))

@@ -218,7 +218,9 @@ def test_a_full_disk_ends_a_command_in_one_sentence(tmp_path, full_disk):
 @pytest.mark.parametrize("wrong, said", [
     (lambda: torch.empty(2**50), "error: out of memory \\(.*tried to allocate.*; free some, .*--batch"),
     (lambda: np.empty(2**50), "error: out of memory \\(Unable to allocate.*; free some"),
-    (lambda: next(iter(DataLoader(Dying(), num_workers=1))), "error: a helping process was killed.*--workers"),
+    (lambda: next(iter(DataLoader(Dying(), num_workers=1))), "error: a helping .* killed \\(DataLoader.*--workers"),
+    (lambda: next(iter(DataLoader(Dying(np.empty), num_workers=1))), "error: out of memory \\(.*MemoryError: Unable.*"),
+    (lambda: next(iter(DataLoader(Dying(torch.empty), num_workers=1))), "error: out of memory \\(RuntimeError: .*"),
     (lambda: torch.zeros(2) + torch.zeros(3), None)])
 def test_what_a_machine_cannot_hold_is_told_in_one_sentence(capsys, wrong, said):
     """An error of the program's own is not."""
@@ -232,13 +234,16 @@ def test_what_a_machine_cannot_hold_is_told_in_one_sentence(capsys, wrong, said)
 
 
 class Dying(Dataset):
-    """Its reader is killed."""
+    """Its reader is killed, or asks for too much memory."""
+
+    def __init__(self, make: Callable = lambda size: os.kill(os.getpid(), signal.SIGKILL)):
+        self.make = make
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> int:
-        os.kill(os.getpid(), signal.SIGKILL)
+        self.make(2**50)
 
 
 def test_a_killed_helper_and_a_plain_terminal(capsys):

@@ -20,17 +20,21 @@ TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
 SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|wards?|most)?\b)")
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
-                     r"dressed|holding|holds|feet|that|he|she|her|his|the|from)\b", re.IGNORECASE)
-COLOUR = "black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige"
-PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|(?:boy|girl|guy|child|kid|teen|teenager|"
-                    r"youth|student|adult|person|pedestrian|passer-by|individual|male|female)s?)\b", re.IGNORECASE)
-THINGS = """shirt tee top blouse sweater sweatshirt pullover jumper hoodie cardigan jacket coat overcoat raincoat blazer
-    vest waistcoat gilet suit dress gown robe uniform skirt miniskirt trousers pants slacks jeans denims shorts leggings
-    tights capris joggers sweatpants stocking sock shoe sneaker trainer boot sandal heel slipper flip-flop footwear hat
-    cap beanie hood helmet scarf tie belt glove glasses sunglasses mask watch headphones earphones hair ponytail bun
-    braid beard moustache mustache bang fringe backpack rucksack bag handbag purse satchel tote briefcase suitcase case
-    luggage umbrella book phone cellphone bottle cup wallet bicycle bike skateboard stripe sleeve collar logo print
-    clothes clothing outfit"""
+                     r"dressed|holding|holds|feet|that|above|below|he|she|her|his|the|from)\b", re.IGNORECASE)
+COLOUR = ("black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige|cream|ivory|"
+          "gold|golden|silver|maroon|burgundy|charcoal|lavender|lilac|fuchsia|khaki|tan")
+PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|passers?-by|(?:boy|girl|guy|fellow|lad|"
+                    r"lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|pedestrian|"
+                    r"individual|male|female)s?)\b(?!['\u2019]| s\b)", re.IGNORECASE)
+THINGS = """shirt tee top blouse sweater sweatshirt pullover jumper hoodie cardigan jacket coat topcoat overcoat
+    raincoat blazer vest waistcoat gilet polo suit dress gown frock robe uniform skirt miniskirt trousers pants slacks
+    jeans denims shorts leggings tights capris joggers sweatpants stocking sock shoe sneaker trainer boot sandal heel
+    slipper flop footwear hat cap beanie hood helmet scarf scarves neckerchief tie necktie belt glove glasses
+    eyeglasses spectacles sunglasses mask watch wristwatch bracelet wristband bangle jewelry jewellery headphones
+    earphones hair haircut hairstyle hairdo ponytail tail bun braid plait beard moustache mustache bang fringe
+    backpack pack rucksack knapsack bookbag bag sack handbag purse satchel tote briefcase suitcase case luggage
+    umbrella book phone cellphone smartphone bottle cup wallet billfold bicycle bike skateboard zip zipper stripe
+    sleeve collar logo emblem print clothes clothing garment attire outfit ensemble"""
 THING = re.compile(rf"\b(?:{'|'.join(THINGS.split())}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
 TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}

@@ -33,9 +33,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
         machine.say(f"{name}: {path} is there.")
         return
     facts["precision"] = machine.precision
-    if plan.batch % (machine.world * shards_of(machine)):
-        raise UserError(f"{name}: {machine.world} processes cannot share out the {plan.batch} images of a step; start "
-                        "another number of them.")
+    check_shares(name, plan, machine)
     parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -82,10 +80,19 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[torch.Generator, int], T
 def load_same(path: Path, facts: dict) -> tuple[dict[str, Tensor], dict]:
     """A checkpoint's tensors and facts. Raises UserError where it was trained with other facts."""
     tensors, saved = checkpoint.load(path)
+    if "precision" not in saved:        # an older file
+        facts = {key: value for key, value in facts.items() if key != "precision"}
     wrong = [key for key, value in json.loads(json.dumps(facts)).items() if saved.get(key) != value]
     if wrong:
         raise UserError(f"{path} was made with another {wrong[0]}; remove it to train anew.")
     return tensors, saved
+
+
+def check_shares(name: str, plan: Fit, machine: Machine) -> None:
+    """Raise UserError where the processes cannot share out the samples of a step."""
+    if plan.batch % (machine.world * shards_of(machine)):
+        raise UserError(f"{name}: {machine.world} processes cannot share out the {plan.batch} images of a step; start "
+                        "another number of them.")
 
 
 def shards_of(machine: Machine) -> int:

@@ -13,6 +13,7 @@ import re
 from mra.data.words import PERSON, noun_phrases, replace_synonyms
 
 VARIANTS = 19       # of each caption, beside itself (paper section 2)
+ANYBODY = re.compile(rf"(?:an?|the|this)?\s*{PERSON.pattern}", re.IGNORECASE)       # and nothing about them
 ALPHA = 0.5         # the share of the phrases that deletion drops; synonyms replace up to this share of the words
 
 
@@ -34,7 +35,7 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
     if number == 0 or len(phrases) < 2:
         return caption
     first = next(filter(PERSON.search, phrases), None)
-    others = [phrase for phrase in phrases if phrase is not first]
+    others = [phrase for phrase in phrases if phrase is not first and not ANYBODY.fullmatch(phrase)]
     first = first or who(caption)
     if number % 4 == 0:                 # synonyms for some terms
         return replace_synonyms(caption, rng, ALPHA)
