@@ -316,8 +316,8 @@ def test_two_colours_of_one_garment_stay_together():
     assert words.noun_phrases(caption) == ["a man", "a purple and dark blue checked top", "black jeans",
                                            "white sneakers", "a red and grey bag"]
     for group in words.GROUPS:                  # whatever replaces a word of a phrase leaves it one
-        found = [bool(words.noun_phrases(f"a large {term}")) for term in group]
-        assert len(set(found)) == 1, group
+        lost = [term for term in group if not words.noun_phrases(f"a large {term}")]
+        assert not lost or group[0] in lost, lost
     real = "The man has short brown hair. He wears a blue shirt, a hat and white shoes, walking towards the Bus stop."
     assert words.noun_phrases(real) == ["man", "short brown hair", "a blue shirt", "a hat", "white shoes"]
     assert words.noun_phrases("her shoes are black and white, a black & white top") == ["black and white",

@@ -22,7 +22,7 @@ SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|ward
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
                      r"dressed|holding|holds|feet|that|above|below|he|she|her|his|the|from)\b", re.IGNORECASE)
 COLOUR = ("black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige|cream|ivory|"
-          "gold|golden|silver|maroon|burgundy|charcoal|lavender|lilac|fuchsia|khaki|tan")
+          "gold|golden|silver|maroon|burgundy|charcoal|lavender|lilac|fuchsia|khaki|sand|tan")
 PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|passers?-by|(?:boy|girl|guy|fellow|lad|"
                     r"lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|pedestrian|"
                     r"individual|male|female)s?)\b(?!['\u2019]| s\b)", re.IGNORECASE)
@@ -34,7 +34,7 @@ THINGS = """shirt tee top blouse sweater sweatshirt pullover jumper hoodie cardi
     earphones hair haircut hairstyle hairdo ponytail tail bun braid plait beard moustache mustache bang fringe
     backpack pack rucksack knapsack bookbag bag sack handbag purse satchel tote briefcase suitcase case luggage
     umbrella book phone cellphone smartphone bottle cup wallet billfold bicycle bike skateboard zip zipper stripe
-    sleeve collar logo emblem print clothes clothing garment attire outfit ensemble"""
+    sleeve sleeved collar logo emblem print clothes clothing garment attire outfit ensemble"""
 THING = re.compile(rf"\b(?:{'|'.join(THINGS.split())}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
 TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
