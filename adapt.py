@@ -25,7 +25,7 @@ from torch import Tensor
 from mra import checkpoint, released, training
 from mra.config import DIFFUSION_PRESETS, FITS, AdaptConfig, UserError, check_values, harmless, parse, run
 from mra.data import town
-from mra.data.records import RecordSet, load, share_of
+from mra.data.records import Record, RecordSet, load, share_of
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion import gap
 from mra.diffusion.autoencoder import random_light
@@ -67,8 +67,6 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
     retriever = released.load_retriever(Path(config.checkpoint), machine.device) if config.checkpoint else None
     # ---- the model: a frozen base, and a branch that learns the target
-    if not (dad_folder(config) / "branch.safetensors").exists():        # before the long preparation
-        check_shares("branch", FITS[config.size]["branch"], machine)
     base = load_base(config, machine)
     stable, root = base.config.stable, machine.root(config.data_root, config.target, config.size == "tiny")
     target = share_of(load(config.target, "train", root, say=machine.say), config.share)
@@ -84,12 +82,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     if not stable:                  # Stable Diffusion's decoder stays as it is, as in the paper
         adapt_decoder(config, machine, base, learned_from, images, latents)
     places = usual_places(islice(source.records, PLACED), *base.config.shape[1:]) if source else {}
-    wanted = wishes(config, base, (source if from_source(config) else target).records)
-    restyles, many = config.mode == "restyle", replace(config, images=max(config.images, PROBES))
-    probes = ([] if stable else wanted if many == config and restyles == from_source(config) else
-              wishes(many, base, (source if restyles else target).records))
-    some = list(islice(source.records, gap.ROWS)) if restyles else []       # whose moments move all
-    asked_for = name_of(wanted + (probes if probes is not wanted else []) + some, places, pixels=restyles)
+    wanted, probes, movers = what_to_make(config, base, source, target)
+    asked_for = name_of(wanted + (probes if probes is not wanted else []) + movers, places, pixels=bool(movers))
     used = replace(config, out="", device="", workers=0, recompute=False, precision=machine.precision)
     made_with = {"config": asdict(used), **learned_from,
                  "branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
@@ -99,8 +93,8 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
     # ---- the images
     judge, skill = train_judge(config, machine, learned_from, images)
     looks = Looks(None, latents)
-    if restyles:
-        plain = read_images([record.path for record in some], base.config, config.workers)
+    if movers:
+        plain = read_images([record.path for record in movers], base.config, config.workers)
         looks = Looks(encode(base.autoencoder, plain), latents)
     machine.say(f"Making {len(wanted)} images in {out}.")
     machine.first(lambda: unfinish(out))
@@ -127,13 +121,23 @@ def make_set(config: AdaptConfig, machine: Machine, out: Path) -> None:
         checkpoint.write_json(out / "report.json", report)
 
 
+def what_to_make(config: AdaptConfig, base: Diffusion, source: RecordSet | None,
+                 target: RecordSet) -> tuple[list[Record], list[Record], list[Record]]:
+    """The wishes, those that `calibrate` samples first, and the source images whose moments move all restyled ones."""
+    restyles, many = config.mode == "restyle", replace(config, images=max(config.images, PROBES))
+    wanted = wishes(config, base, (source if from_source(config) else target).records)
+    probes = ([] if base.config.stable else wanted if many == config and restyles == from_source(config) else
+              wishes(many, base, (source if restyles else target).records))
+    return wanted, probes, list(islice(source.records, gap.ROWS)) if restyles else []
+
+
 def train_base(config: AdaptConfig, machine: Machine) -> Path:
     """Autoencoder, then denoiser, on the source alone; returns the file that holds both.
 
     A second run at the same time is refused where the first is in one of them.
     """
     out, plans = Path("out") / f"base-{config.size}", FITS[config.size]
-    for name in ("autoencoder", "denoiser"):
+    for name in ("autoencoder", "denoiser", "branch"):      # told now, not after hours
         check_shares(name, plans[name], machine)
     records = base_records(config, machine)
     images = read_images([record.path for record in records.records], DIFFUSION_PRESETS[config.size], config.workers)
@@ -194,6 +198,7 @@ def adapt(config: AdaptConfig, machine: Machine, base: Diffusion, learned_from: 
     captions = [(i, caption) for i, record in enumerate(target.records) for caption in record.captions]
     path = dad_folder(config) / "branch.safetensors"
     if not path.exists():
+        check_shares("branch", FITS[config.size]["branch"], machine)        # before it is prepared
         pairs = LatentPairs(base, images, captions, config.condition)
         with machine.autocast():
             pairs.read(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)

@@ -174,7 +174,7 @@ def keep(machine: training.Machine, out: Path, model: Retriever, tokenizer: Toke
     last = out / "last.safetensors"
     machine.first(lambda: checkpoint.save(last, checkpoint.state(model, optimizer), facts | {"best": best}))
     result = training.validate(model, tokenizer, val_set, fused, facts["train"]["workers"],
-                               machine.autocast() if machine.device.type == "cuda" else nullcontext())   # evaluate.py's
+                               machine.autocast() if machine.device.type == "cuda" else nullcontext())  # as evaluate.py
     log.write({"step": facts["step"], "val": result})
     machine.say(f"val at step {facts['step']}: {describe(result)}")
     judged, better = facts | {"val": result}, best is None or result["quality"] >= best["quality"]

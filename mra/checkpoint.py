@@ -164,7 +164,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
                                       torch.empty_like(own, dtype=tensor.dtype).copy_(tensor.view_as(own)))
 
 
-# when a run goes on; how many pairs a step has, and in which precision, `settings` tells
+# may differ when a run goes on; how many pairs a step has, and in which precision, `settings` tells
 MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision"}
 
 

@@ -26,6 +26,7 @@ COLOUR = ("black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|
 PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|passers?-by|(?:boy|girl|guy|fellow|lad|"
                     r"lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|pedestrian|"
                     r"individual|male|female)s?)\b(?!['\u2019]| s\b)", re.IGNORECASE)
+# what a person wears, carries and shows; not all have synonyms
 THINGS = """shirt tee top blouse sweater sweatshirt pullover jumper hoodie cardigan jacket coat topcoat overcoat
     raincoat blazer vest waistcoat gilet polo suit dress gown frock robe uniform skirt miniskirt trousers pants slacks
     jeans denims shorts leggings tights capris joggers sweatpants stocking sock shoe sneaker trainer boot sandal heel
