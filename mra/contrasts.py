@@ -41,20 +41,13 @@ def paired(some: dict, others: dict, stage: str, *metric: str) -> dict[tuple[str
 
 
 def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
-    """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds.
-
-    Where `exact` is not surely better than `source`, by three standard errors over targets and seeds, no gap is closed.
-    """
+    """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds."""
     some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
     gains, whole = paired(some, source, stage), paired(exact, source, stage)
-    both = gains.keys() & whole.keys()
-    gap = sum(whole[key] for key in both)
-    noise = 3 * statistics.stdev(whole[key] for key in both) * len(both) ** 0.5 if len(both) > 1 else 0
     labelled = sorted({one["labelled"][stage] for one in some.values()})
     return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
             **{title: spread(scores(some, stage, *metric)) for title, metric in METRICS.items()},
-            "R@1 - source": "" if arm == "source" else interval(gains),
-            "gap closed": f"{100 * sum(gains[key] for key in both) / gap:.0f} %" if gap > noise else "",
+            "R@1 - source": "" if arm == "source" else interval(gains), "gap closed": closed(gains, whole),
             } | ({"R@1 on other targets": spread(others)} if (others := elsewhere(some, stage)) else {})
 
 
@@ -87,17 +80,39 @@ def spread(values: dict[tuple[str, int], float]) -> str:
     return f"{statistics.mean(values.values()):.1f}{more}"
 
 
-def interval(gains: dict[tuple[str, int], float]) -> str:
-    """Mean of paired differences and its 95 % confidence interval (Student's).
+def error(values: dict[tuple[str, int], float]) -> float:
+    """Standard error of the mean; 0 where a single seed shows none.
 
-    Seeds are the independent ones: the error is that of a mean of clusters, of whatever number of targets each.
+    Seeds are the independent ones: it is that of a mean of clusters, of whatever number of targets each.
     """
+    mean, seeds = statistics.mean(values.values()), {seed for _, seed in values}
+    parts = [sum(value - mean for (_, own), value in values.items() if own == seed) / len(values) for seed in seeds]
+    return (sum(part * part for part in parts) * len(seeds) / (len(seeds) - 1)) ** 0.5 if len(seeds) > 1 else 0.0
+
+
+def reach(values: dict[tuple[str, int], float]) -> float:
+    """Half the length of the mean's 95 % confidence interval (Student's); 0 where a single seed has none."""
+    seeds = len({seed for _, seed in values})
+    return error(values) * STUDENT[min(seeds - 1, len(STUDENT)) - 1] if seeds > 1 else 0.0
+
+
+def interval(gains: dict[tuple[str, int], float]) -> str:
+    """Mean of paired differences and its 95 % confidence interval over seeds."""
     if not gains:
         return ""
-    mean, seeds = statistics.mean(gains.values()), {seed for _, seed in gains}
-    parts = [sum(value - mean for (_, own), value in gains.items() if own == seed) / len(gains) for seed in seeds]
-    if len(seeds) < 2:
-        return f"{mean:+.1f}"
-    error = (sum(part * part for part in parts) * len(seeds) / (len(seeds) - 1)) ** 0.5
-    reach = STUDENT[min(len(seeds) - 1, len(STUDENT)) - 1] * error
-    return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}]"
+    mean, half = statistics.mean(gains.values()), reach(gains)
+    return f"{mean:+.1f}" + f" [{mean - half:+.1f}, {mean + half:+.1f}]" * (len({seed for _, seed in gains}) > 1)
+
+
+def closed(gains: dict[tuple[str, int], float], whole: dict[tuple[str, int], float]) -> str:
+    """The share of the gap that an arm closes: its gains over the whole gap, where both are known, and the interval.
+
+    That is of a ratio of means, to first order. Where the gap is not three standard errors wide, none is closed.
+    """
+    both = gains.keys() & whole.keys()
+    gap = {key: whole[key] for key in both}
+    if not both or statistics.mean(gap.values()) <= 3 * error(gap):
+        return ""
+    share = sum(gains[key] for key in both) / sum(gap.values())
+    half = reach({key: gains[key] - share * gap[key] for key in both}) / statistics.mean(gap.values())
+    return f"{100 * share:.0f} %" + (f" [{100 * (share - half):.0f}, {100 * (share + half):.0f}]" if half else "")

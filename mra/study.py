@@ -1,6 +1,7 @@
 """The paper's claims in miniature: does DaD close the gap, do the region losses help, and how far is the exact answer?
 
-    python -m mra.study                                          all runs, one after another; goes on where it stopped
+    python -m mra.study                                          all runs, one after another; goes on where it stopped.
+                                                                 Several such processes share out the runs
     python -m mra.study --targets icfg --seeds 0 1 --arms dad    a part of them, on this machine
     python -m mra.study --table                                  tables and figure of the runs that are there
     python -m mra.study --quick                                  two arms, one seed, tiny
@@ -9,12 +10,14 @@ A run is an arm (which images the second pretraining stage sees), a set of losse
 source first, the same for all arms; then on a mix, four fifths the arm's images and one fifth the source's; is tested
 on the target as it is, and fine-tuned on a tenth and on all of the target's labelled pairs. Two arms differ: "none"
 begins with the fine-tuning, "shuffled" with its mix. Steps, number and resolution of the images are the same in every
-arm, and so are the recipes (mra/config.py; RATES), which were set on val with the source alone. Of the first stage the
-checkpoint is the best on the source's val, of the mix the last one, of fine-tuning the best on the target's val.
+arm, and so are the recipes (mra/config.py; RATES): rates were set on val with the source alone, the number of images
+on a town of other people. Of the first stage the checkpoint is the best on the source's val, of the mix the last one,
+of fine-tuning the best on the target's val.
 `adapt.py` and `train.py` are called as a user would, and a finished run is one file, run.json.
 Before: ranking.py, diffusion/transfers.py; contrasts.py, which makes the tables.
 """
 
+import fcntl
 import json
 import random
 import re
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +41,7 @@ from mra.data.records import Record, load, load_splits, save_image, share_of
 from mra.diffusion.gap import TARGETS
 from mra.diffusion.sampling import read_base, read_images, stacked
 from mra.diffusion.transfers import transferred
-from mra.training import Machine, choose_device, claimed, queries_of
+from mra.training import Busy, Machine, choose_device, claimed, queries_of
 
 LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
 TITLES = {"regions": "With region losses", "pairs": "Without region losses",
@@ -76,7 +80,7 @@ class StudyConfig:
 
     arms: tuple[str, ...] = ()         # of ARMS; empty: all
     targets: tuple[str, ...] = ()      # of cuhk, icfg, rstp; empty: all
-    seeds: tuple[str, ...] = ()        # empty: 0 to 4; without --arms 0 and 1 for all but the main ones
+    seeds: tuple[str, ...] = ()        # empty: 0 to 4, of all but the main arms 0 and 1
     out: str = "out/study"
     images: int = 6000                 # that DaD makes; two thirds of it are the images of every arm
     table: bool = False                # make no run: tables and figure of those that are there
@@ -116,11 +120,14 @@ def main() -> None:
     runs, machine = list(plan(config)), Machine.of("", "")
     if not runs:
         raise UserError("There is no such run: of the arms beside the main ones, only icfg is a target.")
-    for number, one in enumerate(runs, 1):
-        if not config.table and not finished(one, out):
-            print(f"{number}/{len(runs)}: {one.name}", flush=True)
+    for number, one in enumerate([] if config.table else runs, 1):
+        try:
             with claimed(out / one.name, machine):
-                perform(one, out)
+                if not finished(one, out):
+                    print(f"{number}/{len(runs)}: {one.name}", flush=True)
+                    perform(one, out)
+        except Busy:
+            print(f"{number}/{len(runs)}: {one.name} is being made by another process.", flush=True)
     report(out, of_kind(runs[0]))
 
 
@@ -146,7 +153,8 @@ def plan(config: StudyConfig) -> Iterator[Run]:
     others += [("source", "released"), ("exact", "released")]
     for seed in map(int, config.seeds or "01234"):
         for target in config.targets or TARGETS:
-            for arm, losses in MAIN + (others if target == "icfg" and (seed < 2 or config.arms) else []):
+            more = target == "icfg" and (seed < 2 or config.arms and config.seeds)
+            for arm, losses in MAIN + (others if more else []):
                 if arm in (config.arms or ARMS):
                     yield Run(arm, losses, target, seed, config.images)
 
@@ -170,7 +178,8 @@ def perform(one: Run, out: Path) -> None:
     seen = (every, few) if learns(one.arm) else (0, 0)
     labelled = dict(zip(STAGES, (*seen, few + chosen_on, every + chosen_on)))
     checkpoint.write_json(folder / "run.json", asdict(one) | of_kind(one) | {
-        "labelled": labelled, "versions": checkpoint.VERSIONS, "results": results})
+        "labelled": labelled, "versions": checkpoint.VERSIONS, "precision": Machine.of("", "").precision,
+        "results": results})
     for stage in folder.iterdir():
         shutil.rmtree(stage) if stage.is_dir() else None
 
@@ -188,9 +197,19 @@ def pretrained(one: Run, out: Path, folder: Path, share: float) -> str:
     first = out / "first" / f"{one.losses}-{one.size}-s{one.seed}"
     shuffled = one.arm == "shuffled"            # nothing but wrong captions, for as long
     start = "none" if shuffled else train(first, one, "sda", steps["source"], "none")
-    mix = image_set(one, out, share, start)
+    with alone(out / "sets" / f"{one.images_of(one.arm)}-{share:g}.lock"):
+        mix = image_set(one, out, share, start)
     return train(folder / f"mix-{share:g}", one, str(mix), steps["mix"] + steps["source"] * shuffled, start,
                  "--evals", "1")
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is within it: with region losses and without an arm has the same images."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: str) -> str:
@@ -331,8 +350,10 @@ def report(out: Path, kind: dict) -> None:
     tables = {stage: [contrasts.row(runs, losses, arm, stage) for losses, group in groups.items() for arm in group
                       if arm != "none" or "zero-shot" not in stage] for stage in STAGES}
     if "none" in groups["regions"]:         # beside what DaD makes of the labelled pairs, what training on them does
-        tables["zero-shot"].append(contrasts.row(runs, "regions", "none", "all") | {
-            "arm": "none, fine-tuned on all", "R@1 - source": "", "gap closed": ""})
+        for stage, same in zip(STAGES, ("all", "tenth")):
+            tables[stage].append(contrasts.row(runs, "regions", "none", same) | {
+                "arm": f"none, fine-tuned on {'all' if same == 'all' else 'a tenth'}", "R@1 - source": "",
+                "gap closed": ""})
     tables["differences"] = [{"difference": name} | cells for name, pair in CONTRASTS.items() for stage in STAGES
                              if (cells := contrasts.contrast(runs, *pair, stage))]
     text = "\n".join(f"{title}\n\n{contrasts.as_table(rows)}" for title, rows in tables.items() if rows)
@@ -345,11 +366,12 @@ def report(out: Path, kind: dict) -> None:
         main_arms = {arm: some for arm, some in every.items() if (arm, losses) in MAIN}
         charts[f"{TITLES[losses]}, the main arms"] = contrasts.comparable(main_arms)
         charts[f"{TITLES[losses]}, all arms"] = contrasts.comparable(every if len(every) > len(main_arms) else {})
-    figures.bars(charts, "R@1 on the target without fine-tuning", out / "figure.png")
+    figures.bars(charts, "R@1 on the target without fine-tuning: means, and each run a dot", out / "figure.png")
     shares = {0.0: "source", **{share: arm for arm, share in SHARES.items()}, 1.0: "dad"}
     points = contrasts.comparable({share: groups["regions"].get(arm, {}) for share, arm in shares.items()})
     if whole := all(points.values()):
-        figures.curve(points, "R@1 without fine-tuning against the share of adapted images", out / "curve.png")
+        figures.curve(points, "R@1 without fine-tuning against the share of adapted images; each run a dot",
+                      out / "curve.png")
     print(f"Wrote {out / 'study.json'}, table.md, figure.png{' and curve.png' * whole}.")
 
 

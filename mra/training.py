@@ -59,16 +59,20 @@ def make_folder(path: Path) -> None:
         raise UserError(f"--out {path}: cannot make this folder ({error.strerror}).") from error
 
 
+class Busy(UserError):
+    """Another run is writing there."""
+
+
 @contextmanager
 def claimed(folder: Path, machine: "Machine") -> Iterator[None]:
-    """Within it no other run writes to this folder. Raises UserError where one does already."""
+    """Within it no other run writes to this folder. Raises Busy where one does already."""
     make_folder(folder)
     with open(folder / ".lock", "w") as lock:       # let go by the system, however this process ends
         try:
             if machine.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another run is writing there; wait for it to end.") from error
+            raise Busy(f"{folder}: another run is writing there; wait for it to end.") from error
         yield
 
 

@@ -4,7 +4,8 @@
 
 R@1 by embeddings unless a column says otherwise. The main arms are compared on the pairs of target and seed that all
 six have, the others on ICFG style, seed by seed; gaps and differences are those of the pairs that both sides have.
-Means are over pairs; [95 % intervals] are over seeds, since runs of one seed share what they start from.
+Means are over pairs, +- standard deviations and [95 % intervals] over seeds, since runs of one seed share what they
+start from. Of two pairs both differences stand there, since an interval of two says nothing.
 """
 
 import json
@@ -18,6 +19,8 @@ from mra import contrasts, study  # noqa: E402
 
 LOSSES = {"regions": "with", "pairs": "without", "released": "box ignored"}
 TITLES = dict(zip(study.STAGES, ("not fine-tuned", "DaD of a tenth", "fine-tuned on a tenth", "on all")))
+EXACT = {"exact - source, with region losses": (("regions", "exact"), ("regions", "source")),
+         "exact - source, without": (("pairs", "exact"), ("pairs", "source"))}
 Values = dict[tuple[str, int], float]       # of (target, seed)
 
 
@@ -25,10 +28,14 @@ def mean(values: Values) -> str:
     return f"{statistics.mean(values.values()):.1f}" if values else ""
 
 
-def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings") -> str:
+def difference(gains: Values) -> str:
+    return ", ".join(f"{gain:+.1f}" for gain in gains.values()) if len(gains) == 2 else contrasts.interval(gains)
+
+
+def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings", more: dict | None = None) -> str:
     """Of all that are compared in mra/study.py, those of these runs, after every stage."""
     rows = []
-    for name, pair in study.CONTRASTS.items():
+    for name, pair in (study.CONTRASTS | (more or {})).items():
         some, others = (contrasts.of(runs, *one) for one in pair)
         if some.keys() & others.keys():
             rows.append({f"difference of {metric}": name})
@@ -36,26 +43,43 @@ def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings
             for stage, title in TITLES.items():
                 if stage == study.STAGES[1] and not learned:
                     continue
-                rows[-1][title] = contrasts.interval(contrasts.paired(some, others, stage, metric, ranked))
+                rows[-1][title] = difference(contrasts.paired(some, others, stage, metric, ranked))
     return contrasts.as_table(rows)
 
 
+def gap(runs: list[dict], losses: str, arm: str, stage: str, *metric: str) -> str:
+    """The share of the gap that an arm closes."""
+    some, source, exact = (contrasts.of(runs, losses, name) for name in (arm, "source", "exact"))
+    return contrasts.closed(contrasts.paired(some, source, stage, *metric),
+                            contrasts.paired(exact, source, stage, *metric))
+
+
+def gaps(runs: list[dict]) -> str:
+    """What DaD closes of the gap between the source and exact drawings, after every stage."""
+    return contrasts.as_table([
+        {"gap closed by DaD": f"{title}, {LOSSES[losses]} region losses"}
+        | {TITLES[stage]: gap(runs, losses, "dad", stage, *metric) or "no sure gap" for stage in study.STAGES}
+        for title, metric in (("R@1", ()), ("mAP", ("mAP",)), ("re-ranked R@1", ("R@1", "re-ranked")))
+        for losses in ("regions", "pairs")])
+
+
 def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
-    """One row an arm."""
-    rows = []
+    """One row an arm; of several seeds with deviations, of one with the shares of the gap in brackets."""
+    alone, rows = len({one["seed"] for one in runs}) == 1, []
     for arm, losses in groups:
-        some = contrasts.of(runs, losses, arm)
-        plain, of_tenth, tenth, every = ({} if arm == "none" and "zero-shot" in stage else contrasts.scores(some, stage)
-                                         for stage in study.STAGES)
-        of_tenth = of_tenth if study.learns(arm) else {}
-        closed = [contrasts.row(runs, losses, arm, stage)["gap closed"] if values else ""
-                  for stage, values in zip(study.STAGES, (plain, of_tenth))]
-        mean_ap, twins, reranked = (mean(plain and contrasts.scores(some, "zero-shot", *metric)) for metric in
-                                    (("mAP",), ("twins R@1",), ("R@1", "re-ranked")))
-        rows.append({"images": f"`{arm}`", "region losses": LOSSES[losses], "R@1": mean(plain), "mAP": mean_ap,
-                     "twins": twins, "re-ranked": reranked, "gap closed": closed[0], "DaD of a tenth": mean(of_tenth),
-                     "gap closed, DaD of a tenth": closed[1], "fine-tuned on a tenth": mean(tenth),
-                     "on all": mean(every), "other targets, after all": mean(contrasts.elsewhere(some, "all"))})
+        some, cells = contrasts.of(runs, losses, arm), {}
+        for stage, title in TITLES.items():
+            if arm == "none" and "zero-shot" in stage or stage == study.STAGES[1] and not study.learns(arm):
+                continue
+            share = (gap(runs, losses, arm, stage) if alone and "zero-shot" in stage and arm not in ("source", "exact")
+                     else "")       # a single run's later gap is within the noise
+            cells[title] = contrasts.spread(contrasts.scores(some, stage)) + f" ({share})" * bool(share)
+        mean_ap, twins, reranked = (mean(contrasts.scores(some, "zero-shot", *metric)) if arm != "none" else ""
+                                    for metric in (("mAP",), ("twins R@1",), ("R@1", "re-ranked")))
+        first, *others = TITLES.values()
+        rows.append({"images": f"`{arm}`", "region losses": LOSSES[losses], first: cells.get(first, ""), "mAP": mean_ap,
+                     "twins": twins, "re-ranked": reranked} | {title: cells.get(title, "") for title in others} | {
+                     "other targets, after all": mean(contrasts.elsewhere(some, "all"))})
     return contrasts.as_table(rows)
 
 
@@ -87,12 +111,13 @@ def main(path: str) -> None:
         by_seed += f"Seed {seed}:\n\n{table(some, done)}\n"
     pairs = ", ".join(f"{target} {seed}" for target, seed in sorted(common))
     print(f"{len(runs)} of {len(list(study.plan(study.StudyConfig())))} runs.\n\n"
-          f"## Main arms (targets and seeds: {pairs})\n\n{table(whole, study.MAIN)}\n{differences(whole)}\n"
+          f"## Main arms (targets and seeds: {pairs})\n\n{table(whole, study.MAIN)}\n"
+          f"{differences(whole, more=EXACT)}\n{gaps(whole)}\n"
           f"## Each target and seed: main arms with and without region losses, not fine-tuned\n\n{one_by_one(runs)}\n"
           f"## All arms, ICFG style\n\n{by_seed}Differences:\n\n{differences(in_icfg)}\n"
           "## Main arms: differences of other figures\n\n"
-          f"Re-ranked:\n\n{differences(whole, 'R@1', 're-ranked')}\n"
-          f"{differences(whole, 'twins R@1')}\n{differences(whole, 'rest R@1')}", end="")
+          f"Re-ranked:\n\n{differences(whole, 'R@1', 're-ranked', EXACT)}\n"
+          + "\n".join(differences(whole, metric, more=EXACT) for metric in ("mAP", "twins R@1", "rest R@1")), end="")
 
 
 if __name__ == "__main__":
