@@ -95,6 +95,8 @@ def trusting(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):        # no fault of the file
+            raise
         raise UserError(f"{path}: its facts are incomplete or wrong ({error}).") from error
 
 

@@ -159,6 +159,13 @@ def step(model, optimizer, batch, number: int) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")))
+def test_a_lack_of_memory_is_not_told_as_a_fault_of_the_file(tmp_path, error):
+    with pytest.raises(type(error), match="memory"), checkpoint.trusting(tmp_path / "best.safetensors"):
+        raise error
+
+
 def test_training_goes_on_bit_for_bit(tmp_path, config, batch):
     """Saved after two steps and restored into a new model and optimiser: three more are the same."""
     path, settings = tmp_path / "last.safetensors", TrainConfig(lr=1e-2)
