@@ -42,12 +42,12 @@ def paired(some: dict, others: dict, stage: str, *metric: str) -> dict[tuple[str
 
 def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
     """A table's row: means over targets and seeds; to `source` and `exact` of the same losses, targets and seeds."""
-    some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
-    gains, whole = paired(some, source, stage), paired(exact, source, stage)
+    some = of(runs, losses, arm)
+    gains = paired(some, of(runs, losses, "source"), stage)
     labelled = sorted({one["labelled"][stage] for one in some.values()})
     return {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled)),
             **{title: spread(scores(some, stage, *metric)) for title, metric in METRICS.items()},
-            "R@1 - source": "" if arm == "source" else interval(gains), "gap closed": closed(gains, whole),
+            "R@1 - source": "" if arm == "source" else interval(gains), "gap closed": closed(runs, losses, arm, stage),
             } | ({"R@1 on other targets": spread(others)} if (others := elsewhere(some, stage)) else {})
 
 
@@ -104,11 +104,13 @@ def interval(gains: dict[tuple[str, int], float]) -> str:
     return f"{mean:+.1f}" + f" [{mean - half:+.1f}, {mean + half:+.1f}]" * (len({seed for _, seed in gains}) > 1)
 
 
-def closed(gains: dict[tuple[str, int], float], whole: dict[tuple[str, int], float]) -> str:
-    """The share of the gap that an arm closes: its gains over the whole gap, where both are known, and the interval.
+def closed(runs: list[dict], losses: str, arm: str, stage: str, *metric: str) -> str:
+    """The share of the gap that an arm closes, (arm - source) / (exact - source) of means over common pairs.
 
-    That is of a ratio of means, to first order. Where the gap is not three standard errors wide, none is closed.
+    Its interval is that of a ratio, to first order. Where the gap is not three standard errors wide, none is closed.
     """
+    some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
+    gains, whole = paired(some, source, stage, *metric), paired(exact, source, stage, *metric)
     both = gains.keys() & whole.keys()
     gap = {key: whole[key] for key in both}
     if not both or statistics.mean(gap.values()) <= 3 * error(gap):

@@ -65,6 +65,8 @@ CONTRASTS = {   # what is compared with what, on the targets and seeds that both
     "DaD alone - source alone": (("pairs", "dad"), ("pairs", "source")),
     "regions alone - source alone": (("regions", "source"), ("pairs", "source")),
     "exact: regions - none": (("regions", "exact"), ("pairs", "exact")),
+    "exact - source, with region losses": (("regions", "exact"), ("regions", "source")),
+    "exact - source, without": (("pairs", "exact"), ("pairs", "source")),
     **{f"{arm}: regions - regions that ignore the box": (("regions", arm), ("released", arm))
        for arm in ("source", "exact")},
     **{f"DaD - {arm}": (("regions", "dad"), ("regions", arm)) for arm in (*TRANSFERS, "restyled", *VARIANTS)},

@@ -19,8 +19,6 @@ from mra import contrasts, study  # noqa: E402
 
 LOSSES = {"regions": "with", "pairs": "without", "released": "box ignored"}
 TITLES = dict(zip(study.STAGES, ("not fine-tuned", "DaD of a tenth", "fine-tuned on a tenth", "on all")))
-EXACT = {"exact - source, with region losses": (("regions", "exact"), ("regions", "source")),
-         "exact - source, without": (("pairs", "exact"), ("pairs", "source"))}
 Values = dict[tuple[str, int], float]       # of (target, seed)
 
 
@@ -32,10 +30,10 @@ def difference(gains: Values) -> str:
     return ", ".join(f"{gain:+.1f}" for gain in gains.values()) if len(gains) == 2 else contrasts.interval(gains)
 
 
-def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings", more: dict | None = None) -> str:
+def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings") -> str:
     """Of all that are compared in mra/study.py, those of these runs, after every stage."""
     rows = []
-    for name, pair in (study.CONTRASTS | (more or {})).items():
+    for name, pair in study.CONTRASTS.items():
         some, others = (contrasts.of(runs, *one) for one in pair)
         if some.keys() & others.keys():
             rows.append({f"difference of {metric}": name})
@@ -47,18 +45,11 @@ def differences(runs: list[dict], metric: str = "R@1", ranked: str = "embeddings
     return contrasts.as_table(rows)
 
 
-def gap(runs: list[dict], losses: str, arm: str, stage: str, *metric: str) -> str:
-    """The share of the gap that an arm closes."""
-    some, source, exact = (contrasts.of(runs, losses, name) for name in (arm, "source", "exact"))
-    return contrasts.closed(contrasts.paired(some, source, stage, *metric),
-                            contrasts.paired(exact, source, stage, *metric))
-
-
 def gaps(runs: list[dict]) -> str:
     """What DaD closes of the gap between the source and exact drawings, after every stage."""
     return contrasts.as_table([
         {"gap closed by DaD": f"{title}, {LOSSES[losses]} region losses"}
-        | {TITLES[stage]: gap(runs, losses, "dad", stage, *metric) or "no sure gap" for stage in study.STAGES}
+        | {name: contrasts.closed(runs, losses, "dad", stage, *metric) or "no sure gap" for stage, name in TITLES.items()}
         for title, metric in (("R@1", ()), ("mAP", ("mAP",)), ("re-ranked R@1", ("R@1", "re-ranked")))
         for losses in ("regions", "pairs")])
 
@@ -71,8 +62,9 @@ def table(runs: list[dict], groups: list[tuple[str, str]]) -> str:
         for stage, title in TITLES.items():
             if arm == "none" and "zero-shot" in stage or stage == study.STAGES[1] and not study.learns(arm):
                 continue
-            share = (gap(runs, losses, arm, stage) if alone and "zero-shot" in stage and arm not in ("source", "exact")
-                     else "")       # a single run's later gap is within the noise
+            share = ""              # a single run's gap after fine-tuning is within the noise
+            if alone and "zero-shot" in stage and arm not in ("source", "exact"):
+                share = contrasts.closed(runs, losses, arm, stage)
             cells[title] = contrasts.spread(contrasts.scores(some, stage)) + f" ({share})" * bool(share)
         mean_ap, twins, reranked = (mean(contrasts.scores(some, "zero-shot", *metric)) if arm != "none" else ""
                                     for metric in (("mAP",), ("twins R@1",), ("R@1", "re-ranked")))
@@ -112,12 +104,12 @@ def main(path: str) -> None:
     pairs = ", ".join(f"{target} {seed}" for target, seed in sorted(common))
     print(f"{len(runs)} of {len(list(study.plan(study.StudyConfig())))} runs.\n\n"
           f"## Main arms (targets and seeds: {pairs})\n\n{table(whole, study.MAIN)}\n"
-          f"{differences(whole, more=EXACT)}\n{gaps(whole)}\n"
+          f"{differences(whole)}\n{gaps(whole)}\n"
           f"## Each target and seed: main arms with and without region losses, not fine-tuned\n\n{one_by_one(runs)}\n"
           f"## All arms, ICFG style\n\n{by_seed}Differences:\n\n{differences(in_icfg)}\n"
           "## Main arms: differences of other figures\n\n"
-          f"Re-ranked:\n\n{differences(whole, 'R@1', 're-ranked', EXACT)}\n"
-          + "\n".join(differences(whole, metric, more=EXACT) for metric in ("mAP", "twins R@1", "rest R@1")), end="")
+          f"Re-ranked:\n\n{differences(whole, 'R@1', 're-ranked')}\n"
+          + "\n".join(differences(whole, metric) for metric in ("mAP", "twins R@1", "rest R@1")), end="")
 
 
 if __name__ == "__main__":
