@@ -49,7 +49,8 @@ def gaps(runs: list[dict]) -> str:
     """What DaD closes of the gap between the source and exact drawings, after every stage."""
     return contrasts.as_table([
         {"gap closed by DaD": f"{title}, {LOSSES[losses]} region losses"}
-        | {name: contrasts.closed(runs, losses, "dad", stage, *metric) or "no sure gap" for stage, name in TITLES.items()}
+        | {said: contrasts.closed(runs, losses, "dad", stage, *metric) or "no sure gap"
+           for stage, said in TITLES.items()}
         for title, metric in (("R@1", ()), ("mAP", ("mAP",)), ("re-ranked R@1", ("R@1", "re-ranked")))
         for losses in ("regions", "pairs")])
 
