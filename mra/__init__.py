@@ -1,34 +1,34 @@
 """Domain-aligned text-based person retrieval: given a sentence, rank a gallery of pedestrian crops.
 
-Read in this order; each file's docstring says what comes before and after.
+The method, in reading order; each file's docstring says what to read next:
 
-    config.py             presets, recipes, the command line
-    data/people.py        identities as sets of attributes, and their words
-    data/drawing.py       a person drawn as the camera of a domain sees them
-    data/town.py          the drawn data sets, one source and three targets
-    data/records.py       one record type, a reader for every annotation format;  data/check.py  is a set whole?
-    data/augment.py       image and box move together
-    data/words.py         EDA, left and right;  data/tokenizer.py  WordPiece and whole-word masking
-    data/batches.py       records to a Batch
+    config.py             presets of the models, recipes of training, the flags of the scripts
+    data/                 files and images, one record type, views, words, tokens, batches
     layers.py             the one attention, the MLPs, one block for each norm order
-    encoders.py           image, text and fusion encoders
+    encoders.py           image, text and fusion encoder
     losses.py             contrastive, matching and masked-word losses as pure functions
-    similarity.py         the contrastive loss of large batches in tiles, pooled regions, top-k of large galleries
     retriever.py          MRA: the encoders, the heads and the loss terms of one batch
     ranking.py            two-stage search and its metrics
-    checkpoint.py         what is saved, and resumed
-    weights.py            BERT and vision transformers from elsewhere;  released.py  the released MRA checkpoints
-    gallery.py            a folder of one's own photographs, encoded once
-    training.py           optimiser, schedule and the loop
-    figures.py            pictures for people
-    diffusion/            DaD: images of the source's people in the target's look; has a reading order of its own
-    contrasts.py          runs compared in pairs, with intervals;  study.py  the ablation: images, losses, labels
+    diffusion/            DaD: images that look as if the target's cameras had taken them
+    workers.py            how a step or a search is shared out
 
-Shape letters; a docstring says where it needs another (masks end in `_keep`: True = use it):
+Beside the method, which imports none of it:
 
-    B batch      N patches    T caption tokens   P phrase tokens   M masked words   R regions
+    town/                 drawn people in the real sets' formats, for a demo and for exact answers
+    weights/              weights from elsewhere: BERT, ViT, the released MRA models, Stable Diffusion
+    run/                  command line, machine, checkpoints, the one training loop, what is kept on disk
+    scale/                the contrastive loss in tiles, top-k of large galleries
+    show/                 pictures, a folder of photographs, answers to sentences, --check
+    train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
+
+Shape letters; a docstring explains any other. Masks end in `_keep`, True = use it:
+
+    B batch      N patches    T caption tokens   P phrase tokens   M masked words   R rows of a tile
     D width      E embedding  S keys attended    V vocabulary      H x W pixels
     Q queries    G gallery images   in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
-Paper: "MRA" below is arXiv 2507.10195; its equations and sections are cited where a line implements them.
+Public names: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`,
+`mra.diffusion.dpm_solver`.
+
+Paper: "MRA" is arXiv 2507.10195; its sections are cited where a line implements them.
 """

@@ -1,35 +1,22 @@
-"""The numbers of the package: model presets, training recipes, and the command line made from their fields.
+"""The numbers of the package: model presets, training recipes, and the flags of the three scripts.
 
-Read this after `mra/__init__.py`; next is data/people.py. A configuration is a frozen dataclass; the command
-line is its fields (`batch: int` is `--batch`), a flag that is not a field is an error, and the resolved
-configuration is printed and saved with the weights.
+Every configuration is a frozen dataclass. The command line is made from its fields (`batch` becomes `--batch`), and
+the resolved configuration is printed and saved with the results. Read next: data/records.py.
 """
 
-import argparse
-import dataclasses
-import inspect
-import io
-import os
-import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
-
-from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one sentence, printed without a traceback, exit status 2."""
+    """A mistake that the user can mend: one sentence, printed without a traceback, exit status 2."""
 
+
+# ---- sizes of the models
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the retriever. Images are (height, width) pixels, cut in square patches."""
+    """Sizes of the retriever. Images are (height, width) pixels, cut into square patches."""
 
     height: int
     width: int
@@ -38,18 +25,18 @@ class ModelConfig:
     image_depth: int
     image_heads: int
     text_dim: int
-    text_depth: int      # layers that read words alone
-    fusion_depth: int    # layers that also look at the image
+    text_depth: int       # layers that read the words alone
+    fusion_depth: int     # layers that also attend to the image
     text_heads: int
-    embed: int           # width of the contrastive space
-    rerank: int          # candidates that the fusion encoder re-scores for each query
+    embed: int            # width of the contrastive space
+    rerank: int           # candidates that the fusion encoder re-scores for each query
     dropout: float = 0.1
-    positions: int = 512  # as in BERT, so that its table fits; captions are cut at max_tokens
-    max_tokens: int = 56  # [CLS] and [SEP] included
-    vocab: int = 0        # set from the vocabulary when the model is made
-    window: int = 0       # patches along a window of a Swin image encoder, `patch` being its last stage's; 0: a ViT
-    class_token: bool = False       # the ViT has a token beside the patches, as pretrained ones have
-    bins: int = 0         # parts of the image and of the caption that the projections read; 0: token 0 alone
+    positions: int = 512  # rows of the table of text positions, as in BERT
+    max_tokens: int = 56  # longest caption, [CLS] and [SEP] included
+    vocab: int = 0        # word pieces; set from the vocabulary when the model is made
+    window: int = 0       # patches along a window of a Swin image encoder, whose last stage has `patch`; 0: a ViT
+    class_token: bool = False       # the ViT has a class token beside its patches, as pretrained ones have
+    bins: int = 0         # released models: bins of tokens that the projections read; 0: token 0 alone
     released_regions: bool = False  # as in the released code: RPC ignores the box, RPM does not see the region's mean
 
     @property
@@ -59,7 +46,8 @@ class ModelConfig:
 
     @property
     def patch_count(self) -> int:
-        return self.grid[0] * self.grid[1]
+        rows, columns = self.grid
+        return rows * columns
 
 
 PRESETS = {
@@ -78,7 +66,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Sizes of the latent diffusion model (DaD). Its text encoder is made of the text_* fields, as the retriever's."""
+    """Sizes of the latent diffusion model. The fields text_* are those of its text encoder."""
 
     height: int
     width: int
@@ -94,11 +82,11 @@ class DiffusionConfig:
     positions: int = 512
     max_tokens: int = 56
     vocab: int = 0                # set from the vocabulary when the model is made
-    stable: bool = False          # with the details of Stable Diffusion 1.5, so that its weights fit
+    stable: bool = False          # built as Stable Diffusion 1.5 is, so that its weights fit
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent, each way."""
+        """Pixels along one latent, in height and in width."""
         return self.stem * 2 ** (len(self.autoencoder) - 1)
 
     @property
@@ -113,7 +101,7 @@ DIFFUSION_PRESETS = {
     "demo":  DiffusionConfig(64,    32,   4,   (96,),           12,    (48, 96),            2,          128, 2,    4),
     "small": DiffusionConfig(192,   96,   2,   (64, 128, 256),  8,     (128, 256, 384),     8,          256, 4,    4),
     "base":  DiffusionConfig(384,   256,  2,   (96, 192, 384),  8,     (192, 384, 768, 768), 8,         512, 6,    8),
-    # weights from elsewhere, and for tests the same with other widths
+    # Stable Diffusion 1.5, and for tests the same with other widths
     "sd15":  DiffusionConfig(384,   256,  1,   (128, 256, 512, 512), 4, (320, 640, 1280, 1280), 8,      768, 12,   12,
                              positions=77, max_tokens=77, stable=True),
     "sd15-tiny": DiffusionConfig(128, 64, 1,   (32, 32, 64, 64), 4,    (32, 64, 96, 96),    4,          32,  2,    4,
@@ -121,145 +109,59 @@ DIFFUSION_PRESETS = {
 }
 
 
+# ---- recipes of training
+
 @dataclass(frozen=True)
 class Fit:
-    """How long and how fast a network of DaD is trained."""
+    """How one network is trained: AdamW, a linear rise of the learning rate, then a linear fall to 0."""
 
-    steps: int              # 0: as many as draw each pair `epochs` times on average
-    batch: int              # images of one step, all processes together
-    lr: float               # peak; it rises over the first 5 % of the steps and falls linearly to 0
-    decay: float = 0.999    # of the moving average of the weights; it starts smaller and grows to this
-    save_every: int = 200   # steps
-    middle: bool = False    # noise levels are drawn mostly from the middle, not evenly
-
-
-FITS = {    # of each size; judge: steps of filters.tell_apart; flags: other defaults of the command line
-    "tiny":  dict(autoencoder=Fit(5, 16, 2e-3), denoiser=Fit(5, 16, 2e-3),
-                  decoder=Fit(5, 16, 1e-3), branch=Fit(5, 16, 1e-3, middle=True),
-                  judge=5, reader=Fit(5, 16, 2e-3), flags=dict(sampling_steps=4)),
-    "demo":  dict(autoencoder=Fit(2000, 32, 1e-3), denoiser=Fit(12000, 64, 1e-3),
-                  decoder=Fit(600, 32, 2e-3), branch=Fit(2400, 16, 3e-3, middle=True),
-                  judge=200, reader=Fit(3000, 64, 2e-3)),
-    "small": dict(autoencoder=Fit(20_000, 64, 3e-4), denoiser=Fit(60_000, 256, 4e-4),
-                  decoder=Fit(1000, 32, 3e-4), branch=Fit(4000, 64, 2e-4, middle=True),
-                  judge=1000, reader=Fit(6000, 64, 1e-3)),
-    "base":  dict(autoencoder=Fit(50_000, 32, 2e-4), denoiser=Fit(200_000, 256, 2e-4),
-                  decoder=Fit(3000, 16, 2e-4), branch=Fit(10_000, 32, 1e-4, middle=True),
-                  judge=2000, reader=Fit(10_000, 64, 1e-3)),
-    # three epochs of the target's pairs, as in the paper
-    "sd15":  dict(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3, judge=2000,
-                  flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
-    "sd15-tiny": dict(branch=Fit(0, 4, 1e-3), epochs=1, judge=1,
-                      flags=dict(sampling_steps=2, guidance_from=0.0, guidance_to=1.0)),
-}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One stage of training. A recipe below overrides some of these defaults, and a flag overrides both."""
-
-    dataset: str = "icfg"        # cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or a folder of your own
-    preset: str = "demo"         # tiny, demo, small, base, swin or swin-224
-    data_root: str = ""          # folder of the real sets; empty: the demo town, which is drawn on first use
-    check: bool = False          # read the whole set, decode its images, list what is wrong, and stop
-    init: str = ""               # checkpoint to start from, or "none"; empty: pretrain on the demo town first
-    bert: str = ""               # a Hugging Face BERT, file or folder, for text and fusion encoder; with its vocab.txt
-    vit: str = ""                # a ViT of torchvision or Hugging Face, file or folder, for the image encoder
-    vocab: str = ""              # a WordPiece vocab.txt; empty: that of --bert, else the packaged one, of demo words
-    out: str = ""                # folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>
-    seed: int = 0
-    resume: bool = True          # go on from the last checkpoint in `out`; --no-resume starts over
-    share: float = 1.0           # of the training identities that is used, the same ones each time
-    epochs: float = 30           # passes over the image-caption pairs
-    steps: int = 0               # a number of steps instead of epochs; 0: epochs decide
-    batch: int = 40              # pairs of one batch and process
-    accumulate: int = 1          # batches whose gradients are added up before a step
-    lr: float = 1e-4             # peak rate of the encoders
-    head_lr: float = 5.0         # the new heads' rate as a multiple of lr
-    warmup: float = 0.1          # share of the steps with a rising rate; it falls linearly to 0 afterwards
+    steps: int
+    batch: int                    # samples of one step, of all processes together
+    lr: float                     # peak learning rate
+    warmup: float = 0.05          # share of the steps with a rising learning rate
+    betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
-    clip: float = 1.0            # largest gradient norm
-    beta: float = 0.8            # weight of the region losses
-    regions: bool = True         # region losses, where the records have boxes
-    released_regions: bool = False  # as in the released code: RPC ignores the box, RPM does not see the region's mean
-    smoothing: float = 0.0       # label smoothing of the contrastive targets
-    eda: float = 0.0             # weight of the augmented caption's ITC and ITM; 0: no such caption
-    erase: float = 0.0           # chance of random erasing
-    fusion_from: float = 0.0     # share of the steps after which ITM and MLM join ITC, RPC and RPM
-    evals: int = 10              # evaluations on val, evenly spaced; the best one is kept
-    log_every: int = 20          # steps
-    workers: int = 0             # data loading processes
-    allow_missing: bool = False  # drop records whose image is missing
-    compile: bool = False        # torch.compile the model
-    precision: str = ""          # float32 or bf16 (autocast); empty: bf16 where the device computes in it
-    device: str = ""             # cuda or cpu; empty: cuda where there is one
+    clip: float = 1.0             # largest gradient norm
+    average: float = 0.999        # decay of the moving average of the weights, which is kept in the end; 0: none
+    accumulate: int = 1           # batches whose gradients are added up before a step
+    save_every: int = 200         # steps
 
 
 @dataclass(frozen=True)
-class AdaptConfig:
-    """What to make, from what, and how."""
+class DadRecipe:
+    """How the networks of DaD are trained at one size."""
 
-    target: str = "icfg"          # cuhk, icfg or rstp: whose look the images get
-    mode: str = "generate"        # generate from captions, or restyle the source's images
-    share: float = 1.0            # of the target's training identities that is used, as in train.py
-    images: int = 1500            # how many are made, before the filters
-    condition: str = "white"      # of the branch; to restyle also structure, the edges of the source image
-    captions: str = "target"      # whose captions to generate from, target or source
-    size: str = "demo"            # tiny, demo, small, base or sd15
-    base: str = ""                # file of a trained base; empty: the shipped one for demo, else trained first
-    weights: str = ""             # for sd15: folder of Stable Diffusion 1.5 in the layout of diffusers
-    zero_snr: bool = False        # for sd15: end in pure noise and learn v, not the noise
-    train_base: bool = False      # train the base and stop
-    source: str = ""              # folder with the source set, SDA or MALS; empty: the demo town
-    data_root: str = ""           # folder with the real target set; empty: the demo town
-    out: str = ""                 # folder of the set that is made; empty: out/sda/<target>, -<size> and the like behind
-    steps: int = 0                # of the branch's training; 0: as in FITS
-    recompute: bool = False       # train the branch with gradient checkpointing: less memory, more time
-    sampler: str = "dpm"          # ddim or dpm (DPM-Solver++ 2M)
-    sampling_steps: int = 12
-    guidance: float = 3.5         # on the text; 1: none ...
-    guidance_from: float = 0.2    # ... at the noise levels from this, 0 being clean, ...
-    guidance_to: float = 0.8      # ... to this, 1 being pure noise
-    domain_guidance: float = 1.0  # on the domain; 1: none
-    rescale: float = 0.0          # of the contrast that guidance adds, how much is undone
-    strength: float = 0.8         # of the noise that restyling starts from; 0: no diffusion, 1: from pure noise
-    grey_mean: float = 0.02       # dropped as near-greyscale: mean ...
-    grey_variance: float = 0.0005  # ... and variance of the channel differences both below these
-    malformed: float = 1.0        # dropped as malformed: log-odds of the judge above this
-    checkpoint: str = ""          # a retriever whose matching head judges image against caption; empty: no such filter
-    mismatch: float = -2.0        # dropped as not showing its caption: log-odds of a match below this
-    box_threshold: float = 0.35   # a phrase's box is dropped below this confidence
-    measure: bool = True          # on the demo town, measure how much of the gap is closed
-    seed: int = 0
-    workers: int = 0              # image decoding processes
-    device: str = ""              # cuda or cpu; empty: cuda where there is one
-    precision: str = ""           # float32 or bf16; empty: bf16 where the device computes in it
-    compile: bool = False         # torch.compile the networks
+    branch: Fit
+    judge: Fit
+    autoencoder: Fit | None = None      # None: the base is not trained here
+    denoiser: Fit | None = None
+    decoder: Fit | None = None          # None: the decoder is left as it is, as in the paper
+    middle: bool = False                # the branch's noise levels are drawn mostly from the middle
+    epochs: int = 0                     # passes of the branch over the target's pairs, in place of its steps
+    flags: tuple[tuple[str, float], ...] = ()           # other defaults of adapt.py's flags
 
 
-LIMITS = {  # what a number on the command line may be, at least and at most
-    "share": (1e-6, 1), "seed": (0, 2**31), "steps": (0, 1e9), "workers": (0, 256),
-    "epochs": (1e-6, 1e6), "batch": (1, 1e6), "accumulate": (1, 1e6), "evals": (1, 1e6), "log_every": (1, 1e9),
-    "lr": (0, 10), "head_lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 10), "clip": (1e-9, 1e9),
-    "beta": (0, 1e3), "smoothing": (0, 1), "eda": (0, 1e3), "erase": (0, 1), "fusion_from": (0, 1),
-    "images": (1, 1e9), "sampling_steps": (1, 1000), "guidance": (0, 100), "guidance_from": (0, 1),
-    "guidance_to": (0, 1), "domain_guidance": (0, 100), "rescale": (0, 1), "strength": (0, 1), "grey_mean": (0, 1),
-    "grey_variance": (0, 1), "malformed": (-1e3, 1e3), "mismatch": (-1e3, 1e3), "box_threshold": (0, 1),
-    "k": (-1, 1e9), "weight": (-1, 1e9),
+def _judge(steps: int) -> Fit:
+    return Fit(steps, 64, 2e-3, warmup=0.0, weight_decay=0.05, average=0.0)
+
+
+DAD_RECIPES = {
+    "tiny":  DadRecipe(Fit(5, 16, 1e-3), _judge(5), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3), middle=True,
+                       flags=(("sampling_steps", 4),)),
+    "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), judge=_judge(200), autoencoder=Fit(2000, 32, 1e-3),
+                       denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3), middle=True),
+    "small": DadRecipe(branch=Fit(4000, 64, 2e-4), judge=_judge(1000), autoencoder=Fit(20_000, 64, 3e-4),
+                       denoiser=Fit(60_000, 256, 4e-4), decoder=Fit(1000, 32, 3e-4), middle=True),
+    "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), judge=_judge(2000), autoencoder=Fit(50_000, 32, 2e-4),
+                       denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4), middle=True),
+    # three epochs of the target's pairs, as in the paper
+    "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), judge=_judge(2000), epochs=3, flags=(
+        ("sampling_steps", 20), ("guidance", 7.5), ("guidance_from", 0.0), ("guidance_to", 1.0))),
+    "sd15-tiny": DadRecipe(branch=Fit(0, 4, 1e-3), judge=_judge(1), epochs=1, flags=(
+        ("sampling_steps", 2), ("guidance_from", 0.0), ("guidance_to", 1.0))),
 }
 
-
-def check_values(config, **choices) -> None:
-    """Raise UserError for a number outside its LIMITS, or a word that is none of the choices for it."""
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise UserError(f"--{name} {getattr(config, name)}: choose one of {', '.join(allowed)}.")
-    for name, (low, high) in LIMITS.items():
-        if hasattr(config, name) and not low <= getattr(config, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give a value from {low} to {high:g}.")
-
-
-# What a stage sets, over the defaults above: the paper's values (section 3) and, for the small presets, ours.
+# What a stage of train.py sets: the paper's values (section 3) and, for the small presets, ours.
 PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
     "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
@@ -277,88 +179,137 @@ def pretrains(dataset: str) -> bool:
 
 
 def recipe(dataset: str, preset: str) -> dict:
-    """The fields that `dataset` sets at `preset` before the command line has its say."""
+    """The fields of TrainConfig that `dataset` sets at `preset`; a flag overrides them."""
     table, usual = (DEMO, "finetune") if preset in ("tiny", "demo") else (PAPER, "cuhk")
-    return table.get("pretrain" if pretrains(dataset) else dataset, table[usual])
+    if pretrains(dataset):
+        return table["pretrain"]
+    return table.get(dataset, table[usual])
 
 
-Config = TypeVar("Config")
+# ---- flags of the scripts
+
+def flag(default, text: str, least: float | None = None, most: float | None = None, choices: tuple[str, ...] = ()):
+    """A field that is a flag: its default, its help, the range of a number or the words that may be chosen."""
+    return field(default=default, metadata={"text": text, "least": least, "most": most, "choices": choices})
 
 
-def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
-          recipe_of: Callable[[Config], dict] = lambda config: {}) -> Config:
-    """Make a configuration from flags: `kind`'s defaults, then `recipe_of` the result, then the flags given.
-
-    Raises UserError for an unknown flag or a value of the wrong type; prints help and exits for --help.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; --help lists the flags.")
-    parser.error = refuse
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
-    usual = kind(**recipe_of(kind()))
-    for field in dataclasses.fields(kind):
-        flag = "--" + field.name.replace("_", "-")
-        text = f"{comments.get(field.name, '')} (default: {getattr(usual, field.name)!r})".replace("%", "%%")
-        takes = (dict(action=argparse.BooleanOptionalAction) if field.type is bool
-                 else dict(nargs="+") if field.type == tuple[str, ...] else dict(type=field.type))
-        parser.add_argument(flag, help=text, **takes)
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
-    return kind(**{**recipe_of(kind(**given)), **given})
+def check_values(config) -> None:
+    """Raise UserError for a number outside its range, or a word that is none of the choices."""
+    for one in fields(config):
+        value, name = getattr(config, one.name), "--" + one.name.replace("_", "-")
+        least, most, choices = (one.metadata[key] for key in ("least", "most", "choices"))
+        if least is not None and not least <= value <= most:
+            raise UserError(f"{name} {value}: give a value from {least} to {most:g}.")
+        if choices and value not in choices:
+            raise UserError(f"{name} {value}: choose one of {', '.join(choices)}.")
 
 
-def harmless(text) -> str:
-    """Text for a terminal: what is not printable is escaped, what is too long is cut."""
-    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:2000])
-    return safe + "..." * (len(str(text)) > 2000)
+SEED = "of all that is random"
+DEVICE = "cuda or cpu; empty: cuda where there is one"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file to write, which becomes `path` at the end: complete or not at all. Raises UserError."""
-    scratch = path.with_suffix(".tmp")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    except (OSError, SafetensorError) as error:     # a full disk
-        scratch.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error}); what was saved before it is kept.") from error
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of train.py. A recipe above overrides some of these defaults, and a flag overrides both."""
+
+    dataset: str = flag("icfg", "cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or a folder of your own")
+    preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
+    data_root: str = flag("", "folder of the real sets; empty: the demo town, which is drawn on first use")
+    check: bool = flag(False, "read the whole set, decode its images, list what is wrong, and stop")
+    init: str = flag("", "checkpoint to start from, or none; empty: pretrain on the demo town first")
+    bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
+    vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
+    vocab: str = flag("", "a WordPiece vocab.txt; empty: that of --bert, else the packaged one of demo words")
+    out: str = flag("", "folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>")
+    seed: int = flag(0, SEED, 0, 2**31)
+    resume: bool = flag(True, "go on from the last checkpoint in --out; --no-resume starts over")
+    share: float = flag(1.0, "share of the training identities to use, the same ones each time", 1e-6, 1)
+    epochs: float = flag(30, "passes over the image-caption pairs", 1e-6, 1e6)
+    steps: int = flag(0, "a number of steps in place of epochs; 0: epochs decide", 0, 1e9)
+    batch: int = flag(40, "pairs of one batch and process", 1, 1e6)
+    accumulate: int = flag(1, "batches whose gradients are added up before a step", 1, 1e6)
+    lr: float = flag(1e-4, "peak learning rate of the encoders", 0, 10)
+    head_lr: float = flag(5.0, "learning rate of the new heads as a multiple of --lr", 0, 1e3)
+    warmup: float = flag(0.1, "share of the steps with a rising learning rate; it then falls linearly to 0", 0, 1)
+    weight_decay: float = flag(0.01, "weight decay of the matrices", 0, 10)
+    clip: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
+    beta: float = flag(0.8, "weight of the region losses", 0, 1e3)
+    regions: bool = flag(True, "use the region losses where the records have boxes")
+    released_regions: bool = flag(False, "as in the released code: RPC ignores the box, RPM hides the region's mean")
+    smoothing: float = flag(0.0, "label smoothing of the contrastive targets", 0, 1)
+    eda: float = flag(0.0, "weight of ITC and ITM of a second, augmented caption; 0: no such caption", 0, 1e3)
+    erase: float = flag(0.0, "chance of random erasing in fine-tuning", 0, 1)
+    fusion_from: float = flag(0.0, "share of the steps after which ITM and MLM join ITC, RPC and RPM", 0, 1)
+    evals: int = flag(10, "evaluations on val, evenly spaced; the best checkpoint is kept", 1, 1e6)
+    log_every: int = flag(20, "steps between two lines of progress", 1, 1e9)
+    workers: int = flag(0, "data loading processes", 0, 256)
+    allow_missing: bool = flag(False, "drop records whose image is missing")
+    compile: bool = flag(False, "torch.compile the model")
+    precision: str = flag("", "float32 or bf16 (autocast); empty: bf16 where the device computes in it")
+    device: str = flag("", DEVICE)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a script's main; a UserError becomes one sentence on standard error and exit status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as if by Ctrl-C
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")           # for a terminal that cannot show every sign
-    try:
-        main()
-        if "LOCAL_RANK" in os.environ:      # torchrun's: the group's threads must end before the interpreter does
-            import torch.distributed as dist  # here, for processes that draw or load images do without it
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        return
-    except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
-        sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
-        said, status = f"error: {harmless(sentence)}", 2
-    except (RuntimeError, MemoryError) as error:
-        told = str(error).strip() or type(error).__name__
-        if "in DataLoader worker process" in told:              # its traceback, as text
-            told = told.splitlines()[-1]
-        if isinstance(error, BrokenExecutor) or told.startswith("DataLoader worker"):
-            said = (f"a helping process was killed ({harmless(told.splitlines()[0])}), perhaps for lack of memory; "
-                    "free some, or give fewer --workers.")
-        elif any(sign in f"{type(error).__name__} {told}" for sign in ("MemoryError", "allocate memory")):
-            told = ". ".join(told.split(". ")[:2])
-            said = (f"out of memory ({harmless(told)}); free some, or do less at once: a smaller --batch, or "
-                    "--recompute of adapt.py.")
-        else:
-            raise
-        said, status = f"error: {said}", 2
-    except KeyboardInterrupt:
-        said = "Stopped; the same command goes on after what was saved last."
-        status = 130
-    print(said, file=sys.stderr)
-    sys.exit(status)
+@dataclass(frozen=True)
+class AdaptConfig:
+    """What adapt.py makes, from what, and how."""
+
+    target: str = flag("icfg", "whose look the images get", choices=("cuhk", "icfg", "rstp"))
+    mode: str = flag("generate", "generate from captions, or restyle the source's images",
+                     choices=("generate", "restyle"))
+    share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
+    images: int = flag(1500, "number of images to make, before the filters", 1, 1e9)
+    captions: str = flag("target", "whose captions to generate from", choices=("target", "source"))
+    size: str = flag("demo", "size of the diffusion model", choices=tuple(DIFFUSION_PRESETS))
+    base: str = flag("", "file of a trained base; empty: the shipped one for demo, else trained first")
+    weights: str = flag("", "for sd15: folder of Stable Diffusion 1.5 in the layout of diffusers")
+    train_base: bool = flag(False, "train the base and stop")
+    source: str = flag("", "folder with the source set, SDA or MALS; empty: the demo town")
+    data_root: str = flag("", "folder with the real target set; empty: the demo town")
+    out: str = flag("", "folder of the set; empty: out/sda/<target>, and what differs from the defaults")
+    steps: int = flag(0, "training steps of the branch; 0: the recipe decides", 0, 1e9)
+    recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
+    sampler: str = flag("dpm", "dpm is DPM-Solver++(2M)", choices=("ddim", "dpm"))
+    sampling_steps: int = flag(12, "denoising steps of an image", 1, 1000)
+    guidance: float = flag(3.5, "guidance on the text; 1: none", 0, 100)
+    guidance_from: float = flag(0.2, "lowest noise level with guidance; 0: clean", 0, 1)
+    guidance_to: float = flag(0.8, "highest noise level with guidance; 1: pure noise", 0, 1)
+    strength: float = flag(0.8, "noise that restyling starts from; 0: no diffusion, 1: pure noise", 0, 1)
+    grey_mean: float = flag(0.02, "drop as greyscale: mean of the channel differences below this, and ...", 0, 1)
+    grey_variance: float = flag(0.0005, "... their variance below this", 0, 1)
+    malformed: float = flag(1.0, "drop as malformed: log-odds of the judge above this", -1e3, 1e3)
+    box_threshold: float = flag(0.35, "drop a phrase's box below this confidence", 0, 1)
+    seed: int = flag(0, SEED, 0, 2**31)
+    workers: int = flag(0, "image decoding processes", 0, 256)
+    device: str = flag("", DEVICE)
+    precision: str = flag("", "float32 or bf16; empty: bf16 where the device computes in it")
+    compile: bool = flag(False, "torch.compile the networks")
+
+    @property
+    def from_source(self) -> bool:
+        """Whether images are made of the source's images or captions."""
+        return self.mode == "restyle" or self.captions == "source"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What evaluate.py evaluates, and how."""
+
+    checkpoint: str = flag("", "ours, or a released one (.pth); empty: the newest out/*/best.safetensors")
+    vocab: str = flag("", "BERT's vocab.txt for a released checkpoint; empty: the one beside it")
+    dataset: tuple[str, ...] = flag((), "sets to evaluate on; empty: the one that the checkpoint was trained on")
+    split: str = flag("test", "which split", choices=("train", "val", "test"))
+    data_root: str = flag("", "folder of the real sets; empty: the demo town")
+    k: int = flag(-1, "candidates that the fusion encoder re-scores; -1: the preset's; 0: none", -1, 1e9)
+    mirror: bool = flag(True, "average over the mirror image")
+    fusion: str = flag("clean", "clean: a pair's score depends on that pair alone; published: as the released code",
+                       choices=("clean", "published"))
+    weight: float = flag(-1.0, "weight of the similarity; -1: chosen on val (clean) or 0.002 (published)", -1, 1e9)
+    query: str = flag("", "a sentence: rank a gallery for it")
+    queries: str = flag("", "a text file with a sentence in each line: rank a gallery for each")
+    gallery: str = flag("", "a folder of photographs for these sentences; empty: the test images")
+    out: str = flag("", "folder of results.json and ranking.png; empty: the checkpoint's")
+    batch: int = flag(64, "images encoded at a time", 1, 1e6)
+    workers: int = flag(0, "image decoding processes", 0, 256)
+    allow_missing: bool = flag(False, "drop records whose image is missing")
+    device: str = flag("", DEVICE)
+    precision: str = flag("", "of the encoders, float32 or bf16; empty: bf16 on a GPU")

@@ -1,6 +1,6 @@
 """The transformer parts that every encoder is made of: one attention, one MLP, one block for each norm order.
 
-Before: config.py. After: encoders.py, which stacks these blocks into image, text and fusion encoders.
+Read next: encoders.py, which stacks these blocks into image, text and fusion encoders.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017): self-attention, or cross-attention to a `memory`."""
+    """Multi-head attention (Vaswani et al. 2017): self-attention, or cross-attention to given keys and values."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
         super().__init__()
@@ -17,21 +17,23 @@ class Attention(nn.Module):
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.to_query = nn.Linear(dim, dim, bias)
-        self.to_memory = nn.Linear(context_dim or dim, 2 * dim, bias)
+        self.to_keys_values = nn.Linear(context_dim or dim, 2 * dim, bias)
         self.to_out = nn.Linear(dim, dim)
 
-    def memory(self, context: Tensor) -> Tensor:
-        """Keys and values (B, 2, heads, S, D / heads) of a context (B, S, D), for every pass that looks at it."""
-        return self.to_memory(context).unflatten(2, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
+    def keys_values(self, context: Tensor) -> Tensor:
+        """Keys and values (B, 2, heads, S, D / heads) of a context (B, S, D), which several passes may share."""
+        return self.to_keys_values(context).unflatten(2, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, keep: Tensor | None = None,
+    def forward(self, x: Tensor, keys_values: Tensor | None = None, keep: Tensor | None = None,
                 causal: bool = False) -> Tensor:
-        """Attend from x (B, T, D) to itself or to `memory`; keep (B, S), True = may be attended to.
+        """Attend from x (B, T, D) to itself, or to `keys_values`; keep (B, S), True = may be attended to.
 
-        `causal`, without `keep`: each token attends to itself and to those before it.
+        With `causal`, and without `keep`, each token attends to itself and to the tokens before it.
         """
+        if keys_values is None:
+            keys_values = self.keys_values(x)
         query = self.to_query(x).unflatten(2, (self.heads, -1)).transpose(1, 2)        # (B, heads, T, D/heads)
-        key, value = (self.memory(x) if memory is None else memory).unbind(1)          # (B, heads, S, D/heads)
+        key, value = keys_values.unbind(1)                                             # (B, heads, S, D/heads)
         mask = None if keep is None else keep[:, None, None, :]                        # (B, 1, 1, S)
         mixed = attend(query, key, value, mask, causal)                                # (B, heads, T, D/heads)
         return self.to_out(mixed.transpose(1, 2).flatten(2))                           # (B, T, D)
@@ -60,7 +62,7 @@ class QuickGELU(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """An MLP whose hidden layer is gated by a GELU of another (Shazeer 2020)."""
+    """An MLP whose hidden layer is multiplied by the GELU of a second one (Shazeer 2020)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -72,7 +74,7 @@ class GEGLU(nn.Module):
 
 
 class PreNormBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): a vision transformer's block, and causal that of CLIP's text."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): the block of a vision transformer, and of CLIP's text encoder."""
 
     def __init__(self, dim: int, heads: int, dropout: float, eps: float = 1e-6, causal: bool = False,
                  activation: type[nn.Module] = nn.GELU):
@@ -83,15 +85,14 @@ class PreNormBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), causal=self.causal))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), causal=self.causal))      # (B, T, D)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))                                   # (B, T, D)
 
 
 class PostNormBlock(nn.Module):
-    """norm(x + attention(x)), with `context_dim` norm(x + cross-attention), norm(x + mlp(x)): BERT's block.
+    """norm(x + self-attention), with `context_dim` norm(x + cross-attention), norm(x + mlp(x)): BERT's block.
 
-    `read` is its first part, between words; `look` the rest. With `at` (B, M) only those positions are computed and
-    returned, (B, M, D): all that a last layer owes.
+    With `at` (B, M) only these positions are computed and returned, (B, M, D).
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None, eps: float = 1e-12):
@@ -102,28 +103,31 @@ class PostNormBlock(nn.Module):
         self.mlp, self.mlp_norm = MLP(dim, 4 * dim), nn.LayerNorm(dim, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, keep: Tensor, memory: Tensor | None = None,
-                memory_keep: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        return self.look(self.read(x, keep, at), memory, memory_keep)
+    def forward(self, x: Tensor, keep: Tensor, context: Tensor | None = None, context_keep: Tensor | None = None,
+                at: Tensor | None = None) -> Tensor:
+        """Tokens x (B, T, D), keep (B, T); `context`: keys and values of S tokens, context_keep (B, S)."""
+        return self.attend_context(self.attend_self(x, keep, at), context, context_keep)
 
-    def read(self, x: Tensor, keep: Tensor, at: Tensor | None = None) -> Tensor:
-        words = self.attention.memory(x)
-        x = x if at is None else pick(x, at)                                               # (B, M, D)
-        return self.attention_norm(x + self.dropout(self.attention(x, words, keep)))
+    def attend_self(self, x: Tensor, keep: Tensor, at: Tensor | None = None) -> Tensor:
+        """The first third of the block, (B, T, D) or (B, M, D): the words attend to each other."""
+        keys_values = self.attention.keys_values(x)
+        x = x if at is None else pick(x, at)
+        return self.attention_norm(x + self.dropout(self.attention(x, keys_values, keep)))
 
-    def look(self, x: Tensor, memory: Tensor | None = None, memory_keep: Tensor | None = None) -> Tensor:
-        if memory is not None:
-            x = self.cross_norm(x + self.dropout(self.cross(x, memory, memory_keep)))
+    def attend_context(self, x: Tensor, context: Tensor | None = None, context_keep: Tensor | None = None) -> Tensor:
+        """The rest of the block: the words attend to the context, where there is one; then the MLP."""
+        if context is not None:
+            x = self.cross_norm(x + self.dropout(self.cross(x, context, context_keep)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 def pick(x: Tensor, at: Tensor) -> Tensor:
-    """Of tokens (B, T, D) those at the positions `at` (B, M): (B, M, D)."""
+    """The tokens of x (B, T, D) at the positions `at` (B, M): (B, M, D)."""
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def initialise(module: nn.Module) -> None:
-    """Normal weights of 0.02 at width 768, as BERT and ViT, their variance in proportion to 1 / width; zero biases."""
+    """Normal weights with a standard deviation of 0.02 at width 768, as BERT and ViT; variance ~ 1 / width; no bias."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02 * (768 / module.weight[0].numel()) ** 0.5)
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:

@@ -1,8 +1,8 @@
 """The losses of MRA (section 3) as pure functions of tensors: contrastive, matching, masked words.
 
-Image-text (ITC, ITM) and region-phrase (RPC, RPM) losses are the same two functions, called on whole images
-and captions or on regions and phrases. Before: encoders.py. After: similarity.py, which computes `contrastive` in
-tiles where the batch is large; retriever.py, which calls them.
+Image-text losses (ITC, ITM) and region-phrase losses (RPC, RPM) are the same two functions, called on images and
+captions or on regions and phrases. scale/contrastive.py computes `contrastive` in tiles where the batch is large.
+Read next: retriever.py, which calls them.
 """
 
 import torch
@@ -42,7 +42,7 @@ def hard_negatives(similarity: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     other = ids[:, None] != ids[None, :]                                     # (B, B)
     weights = similarity.float().masked_fill(~other, -torch.inf).softmax(1)
-    weights = weights.nan_to_num(1.0)       # anything for a row without negatives, and for nan, of which the log tells
+    weights = weights.nan_to_num(1.0)       # any column: for a row without negatives, and for a loss that is not finite
     return torch.multinomial(weights, 1).squeeze(1), other.any(1)
 
 
@@ -54,6 +54,11 @@ def matching(logits: Tensor, matched: Tensor) -> Tensor:
 def masked_words(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (B, M) of the words at masked positions, logits (B, M, V); 0 where labels (B, M) are -100."""
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+
+def mean_where(values: Tensor, counts: Tensor) -> Tensor:
+    """Mean of the values where `counts` is True, 0 where it is so nowhere; a scalar."""
+    return (values * counts).sum() / counts.sum().float().clamp(min=1)
 
 
 def total(terms: dict[str, Tensor], beta: float) -> Tensor:

@@ -1,13 +1,16 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k.
 
-MRA section 3, inference, with one departure: the score of a pair depends on that pair alone (matching logit +
-weight x cosine similarity), where the paper normalises over the whole score matrix, so that a query's order
-depends on which other queries are asked. `published_scores` is the released code's way. Both stages average over
-the image and its mirror image; the words of the mirrored pass have left and right swapped (there they have not).
-Before: retriever.py. After: checkpoint.py, training.py; evaluate.py is the script.
+MRA section 3, inference, with one departure: a pair's score, matching logit + weight x cosine similarity, depends on
+that pair alone. The paper normalises over the whole score matrix, as `Found.published_scores` does, so a query's order
+depends on the other queries. Both stages average over the image and its mirror image, for which left and right are
+exchanged in the words; the released code leaves the words as they are. Read next: evaluate.py.
 """
 
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +19,22 @@ from torch.utils.data import Dataset
 from mra.config import ModelConfig
 from mra.data.augment import tensor_of
 from mra.data.batches import loader
-from mra.data.records import open_image
+from mra.data.files import open_image
+from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer, pad
-from mra.data.words import swap_left_right
+from mra.data.words import clean, swap_left_right
 from mra.retriever import Retriever
-from mra.similarity import own_batches, sharded_top_k, summed, top_k
+from mra.workers import Workers
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-FIRST = 10       # images found for each query at least
-BLOCK = 512      # queries whose similarity with the whole gallery is in memory at once
+FIRST = 10                          # images found for each query at least
+BLOCK = 512                         # queries whose similarities with the whole gallery are in memory at once
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity beside the matching logit
-GATHERED = 4 * 2**30     # bytes of keys and values that are matched at a time, at most
+PAIRS = {"cuda": 2048, "cpu": 256}  # pairs matched at a time; 256 stay in a CPU's cache
+GATHERED = 4 * 2**30                # bytes of their keys and values, at most
 
+
+# ---- metrics
 
 def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
     """METRICS of each query (Q', 5) from order (Q, G), the gallery's indices, best first; ids are (Q,) and (G,).
@@ -44,73 +51,100 @@ def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor
 
 
 def means(rows: list[Tensor]) -> dict[str, float]:
-    """METRICS in percent, from `metric_rows` of some queries after others; nan where none has a match."""
+    """METRICS in percent, from `metric_rows` of several blocks of queries; nan where no query has a match."""
     return dict(zip(METRICS, (100 * torch.cat(rows).mean(0)).tolist()))
 
 
-@dataclass(frozen=True)
-class Search:
-    """What two stages found. The whole Q x G matrix of similarities exists in blocks alone, and for the metrics alone.
+def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
+    """METRICS in percent of a matrix of scores (Q, G), higher is better; ids are (Q,) and (G,)."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return means([metric_rows(order, query_ids, gallery_ids)])
 
-    Similarity is the product of queries (Q, E') and gallery (G, E'), which may lie in a file. On the CPU: the K most
-    similar images of each query, candidates (Q, K), best first, and their similarity (Q, K); the matching logits (Q, k)
-    of the first k of them, [matched] - [mismatched], the mean of the passes; matched (passes, Q, k) is the first alone.
+
+@dataclass(frozen=True)
+class Found:
+    """What the two stages found for Q queries in G images: K candidates of each query, the first k of them re-scored.
+
+    The whole matrix of similarities, queries @ gallery.T, exists in blocks alone, and for the metrics alone.
     """
 
-    queries: Tensor
-    gallery: Tensor
-    similarity: Tensor
-    candidates: Tensor
-    logits: Tensor
-    matched: Tensor
+    queries: Tensor         # (Q, E') unit features of all passes
+    gallery: Tensor         # (G, E') may lie in a file
+    similarity: Tensor      # (Q, K) of the candidates; this and what follows is on the CPU
+    candidates: Tensor      # (Q, K) indices of the most similar images, best first
+    logits: Tensor          # (Q, k) [matched] - [mismatched], the mean of the passes
+    matched: Tensor         # (passes, Q, k) the logit [matched] alone
 
     def reranked(self, weight: float, published: bool = False) -> Tensor:
         """Gallery indices (Q, K): the first k by logit + weight * similarity, or as published; the others as found."""
-        again, others = self.candidates.tensor_split([self.logits.shape[1]], 1)
-        score = (self.published_scores(weight) if published
-                 else self.logits + weight * self.similarity[:, :again.shape[1]])
-        return torch.cat([again.gather(1, score.argsort(dim=1, descending=True, stable=True)), others], 1)
+        k = self.logits.shape[1]
+        score = self.published_scores(weight) if published else self.logits + weight * self.similarity[:, :k]
+        order = score.argsort(dim=1, descending=True, stable=True)
+        return torch.cat([self.candidates[:, :k].gather(1, order), self.candidates[:, k:]], 1)
 
     def published_scores(self, weight: float) -> Tensor:
         """The released code's scores (Q, k) on one process: matching + weight * similarity, each min-max scaled.
 
-        The extremes are those of all pairs of queries and images; matching is the mean of the passes, each scaled by
-        itself. All other images share the query's lowest matching score there, and so stay behind, by similarity.
-        On W processes the released code weighs the similarity about W times more: give W * 0.002.
+        Similarity is scaled by the extremes of all pairs, matching by those of each pass; the passes' mean is taken.
+        There all other images share the query's lowest matching score, and so stay behind, ordered by similarity. On W
+        processes the released code weighs the similarity about W times more: give W * 0.002.
         """
-        lowest = -top_k(-self.queries, self.gallery, 1)[0].max().cpu()
+        lowest = min((some @ self.gallery.to(some).T).min().item() for some in self.queries.split(BLOCK))
         scaled = (self.similarity - lowest) / (self.similarity.max() - lowest).clamp(min=1e-12)
         least, most = self.matched.amin((1, 2), keepdim=True), self.matched.amax((1, 2), keepdim=True)
         matching = ((self.matched - least) / (most - least).clamp(min=1e-12)).mean(0)            # (Q, k)
         return matching + weight * scaled[:, :matching.shape[1]]
 
-    def rest(self, some: slice) -> Tensor:
-        """For some queries the images (q, G - K) that are not among the candidates, by similarity."""
-        scores = self.queries[some] @ self.gallery.to(self.queries).T                  # (q, G)
+    def rest(self, some: Tensor) -> Tensor:
+        """For some queries, by their indices (q,), the images (q, G - K) beyond the candidates, by similarity."""
+        scores = self.queries[some] @ self.gallery.to(self.queries).T                            # (q, G)
         scores.scatter_(1, self.candidates[some].to(scores.device), -torch.inf)
         order = scores.argsort(dim=1, descending=True, stable=True)
         return order[:, :scores.shape[1] - self.candidates.shape[1]].cpu()
 
     def metrics(self, query_ids: Tensor, gallery_ids: Tensor, *firsts: Tensor) -> list[dict[str, float]]:
         """METRICS in percent of each order of the candidates (Q, K), all other images behind; nan without any match."""
-        parts = [[] for _ in firsts]
-        for start in range(0, len(query_ids), BLOCK):
-            some = slice(start, start + BLOCK)
+        rows = [[] for _ in firsts]
+        for some in torch.arange(len(query_ids)).split(BLOCK):
             rest = self.rest(some)
-            for part, first in zip(parts, firsts):
-                part.append(metric_rows(torch.cat([first[some], rest], 1), query_ids[some], gallery_ids))
-        return list(map(means, parts))
+            for own, first in zip(rows, firsts):
+                own.append(metric_rows(torch.cat([first[some], rest], 1), query_ids[some], gallery_ids))
+        return list(map(means, rows))
 
 
-def choose_weight(found: Search, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:
-    """The similarity weight of WEIGHTS with the best `quality`, and its metrics; to be called on val only."""
+def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:
+    """The weight among WEIGHTS with the best `quality`, and its metrics; for val alone."""
     results = found.metrics(query_ids, gallery_ids, *map(found.reranked, WEIGHTS))
     return max(zip(WEIGHTS, results), key=lambda pair: quality(pair[1]))
 
 
 def quality(metrics: dict[str, float]) -> float:
-    """What weights and checkpoints are chosen by on val: the mean of R@1 and mAP, steadier than R@1 alone."""
+    """Weights and checkpoints are chosen by this on val: the mean of R@1 and mAP, which varies less than R@1 alone."""
     return (metrics["R@1"] + metrics["mAP"]) / 2
+
+
+# ---- search
+
+def top_k(queries: Tensor, gallery: Tensor, k: int, workers: Workers = Workers()) -> tuple[Tensor, Tensor]:
+    """The k best of gallery (G, E) for each query (Q, E), equal ones by index: similarities and indices (Q, k).
+
+    scale/search.py does this for large galleries.
+    """
+    values, indices = (queries @ gallery.to(queries).T).sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to search. Several workers share out the images: all must search, and all get the same result."""
+
+    k: int                          # candidates that the fusion encoder re-scores, at most G; 0: none
+    mirror: bool = True             # average over the mirror images
+    swap: bool = True               # exchange left and right in their captions
+    batch: int = 64                 # images encoded at a time
+    loading: int = 0                # image decoding processes
+    workers: Workers = Workers()
+    nearest: Callable[[Tensor, Tensor, int, Workers], tuple[Tensor, Tensor]] = top_k
 
 
 class Images(Dataset):
@@ -126,94 +160,115 @@ class Images(Dataset):
         return tensor_of(open_image(self.paths[index]), self.size)
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Queries, encoded: tokens (Q, T, D) as the fusion encoder has begun them, keep (Q, T), unit features (Q, E)."""
+class Queries(NamedTuple):
+    """Encoded queries."""
 
-    tokens: Tensor
-    keep: Tensor
-    features: Tensor
+    tokens: Tensor      # (Q, T, D) started by the fusion encoder
+    keep: Tensor        # (Q, T)
+    features: Tensor    # (Q, E) of unit length
 
 
 @torch.inference_mode()
 def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256) -> Queries:
     """Encode sentences with the text encoder; they are padded to the longest of all."""
     device = next(model.parameters()).device
-    ids, keep = pad([tokenizer.encode(caption, model.config.max_tokens) for caption in captions], tokenizer.pad_id)
-    keep, begun, features = keep.to(device), [], []
-    for some, own in zip(ids.to(device).split(batch), keep.split(batch)):
-        tokens, feature = model.encode_text(some, own)
-        begun.append(model.fusion_encoder.begin(tokens, own))
+    pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
+    ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)
+    started, features = [], []
+    for own_ids, own_keep in zip(ids.split(batch), keep.split(batch)):
+        tokens, feature = model.encode_text(own_ids, own_keep)
+        started.append(model.fusion_encoder.start(tokens, own_keep))
         features.append(feature.float())
-    return Queries(torch.cat(begun), keep, torch.cat(features))
+    return Queries(torch.cat(started), keep, torch.cat(features))
 
 
 @torch.inference_mode()
-def encode_gallery(model: Retriever, images: Dataset, batch: int, workers: int = 0, mirror: bool = True) -> Tensor:
-    """Unit features (G, 2, E) of the images and of their mirror images, or without `mirror` (G, 1, E)."""
-    device, own = next(model.parameters()).device, own_batches(len(images), batch)
-    features = torch.zeros(len(images), 1 + mirror, model.config.embed, device=device)
-    for start, image in zip(own[::batch], loader(images, workers, batch_size=batch, sampler=own)):
+def encode_gallery(model: Retriever, images: Dataset, plan: Plan) -> Tensor:
+    """Unit features (G, 2, E) of the images and of their mirror images, or without mirror images (G, 1, E)."""
+    device, own = next(model.parameters()).device, plan.workers.own_batches(len(images), plan.batch)
+    features = torch.zeros(len(images), 1 + plan.mirror, model.config.embed, device=device)
+    for start, image in zip(own[::plan.batch], loader(images, plan.loading, batch_size=plan.batch, sampler=own)):
         image = image.to(device)
-        for i, x in enumerate((image, image.flip(-1))[:1 + mirror]):
-            features[start:start + batch, i] = model.encode_image(x)[1].float()
-    return summed(features)
+        for i, x in enumerate((image, image.flip(-1))[:1 + plan.mirror]):
+            features[start:start + plan.batch, i] = model.encode_image(x)[1].float()
+    return plan.workers.summed(features)
 
 
 @torch.inference_mode()
 def match_candidates(model: Retriever, images: Dataset, queries: Queries, candidates: Tensor, mirrored: bool,
-                     batch: int, pairs: int = 0, workers: int = 0) -> Tensor:
+                     plan: Plan) -> Tensor:
     """Matching logits (Q, k, 2), [mismatched, matched], of each query with its candidates (Q, k).
 
-    Image by image: a gallery image's keys and values are computed once for all queries that ask for it, so no
-    tokens of the gallery are held in memory; an image that no query asks for is not read. What a query's words make of
-    each other before they see an image is computed once, the last layer for [CLS] alone, and lengths that are alike
-    stand side by side, rounded up so that few shapes occur. `pairs` are matched at a time; 0: what suits the device,
-    and GATHERED.
+    Keys and values of an image are computed once for all queries that ask for it, and then forgotten. An image that no
+    query asks for is not read. Queries of like length are matched together, padded to a multiple of 8: few shapes.
     """
     device = candidates.device
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) places in it
-    own = own_batches(len(wanted), batch)
+    own = plan.workers.own_batches(len(wanted), plan.batch)
     logits = torch.zeros(places.numel(), 2, device=device)
     lengths = queries.keep.sum(1)                                                  # (Q,)
-    for start, image in zip(own[::batch], loader(images, workers, batch_size=batch, sampler=wanted[own].tolist())):
-        asked = ((places >= start) & (places < start + batch)).flatten().nonzero().squeeze(1)    # pairs of this batch
+    batches = loader(images, plan.loading, batch_size=plan.batch, sampler=wanted[own].tolist())
+    for start, image in zip(own[::plan.batch], batches):
+        asked = ((places >= start) & (places < start + plan.batch)).flatten().nonzero().squeeze(1)   # pairs of it
         image = image.to(device)
         tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
-        memories = model.fusion_encoder.memories(tokens)
-        usual = 2048 if device.type == "cuda" else 256                             # 256 stay in a CPU's cache
-        count = pairs or min(usual, GATHERED // sum(memory[0].nbytes for memory in memories))
-        by_length = lengths[asked // places.shape[1]].argsort(stable=True)         # alike lengths side by side
-        for some in asked[by_length].split(count):
+        keys_values = model.fusion_encoder.keys_values(tokens)
+        fitting = GATHERED // sum(one[0].nbytes for one in keys_values)
+        by_length = lengths[asked // places.shape[1]].argsort(stable=True)
+        for some in asked[by_length].split(max(1, min(PAIRS[device.type], fitting))):
             query, column = some // places.shape[1], places.flatten()[some] - start
-            longest = -(-int(lengths[query].max()) // 8) * 8                       # beyond T, slicing stops there
+            longest = 8 * math.ceil(int(lengths[query].max()) / 8)                 # slicing stops at T
             logits[some] = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
-                                       [memory[column] for memory in memories], begun=True).float()
-    return summed(logits).view(*places.shape, 2)
+                                       [one[column] for one in keys_values], started=True).float()
+    return plan.workers.summed(logits).view(*places.shape, 2)
 
 
 @torch.inference_mode()
-def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], k: int,
-           mirror: bool = True, batch: int = 64, workers: int = 0, swap: bool = True,
-           features: Tensor | None = None) -> Search:
-    """Rank the gallery `paths` for every caption: by similarity, and the first k (at most G, 0: none) by matching.
+def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], plan: Plan,
+           features: Tensor | None = None) -> Found:
+    """Rank the gallery `paths` for every caption: by similarity, and the first k by matching.
 
-    Several processes share out the images; all must call this, and all get the same.
-    `mirror` averages over the mirror images, whose captions get left and right exchanged unless `swap` is off.
     `features` (G, 2, E) are those of `encode_gallery`, where they are known; they may lie in a file, and stay there.
     """
     images = Images(paths, model.config)
     passes = [encode_queries(model, tokenizer, captions)]
     if features is None:
-        features = encode_gallery(model, images, batch, workers, mirror)
-    if mirror:
-        passes.append(encode_queries(model, tokenizer, list(map(swap_left_right, captions))) if swap else passes[0])
+        features = encode_gallery(model, images, plan)
+    if plan.mirror:
+        mirrored = list(map(swap_left_right, captions)) if plan.swap else captions
+        passes.append(encode_queries(model, tokenizer, mirrored))
     # one product of these is the mean of the passes' similarities
     queries = torch.cat([words.features for words in passes], 1) / len(passes)     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):
-        values, candidates = sharded_top_k(queries, gallery, max(k, FIRST))             # (Q, K)
-    pairs = torch.stack([match_candidates(model, images, words, candidates[:, :k], mirrored=bool(i), batch=batch,
-                                          workers=workers) for i, words in enumerate(passes)]).cpu()
-    logits = (pairs[..., 1] - pairs[..., 0]).mean(0)                               # (passes, Q, k, 2) -> (Q, k)
-    return Search(queries, gallery, values.cpu(), candidates.cpu(), logits, pairs[..., 1])
+        values, candidates = plan.nearest(queries, gallery, max(plan.k, FIRST), plan.workers)        # (Q, K)
+    pairs = torch.stack([match_candidates(model, images, words, candidates[:, :plan.k], bool(i), plan)
+                         for i, words in enumerate(passes)]).cpu()                 # (passes, Q, k, 2)
+    logits = (pairs[..., 1] - pairs[..., 0]).mean(0)                               # (Q, k)
+    return Found(queries, gallery, values.cpu(), candidates.cpu(), logits, pairs[..., 1])
+
+
+def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]:
+    """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query."""
+    captions = [clean(caption, source.name) for record in source.records for caption in record.captions]
+    query_ids = torch.tensor([record.identity for record in source.records for _ in record.captions])
+    paths = [record.path for record in source.records]
+    return captions, query_ids, paths, torch.tensor([record.identity for record in source.records])
+
+
+def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, plan: Plan,
+             autocast: AbstractContextManager = nullcontext()) -> dict:
+    """Metrics on val by embeddings and, if the fusion encoder is trained (`fused`), re-ranked with the best weight.
+
+    Checkpoints are compared by "quality": first `fused`, then the last stage. `autocast` is for the encoders alone.
+    """
+    captions, query_ids, paths, gallery_ids = queries_of(val)
+    model.eval()
+    with autocast:
+        found = search(model, tokenizer, captions, paths, plan)
+    embedded, = found.metrics(query_ids, gallery_ids, found.candidates)
+    result = {"embeddings": embedded, "quality": [fused, quality(embedded)]}
+    if fused:
+        weight, reranked = choose_weight(found, query_ids, gallery_ids)
+        result |= {"reranked": reranked, "weight": weight, "quality": [fused, quality(reranked)]}
+    return result

@@ -1,21 +1,43 @@
 """MRA, multi-granularity relation alignment (section 3): encoders, heads, and the loss terms of one batch.
 
-`forward` names the stages of the paper's figure. Whole images with captions and regions with phrases go
-through the same `align`: a region is the mean of the tokens whose patches its box touches, followed by those
-tokens. That mean is what the region-phrase contrastive loss compares (with `bins` these tokens bin by bin, the mean in
-place of the others), and the fusion encoder sees it too (in the released code it does neither).
-Before: losses.py, similarity.py, data/batches.py. After: training.py, ranking.py.
+`Retriever.forward` names the stages of the paper's figure. Whole images with captions, and regions with phrases, go
+through the same `align`. A region is the mean of the tokens whose patches its box touches, followed by those tokens.
+The region-phrase contrastive loss compares that mean with the phrase, and the fusion encoder sees it too.
+weights/released.py has the released models, which differ in both. Read next: ranking.py.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mra import losses, similarity
+from mra import losses
 from mra.config import ModelConfig
 from mra.data.batches import Batch
-from mra.encoders import FusionEncoder, ImageEncoder, SwinEncoder, TextEncoder
+from mra.encoders import FusionEncoder, ImageEncoder, TextEncoder
 from mra.layers import initialise
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss terms a step has, and how they are taken over a batch that several workers may share."""
+
+    fuse: bool = True           # with ITM and MLM; RPM does not wait for them: phrases are short, so it is cheap
+    smoothing: float = 0.0      # of the contrastive targets
+    eda: float = 0.0            # weight of the augmented caption's ITC and ITM
+    contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all workers' pairs
+    mean: Callable[[Tensor, Tensor], Tensor] = losses.mean_where       # joint mean of all workers' values
+
+
+class Seen(NamedTuple):
+    """Images, or regions, as their captions or phrases meet them."""
+
+    feature: Tensor                     # (B, E) of unit length
+    keys_values: list[Tensor] | None    # of each fusion block; None: nothing is fused
+    keep: Tensor | None = None          # (B, S), True = a token that may be attended to; None: all
 
 
 class WordHead(nn.Module):
@@ -34,16 +56,15 @@ class WordHead(nn.Module):
 class Retriever(nn.Module):
     """Image and text encoders with a shared contrastive space, and a fusion encoder that judges pairs."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, image_encoder: nn.Module | None = None):
         super().__init__()
-        self.config = config
-        self.image_encoder = SwinEncoder(config) if config.window else ImageEncoder(config)
+        self.config, dim = config, config.text_dim
+        self.image_encoder = image_encoder or ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         self.fusion_encoder = FusionEncoder(config)
-        self.image_projection = projection(config.image_dim, config.bins, config)
-        self.text_projection = projection(config.text_dim, config.bins and 1 + config.bins, config)
+        self.image_projection = nn.Linear(config.image_dim, config.embed)
+        self.text_projection = nn.Linear(dim, config.embed)
         self.temperature = nn.Parameter(torch.tensor(0.07))
-        dim = config.text_dim
         self.matching_head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(),
                                            nn.Linear(2 * dim, 2))
         self.word_head = WordHead(dim, self.text_encoder.words)
@@ -57,112 +78,93 @@ class Retriever(nn.Module):
         tokens = self.image_encoder(image)
         return tokens, self.image_feature(tokens)
 
-    def image_feature(self, tokens: Tensor, region_keep: Tensor | None = None) -> Tensor:
-        """Unit features (B, E) of the tokens (B, 1+N, D) of images, or of regions and the patches they touch (B, N)."""
-        x, patches = tokens[:, 0], tokens[:, 1:]
-        if self.config.bins:
-            if region_keep is not None:
-                patches = torch.where(region_keep[..., None], patches, x[:, None])   # none outside reaches a bin
-            x = binned(patches, self.config.bins)
-        return F.normalize(self.image_projection(x), dim=-1)
+    def image_feature(self, tokens: Tensor) -> Tensor:
+        """Unit features (B, E) of tokens (B, 1+N, D): the projection of token 0."""
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def encode_text(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E).
+        """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E): the projection of [CLS]."""
+        tokens = self.text_encoder(ids, keep)
+        return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
 
-        With `bins` the features are of [CLS] and the bins of all up to max_tokens, padding (id 0) too, as released.
-        """
-        length = ids.shape[1]
-        fill = (0, self.config.max_tokens - length) if self.config.bins else (0, 0)
-        tokens = self.text_encoder(F.pad(ids, fill), F.pad(keep, fill))      # (B, max_tokens or T, D)
-        x = tokens[:, 0]
-        if self.config.bins:
-            x = torch.cat([x, binned(tokens[:, 1:], self.config.bins)], 1)   # (B, (1 + bins) D)
-        return tokens[:, :length], F.normalize(self.text_projection(x), dim=-1)
+    def encode_region(self, image: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D), keep (B, 1+N), (B, E)."""
+        region, keep = pool_region(image, region_keep)
+        return region, keep, self.image_feature(region)
 
-    def match(self, text: Tensor, keep: Tensor, memories: list[Tensor], image_keep: Tensor | None = None,
-              begun: bool = False) -> Tensor:
-        """Matching logits (B, 2) of text tokens (B, T, D), or what `begin` made of them, with image memories."""
-        first = torch.zeros(len(text), 1, dtype=torch.long, device=text.device)          # [CLS] alone
-        fused = self.fusion_encoder(text, keep, first, memories, image_keep, begun=begun)[:, 0]       # (B, D)
-        with torch.autocast(fused.device.type, enabled=False):      # bf16 would round what candidates are ordered by
+    def match(self, text: Tensor, keep: Tensor, image: list[Tensor], image_keep: Tensor | None = None,
+              started: bool = False) -> Tensor:
+        """Matching logits (B, 2) of text tokens (B, T, D) with the keys and values of images; see FusionEncoder."""
+        first = torch.zeros(len(text), 1, dtype=torch.long, device=text.device)          # position of [CLS]
+        fused = self.fusion_encoder(text, keep, first, image, image_keep, started)[:, 0]              # (B, D)
+        with torch.autocast(fused.device.type, enabled=False):      # bf16 would round the scores that rank candidates
             return self.matching_head(fused.float())
 
-    def forward(self, batch: Batch, fuse: bool = True, smoothing: float = 0.0, eda: float = 0.0) -> dict[str, Tensor]:
-        """The loss terms of one batch by name: itc; with `fuse` itm and mlm; with regions rpc and rpm.
-
-        RPM does not wait for `fuse`: phrases are short, so it is cheap, and it prepares the fusion encoder.
-        """
-        image, feature = self.encode_image(batch.image)                      # (B, 1+N, D), (B, E)
-        memories = self.fusion_encoder.memories(image) if fuse else None
-        terms = self.align(feature, memories, None, batch.caption_ids, batch.caption_keep, batch.identity, smoothing)
+    def forward(self, batch: Batch, objective: Objective = Objective()) -> dict[str, Tensor]:
+        """The loss terms of one batch by name: itc; with `fuse` itm and mlm; with regions rpc and rpm."""
+        image, feature = self.encode_image(batch.image)                                  # (B, 1+N, D), (B, E)
+        seen = Seen(feature, self.fusion_encoder.keys_values(image) if objective.fuse else None)
+        terms = self.align(seen, batch.caption_ids, batch.caption_keep, batch.identity, objective)
         if batch.eda_ids is not None:
-            again = self.align(feature, memories, None, batch.eda_ids, batch.eda_keep, batch.identity, smoothing)
-            terms = {name: term + eda * again[name] for name, term in terms.items()}
-        if fuse:
-            terms["mlm"] = self.predict_words(batch, memories)
+            again = self.align(seen, batch.eda_ids, batch.eda_keep, batch.identity, objective)
+            terms = {name: term + objective.eda * again[name] for name, term in terms.items()}
+        if objective.fuse:
+            terms["mlm"] = self.predict_words(batch, seen, objective)
         if batch.region_keep is not None:
-            released = self.config.released_regions                          # then the feature ignores the box
-            region, region_keep = pool_region(image, batch.region_keep, keep_mean=not released)
-            feature = self.image_feature(image) if released else self.image_feature(region, batch.region_keep)
-            aligned = self.align(feature, self.fusion_encoder.memories(region), region_keep, batch.phrase_ids,
-                                 batch.phrase_keep, batch.phrase_class, smoothing)
+            region, keep, feature = self.encode_region(image, batch.region_keep)
+            seen = Seen(feature, self.fusion_encoder.keys_values(region), keep)
+            aligned = self.align(seen, batch.phrase_ids, batch.phrase_keep, batch.phrase_class, objective)
             terms |= {"rpc": aligned["itc"], "rpm": aligned["itm"]}
         return terms
 
-    def align(self, feature: Tensor, memories: list[Tensor] | None, image_keep: Tensor | None, ids: Tensor,
-              keep: Tensor, classes: Tensor, smoothing: float) -> dict[str, Tensor]:
-        """Contrastive and, given memories, matching loss of images with captions, or of regions with phrases."""
-        text, text_feature = self.encode_text(ids, keep)                     # (B, T, D), (B, E)
-        terms = {"itc": similarity.contrastive(feature, text_feature, self.temperature, classes, smoothing)}
-        if memories is not None:
-            scores = (feature @ text_feature.T).detach() / self.temperature.detach()     # (B, B)
-            terms["itm"] = self.matching_loss(scores, memories, image_keep, text, keep, classes)
+    def align(self, seen: Seen, ids: Tensor, keep: Tensor, classes: Tensor, objective: Objective) -> dict[str, Tensor]:
+        """Contrastive and, where images can be fused, matching loss of images and captions, or regions and phrases.
+
+        ids, keep (B, T); classes (B,): pairs of one class, an identity or a phrase, are positives.
+        """
+        text, feature = self.encode_text(ids, keep)                                      # (B, T, D), (B, E)
+        terms = {"itc": objective.contrastive(seen.feature, feature, self.temperature, classes, objective.smoothing)}
+        if seen.keys_values is not None:
+            scores = (seen.feature @ feature.T).detach() / self.temperature.detach()     # (B, B)
+            logits, matched, counts = self.match_with_negatives(scores, seen, text, keep, classes)
+            terms["itm"] = objective.mean(losses.matching(logits, matched), counts)
         return terms
 
-    def matching_loss(self, scores: Tensor, memories: list[Tensor], image_keep: Tensor | None, text: Tensor,
-                      keep: Tensor, classes: Tensor) -> Tensor:
-        """Matching loss of B matched pairs, B images with a wrong text and B texts with a wrong image."""
-        wrong_text, text_exists = losses.hard_negatives(scores, classes)             # (B,), (B,)
+    def match_with_negatives(self, scores: Tensor, seen: Seen, text: Tensor, keep: Tensor,
+                             classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Matching logits (3B, 2) of B matched pairs, B images with a wrong text and B texts with a wrong image.
+
+        Also returns which pairs match, and which exist (3B,): a batch may hold no pair of another class.
+        """
+        wrong_text, text_exists = losses.hard_negatives(scores, classes)                 # (B,), (B,)
         wrong_image, image_exists = losses.hard_negatives(scores.T, classes)
         own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
-        images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])      # (3B,)
-        matched, counts = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])
-        logits = self.match(text.index_select(0, texts), keep[texts],      # text[texts] sums gradients in any order
-                            [memory.index_select(0, images) for memory in memories],
-                            None if image_keep is None else image_keep[images])          # (3B, 2)
-        return mean_over_processes(losses.matching(logits, matched), counts)
+        images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])         # (3B,)
+        matched, counts = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)
+        # index_select adds gradients up in a fixed order, indexing by a tensor does not
+        keys_values = [one.index_select(0, images) for one in seen.keys_values]
+        image_keep = None if seen.keep is None else seen.keep[images]
+        logits = self.match(text.index_select(0, texts), keep[texts], keys_values, image_keep)        # (3B, 2)
+        return logits, matched, counts
 
-    def predict_words(self, batch: Batch, memories: list[Tensor]) -> Tensor:
-        """Masked-word loss: the masked caption, fused with its image, names its masked words."""
-        text = self.text_encoder(batch.masked_ids, batch.caption_keep)                   # (B, T, D)
-        fused = self.fusion_encoder(text, batch.caption_keep, batch.masked_at, memories)     # (B, M, D)
-        logits = self.word_head(fused)                                                   # (B, M, V)
-        return mean_over_processes(losses.masked_words(logits, batch.masked_labels), batch.masked_labels >= 0)
+    def predict_words(self, batch: Batch, seen: Seen, objective: Objective) -> Tensor:
+        """Masked-word loss: the masked caption, fused with its image, predicts its masked words."""
+        text = self.text_encoder(batch.masked_ids, batch.caption_keep)                               # (B, T, D)
+        fused = self.fusion_encoder(text, batch.caption_keep, batch.masked_at, seen.keys_values)     # (B, M, D)
+        logits = self.word_head(fused)                                                               # (B, M, V)
+        return objective.mean(losses.masked_words(logits, batch.masked_labels), batch.masked_labels >= 0)
 
-
-def projection(dim: int, parts: int, config: ModelConfig) -> nn.Module:
-    """Token 0 (B, D), or the concatenation of so many parts (B, parts * D), -> the contrastive space (B, E)."""
-    if not parts:
-        return nn.Linear(dim, config.embed)
-    return nn.Sequential(nn.BatchNorm1d(parts * dim), nn.Dropout(config.dropout), nn.Linear(parts * dim, config.embed))
-
-
-def binned(tokens: Tensor, bins: int) -> Tensor:
-    """Tokens (B, N, D) -> the means of `bins` equal stretches, one after another (B, bins * D)."""
-    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), bins).transpose(1, 2).flatten(1)
+    @torch.no_grad()
+    def limit_temperature(self) -> None:
+        """Keep the learned temperature within 0.001 and 0.5; called after every step."""
+        self.temperature.clamp_(0.001, 0.5)
 
 
-def pool_region(image: Tensor, region_keep: Tensor, keep_mean: bool = True) -> tuple[Tensor, Tensor]:
+def pool_region(image: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D) and their keep (B, 1+N).
 
-    Token 0 becomes the mean of the region's patches and is kept (MRA section 3), or not, as in the released code.
+    Token 0 becomes the mean of the region's patches, 0 if there are none (MRA section 3).
     """
-    mean = similarity.pool_regions(image[:, 1:], region_keep[:, None])                   # (B, 1, D)
-    keep = F.pad(region_keep, (1, 0), value=keep_mean)                                   # (B, 1+N)
-    return torch.cat([mean, image[:, 1:]], 1), keep
-
-
-def mean_over_processes(values: Tensor, counts: Tensor) -> Tensor:
-    """Mean of the values where counts is True, such that averaging it over processes gives the joint mean."""
-    count = similarity.summed(counts.sum().float())
-    return (values * counts).sum() * similarity.processes() / count.clamp(min=1)
+    patches, weights = image[:, 1:], region_keep[:, None].to(image.dtype)                # (B, N, D), (B, 1, N)
+    mean = (weights / weights.sum(2, keepdim=True).clamp(min=1)) @ patches               # (B, 1, D)
+    return torch.cat([mean, patches], 1), F.pad(region_keep, (1, 0), value=True)

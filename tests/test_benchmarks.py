@@ -10,6 +10,7 @@ import pytest
 @pytest.mark.parametrize("command, lines", [
     ("bench_diffusion --size tiny --batch 2 --steps 1 --repeat 1 --modes eager", ("branch training", "sampling")),
     ("bench_step --preset tiny --batch 4 2 --target 8 --sides eager", ("batch 4, eager", "batch 2, eager", "batch 8")),
+    ("bench_step --preset tiny --loop --steps 1", ("loop at tiny, batch 10, before", "loop at tiny, batch 10, now")),
     ("bench_rerank --preset tiny --queries 3 --gallery 4 --k 2 --plain-queries 2", ("plain loop", "correlation")),
     ("bench_similarity --size 64x8 --gallery 64x8 --queries 2 --k 2 --repeats 1 --sides plain ours",
      ("loss 64x8                   ours", "top 2 of 64x8               ours"))])

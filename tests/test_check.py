@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 import train
-from mra.config import UserError, run
-from mra.data import check
+from mra.config import UserError
+from mra.run.command import run
+from mra.show import check
 
 COUNTS = {split: (3, 6, 12) for split in ("train", "val", "test")}    # of the fixture `root`
 

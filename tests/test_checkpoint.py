@@ -7,11 +7,17 @@ import pickle
 import pytest
 import torch
 
-from mra import checkpoint, losses
-from mra.config import TrainConfig, UserError
+from mra import losses
+from mra.config import Fit, TrainConfig, UserError
+from mra.data import files
 from mra.data.records import Record, RecordSet
-from mra.retriever import Retriever
-from mra.training import make_optimizer, validate
+from mra.ranking import Plan, validate
+from mra.retriever import Objective, Retriever
+from mra.run import checkpoint, stages
+from mra.run.loop import Loop, Task
+from mra.run.machine import Machine
+from mra.weights.retrievers import load_retriever, model_facts
+from mra.workers import Workers
 
 FACTS = {"pretrained_on": "sda", "train": {"preset": "tiny", "dataset": "cuhk", "data_root": ""}, "step": 7,
          "words": "grün \x1b", "val": {"R@1": 61.25, "nothing": None}, "list": [1, 0.1]}
@@ -66,12 +72,12 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_json_is_complete_or_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    checkpoint.write_json(path, {"R@1": 50.0, "words": "grün"})
+    files.write_json(path, {"R@1": 50.0, "words": "grün"})
     before = path.read_text(encoding="utf-8")
     assert json.loads(before)["words"] == "grün"
-    monkeypatch.setattr(checkpoint.os, "replace", lambda source, target: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(files.os, "replace", lambda source, target: (_ for _ in ()).throw(OSError()))
     with pytest.raises(UserError, match="results.json cannot be written"):      # not yet in its place
-        checkpoint.write_json(path, {"R@1": 99.0})
+        files.write_json(path, {"R@1": 99.0})
     assert path.read_text(encoding="utf-8") == before
 
 
@@ -98,8 +104,8 @@ def test_a_foreign_safetensors_file(tmp_path, metadata):
 
 def test_a_model_comes_back_with_its_tokenizer(tmp_path, model, tokenizer, batch):
     path = tmp_path / "best.safetensors"
-    checkpoint.save(path, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | FACTS)
-    loaded, words, facts = checkpoint.load_retriever(path, torch.device("cpu"))
+    checkpoint.save(path, checkpoint.weights(model), model_facts(model, tokenizer) | FACTS)
+    loaded, words, facts = load_retriever(path, torch.device("cpu"))
     assert loaded.config == model.config and words.pieces == tokenizer.pieces and facts["step"] == 7
     assert not loaded.training and loaded.word_head.decoder.weight is loaded.text_encoder.words.weight
     results = []
@@ -131,8 +137,8 @@ def with_another_shape(weights):
 def test_weights_that_do_not_fit(tmp_path, model, tokenizer, spoil, named):
     """Refused before anything is copied, with the file and the tensor named."""
     path = tmp_path / "best.safetensors"
-    checkpoint.save(path, spoil(checkpoint.weights(model)), checkpoint.model_facts(model, tokenizer) | FACTS)
-    message = refusal(checkpoint.load_retriever, path, torch.device("cpu"))
+    checkpoint.save(path, spoil(checkpoint.weights(model)), model_facts(model, tokenizer) | FACTS)
+    message = refusal(load_retriever, path, torch.device("cpu"))
     assert str(path) in message and named in message
     target = Retriever(model.config)
     before = {name: tensor.clone() for name, tensor in checkpoint.weights(target).items()}
@@ -144,17 +150,21 @@ def test_weights_that_do_not_fit(tmp_path, model, tokenizer, spoil, named):
                                     {"vocab": ["red"]}])
 def test_facts_that_make_no_model(tmp_path, model, tokenizer, change):
     path = tmp_path / "best.safetensors"
-    checkpoint.save(path, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | change)
-    assert str(path) in refusal(checkpoint.load_retriever, path, torch.device("cpu"))
+    checkpoint.save(path, checkpoint.weights(model), model_facts(model, tokenizer) | change)
+    assert str(path) in refusal(load_retriever, path, torch.device("cpu"))
 
 
 # ---- going on
+
+def make_optimizer(model, train: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(stages.groups(model, train), train.lr)
+
 
 def step(model, optimizer, batch, number: int) -> None:
     """One step of training with dropout, seeded as train.py does."""
     torch.manual_seed(number)
     model.train()
-    losses.total(model(batch, eda=0.8), beta=0.8).backward()
+    losses.total(model(batch, Objective(eda=0.8)), beta=0.8).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -189,77 +199,122 @@ def test_training_goes_on_bit_for_bit(tmp_path, config, batch):
     assert len(checkpoint.state(model, optimizer)) == 4 * len(list(model.parameters()))     # weight, two moments, step
 
 
-def facts_of(model, tokenizer, train: TrainConfig, **more) -> dict:
-    return checkpoint.model_facts(model, tokenizer) | {
-        "train": dataclasses.asdict(train), "precision": "float32", "pairs": 99, "processes": 2} | more
+def machine(world: int = 1, precision: str = "float32") -> Machine:
+    """That of a process among `world`, which it never talks to."""
+    workers = Workers()
+    workers.rank, workers.count = 0, world
+    return Machine(torch.device("cpu"), precision, workers)
 
 
-def test_resume_takes_up_its_own_run_alone(tmp_path, model, tokenizer, batch):
+def going_on(folder, model, train: TrainConfig, where: Machine = machine(), pairs: int = 99) -> Loop:
+    """The loop of train.py on what lies in `folder`, 7 steps long."""
+    task = Task("", model, Fit(7, train.batch * where.world, train.lr, average=0.0), train.seed,
+                folder / "last.safetensors", key=stages.key_of(train, where, pairs),
+                usual=stages.flags_of(TrainConfig()), groups=stages.groups(model, train), advice=stages.ADVICE)
+    loop = Loop(task, None, where)
+    stages.check_best(loop, folder / "best.safetensors")
+    return loop
+
+
+def saved_by(loop: Loop, step: int = 5, tensors: dict | None = None, **more) -> None:
+    """Write the state that the loop would write after a step, or one with other tensors or facts."""
+    tensors = tensors or checkpoint.state(loop.task.network, loop.optimizer)
+    facts = {"key": loop.key, "step": step, "judged": False, "found": {}} | more
+    checkpoint.save(loop.task.state, tensors, facts)
+
+
+def test_a_run_goes_on_from_its_own_state_alone(tmp_path, model, batch):
     train, path = TrainConfig(lr=1e-3), tmp_path / "last.safetensors"
-    optimizer = make_optimizer(model, train)
-    assert checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train)) == (0, None, False)
-    step(model, optimizer, batch, 0)
-    facts = facts_of(model, tokenizer, train, step=7, best={"quality": [False, 50.0]})
-    checkpoint.save(path, checkpoint.state(model, optimizer), facts)
-    assert "best.safetensors that is gone" in refusal(checkpoint.resume, tmp_path, model, optimizer, facts)
+    loop = going_on(tmp_path, model, train)
+    assert (loop.first, loop.judged, loop.found) == (0, False, {})
+    step(model, loop.optimizer, batch, 0)
+    found = {"val": {}, "best": {"quality": [False, 50.0]}}
+    saved_by(loop, found=found)
+    assert "best.safetensors that is gone" in refusal(going_on, tmp_path, model, train)
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
     other = Retriever(model.config)
-    restored = make_optimizer(other, train)
-    elsewhere = facts_of(model, tokenizer, dataclasses.replace(train, workers=3, out="there", device="cpu"))
-    assert checkpoint.resume(tmp_path, other, restored, elsewhere) == (7, {"quality": [False, 50.0]}, False)
-    assert "--precision, 'float32';" in refusal(checkpoint.resume, tmp_path, other, restored,
-                                                elsewhere | {"precision": "bf16"})      # whatever the flag said
-    done = facts | {"best": None, "val": {}, "steps": 7}
-    checkpoint.save(path, checkpoint.state(model, optimizer), done)         # finished: serves any
-    assert checkpoint.resume(tmp_path, other, restored, elsewhere | {"precision": "bf16"}) == (7, None, True)
-    checkpoint.save(path, checkpoint.state(model, optimizer), facts)
-    spelt = facts_of(model, tokenizer, dataclasses.replace(train, precision="float32"))
-    assert checkpoint.resume(tmp_path, other, restored, spelt)[0] == 7
-    assert same(checkpoint.state(model, optimizer), checkpoint.state(other, restored))
-    older = facts | {"train": {name: value for name, value in facts["train"].items() if name != "bert"}}
-    assert checkpoint.resume(tmp_path, other, restored, older)[0] == 7            # from before there was --bert
-    changed = facts_of(model, tokenizer, dataclasses.replace(train, weight_decay=0.5))
-    message = refusal(checkpoint.resume, tmp_path, other, restored, changed)
-    assert str(path) in message and "--weight-decay" in message
-    assert "number of pairs, 99;" in refusal(checkpoint.resume, tmp_path, other, restored, elsewhere | {"pairs": 98})
-    whole = checkpoint.state(model, optimizer)
+    again = going_on(tmp_path, other, dataclasses.replace(train, workers=3, out="there", device="cpu"))
+    assert (again.first, again.judged, again.found) == (5, False, found)
+    assert same(checkpoint.state(model, loop.optimizer), checkpoint.state(other, again.optimizer))
+    changed = dataclasses.replace(train, weight_decay=0.5)
+    message = refusal(going_on, tmp_path, other, changed)
+    assert str(path) in message and "--weight-decay was 0.01 and is 0.5;" in message and "--no-resume" in message
+    assert "the number of pairs was 99 and is 98;" in refusal(going_on, tmp_path, other, train, machine(), 98)
+    assert path.exists()        # a refusal costs nothing
+
+
+def test_a_finished_run_serves_any_precision(tmp_path, model, batch):
+    train = TrainConfig()
+    loop = going_on(tmp_path, model, train)
+    step(model, loop.optimizer, batch, 0)
+    saved_by(loop)
+    assert "precision was float32 and is bf16;" in refusal(going_on, tmp_path, model, train, machine(1, "bf16"))
+    saved_by(loop, step=7, judged=True)
+    again = going_on(tmp_path, model, train, machine(1, "bf16"))
+    assert (again.first, again.judged) == (7, True)
+
+
+def test_a_flag_that_an_older_state_lacks_had_its_default(tmp_path, model, batch):
+    loop = going_on(tmp_path, model, TrainConfig())
+    step(model, loop.optimizer, batch, 0)
+    saved_by(loop, key={name: value for name, value in loop.key.items() if name != "--bert"})
+    assert going_on(tmp_path, model, TrainConfig()).first == 5
+    message = refusal(going_on, tmp_path, model, TrainConfig(bert="folder"))
+    assert "--bert was  and is folder" in message
+
+
+def test_without_advice_a_training_begins_anew(tmp_path, model, batch, capsys):
+    """So do DaD's networks, whose key lies beside them."""
+    loop = going_on(tmp_path, model, TrainConfig())
+    step(model, loop.optimizer, batch, 0)
+    saved_by(loop)
+    task = Task("branch", model, Fit(7, 4, 0.1, average=0.0), 0, tmp_path / "last.safetensors", key={"steps": 8})
+    assert Loop(task, None, machine()).first == 0
+    assert "last.safetensors is begun anew" in capsys.readouterr().out and not task.state.exists()
+
+
+def test_a_damaged_state_is_refused(tmp_path, model, batch):
+    loop = going_on(tmp_path, model, TrainConfig())
+    step(model, loop.optimizer, batch, 0)
+    whole = checkpoint.state(model, loop.optimizer)
     moment = next(name for name in whole if name.startswith("optimizer.exp_avg."))
     without = {name: {n: t for n, t in whole.items() if not n.startswith(name)} for name in (moment, "optimizer.")}
-    for tensors, more in ((without[moment], {}), (without["optimizer."], {}), (whole, {"best": {}}),
-                          (whole | {"optimizer.step.nothing": torch.ones(())}, {}),
-                          (whole, {"best": {"quality": "good"}})):
-        checkpoint.save(path, tensors, facts | more)
-        assert str(path) in refusal(checkpoint.resume, tmp_path, other, restored, facts)
-    checkpoint.save(path, {name: tensor * float("nan") if name == "temperature" else tensor
-                           for name, tensor in whole.items()}, facts)
-    assert "temperature first" in refusal(checkpoint.resume, tmp_path, other, restored, facts)
+    spoilt = {name: tensor * float("nan") if name == "temperature" else tensor for name, tensor in whole.items()}
+    checkpoint.save(tmp_path / "best.safetensors", {}, {})
+    for tensors, more in ((without[moment], {}), (without["optimizer."], {}), (whole, {"found": {"best": {}}}),
+                          (whole | {"optimizer.step.nothing": torch.ones(())}, {}), (whole, {"key": 5}),
+                          (whole, {"found": {"best": {"quality": "good"}}}), (whole, {"step": "all"}), (spoilt, {})):
+        saved_by(loop, tensors=tensors, **more)
+        assert str(tmp_path / "last.safetensors") in refusal(going_on, tmp_path, model, TrainConfig())
 
 
-def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path, model, tokenizer, batch):
+def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path, model, batch):
     train = TrainConfig(batch=20)
-    optimizer = make_optimizer(model, train)
-    step(model, optimizer, batch, 0)
-    checkpoint.save(tmp_path / "last.safetensors", checkpoint.state(model, optimizer),
-                    facts_of(model, tokenizer, train, step=7, best=None))
+    loop = going_on(tmp_path, model, train, machine(2))
+    step(model, loop.optimizer, batch, 0)
+    saved_by(loop)
     for processes, own, fits in ((1, 40, True), (4, 10, True), (1, 20, False), (4, 20, False)):
-        now = facts_of(model, tokenizer, dataclasses.replace(train, batch=own), processes=processes)
+        now = dataclasses.replace(train, batch=own)
         if fits:
-            assert checkpoint.resume(tmp_path, model, optimizer, now) == (7, None, False)
+            assert going_on(tmp_path, model, now, machine(processes)).first == 5
         else:
-            assert "--batch x processes, 40;" in refusal(checkpoint.resume, tmp_path, model, optimizer, now)
+            assert "--batch x processes was 40" in refusal(going_on, tmp_path, model, now, machine(processes))
 
 
 def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokenizer, batch, paint):
     """As train.py does after a restart: `result["quality"] >= best["quality"]`."""
     records = tuple(Record(paint(f"{i}.png", seed=i), (f"man {i}", "red hat"), i) for i in range(3))
-    val = RecordSet("cuhk", "val", records)
-    train = TrainConfig()
-    step(model, optimizer := make_optimizer(model, train), batch, 0)
-    result = validate(model, tokenizer, val, fused=True)
+    val, plan = RecordSet("cuhk", "val", records), Plan(8, mirror=False)
+    loop = going_on(tmp_path, model, TrainConfig())
+    step(model, loop.optimizer, batch, 0)
+    result = validate(model, tokenizer, val, True, plan)
     assert {"embeddings", "reranked", "weight"} <= result.keys()
-    checkpoint.save(tmp_path / "last.safetensors", checkpoint.state(model, optimizer),
-                    facts_of(model, tokenizer, train, step=1, best=result, val=result))
+    saved_by(loop, judged=True, found={"val": result, "best": result})
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
-    _, best, judged = checkpoint.resume(tmp_path, model, optimizer, facts_of(model, tokenizer, train))
-    assert judged
-    assert validate(model, tokenizer, val, fused=True)["quality"] >= best["quality"]
+    again = going_on(tmp_path, model, TrainConfig())
+    assert again.judged and validate(model, tokenizer, val, True, plan)["quality"] >= again.found["best"]["quality"]
+
+
+def test_a_name_of_an_older_file_is_read(tmp_path):
+    checkpoint.save(tmp_path / "x.safetensors", {"blocks.0.attention.to_memory.weight": torch.zeros(1)}, FACTS)
+    assert list(checkpoint.load(tmp_path / "x.safetensors")[0]) == ["blocks.0.attention.to_keys_values.weight"]

@@ -1,6 +1,7 @@
 """The two commands from end to end on the tiny preset, in an empty folder, as a user types them."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -17,10 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mra import checkpoint, ranking
-from mra.config import TrainConfig
+from mra import ranking
+from mra.config import PRESETS, TrainConfig
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
+from mra.run import checkpoint, machine, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--preset", "tiny")
@@ -155,8 +157,10 @@ def test_flags_of_training(work, flags, terms):
 
 
 def test_a_compiled_model_trains_alike(work, monkeypatch):
-    """With the back end that generates no code, so that no C++ compiler is needed."""
+    """With the back end that generates no code, so that no C++ compiler is needed, and without dropout and threads."""
     real, calls = torch.compile, []
+    monkeypatch.setattr(machine, "THREADS", 1)
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], dropout=0.0))
     monkeypatch.setattr(torch, "compile", lambda model: calls.append(model) or real(model, backend="eager"))
     for flag in ("--compile", "--no-compile"):
         succeed(work, "train.py", *QUICK, "--dataset", "icfg", "--precision", "float32", flag, "--out", f"out/{flag}")
@@ -244,7 +248,7 @@ def test_adapted_pairs_come_before_the_plain_source(work):
     assert "out/icfg-tiny-s0-adapted/best" in succeed(work, "train.py", "--dataset", "icfg", *TINY, "--steps", "1")
     (work / "out/sda/icfg-tiny/report.json").write_text('{"pairs": 12, "made": "anew"}')
     status, _, err = command(work, "train.py", "--dataset", "icfg", *TINY, "--steps", "1")
-    assert status == 2 and "another adapted set" in err
+    assert status == 2 and "the adapted set was" in err
     out = succeed(work, "train.py", "--dataset", "cuhk", *TINY, "--steps", "1")      # adapted to another set
     assert "pretraining on the demo source first" in out
     out = succeed(work, "train.py", "--dataset", "out/sda/icfg-tiny", *TINY, "--steps", "1", "--out", "out/direct")
@@ -263,9 +267,8 @@ def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):
     for name in ("icfg", "icfg-small"):
         (tmp_path / "out/sda" / name).mkdir(parents=True)
         (tmp_path / "out/sda" / name / "report.json").write_text("{}")
-    adapted_set = runpy.run_path(str(ROOT / "train.py"))["adapted_set"]
     for preset, name in (("demo", "icfg"), ("small", "icfg-small"), ("base", None)):
-        assert adapted_set(TrainConfig(preset=preset)) == (name and Path("out/sda", name))
+        assert stages.adapted_set(TrainConfig(preset=preset)) == (name and Path("out/sda", name))
 
 
 # ---- evaluate.py
@@ -309,7 +312,7 @@ def test_flags_of_evaluation(work):
 
 def test_bf16_computes_features_and_scores_and_orders_nothing(work, monkeypatch):
     """Similarities in bf16 would tie, and shuffle what stands behind the candidates."""
-    encode, metrics, found = Retriever.encode_image, ranking.Search.metrics, set()
+    encode, metrics, found = Retriever.encode_image, ranking.Found.metrics, set()
 
     def encoding(*given):
         found.add(("encodes", torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")))
@@ -319,7 +322,7 @@ def test_bf16_computes_features_and_scores_and_orders_nothing(work, monkeypatch)
         found.add(("orders", torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")))
         return metrics(*given)
     monkeypatch.setattr(Retriever, "encode_image", encoding)
-    monkeypatch.setattr(ranking.Search, "metrics", measuring)
+    monkeypatch.setattr(ranking.Found, "metrics", measuring)
     assert rows_of(succeed(work, "evaluate.py", "--precision", "bf16")).keys() == {"icfg embeddings", "icfg re-ranked"}
     assert {("encodes", True), ("orders", False)} <= found and ("orders", True) not in found
 

@@ -11,18 +11,21 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adapt import adapt_decoder
-from mra import checkpoint
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
-from mra.diffusion.denoiser import DomainBranch, structure
-from mra.diffusion.fit import fit
-from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, guided, q_sample, rescaled
-from mra.diffusion.sampling import Diffusion, LatentPairs, decode, encode, guide, to_float
-from mra.training import Machine
+from mra.data.records import Record, RecordSet
+from mra.diffusion.base import Diffusion, decode, encode, to_float
+from mra.diffusion.denoiser import DomainBranch
+from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, guided, q_sample
+from mra.diffusion.pairs import LatentPairs
+from mra.diffusion.sampling import guide
+from mra.run import checkpoint
+from mra.run.machine import Machine
+from mra.run.networks import Target, learn, train_decoder, with_scale
+from mra.workers import Workers
 
 CAPTIONS = ["a woman in a red coat with a black bag", "a man", "a lady in blue jeans and a white top"]
 SCHEDULE = Schedule.cosine()
-MACHINE = Machine(torch.device("cpu"), "float32", 0, 1, lambda line: None)
+MACHINE = Machine(torch.device("cpu"), "float32", Workers())
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def size(tokenizer):
 def base(size, tokenizer) -> Diffusion:
     """A base whose zero-initialised parts are random, so that everything has an effect."""
     torch.manual_seed(0)
-    base = Diffusion(size, tokenizer).eval()
+    base = Diffusion.new(size, tokenizer).eval()
     with torch.no_grad():
         for parameter in base.denoiser.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -107,12 +110,10 @@ def test_the_loss_of_a_perfect_and_of_a_blind_denoiser():
     assert diffusion_loss(lambda z, t: torch.zeros_like(z), latents, noise, t, SCHEDULE) == pytest.approx(1, abs=0.1)
 
 
-def test_guidance_extrapolates_and_rescaling_restores_the_contrast():
+def test_guidance_extrapolates():
     torch.manual_seed(0)
     first, second = torch.randn(2, 3, 4, 5, 5)
     assert torch.allclose(guided(first, second, 3.0), 3 * first - 2 * second, atol=1e-6)
-    back = rescaled(3 * first, first, 1.0)
-    assert torch.allclose(back, first, atol=1e-5) and torch.equal(rescaled(first, first, 0.0), first)
 
 
 # ---- the networks
@@ -161,7 +162,7 @@ def test_grain_is_learned_as_the_size_of_what_is_missed(base, images):
 @pytest.mark.parametrize("preset", ["tiny", "demo"])
 def test_denoiser_in_the_layout_of_stable_diffusion(preset, tokenizer):
     size = dataclasses.replace(DIFFUSION_PRESETS[preset], vocab=len(tokenizer))
-    base = Diffusion(size, tokenizer)
+    base = Diffusion.new(size, tokenizer)
     levels = len(size.widths)
     assert len(base.denoiser.encoder.stages) == 3 * levels - 1 and len(base.denoiser.stages) == 3 * levels
     lowest = [stage.transformer for stage in base.denoiser.encoder.stages[-2:]]
@@ -187,21 +188,22 @@ def test_words_noise_level_and_padding(base):
 def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     torch.manual_seed(0)
     branch, prompt = DomainBranch(base.denoiser), base.read(CAPTIONS)
-    z, t, white = torch.randn(3, *base.config.shape), torch.tensor([1, 500, 999]), torch.ones(3, 1, 32, 16)
+    z, t = torch.randn(3, *base.config.shape), torch.tensor([1, 500, 999])
     plain = base.denoiser(z, t, prompt)
-    assert torch.equal(base.denoiser(z, t, prompt, branch(z, t, prompt, white)), plain)
+    assert torch.equal(base.denoiser(z, t, prompt, branch(z, t, prompt)), plain)
     assert len(branch.outputs) == 3 * len(base.config.widths) + 1
     for parameter in [branch.condition.weight, *branch.outputs.parameters()]:
         torch.nn.init.normal_(parameter, std=0.1)
-    changed = base.denoiser(z, t, prompt, branch(z, t, prompt, white))
+    changed = base.denoiser(z, t, prompt, branch(z, t, prompt))
     assert (changed - plain).abs().amax((1, 2, 3)).min() > 1e-3
-    other = base.denoiser(z, t, prompt, branch(z, t, prompt, torch.rand(3, 1, 32, 16)))
-    assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the condition has a say
+    torch.nn.init.zeros_(branch.condition.weight)
+    other = base.denoiser(z, t, prompt, branch(z, t, prompt))
+    assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the white condition has an effect
 
 
 def test_captions_are_cut_at_what_the_base_can_read(tokenizer, images):
-    base = Diffusion(dataclasses.replace(DIFFUSION_PRESETS["tiny"], vocab=len(tokenizer), max_tokens=10, positions=10),
-                     tokenizer)
+    size = dataclasses.replace(DIFFUSION_PRESETS["tiny"], vocab=len(tokenizer), max_tokens=10, positions=10)
+    base = Diffusion.new(size, tokenizer)
     pairs = LatentPairs(base, images, [(0, "a man in a red coat, " * 9)])
     assert pairs.ids.shape[1] == 10 and pairs.ids[0, -1] == tokenizer.sep_id
 
@@ -212,32 +214,44 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
     branch = DomainBranch(base.denoiser)
     pairs = LatentPairs(base, images, [(i, CAPTIONS[i % 3]) for i in range(5)])
     first = {name: value.clone() for name, value in branch.state_dict().items()}
-    fit("branch", branch, lambda draw, count: pairs.loss(base.denoiser, branch, SCHEDULE, draw, count),
-        Fit(4, 8, 1e-2), tmp_path / "branch.safetensors", {}, 0, MACHINE)
+    learn("branch", branch, lambda: lambda share: pairs.loss(base.denoiser, branch, SCHEDULE, share.draw, share.count),
+          Fit(4, 8, 1e-2), tmp_path / "branch.safetensors", {"seed": 0}, MACHINE)
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
     assert all(parameter.requires_grad for parameter in branch.parameters())
     still = [name for name, value in branch.state_dict().items() if torch.equal(first[name], value)]
     assert not still
 
 
-def test_the_decoder_learns_the_target_and_latents_stay(base, images, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_decoder_learns_the_target_and_latents_stay(base, images, tmp_path):
     dark = images // 3
-    autoencoder, latents = base.autoencoder, encode(base.autoencoder, dark)
+    base = base.requires_grad_(False)
+    latents = encode(base.autoencoder, dark)
     before = {name: value.clone() for name, value in base.state_dict().items()}
+    records = RecordSet("icfg", "train", [Record("", ("a man",), i) for i in range(5)])
+    target = Target(records, dark, tmp_path, {"seed": 0})
+    learned = train_decoder(AdaptConfig(size="tiny"), base, target, latents, MACHINE)
 
-    def loss() -> float:
+    def loss(autoencoder) -> float:
         with torch.no_grad():
             return float(autoencoder.decoder_loss(to_float(dark), autoencoder.unscaled(latents)))
 
-    start = loss()
-    base.requires_grad_(False)
-    adapt_decoder(AdaptConfig(size="tiny"), MACHINE, base, {"base": "this"}, dark, latents)
-    assert loss() < start and not any(parameter.requires_grad for parameter in base.parameters())
-    assert torch.equal(encode(autoencoder, dark), latents)
-    changed = {name for name, value in base.state_dict().items() if not torch.equal(before[name], value)}
-    assert changed and all(name.startswith(("autoencoder.decoder", "autoencoder.linear_out")) for name in changed)
-    assert (tmp_path / "out/dad/icfg-tiny-white-s0/decoder.safetensors").exists()
+    assert loss(learned) < loss(base.autoencoder) and not any(p.requires_grad for p in learned.parameters())
+    assert torch.equal(encode(learned, dark), latents)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    changed = {name for name, value in learned.state_dict().items()
+               if not torch.equal(before[f"autoencoder.{name}"], value)}
+    assert changed and all(name.startswith(("decoder", "linear_out")) for name in changed)
+    assert {path.name for path in tmp_path.iterdir()} >= {"decoder.safetensors", "decoder.key.json", "decoder.jsonl"}
+
+
+def test_a_base_gets_the_targets_scale_and_keeps_its_own(base, images):
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    many = torch.cat([images // 3 + shift for shift in range(10)])
+    scaled = with_scale(base, many)
+    latents = encode(scaled.autoencoder, many)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert scaled.denoiser is base.denoiser
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
 
 
 def test_guidance_of_one_costs_and_changes_nothing(base):
@@ -245,20 +259,19 @@ def test_guidance_of_one_costs_and_changes_nothing(base):
     branch, both = DomainBranch(base.denoiser), base.read([*CAPTIONS, "", "", ""])
     for parameter in branch.outputs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    prompt, nothing = both[:3], both[3:]
-    z, t, white = torch.randn(3, *base.config.shape), torch.full((3,), 700), torch.ones(3, 1, 32, 16)
+    prompt, nothing, passes = both[:3], both[3:], []
+    z, t = torch.randn(3, *base.config.shape), torch.full((3,), 700)
+    base.denoiser.register_forward_pre_hook(lambda module, given: passes.append(len(given[0])))
 
-    def v(text: float, domain: float, rescale: float = 0.0, span: tuple = (0, 1000)) -> torch.Tensor:
-        return guide(base.denoiser, both, branch, white, text, domain, rescale, span)(z, t)
+    def v(guidance: float, span: tuple = (0, 1000)) -> torch.Tensor:
+        return guide(base.denoiser, branch, both, guidance, span)(z, t)
 
-    words = base.denoiser(z, t, prompt, branch(z, t, prompt, white))
-    empty = base.denoiser(z, t, nothing, branch(z, t, nothing, white))
-    plain = base.denoiser(z, t, nothing)
-    assert torch.equal(v(1, 1, 0.7), words)
-    assert torch.allclose(v(3, 1), empty + 3 * (words - empty), atol=1e-5)
-    assert torch.equal(v(3, 1, span=(700, 700)), v(3, 1))
-    assert torch.equal(v(3, 1, span=(0, 699)), words) and torch.equal(v(3, 1, span=(701, 1000)), words)
-    assert torch.allclose(v(3, 2), plain + 2 * (empty - plain) + 3 * (words - empty), atol=1e-5)
+    words = base.denoiser(z, t, prompt, branch(z, t, prompt))
+    empty = base.denoiser(z, t, nothing, branch(z, t, nothing))
+    assert torch.equal(v(1), words) and passes == [3, 3, 3]
+    assert torch.allclose(v(3), empty + 3 * (words - empty), atol=1e-5) and passes[-1] == 6
+    assert torch.equal(v(3, (700, 700)), v(3))
+    assert torch.equal(v(3, (0, 699)), words) and torch.equal(v(3, (701, 1000)), words)
 
 
 def test_levels_are_drawn_evenly_and_each_as_often():
@@ -280,10 +293,10 @@ def test_strength_zero_gives_the_reconstruction(base, images):
 def test_cached_latents_and_mirror_images_give_the_same_loss(base, images):
     captions = [(i, f"{CAPTIONS[i % 3]} in the left hand") for i in range(5)]
     pairs = LatentPairs(base, images, captions)
-    cached = pairs.loss(base.denoiser, None, SCHEDULE, torch.Generator().manual_seed(3), 64, drop=0.3)
+    cached = pairs.loss(base.denoiser, None, SCHEDULE, torch.Generator().manual_seed(3), 64)
     draw = torch.Generator().manual_seed(3)                        # the same draws, everything made anew
     pair = torch.randint(10, (64,), generator=draw)
-    dropped = torch.rand(64, generator=draw) < 0.3
+    dropped = torch.rand(64, generator=draw) < 0.1
     t = SCHEDULE.draw(64, draw)
     noise = torch.randn(64, *base.config.shape, generator=draw)
     made = torch.stack([images[i % 5].flip(-1) if i >= 5 else images[i] for i in pair.tolist()])
@@ -293,15 +306,6 @@ def test_cached_latents_and_mirror_images_give_the_same_loss(base, images):
     latents = encode(base.autoencoder, made)
     uncached = diffusion_loss(lambda z, t: base.denoiser(z, t, prompt), latents, noise, t, SCHEDULE)
     assert cached.item() == pytest.approx(uncached.item(), rel=1e-5) and dropped.any()
-
-
-def test_structure_shows_edges_and_not_the_light():
-    torch.manual_seed(0)
-    image = torch.rand(2, 3, 8, 4).repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1
-    edges = structure(image)
-    assert edges.shape == (2, 1, 64, 32) and 0 <= edges.min() and edges.max() <= 1
-    assert (structure(image * 0.4 - 0.3) - edges).abs().max() < 0.2 and edges.std() > 0.1
-    assert not structure(torch.full((1, 3, 64, 32), 0.3)).any()
 
 
 # ---- the loop
@@ -317,14 +321,14 @@ def fit_line(path, steps: int, stop_at: int | None = None, seed: int = 0, lr: fl
     model = torch.nn.Linear(1, 1, bias=False)
     calls = []
 
-    def loss_of(draw: torch.Generator, count: int) -> torch.Tensor:
+    def loss(share) -> torch.Tensor:
         calls.append(None)
         if stop_at and len(calls) > stop_at:
             stop()
-        x = torch.randn(count, 1, generator=draw)
+        x = torch.randn(share.count, 1, generator=share.draw)
         return (model(x) - 3 * x).square().mean()
 
-    fit("line", model, loss_of, Fit(steps, 8, lr, save_every=5), path, {"of": "a test"}, seed, MACHINE)
+    learn("line", model, lambda: loss, Fit(steps, 8, lr, save_every=5), path, {"of": "a test", "seed": seed}, MACHINE)
     return model.weight.detach().clone()
 
 
@@ -355,54 +359,82 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
     torch.manual_seed(0)
     model, calls = torch.nn.Linear(1, 1, bias=False), itertools.count(1)
 
-    def loss_of(draw: torch.Generator, count: int) -> torch.Tensor:
-        number = next(calls)        # two shards, in threads, a step
-        loss = model(torch.randn(count, 1, generator=draw)).square().mean()
+    def loss(share) -> torch.Tensor:
+        number = next(calls)        # two halves, in threads, a step
+        value = model(torch.randn(share.count, 1, generator=share.draw)).square().mean()
         if number == 19:
-            loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss
+            value.register_hook(lambda gradient: gradient * math.nan)
+        return value
 
-    plan = Fit(20, 8, 0.1, save_every=5)
+    def train(name: str) -> None:
+        learn("line", model, lambda: loss, Fit(20, 8, 0.1, save_every=5), tmp_path / f"{name}.safetensors",
+              {"seed": 0}, MACHINE)
+
     with pytest.raises(UserError, match="line gradient is nan at step 10; what was saved"):
-        fit("line", model, loss_of, plan, tmp_path / "x.safetensors", {}, 0, MACHINE)
+        train("x")
     tensors, facts = checkpoint.load(tmp_path / "x.part")
     assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())
     for lost in ("average.weight", "optimizer.exp_avg.weight"):
         checkpoint.save(tmp_path / "y.part", {name: value for name, value in tensors.items() if name != lost}, facts)
         with pytest.raises(UserError, match="y.part: its facts are incomplete"):
-            fit("line", model, loss_of, plan, tmp_path / "y.safetensors", {}, 0, MACHINE)
-    fit("line", model, loss_of, plan, tmp_path / "x.safetensors", {}, 0, MACHINE)
+            train("y")
+    train("x")
     logged = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [5, 10, 15, 20] and logged[0]["loss"] > logged[3]["loss"]
     assert model.weight.isfinite().all()
 
 
-def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_path):
+def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_path, capsys):
     model, path = torch.nn.Linear(2, 1), tmp_path / "x.safetensors"
 
-    def loss_of(draw, count):
-        counts.append(count)
+    def loss(share):
+        counts.append(share.count)
         if len(counts) == 13:
             os.kill(os.getpid(), signal.SIGINT)
-        return model(torch.randn(count, 2, generator=draw)).square().mean()
-    counts, plan = [], Fit(8, 8, 1e-2, save_every=5)
+        return model(torch.randn(share.count, 2, generator=share.draw)).square().mean()
+
+    def train(machine: Machine, prepare=lambda: loss) -> None:
+        learn("line", model, prepare, Fit(8, 8, 1e-2, save_every=5), path, {"seed": 0}, machine)
+
+    counts = []
     with pytest.raises(KeyboardInterrupt):
-        fit("line", model, loss_of, plan, path, {}, 0, MACHINE)
-    assert set(counts) == {4}
-    other = dataclasses.replace(MACHINE, precision="bf16")
-    with pytest.raises(UserError, match="x.part was made with another precision"):
-        fit("line", model, loss_of, plan, path, {}, 0, other)
-    fit("line", model, loss_of, plan, path, {}, 0, MACHINE)
-    fit("line", model, None, plan, path, {}, 0, other)                  # what is finished serves any
-    with pytest.raises(UserError, match="line: 3 processes cannot share out the 8 images of a step"):
-        fit("line", model, loss_of, plan, tmp_path / "y.safetensors", {}, 0, dataclasses.replace(MACHINE, world=3))
+        train(MACHINE)
+    assert set(counts) == {4} and checkpoint.load(tmp_path / "x.part")[1]["step"] == 7
+    train(MACHINE)
+    assert "going on after step 7 of 8" in capsys.readouterr().out
+    train(dataclasses.replace(MACHINE, precision="bf16"), None)         # what is finished serves any
+    path.unlink()
+    counts = [0] * 20
+    with pytest.raises(UserError, match="line: 3 processes cannot share out the 8 samples of a step"):
+        three = Workers()
+        three.count = 3
+        train(dataclasses.replace(MACHINE, workers=three))
 
 
-def test_a_fit_of_other_settings_is_refused(tmp_path):
-    fit_line(tmp_path / "x.safetensors", 10)
-    with pytest.raises(UserError, match="x.safetensors was made with another steps"):
-        fit_line(tmp_path / "x.safetensors", 11)
-    with pytest.raises(UserError, match="another seed"):
-        fit_line(tmp_path / "x.safetensors", 10, seed=1)
-    with pytest.raises(UserError, match="line loss is (nan|inf)"):
-        fit_line(tmp_path / "y.safetensors", 10, lr=math.inf)
+def test_an_unfinished_fit_of_another_precision_begins_anew(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(tmp_path / "x.safetensors", 20, stop_at=15)
+    capsys.readouterr()
+    model = torch.nn.Linear(1, 1, bias=False)
+    learn("line", model, lambda: lambda share: model(torch.randn(share.count, 1, generator=share.draw)).square().mean(),
+          Fit(20, 8, 0.1, save_every=5), tmp_path / "x.safetensors", {"of": "a test", "seed": 0},
+          dataclasses.replace(MACHINE, precision="bf16"))
+    assert "x.part is begun anew: precision was float32 and is bf16." in capsys.readouterr().out
+
+
+def test_a_fit_of_another_key_is_made_anew_and_says_why(tmp_path, capsys):
+    """What is there is kept until the new one is finished."""
+    path = tmp_path / "x.safetensors"
+    fit_line(path, 10)
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(path, 11, stop_at=15)
+    assert "x.safetensors is made anew: fit.steps was 10 and is 11." in capsys.readouterr().out
+    assert path.read_bytes() == before
+    fit_line(path, 11)
+    assert path.read_bytes() != before and json.loads((tmp_path / "x.key.json").read_text())["fit"]["steps"] == 11
+    capsys.readouterr()
+    fit_line(path, 11, seed=1)
+    assert "seed was 0 and is 1." in capsys.readouterr().out
+    fit_line(path, 11, seed=1)
+    assert f"{path} is there." in capsys.readouterr().out

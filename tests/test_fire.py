@@ -22,13 +22,21 @@ from PIL import Image, ImageFont
 from test_commands import ROOT, command, succeed
 from torch.utils.data import DataLoader, Dataset
 
-from mra import checkpoint, figures, gallery, training
-from mra.config import UserError, harmless, run
-from mra.data import town
+from mra.config import UserError
+from mra.data.files import harmless, write_json
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.making import write_part
+from mra.ranking import Plan
 from mra.retriever import Retriever
+from mra.run import checkpoint
+from mra.run.command import run
+from mra.run.loop import write_line
+from mra.run.machine import Machine
+from mra.show import gallery, pictures
+from mra.town import sets
+from mra.weights.retrievers import load_retriever, model_facts
 from tests.stress import fuzz
+from tests.study import charts
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\u202e<b>red</b>"
 
@@ -44,7 +52,7 @@ def full_disk():
 
 def save(path: Path, model: Retriever, tokenizer: Tokenizer, dataset: str, **sizes) -> None:
     """A checkpoint that says it was trained on `dataset` and has these sizes."""
-    facts = checkpoint.model_facts(model, tokenizer)
+    facts = model_facts(model, tokenizer)
     checkpoint.save(path, checkpoint.weights(model), facts | {
         "model": facts["model"] | sizes, "val": {}, "pretrained_on": dataset,
         "train": {"preset": "tiny", "dataset": dataset, "data_root": "", "seed": dataset}})
@@ -116,12 +124,12 @@ def test_what_is_drawn_is_the_text_alone(tmp_path, paint):
     path, pixels = paint("a.png"), {}
     for name, sentence in (("hostile", "a\x1b red\u202e coat"), ("plain", "a  red  coat"),
                            ("markup", "<b>a red coat</b>"), ("long", "red coat " * 10**5)):
-        figures.table([(sentence, [(figures.photograph(path), figures.GREY, "")])], tmp_path / "x.png")
+        pictures.table([(sentence, [(pictures.photograph(path), pictures.GREY, "")])], tmp_path / "x.png")
         pixels[name] = np.asarray(Image.open(tmp_path / "x.png"))
     assert (pixels["hostile"] == pixels["plain"]).all() and (pixels["markup"] != pixels["plain"]).any()
     assert pixels["long"].shape == pixels["plain"].shape
     wide = "short-sleeved-t-shirt"          # wider than its picture: drawn all the same
-    assert figures._wrapped(wide, ImageFont.load_default(11), 96) == wide
+    assert pictures._wrapped(wide, ImageFont.load_default(11), 96) == wide
 
 
 @pytest.mark.parametrize("named", ["..", "/etc", "elsewhere", "../elsewhere"])
@@ -141,31 +149,31 @@ def test_facts_that_ask_for_a_giant_are_refused_before_it_is_made(tmp_path, mode
                    {"dropout": float("nan")}, {"image_heads": 0}):
         save(tmp_path / "x.safetensors", model, tokenizer, "sda", **change)
         with pytest.raises(UserError, match="x.safetensors"), fuzz.limits():
-            checkpoint.load_retriever(tmp_path / "x.safetensors", torch.device("cpu"))
+            load_retriever(tmp_path / "x.safetensors", torch.device("cpu"))
 
 
 # ---- full disks
 
 def in_town(folder: Path, _) -> None:
-    town.build(folder, "rstp", town.TINY, 0, 1, lambda line: None)
+    sets.build(folder, "rstp", sets.TINY, 0, 1, lambda line: None)
 
 
 def in_gallery(folder: Path, model) -> None:
     if not (folder / "photos").exists():
         (folder / "photos").mkdir()
         Image.new("RGB", (8, 8)).save(folder / "photos/a.png")
-    gallery.encode(folder / "photos", model, folder / "x.safetensors", 4, say=lambda line: None)
+    gallery.encode(folder / "photos", model, folder / "x.safetensors", Plan(0, batch=4), say=lambda line: None)
 
 
 def in_part(folder: Path, _) -> None:
     images = torch.randint(0, 256, (2, 3, 64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    write_part(folder / "parts/000000.json", images, [{"caption": "x" * 9000}, {"caption": "y"}], {}, "same")
+    write_part(folder / "parts/000000.json", images, [{"caption": "x" * 9000}, {"caption": "y"}], {})
 
 
 WRITES: dict[str, Callable[[Path, object], object]] = {
     "checkpoint": lambda folder, model: checkpoint.save(folder / "x.safetensors", checkpoint.weights(model), {}),
-    "json": lambda folder, model: checkpoint.write_json(folder / "x.json", ["x"] * 9000),
-    "picture": lambda folder, model: figures.bars({"a": {"b": [1.0, 2.0]}}, "c", folder / "x.png"),
+    "json": lambda folder, model: write_json(folder / "x.json", ["x"] * 9000),
+    "picture": lambda folder, model: charts.bars({"a": {"b": [1.0, 2.0]}}, "c", folder / "x.png"),
     "drawn set": in_town, "embeddings": in_gallery, "adapted images": in_part,
 }
 
@@ -207,10 +215,10 @@ def test_a_full_disk_spoils_nothing(tmp_path, model, full_disk, kind):
 
 def test_a_full_disk_ends_a_command_in_one_sentence(tmp_path, full_disk):
     """Even where the file that is written has no name left, as for the log."""
-    log = training.Log(tmp_path / "log.jsonl", 1, 1, False)
+    machine = Machine.of("cpu", "float32")
     full_disk(0)
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(io.StringIO()) as err:
-        run(lambda: log.write({"step": 1}))
+        run(lambda: write_line(tmp_path / "log.jsonl", {"step": 1}, machine))
     full_disk(None)
     assert end.value.code == 2 and err.getvalue() == "error: [Errno 27] File too large\n"
 
@@ -255,6 +263,7 @@ def test_a_killed_helper_and_a_plain_terminal(capsys):
         run(killed)
     said = capsys.readouterr().err
     assert end.value.code == 2 and re.fullmatch("error: a helping process was killed.*--workers.\n", said)
-    shown = subprocess.run([sys.executable, "-c", "from mra.config import run; run(lambda: print('穿'))"], cwd=ROOT,
+    shown = subprocess.run([sys.executable, "-c",
+                            "from mra.run.command import run; run(lambda: print('穿'))"], cwd=ROOT,
                            env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (0, "\\u7a7f\n")

@@ -10,9 +10,14 @@ import torch
 from PIL import Image
 
 import evaluate
-from mra import checkpoint, gallery, ranking
-from mra.config import UserError, run
-from mra.data import check, words
+from mra import ranking
+from mra.config import UserError
+from mra.data import words
+from mra.ranking import Plan
+from mra.run import checkpoint
+from mra.run.command import run
+from mra.show import check, gallery
+from mra.weights.retrievers import model_facts
 from tests.test_ranking import pair_by_hand
 from tests.test_released import small, write  # noqa: F401 (fixtures: a small released checkpoint)
 
@@ -38,7 +43,7 @@ def ours(tmp_path, model, tokenizer) -> Path:
     path = tmp_path / "out/ours/best.safetensors"
     path.parent.mkdir(parents=True)
     facts = {"train": {"preset": "tiny", "dataset": "cuhk", "seed": 0, "data_root": ""}, "val": {"weight": 1.0}}
-    checkpoint.save(path, checkpoint.weights(model), checkpoint.model_facts(model, tokenizer) | facts
+    checkpoint.save(path, checkpoint.weights(model), model_facts(model, tokenizer) | facts
                     | {"pretrained_on": "nothing"})
     return path
 
@@ -106,8 +111,8 @@ def test_what_has_not_changed_is_not_encoded_again(ask, ours, folder, model):
     _, changed, encoded = ask(*flags)
     assert encoded == 3 and changed["images"] == 4
     paths = [f"photos/{name}" for name in ("a.png", "b/ünï/e.webp", "f.TIFF", "g.jp2")]
-    fresh = ranking.encode_gallery(model, ranking.Images(paths, model.config), 64)
-    kept, features, _ = gallery.encode(Path("photos"), model, ours.parent / "gallery.safetensors", 64)
+    fresh = ranking.encode_gallery(model, ranking.Images(paths, model.config), Plan(0))
+    kept, features, _ = gallery.encode(Path("photos"), model, ours.parent / "gallery.safetensors", Plan(0))
     assert kept == paths and checkpoint.load(ours.parent / "gallery.safetensors")[0]["features"].shape == fresh.shape
     torch.testing.assert_close(features, fresh, atol=1e-6, rtol=0)
 
@@ -134,14 +139,15 @@ def test_embeddings_of_another_run_are_not_taken_for_ones_own(ours, folder, mode
         real(path, tensors | {"stamps": tensors["stamps"].flip(0)}, facts)
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(UserError, match="another run"):
-        gallery.encode(folder, model, cache, 64)
+        gallery.encode(folder, model, cache, Plan(0))
 
 
 def test_an_unchanged_folder_is_searched_in_its_file(ask, ours, folder, monkeypatch):
     """Nothing of the embeddings' size is made: what sharded_top_k gets is the file, mapped."""
     ask("--query", ASKED[0], "--gallery", "photos")
-    given, real = [], ranking.sharded_top_k
-    monkeypatch.setattr(ranking, "sharded_top_k", lambda queries, rows, k: given.append(rows) or real(queries, rows, k))
+    given, real = [], evaluate.sharded_top_k
+    monkeypatch.setattr(evaluate, "sharded_top_k", lambda queries, rows, *rest: given.append(rows)
+                        or real(queries, rows, *rest))
     ask("--query", ASKED[0], "--gallery", "photos")
     start = given[0].data_ptr()
     ranges = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -168,18 +174,18 @@ def test_a_photograph_is_decoded_once_and_a_broken_one_costs_no_other(folder, mo
     read, real, lines = [], ranking.open_image, []
     for module in (ranking, check):
         monkeypatch.setattr(module, "open_image", lambda path: read.append(Path(path).name) or real(path))
-    paths, features, broken = gallery.encode(folder, model, tmp_path / "gallery.safetensors", 64, say=lines.append)
+    paths, features, broken = gallery.encode(folder, model, tmp_path / "gallery.safetensors", Plan(0), say=lines.append)
     assert sorted(read) == sorted([*{*read}, "broken.jpg"]) and len(read) == 7      # that one again, to say why
     assert len(paths) == len(features) == 5 and len(broken) == 1
     monkeypatch.setattr(gallery, "PART", 1)
     (tmp_path / "gallery.safetensors").unlink()
-    again = gallery.encode(folder, model, tmp_path / "gallery.safetensors", 64)[1]
+    again = gallery.encode(folder, model, tmp_path / "gallery.safetensors", Plan(0))[1]
     torch.testing.assert_close(again, features, atol=1e-6, rtol=0)
     (tmp_path / "none").mkdir()
     (tmp_path / "none/a.jpg").write_bytes(b"no image")
     for name in ("none", "missing"):
         with pytest.raises(UserError, match="no readable image"):
-            gallery.encode(tmp_path / name, model, tmp_path / "other.safetensors", 64)
+            gallery.encode(tmp_path / name, model, tmp_path / "other.safetensors", Plan(0))
 
 
 def test_stamps_of_millions_of_photographs_fit(tmp_path):

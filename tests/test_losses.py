@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mra import losses
+from mra.retriever import Seen
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -110,6 +111,12 @@ def test_masked_words_by_hand():
     assert logits.grad[1, 1].abs().sum() == 0 and (logits.grad[0].abs().sum(1) > 0).all()
 
 
+def test_the_mean_counts_what_is_marked():
+    values = torch.tensor([1.0, 5.0, 9.0])
+    assert losses.mean_where(values, torch.tensor([True, False, True])) == 5
+    assert losses.mean_where(values, torch.zeros(3, dtype=torch.bool)) == 0
+
+
 # ---- the sum
 
 def test_every_weight_is_applied_once():
@@ -125,42 +132,47 @@ def texts_and_images(model, batch, rows: int):
     image, feature = model.encode_image(batch.image[:rows])
     keep = batch.caption_keep[:rows]
     text, text_feature = model.encode_text(batch.caption_ids[:rows], keep)
-    return feature @ text_feature.T / 0.07, model.fusion_encoder.memories(image), text, keep
+    return feature @ text_feature.T / 0.07, model.fusion_encoder.keys_values(image), text, keep
 
 
-def pair_loss(model, text, keep, memories, i: int, j: int, matched: bool) -> torch.Tensor:
+def matching_loss(model, similarity, seen: Seen, text, keep, classes) -> torch.Tensor:
+    logits, matched, counts = model.match_with_negatives(similarity, seen, text, keep, classes)
+    return losses.mean_where(losses.matching(logits, matched), counts)
+
+
+def pair_loss(model, text, keep, keys_values, i: int, j: int, matched: bool) -> torch.Tensor:
     """-log of the share that image i and text j get for what they are."""
-    logits = model.match(text[j:j + 1], keep[j:j + 1], [memory[i:i + 1] for memory in memories])
+    logits = model.match(text[j:j + 1], keep[j:j + 1], [one[i:i + 1] for one in keys_values])
     return -logits[0].softmax(0)[int(matched)].log()
 
 
 def test_two_pairs_give_two_matched_and_four_mismatched(model, batch):
     """With two identities the negatives are certain: N matched and 2N mismatched pairs."""
-    similarity, memories, text, keep = texts_and_images(model, batch, 2)
-    loss = model.matching_loss(similarity, memories, None, text, keep, torch.tensor([3, 4]))
+    similarity, keys_values, text, keep = texts_and_images(model, batch, 2)
+    loss = matching_loss(model, similarity, Seen(None, keys_values, None), text, keep, torch.tensor([3, 4]))
     pairs = [(0, 0, True), (1, 1, True), (0, 1, False), (1, 0, False), (0, 1, False), (1, 0, False)]
-    expected = sum(pair_loss(model, text, keep, memories, *pair) for pair in pairs) / 6
+    expected = sum(pair_loss(model, text, keep, keys_values, *pair) for pair in pairs) / 6
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_wrong_texts_are_hard_for_the_image_and_wrong_images_for_the_text(model, batch):
     """Image i is surely drawn to text i + 1, so text i is to image i - 1: the mismatched pairs are known."""
-    _, memories, text, keep = texts_and_images(model, batch, 3)
+    _, keys_values, text, keep = texts_and_images(model, batch, 3)
     similarity = 1000.0 * torch.eye(3).roll(1, 1)
-    loss = model.matching_loss(similarity, memories, None, text, keep, torch.tensor([3, 4, 5]))
+    loss = matching_loss(model, similarity, Seen(None, keys_values, None), text, keep, torch.tensor([3, 4, 5]))
     pairs = [(i, i, True) for i in range(3)] + 2 * [(i, (i + 1) % 3, False) for i in range(3)]
-    expected = sum(pair_loss(model, text, keep, memories, *pair) for pair in pairs) / 9
+    expected = sum(pair_loss(model, text, keep, keys_values, *pair) for pair in pairs) / 9
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_negatives_of_a_region_bring_their_own_mask(model, batch):
-    similarity, memories, text, keep = texts_and_images(model, batch, 2)
+    similarity, keys_values, text, keep = texts_and_images(model, batch, 2)
     image_keep = torch.tensor([[True] * 3 + [False] * 6, [True] + [False] * 5 + [True] * 3])
-    loss = model.matching_loss(similarity, memories, image_keep, text, keep, torch.tensor([3, 4]))
+    loss = matching_loss(model, similarity, Seen(None, keys_values, image_keep), text, keep, torch.tensor([3, 4]))
     expected = 0
     for i in range(2):
         for j in range(2):
-            own = [memory[i:i + 1] for memory in memories]
+            own = [one[i:i + 1] for one in keys_values]
             logits = model.match(text[j:j + 1], keep[j:j + 1], own, image_keep[i:i + 1])
             expected = expected - logits[0].log_softmax(0)[int(i == j)] * (1 if i == j else 2) / 6
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
@@ -168,9 +180,9 @@ def test_the_negatives_of_a_region_bring_their_own_mask(model, batch):
 
 def test_one_identity_has_matched_pairs_alone(model, batch):
     """A wrong text cannot be drawn, so its pairs count for nothing, neither in the sum nor in the mean."""
-    similarity, memories, text, keep = texts_and_images(model, batch, 4)
-    loss = model.matching_loss(similarity, memories, None, text, keep, torch.tensor([6, 6, 6, 6]))
-    expected = sum(pair_loss(model, text, keep, memories, i, i, True) for i in range(4)) / 4
+    similarity, keys_values, text, keep = texts_and_images(model, batch, 4)
+    loss = matching_loss(model, similarity, Seen(None, keys_values, None), text, keep, torch.tensor([6, 6, 6, 6]))
+    expected = sum(pair_loss(model, text, keep, keys_values, i, i, True) for i in range(4)) / 4
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

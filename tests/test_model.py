@@ -15,8 +15,10 @@ from mra.data.augment import box_to_patches
 from mra.data.batches import Batch, PairDataset
 from mra.data.tokenizer import MAX_MASKED
 from mra.layers import Attention, PostNormBlock, PreNormBlock
-from mra.retriever import Retriever, pool_region
-from mra.training import make_optimizer
+from mra.retriever import Objective, Retriever, pool_region
+from mra.run import stages
+from mra.weights.released import ReleasedRetriever
+from mra.weights.retrievers import make_retriever
 
 CLOSE = dict(atol=1e-6, rtol=1e-6)
 
@@ -34,14 +36,14 @@ def keep_of(*lengths: int) -> torch.Tensor:
 
 
 def copy_attention(theirs: nn.MultiheadAttention, ours: Attention) -> None:
-    key, value = ours.to_memory.weight.chunk(2)
+    key, value = ours.to_keys_values.weight.chunk(2)
     separate = theirs.in_proj_weight is None              # PyTorch stores them so when the context is wider
     with torch.no_grad():
         for target, source in ([(theirs.q_proj_weight, ours.to_query.weight), (theirs.k_proj_weight, key),
                                 (theirs.v_proj_weight, value)] if separate else
                                [(theirs.in_proj_weight, torch.cat([ours.to_query.weight, key, value]))]):
             target.copy_(source)
-        theirs.in_proj_bias.copy_(torch.cat([ours.to_query.bias, ours.to_memory.bias]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.to_query.bias, ours.to_keys_values.bias]))
     theirs.out_proj.load_state_dict(ours.to_out.state_dict())
 
 
@@ -67,7 +69,7 @@ def test_attention_is_pytorchs(context_dim):
     x, keep = torch.randn(3, 5, 16), keep_of(5, 2, 4)
     context = x if context_dim is None else torch.randn(3, 7, context_dim)
     keep = keep if context_dim is None else keep_of(3, 7, 1)
-    memory = None if context_dim is None else ours.memory(context)
+    memory = None if context_dim is None else ours.keys_values(context)
     for mask in (None, keep):
         expected, _ = theirs(x, context, context, key_padding_mask=None if mask is None else ~mask)
         torch.testing.assert_close(ours(x, memory, mask), expected, **CLOSE)
@@ -97,7 +99,7 @@ def test_post_norm_block_with_cross_attention_is_pytorchs():
     x, keep = torch.randn(3, 5, 16), keep_of(5, 2, 4)
     image, image_keep = torch.randn(3, 7, 16), keep_of(3, 7, 1)
     expected = theirs(x, image, tgt_key_padding_mask=~keep, memory_key_padding_mask=~image_keep)
-    torch.testing.assert_close(ours(x, keep, ours.cross.memory(image), image_keep), expected, **CLOSE)
+    torch.testing.assert_close(ours(x, keep, ours.cross.keys_values(image), image_keep), expected, **CLOSE)
 
 
 # ---- encoders
@@ -105,12 +107,12 @@ def test_post_norm_block_with_cross_attention_is_pytorchs():
 def test_fusion_at_some_positions_is_all_positions_then_selecting(model, batch):
     image = model.image_encoder(batch.image)
     text = model.text_encoder(batch.caption_ids, batch.caption_keep)
-    memories = model.fusion_encoder.memories(image)
+    keys_values = model.fusion_encoder.keys_values(image)
     everywhere = torch.arange(12).expand(4, -1)
     at = torch.tensor([[3, 0], [5, 5], [1, 2], [0, 4]])
     for image_keep in (None, keep_of(9, 3, 1, 5)):
-        all_of_them = model.fusion_encoder(text, batch.caption_keep, everywhere, memories, image_keep)
-        some = model.fusion_encoder(text, batch.caption_keep, at, memories, image_keep)
+        all_of_them = model.fusion_encoder(text, batch.caption_keep, everywhere, keys_values, image_keep)
+        some = model.fusion_encoder(text, batch.caption_keep, at, keys_values, image_keep)
         expected = torch.stack([all_of_them[row, at[row]] for row in range(4)])
         torch.testing.assert_close(some, expected, atol=1e-5, rtol=1e-5)
 
@@ -118,14 +120,14 @@ def test_fusion_at_some_positions_is_all_positions_then_selecting(model, batch):
 def test_a_caption_alone_is_what_it_is_in_a_padded_batch(model, batch):
     image = model.image_encoder(batch.image)
     tokens, features = model.encode_text(batch.caption_ids, batch.caption_keep)
-    logits = model.match(tokens, batch.caption_keep, model.fusion_encoder.memories(image))
+    logits = model.match(tokens, batch.caption_keep, model.fusion_encoder.keys_values(image))
     for row in range(4):
         length = int(batch.caption_keep[row].sum())
         ids, keep = batch.caption_ids[row:row + 1, :length], torch.ones(1, length, dtype=torch.bool)
         alone, feature = model.encode_text(ids, keep)
         torch.testing.assert_close(alone[0], tokens[row, :length], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(feature[0], features[row], atol=1e-5, rtol=1e-5)
-        logit = model.match(alone, keep, model.fusion_encoder.memories(image[row:row + 1]))
+        logit = model.match(alone, keep, model.fusion_encoder.keys_values(image[row:row + 1]))
         torch.testing.assert_close(logit[0], logits[row], atol=1e-5, rtol=1e-5)
 
 
@@ -181,17 +183,17 @@ def test_region_losses_depend_on_the_box(model, batch):
 @pytest.mark.parametrize("bins", [0, 3])
 def test_a_region_feature_is_made_of_the_region_alone(config, batch, bins):
     torch.manual_seed(0)
-    model = Retriever(dataclasses.replace(config, bins=bins)).eval()
+    model = ReleasedRetriever(dataclasses.replace(config, bins=bins)).eval()
     keep, tokens = batch.region_keep, torch.randn(4, 1 + config.patch_count, config.image_dim)
     noisy = tokens + torch.randn_like(tokens) * F.pad(~keep, (1, 0), value=True)[..., None]
-    one, other = (model.image_feature(pool_region(x, keep)[0], keep) for x in (tokens, noisy))
+    one, other = (model.encode_region(x, keep)[2] for x in (tokens, noisy))
     assert torch.allclose(one, other, atol=1e-6) and not torch.allclose(one, model.image_feature(noisy), atol=1e-2)
 
 
 @pytest.mark.parametrize("bins", [0, 3])
 def test_as_released_the_regions_contrastive_loss_ignores_the_box(config, batch, bins):
     torch.manual_seed(0)
-    model = Retriever(dataclasses.replace(config, bins=bins, released_regions=True)).eval()
+    model = make_retriever(dataclasses.replace(config, bins=bins, released_regions=True)).eval()
     here, there = (model(dataclasses.replace(batch, region_keep=keep))
                    for keep in (batch.region_keep, batch.region_keep.roll(1, 0)))
     assert here["rpc"] == there["rpc"] and (here["rpm"] - there["rpm"]).abs() > 1e-6
@@ -216,7 +218,7 @@ def test_the_fusion_encoder_sees_the_region_and_nothing_else(model, batch):
         tokens = region.clone()
         if changed is not None:
             tokens[:, changed] += torch.randn(4, 24)
-        return model.match(text, batch.phrase_keep, model.fusion_encoder.memories(tokens), keep)
+        return model.match(text, batch.phrase_keep, model.fusion_encoder.keys_values(tokens), keep)
     for token in range(9):
         moved = (scores(token) - scores(None)).abs().amax(1) > 1e-5
         assert moved.tolist() == keep[:, token].tolist()
@@ -226,18 +228,18 @@ def test_the_region_passes_of_forward_are_masked_and_see_the_mean(model, batch):
     calls = []
     model.fusion_encoder.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
     model(batch)
-    *_, memories, image_keep = calls[-1]                  # itm, itm of the eda caption, mlm, rpm
+    *_, keys_values, image_keep, _ = calls[-1]                # itm, itm of the eda caption, mlm, rpm
     region, keep = pool_region(model.image_encoder(batch.image), batch.region_keep)
     assert len(calls) == 4 and torch.equal(image_keep[:8], torch.cat([keep, keep]))
-    expected = model.fusion_encoder.memories(region)
-    torch.testing.assert_close(memories[0][:4], expected[0], atol=1e-5, rtol=1e-5)
+    expected = model.fusion_encoder.keys_values(region)
+    torch.testing.assert_close(keys_values[0][:4], expected[0], atol=1e-5, rtol=1e-5)
 
 
 # ---- the terms of a batch
 
 def test_what_forward_returns(model, batch):
     assert set(model(batch)) == {"itc", "itm", "mlm", "rpc", "rpm"}
-    unfused = set(model(batch, fuse=False))
+    unfused = set(model(batch, Objective(fuse=False)))
     assert {"itc", "rpc"} <= unfused and unfused.isdisjoint({"itm", "mlm"})
     regions = dict.fromkeys(("region_keep", "phrase_ids", "phrase_keep", "phrase_class"))
     assert set(model(dataclasses.replace(batch, **regions))) == {"itc", "itm", "mlm"}
@@ -249,14 +251,14 @@ def test_the_augmented_caption_is_a_second_positive(model, batch):
     alone = model(dataclasses.replace(two, eda_ids=None, eda_keep=None))
     variant = model(dataclasses.replace(two, caption_ids=two.eda_ids, caption_keep=two.eda_keep,
                                         masked_ids=two.eda_ids, eda_ids=None, eda_keep=None))
-    both = model(two, eda=0.8)
+    both = model(two, Objective(eda=0.8))
     for name, term in both.items():
         expected = alone[name] + 0.8 * variant[name] if name in ("itc", "itm") else alone[name]
         torch.testing.assert_close(term, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_smoothing_reaches_both_contrastive_losses(model, batch):
-    plain, smooth = model(batch), model(batch, smoothing=0.2)
+    plain, smooth = model(batch), model(batch, Objective(smoothing=0.2))
     _, image = model.encode_image(batch.image)
     _, text = model.encode_text(batch.caption_ids, batch.caption_keep)
     expected = losses.contrastive(image, text, 0.07, batch.identity, 0.2)
@@ -271,8 +273,8 @@ def test_masked_words_are_predicted_from_the_masked_caption_and_the_image(model,
     for row in range(4):
         keep = batch.caption_keep[row:row + 1]
         text = model.text_encoder(batch.masked_ids[row:row + 1], keep)
-        memories = model.fusion_encoder.memories(image[row:row + 1])
-        fused = model.fusion_encoder(text, keep, torch.arange(12)[None], memories)
+        keys_values = model.fusion_encoder.keys_values(image[row:row + 1])
+        fused = model.fusion_encoder(text, keep, torch.arange(12)[None], keys_values)
         for at, label in zip(batch.masked_at[row], batch.masked_labels[row]):
             if label != -100:
                 expected.append(-model.word_head(fused[0, at]).log_softmax(0)[label])
@@ -284,8 +286,8 @@ def test_masked_words_are_predicted_from_the_masked_caption_and_the_image(model,
     "window": 2, "image_dim": 64, "image_depth": 8, "image_heads": 8}])
 def test_every_parameter_learns_from_one_batch(config, batch, change):
     torch.manual_seed(0)
-    model = Retriever(dataclasses.replace(config, **change))
-    losses.total(model(batch, eda=0.8), beta=0.8).backward()
+    model = make_retriever(dataclasses.replace(config, **change))
+    losses.total(model(batch, Objective(eda=0.8)), beta=0.8).backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not idle
 
@@ -302,7 +304,7 @@ def test_parameter_counts(preset, vocab, count):
 
 
 def test_the_optimiser_covers_every_parameter_once(model):
-    groups = make_optimizer(model, TrainConfig(lr=1e-3, head_lr=5.0, weight_decay=0.01)).param_groups
+    groups = stages.groups(model, TrainConfig(lr=1e-3, head_lr=5.0, weight_decay=0.01))
     settings = {id(p): (group["weight_decay"], group["peak"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(settings) == len(list(model.parameters()))
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)}
@@ -310,7 +312,7 @@ def test_the_optimiser_covers_every_parameter_once(model):
     heads = nn.ModuleList([model.image_projection, model.text_projection, model.matching_head,
                            model.word_head])
     heads = {id(p) for p in heads.parameters()} - {id(model.text_encoder.words.weight)}     # the encoder's
-    assert all(group["betas"] == (0.9, 0.98) for group in groups)
+    assert stages.fit_of(TrainConfig(), 10, 1).betas == (0.9, 0.98)
     for name, p in model.named_parameters():
         expected = (0.01 if id(p) in matrices | tables else 0, 5e-3 if id(p) in heads else 1e-3)
         assert settings[id(p)] == expected, name
@@ -356,20 +358,20 @@ def test_walks_the_shapes_from_disk_to_loss(tmp_path, paint, config, tokenizer, 
     columns, exists = losses.hard_negatives(image_features @ text_features.T, batch.identity)
     assert columns.tolist() == [1, 0] and exists.tolist() == [True, True]
 
-    memories = model.fusion_encoder.memories(image)
+    keys_values = model.fusion_encoder.keys_values(image)
     head = config.text_dim // config.text_heads
-    assert [m.shape for m in memories] == [(B, 2, config.text_heads, 1 + N, head)] * config.fusion_depth
+    assert [m.shape for m in keys_values] == [(B, 2, config.text_heads, 1 + N, head)] * config.fusion_depth
     everywhere = torch.arange(T).expand(B, T)
-    assert model.fusion_encoder(text, batch.caption_keep, everywhere, memories).shape == (B, T, D)
-    fused = model.fusion_encoder(text, batch.caption_keep, batch.masked_at, memories)
-    logits = model.match(text, batch.caption_keep, memories)
+    assert model.fusion_encoder(text, batch.caption_keep, everywhere, keys_values).shape == (B, T, D)
+    fused = model.fusion_encoder(text, batch.caption_keep, batch.masked_at, keys_values)
+    logits = model.match(text, batch.caption_keep, keys_values)
     assert fused.shape == (B, M, D) and model.word_head(fused).shape == (B, M, V) and logits.shape == (B, 2)
     assert losses.matching(logits, torch.tensor([True, False])).shape == (B,)
     assert losses.masked_words(model.word_head(fused), batch.masked_labels).shape == (B, M)
     region, keep = pool_region(image, batch.region_keep)
     assert region.shape == (B, 1 + N, config.image_dim) and keep.shape == (B, 1 + N)
 
-    terms = model(batch, eda=0.8)
+    terms = model(batch, Objective(eda=0.8))
     assert set(terms) == {"itc", "itm", "mlm", "rpc", "rpm"}
     assert all(term.shape == () and term.isfinite() for term in terms.values())
     loss = losses.total(terms, beta=0.8)

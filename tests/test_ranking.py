@@ -8,8 +8,8 @@ import torch
 
 from mra import ranking
 from mra.data.augment import tensor_of
-from mra.data.records import open_image
-from mra.ranking import Search, choose_weight, means, metric_rows, search
+from mra.data.files import open_image
+from mra.ranking import Found, Plan, choose_weight, retrieval_metrics, search
 
 CAPTIONS = ["a man in a red coat with a bag on his left", "a woman",
             "blue jeans and white shoes on the right side", "black hat",
@@ -29,28 +29,29 @@ def naive_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
     return dict(zip(NAMES, (100 * np.mean(rows, axis=0)).tolist()))
 
 
-def made(similarity, logits, candidates=None, passes=None) -> Search:
+def made(similarity, logits, candidates=None, passes=None) -> Found:
     """What a search finds whose similarities (Q, G) and logits (Q, k) are these; mismatches have the logit 0."""
     similarity, logits = torch.as_tensor(similarity), torch.as_tensor(logits)
     if candidates is None:
         candidates = similarity.argsort(dim=1, descending=True, stable=True)
-    return Search(similarity, torch.eye(similarity.shape[1], dtype=similarity.dtype), similarity.gather(1, candidates),
-                  candidates, logits, logits[None] if passes is None else torch.as_tensor(passes))
+    return Found(similarity, torch.eye(similarity.shape[1], dtype=similarity.dtype), similarity.gather(1, candidates),
+                 candidates, logits, logits[None] if passes is None else torch.as_tensor(passes))
 
 
-def matrix(found: Search) -> torch.Tensor:
+def matrix(found: Found) -> torch.Tensor:
     return found.queries @ found.gallery.T
 
 
-def order(found: Search, first: torch.Tensor) -> torch.Tensor:
+def order(found: Found, first: torch.Tensor) -> torch.Tensor:
     """The whole gallery (Q, G), `first` (Q, K) before the others."""
-    return torch.cat([first, found.rest(slice(None))], 1)
+    return torch.cat([first, found.rest(torch.arange(len(first)))], 1)
 
 
 def checked_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
     """Those of scores (Q, G), which a search with the best five of each query as candidates must have, too."""
+    metrics = retrieval_metrics(scores, query_ids, gallery_ids)
     ranked = scores.argsort(dim=1, descending=True, stable=True)
-    found, metrics = made(scores, scores[:, :0], ranked[:, :5]), means([metric_rows(ranked, query_ids, gallery_ids)])
+    found = made(scores, scores[:, :0], ranked[:, :5])
     assert found.metrics(query_ids, gallery_ids, found.candidates) == [pytest.approx(metrics, nan_ok=True)]
     return metrics
 
@@ -190,11 +191,11 @@ def pair_by_hand(model, tokenizer, caption: str, path: str, mirrored: bool) -> t
     pixels = tensor_of(open_image(path), (model.config.height, model.config.width))
     text, text_feature = model.encode_text(ids, keep)
     image, image_feature = model.encode_image(pixels.flip(-1)[None] if mirrored else pixels[None])
-    logits = model.match(text, keep, model.fusion_encoder.memories(image))[0]
+    logits = model.match(text, keep, model.fusion_encoder.keys_values(image))[0]
     return (text_feature @ image_feature.T).item(), (logits[1] - logits[0]).item()
 
 
-def by_pair(found: Search) -> torch.Tensor:
+def by_pair(found: Found) -> torch.Tensor:
     """Matching logits (Q, G), nan where a pair was no candidate."""
     candidates = found.candidates[:, :found.logits.shape[1]]
     return torch.full_like(matrix(found), torch.nan).scatter(1, candidates, found.logits)
@@ -213,7 +214,7 @@ def test_search_scores_every_pair_as_by_hand(model, tokenizer, paths, mirror):
             if mirror:
                 passes.append(pair_by_hand(model, tokenizer, other.get(q, caption), path, True))
             expected[:, q, g] = torch.tensor(passes).mean(0)
-    found = search(model, tokenizer, CAPTIONS, paths, k=5, mirror=mirror, batch=2)
+    found = search(model, tokenizer, CAPTIONS, paths, Plan(5, mirror, batch=2))
     assert expected[1].std() > 0.05
     torch.testing.assert_close(matrix(found), expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.similarity, expected[0].gather(1, found.candidates), atol=1e-5, rtol=1e-5)
@@ -221,9 +222,9 @@ def test_search_scores_every_pair_as_by_hand(model, tokenizer, paths, mirror):
 
 
 def test_bf16_rounds_what_encoders_do_and_not_the_order(model, tokenizer, paths):
-    whole = search(model, tokenizer, CAPTIONS, paths, k=5)
+    whole = search(model, tokenizer, CAPTIONS, paths, Plan(5))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = search(model, tokenizer, CAPTIONS, paths, k=5)
+        rounded = search(model, tokenizer, CAPTIONS, paths, Plan(5))
     for one, other in ((matrix(whole), matrix(rounded)), (by_pair(whole), by_pair(rounded))):
         assert other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.1
         assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.995
@@ -233,7 +234,7 @@ def test_bf16_rounds_what_encoders_do_and_not_the_order(model, tokenizer, paths)
 def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, paths, monkeypatch):
     """Three candidates a query, in no order, chunks of two pairs: each logit is where its candidate is.
 
-    The chunks are as asked for, or as many pairs as GATHERED bytes hold.
+    The chunks are PAIRS, or as many pairs as GATHERED bytes hold.
     """
     seen, real = [], model.match
     monkeypatch.setattr(model, "match", lambda text, *rest, **more: seen.append(len(text)) or real(text, *rest, **more))
@@ -242,10 +243,11 @@ def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, p
     candidates = torch.tensor([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2], [2, 4, 3]])
     queries = ranking.encode_queries(model, tokenizer, CAPTIONS, batch=2)
     images = ranking.Images(paths, model.config)
-    for mirrored, count in ((False, 2), (True, 2), (False, 0)):
+    for mirrored, count in ((False, 2), (True, 2), (False, 256)):
         seen.clear()
-        pairs = ranking.match_candidates(model, images, queries, candidates, mirrored, 2, count)        # (5, 3, 2)
-        assert max(seen) == (count or 3) and sum(seen) == 15
+        monkeypatch.setitem(ranking.PAIRS, "cpu", count)
+        pairs = ranking.match_candidates(model, images, queries, candidates, mirrored, Plan(3, batch=2))    # (5, 3, 2)
+        assert max(seen) == min(count, 3) and sum(seen) == 15
         expected = torch.tensor([[pair_by_hand(model, tokenizer, caption, paths[g], mirrored)[1] for g in row]
                                  for caption, row in zip(CAPTIONS, candidates.tolist())])
         torch.testing.assert_close(pairs[..., 1] - pairs[..., 0], expected, atol=1e-5, rtol=1e-5)
@@ -253,20 +255,20 @@ def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, p
 
 def test_a_pair_scores_the_same_in_any_company(model, tokenizer, paths):
     """Whatever the batch, the other queries (among them the longest) and the other images."""
-    full = search(model, tokenizer, CAPTIONS, paths, k=5, batch=64)
+    full = search(model, tokenizer, CAPTIONS, paths, Plan(5))
     for queries, gallery in (([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), ([3], [4, 2, 0, 1, 3]), ([1, 2], [2, 3]),
                              ([4, 0], [1])):
         some = [CAPTIONS[q] for q in queries], [paths[g] for g in gallery]
-        found = search(model, tokenizer, *some, k=5, batch=2)
+        found = search(model, tokenizer, *some, Plan(5, batch=2))
         for alone, together in ((by_pair(found), by_pair(full)), (matrix(found), matrix(full))):
             torch.testing.assert_close(alone, together[queries][:, gallery], atol=1e-5, rtol=1e-5)
 
 
 def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
-    everything = search(model, tokenizer, CAPTIONS, paths, k=100)
+    everything = search(model, tokenizer, CAPTIONS, paths, Plan(100))
     assert everything.candidates.shape == everything.logits.shape == (5, 5)
     assert everything.reranked(0.0).tolist() == by_pair(everything).argsort(dim=1, descending=True).tolist()
-    nothing = search(model, tokenizer, CAPTIONS, paths, k=0)
+    nothing = search(model, tokenizer, CAPTIONS, paths, Plan(0))
     assert nothing.logits.shape == (5, 0)
     assert nothing.reranked(8.0).tolist() == nothing.candidates.tolist() == everything.candidates.tolist()
 
@@ -274,7 +276,7 @@ def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
 def test_the_candidates_are_the_most_similar(model, tokenizer, paths, monkeypatch):
     """Two are re-scored, three found, the last two ranked for the metrics alone."""
     monkeypatch.setattr(ranking, "FIRST", 3)
-    found = search(model, tokenizer, CAPTIONS, paths, k=2, batch=64)
+    found = search(model, tokenizer, CAPTIONS, paths, Plan(2))
     ranks = matrix(found).argsort(dim=1, descending=True)
     assert found.candidates.tolist() == ranks[:, :3].tolist() and found.logits.shape == (5, 2)
     assert found.reranked(1.0)[:, :2].sort(1).values.tolist() == ranks[:, :2].sort(1).values.tolist()
@@ -283,13 +285,13 @@ def test_the_candidates_are_the_most_similar(model, tokenizer, paths, monkeypatc
 
 def test_images_that_no_query_asks_for(model, tokenizer, paths):
     """One candidate in a gallery of five batches: four of them have nothing to score."""
-    found = search(model, tokenizer, CAPTIONS[:1], paths, k=1, batch=1)
+    found = search(model, tokenizer, CAPTIONS[:1], paths, Plan(1, batch=1))
     best = found.candidates[0, 0]
     assert found.logits[0, 0].item() == pytest.approx(
-        by_pair(search(model, tokenizer, CAPTIONS[:1], paths, k=5))[0, best].item(), abs=1e-5)
+        by_pair(search(model, tokenizer, CAPTIONS[:1], paths, Plan(5)))[0, best].item(), abs=1e-5)
 
 
 def test_every_image_is_ranked_once_where_equals_straddle_the_last_candidate(model, tokenizer, paths):
     """Forty files with two pictures: none is lost or doubled."""
-    found = search(model, tokenizer, CAPTIONS, [paths[i % 2] for i in range(40)], k=13, batch=40)
+    found = search(model, tokenizer, CAPTIONS, [paths[i % 2] for i in range(40)], Plan(13, batch=40))
     assert order(found, found.reranked(0.0)).sort(1).values.tolist() == [list(range(40))] * 5

@@ -13,9 +13,10 @@ from PIL import Image
 
 from mra import data
 from mra.config import TrainConfig, UserError
-from mra.data import records
+from mra.data import files, records
 from mra.data.batches import PairDataset
-from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, open_image, share_of, shown
+from mra.data.files import open_image, shown
+from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, share_of
 
 RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
        "icfg": ("ICFG-PEDES", "ICFG-PEDES.json", "file_path"),
@@ -605,7 +606,7 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path, size, monkeyp
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(UserError, match="bomb.png' cannot be read: .*pixels"):
         open_image(tmp_path / "bomb.png")
-    assert not recwarn.list and records.PIXEL_LIMIT == 50_000_000
+    assert not recwarn.list and files.PIXEL_LIMIT == 50_000_000
 
 
 def test_what_does_not_decode_is_named(tmp_path):

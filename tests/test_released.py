@@ -17,12 +17,15 @@ from torch import Tensor
 
 import evaluate
 import train
-from mra import checkpoint, losses, ranking, released, weights
+from mra import losses, ranking
 from mra.config import PRESETS, UserError
 from mra.data.augment import box_to_patches
 from mra.data.batches import Batch
 from mra.data.tokenizer import VOCAB_FILE
-from mra.retriever import Retriever, pool_region
+from mra.retriever import Objective, Retriever, pool_region
+from mra.run import checkpoint
+from mra.weights import files, released, retrievers
+from mra.weights.released import resized_table
 from tests.test_weights import refusal
 
 CLOSE = dict(atol=1e-4, rtol=0)
@@ -68,11 +71,10 @@ def variant(filled: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def loaded(state: dict[str, Tensor]) -> Retriever:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "read", lambda path: dict(state))
+        patch.setattr(files, "read", lambda path: dict(state))
         for name in ("trunc_normal_", "kaiming_uniform_", "normal_"):        # no time for weights that are replaced
             patch.setattr(torch.nn.init, name, lambda x, *rest, **more: x)
-        tensors, config, _ = released.read_released(Path("ft.pth"))
-        return checkpoint.build(lambda: Retriever(config), tensors, Path("ft.pth")).eval()
+        return released.read_released(Path("ft.pth"))[0].eval()
 
 
 def noise(seed: int, height: int, width: int) -> Tensor:
@@ -114,17 +116,17 @@ def test_fusion_and_matching(cuhk):
     """16 pairs, query by query; the shorter captions without their padding."""
     model, images = cuhk
     ids, keep = words("A.text")
-    memories = model.fusion_encoder.memories(model.image_encoder(images))
+    keys_values = model.fusion_encoder.keys_values(model.image_encoder(images))
     for query in range(4):
         length = int(keep[query].sum())
         text, _ = model.encode_text(ids[query:query + 1, :length], keep[query:query + 1, :length])
         pairs = text.expand(4, -1, -1), keep[query:query + 1, :length].expand(4, -1)
-        fused = model.fusion_encoder(*pairs, torch.zeros(4, 1, dtype=torch.long), memories)[:, 0]
+        fused = model.fusion_encoder(*pairs, torch.zeros(4, 1, dtype=torch.long), keys_values)[:, 0]
         torch.testing.assert_close(fused[:, ::8], GOLDEN["A.fusion_cls"][4 * query:4 * query + 4], **CLOSE)
-        torch.testing.assert_close(model.match(*pairs, memories), GOLDEN["A.itm_logits"][4 * query:4 * query + 4],
+        torch.testing.assert_close(model.match(*pairs, keys_values), GOLDEN["A.itm_logits"][4 * query:4 * query + 4],
                                    **CLOSE)
         fused = model.fusion_encoder(text, pairs[1][:1], torch.arange(length)[None],
-                                     [memory[query:query + 1] for memory in memories])[0]
+                                     [one[query:query + 1] for one in keys_values])[0]
         torch.testing.assert_close(fused[::7, ::16], GOLDEN["A.fusion_all_diag"][query, :len(fused[::7])], **CLOSE)
 
 
@@ -143,7 +145,7 @@ def test_evaluation_scores(cuhk, monkeypatch, k):
     """As `evaluate.py --fusion published` computes them: the first 3 candidates, with the mirror images."""
     model, images = cuhk
     monkeypatch.setattr(ranking, "Images", lambda paths, config: images)
-    found = ranking.search(model, Spoken(), list("0123"), list("abcd"), k, swap=False)
+    found = ranking.search(model, Spoken(), list("0123"), list("abcd"), ranking.Plan(k, swap=False))
     close(found.queries @ found.gallery.T, "A.eval_sims_t2i")
     if k:
         for passes, name in ((2, "A.eval_scores_hflip_k3"), (1, "A.eval_scores_nohflip_k3")):
@@ -160,14 +162,19 @@ def test_losses_of_fine_tuning(cuhk, monkeypatch):
     batch = Batch(images, GOLDEN["A.ft_idx"], *words("A.text"), GOLDEN["A.mlm_ids"], GOLDEN["A.mlm_pos"],
                   GOLDEN["A.mlm_labels"], *words("A.eda"))
     with torch.inference_mode():
-        terms = model(batch, smoothing=0.2, eda=0.8)
+        terms = model(batch, Objective(smoothing=0.2, eda=0.8))
     close(torch.stack([terms["itc"], terms["itm"], terms["mlm"], torch.tensor(0.0)]), "A.ft_losses_argmax")
 
 
 def test_heads_of_rstp(filled, monkeypatch):
-    monkeypatch.setattr(weights, "read", lambda path: variant(filled, "rstp"))
-    tensors, config, preset = released.read_released(Path("ft_rstp.pth"))
-    assert (preset, config.embed, config.bins, config.rerank) == ("swin", 256, 0, 1000)
+    """The tensors that its model is filled with; the model itself takes too long to make."""
+    tensors = {}
+    monkeypatch.setattr(files, "read", lambda path: variant(filled, "rstp"))
+    monkeypatch.setattr(released, "fill", lambda model, found, path: tensors.update(found))
+    with torch.device("meta"), checkpoint.Uninitialised():
+        model, facts = released.read_released(Path("ft_rstp.pth"))
+    assert (facts["train"]["preset"], model.config.embed, model.config.bins, model.config.rerank) == (
+        "swin", 256, 0, 1000)
     for name, first in (("image", "A.swin_first"), ("text", "A.text_first")):
         feature = torch.nn.functional.linear(GOLDEN[first], tensors[f"{name}_projection.weight"],
                                              tensors[f"{name}_projection.bias"])
@@ -208,7 +215,7 @@ def test_pretraining(filled, monkeypatch):
 @pytest.mark.parametrize("side", [7, 13, 15, 23])
 def test_relative_positions_are_interpolated(side):
     expected = GOLDEN["relative.src" if side == 13 else f"relative.dst{side}"]
-    torch.testing.assert_close(released.resized_table(GOLDEN["relative.src"], side), expected, **CLOSE)
+    torch.testing.assert_close(resized_table(GOLDEN["relative.src"], side), expected, **CLOSE)
 
 
 def test_metrics():
@@ -221,7 +228,7 @@ def test_metrics():
 def test_parameter_counts(preset, count):
     """The released ones less the two token types, which have gone into the position embeddings."""
     with torch.device("meta"):
-        model = Retriever(dataclasses.replace(PRESETS[preset], vocab=30522))
+        model = retrievers.make_retriever(dataclasses.replace(PRESETS[preset], vocab=30522))
     assert sum(parameter.numel() for parameter in model.parameters()) == count - 2 * 768
 
 
@@ -270,7 +277,7 @@ def as_released(model: Retriever) -> dict[str, Tensor]:
         for one, other in (("attention", "attention"), ("crossattention", "cross"))[:layer + 1]:
             give(f"{theirs}.{one}.self.query", f"{ours}.{other}.to_query")
             for kind in ("weight", "bias"):
-                key, value = own.pop(f"{ours}.{other}.to_memory.{kind}").chunk(2)
+                key, value = own.pop(f"{ours}.{other}.to_keys_values.{kind}").chunk(2)
                 state |= {f"{theirs}.{one}.self.key.{kind}": key, f"{theirs}.{one}.self.value.{kind}": value}
             give(f"{theirs}.{one}.output.dense", f"{ours}.{other}.to_out")
             give(f"{theirs}.{one}.output.LayerNorm", f"{ours}.{other}_norm")
@@ -292,7 +299,8 @@ def write(small, tmp_path) -> Callable[..., tuple[Path, Retriever]]:
     """A small released file with its vocabulary beside it, and the model in it."""
     def make(preset: str, spoil: Callable = dict, **change) -> tuple[Path, Retriever]:
         torch.manual_seed(0)
-        model, path = Retriever(dataclasses.replace(PRESETS[preset], **change)).eval(), tmp_path / "ft.pth"
+        model = retrievers.make_retriever(dataclasses.replace(PRESETS[preset], **change)).eval()
+        path = tmp_path / "ft.pth"
         torch.save({"model": spoil(as_released(model)), "config": {"lr": 1e-4}}, path)
         (tmp_path / "vocab.txt").write_text(VOCAB_FILE.read_text())
         return path, model
@@ -303,7 +311,7 @@ def write(small, tmp_path) -> Callable[..., tuple[Path, Retriever]]:
                                             ("swin", dict(bins=0, embed=24, rerank=1000))])
 def test_a_file_becomes_its_model(write, preset, change):
     path, model = write(preset, **change)
-    found, tokenizer, facts = released.load_retriever(path, torch.device("cpu"))
+    found, tokenizer, facts = retrievers.load_retriever(path, torch.device("cpu"))
     assert found.config == model.config and facts["train"]["preset"] == preset and len(tokenizer) == 1011
     images = torch.randn(2, 3, model.config.height, model.config.width)
     with torch.inference_mode():
@@ -315,7 +323,8 @@ def test_a_file_becomes_its_model(write, preset, change):
 SPOILT = {
     "vision_encoder.layers.1.downsample.norm.bias": "image_encoder.merges.1.norm.bias",
     "vision_encoder.layers.2.blocks.1.mlp.fc1.weight": "image_encoder.stages.2.1.mlp.0.weight",
-    "text_encoder.bert.encoder.layer.1.crossattention.self.value.bias": "crossattention.self.value.bias",
+    "text_encoder.bert.encoder.layer.1.crossattention.self.value.bias":
+        "fusion_encoder.blocks.0.cross.to_keys_values.bias",
     "temp": "temperature", "itm_head.3.weight": "matching_head.3.weight", "vision_proj.2.bias": "image_projection.2",
 }
 
@@ -325,26 +334,26 @@ def test_a_file_with_one_tensor_too_few_or_misshapen(write, key, named):
     for spoil in (lambda state: {k: v for k, v in state.items() if k != key},
                   lambda state: state | {key: torch.zeros(5, 7)}):
         path, _ = write("swin", spoil)
-        message = refusal(released.load_retriever, path, torch.device("cpu"))
+        message = refusal(retrievers.load_retriever, path, torch.device("cpu"))
         assert str(path) in message and (named in message or "fit together" in message)
 
 
 def test_files_that_are_no_released_checkpoint(write, tmp_path):
     path, _ = write("swin", lambda state: state | {"vision_encoder.extra": torch.zeros(2)})
-    assert "extra" in refusal(released.load_retriever, path, torch.device("cpu"))
+    assert "extra" in refusal(retrievers.load_retriever, path, torch.device("cpu"))
     torch.save({"model": {"a": torch.zeros(2)}}, path)
-    assert "missing" in refusal(released.load_retriever, path, torch.device("cpu"))
+    assert "missing" in refusal(retrievers.load_retriever, path, torch.device("cpu"))
     path, _ = write("swin")
     (tmp_path / "vocab.txt").unlink()
-    assert "vocab.txt" in refusal(released.load_retriever, path, torch.device("cpu"))
+    assert "vocab.txt" in refusal(retrievers.load_retriever, path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("one, other", [("swin-224", "swin"), ("swin", "swin-224")])
 def test_another_image_size(small, one, other):
     """What does not depend on the size stays; the tables are interpolated; and back again is nothing new."""
     torch.manual_seed(0)
-    model = Retriever(PRESETS[one]).eval()
-    found = released.resized(model, PRESETS[other]).eval()
+    model = retrievers.make_retriever(PRESETS[one]).eval()
+    found = retrievers.resized(model, PRESETS[other]).eval()
     assert found.config == PRESETS[other]
     before, after = checkpoint.weights(model), checkpoint.weights(found)
     changed = {name for name in before if before[name].shape != after[name].shape}
@@ -352,17 +361,17 @@ def test_another_image_size(small, one, other):
     assert all(torch.equal(before[name], after[name]) for name in before.keys() - changed)
     name = "image_encoder.stages.0.1.attn.relative_position_bias_table"
     side = {"swin": 15, "swin-224": 13}[other]
-    assert torch.equal(after[name], released.resized_table(before[name], side))
+    assert torch.equal(after[name], resized_table(before[name], side))
     found.encode_image(torch.randn(1, 3, PRESETS[other].height, PRESETS[other].width))
     assert dict(found.named_buffers()).keys() - after.keys()       # the indices: files of before hold them, too
     checkpoint.restore_weights(found, after | dict(found.named_buffers()), Path("old.safetensors"))
 
 
 def test_another_size_of_a_vit():
-    model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=1011, class_token=True))
-    found = released.resized(model, dataclasses.replace(PRESETS["tiny"], height=64, width=24))
+    model = retrievers.make_retriever(dataclasses.replace(PRESETS["tiny"], vocab=1011, class_token=True))
+    found = retrievers.resized(model, dataclasses.replace(PRESETS["tiny"], height=64, width=24))
     assert found.encode_image(torch.randn(1, 3, 64, 24))[0].shape == (1, 1 + 24, 32)
-    assert released.with_size(PRESETS["tiny"], PRESETS["demo"]) != PRESETS["demo"]
+    assert retrievers.with_size(PRESETS["tiny"], PRESETS["demo"]) != PRESETS["demo"]
 
 
 # ---- the commands
@@ -395,7 +404,7 @@ def test_train_goes_on_with_a_released_file_at_another_size(write, root, monkeyp
     common = ("--dataset", "cuhk", "--data-root", root, "--preset", "swin", "--batch", 2, "--steps", 1, "--evals", 1,
               "--workers", 0, "--device", "cpu")
     run(monkeypatch, train, *common, "--init", path, "--out", root / "one")
-    model, _, facts = released.load_retriever(root / "one" / "best.safetensors", torch.device("cpu"))
+    model, _, facts = retrievers.load_retriever(root / "one" / "best.safetensors", torch.device("cpu"))
     assert model.config == PRESETS["swin"] and facts["pretrained_on"] == "sda"
     run(monkeypatch, train, *common, "--init", root / "one" / "best.safetensors", "--out", root / "two")
     with pytest.raises(UserError, match="preset"):

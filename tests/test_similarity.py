@@ -2,6 +2,7 @@
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,14 +14,29 @@ from test_commands import succeed
 from test_losses import contrastive_by_loops, unit
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mra import losses, similarity
-from mra.similarity import Compiled, contrastive, pool_regions, top_k
+from mra import losses, ranking
+from mra.retriever import Objective, pool_region
+from mra.run.machine import Processes, Threads
+from mra.scale import contrastive as scale
+from mra.scale import search
+from mra.scale.contrastive import Compiled, contrastive
+from mra.scale.search import sharded_top_k, top_k
+from mra.workers import Workers
 
 
 @pytest.fixture(autouse=True)
 def uncompiled():
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    """Set the largest tile, for any number of pairs."""
+    def of(*size: int) -> None:
+        monkeypatch.setattr(scale, "PLAIN", 0)
+        monkeypatch.setitem(scale.TILES, "cpu", size)
+    return of
 
 
 def whole_matrix(image, text, temperature, ids, smoothing):
@@ -58,28 +74,30 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [3, 7, 3, 3, 7, 1, 1], [9, 9, 9], [5], [2**55, 2**55 + 1, 2**55]])
-def test_contrastive_is_a_double_loop_with_its_gradients(ids, smoothing):
+def test_contrastive_is_a_double_loop_with_its_gradients(ids, smoothing, tiles):
     torch.manual_seed(0)
     inputs = unit(len(ids), 6), unit(len(ids), 6), torch.tensor(0.07).double()
     expected = with_gradients(contrastive_by_loops, *inputs, ids, smoothing)
     for tile in ((2, 3), (4, 1), (16, 16)):
-        found = with_gradients(contrastive, *inputs, torch.tensor(ids), smoothing, tile)
+        tiles(*tile)
+        found = with_gradients(contrastive, *inputs, torch.tensor(ids), smoothing)
         for ours, reference in zip(found, expected):
             torch.testing.assert_close(ours, reference.double(), atol=1e-12, rtol=1e-9)
 
 
-def test_gradients_by_differences():
+def test_gradients_by_differences(tiles):
     torch.manual_seed(0)
+    tiles(2, 4)
     leaves = [leaf.requires_grad_() for leaf in (unit(5, 4), unit(5, 4), torch.tensor(0.3).double())]
     ids = torch.tensor([0, 1, 0, 2, 2])
-    assert torch.autograd.gradcheck(lambda *leaves: contrastive(*leaves, ids, 0.2, (2, 4)), leaves)
+    assert torch.autograd.gradcheck(lambda *leaves: contrastive(*leaves, ids, 0.2), leaves)
 
 
 @pytest.mark.parametrize("precision, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("count, tile, temperature", [(257, (64, 128), 0.07), (300, (128, 300), 0.5),
                                                       (97, (40, 9), 0.01)])
 @pytest.mark.parametrize("noise", [0.5, 10.0])
-def test_error_against_float64(precision, limit, count, tile, temperature, noise):
+def test_error_against_float64(precision, limit, count, tile, temperature, noise, tiles):
     """Loss and gradients of well aligned pairs (noise 0.5) and of random ones, from the same rounded features."""
     torch.manual_seed(count)
     image = unit(count, 48)
@@ -87,27 +105,30 @@ def test_error_against_float64(precision, limit, count, tile, temperature, noise
     ids = torch.randint(0, 4 * count, (count,))
     inputs = image.to(precision), text.to(precision), torch.tensor(temperature)
     expected = with_gradients(whole_matrix, *(x.double() for x in inputs), ids, 0.2)
-    for ours, reference in zip(with_gradients(contrastive, *inputs, ids, 0.2, tile), expected):
+    tiles(*tile)
+    for ours, reference in zip(with_gradients(contrastive, *inputs, ids, 0.2), expected):
         assert error(ours, reference) <= limit
 
 
 @pytest.mark.parametrize("temperature", [0.001, 100.0])
-def test_extreme_temperatures_stay_finite(temperature):
+def test_extreme_temperatures_stay_finite(temperature, tiles):
     torch.manual_seed(0)
+    tiles(16, 16)
     inputs = unit(50, 8).float(), unit(50, 8).float(), torch.tensor(temperature)
-    found = with_gradients(contrastive, *inputs, torch.arange(50), 0.0, (16, 16))
+    found = with_gradients(contrastive, *inputs, torch.arange(50), 0.0)
     expected = with_gradients(whole_matrix, *(x.double() for x in inputs), torch.arange(50), 0.0)
     for ours, reference in zip(found, expected):
         assert ours.isfinite().all() and error(ours, reference) < 1e-3
 
 
-def test_under_autocast_features_are_rounded_and_their_gradients_are_not():
+def test_under_autocast_features_are_rounded_and_their_gradients_are_not(tiles):
     torch.manual_seed(0)
+    tiles(32, 32)
     inputs = unit(70, 16).float(), unit(70, 16).float(), torch.tensor(0.07)
     ids = torch.arange(70) // 2
-    expected = with_gradients(contrastive, *inputs, ids, 0.1, (32, 32))
+    expected = with_gradients(contrastive, *inputs, ids, 0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(contrastive, *inputs, ids, 0.1, (32, 32))
+        found = with_gradients(contrastive, *inputs, ids, 0.1)
     assert all(x.dtype == torch.float32 for x in found)
     for ours, reference in zip(found, expected):
         assert 0 < error(ours, reference) < 2e-2
@@ -115,37 +136,41 @@ def test_under_autocast_features_are_rounded_and_their_gradients_are_not():
 
 # ---- contrastive: how it is computed
 
-def test_no_whole_matrix_forward_or_backward():
+def test_no_whole_matrix_forward_or_backward(tiles):
     """With 600 pairs, tiles of 64 x 64 and 8 features nothing is larger than the features of all pairs, padded."""
+    tiles(64, 64)
     inputs = unit(600, 8).float(), unit(600, 8).float(), torch.tensor(0.07), torch.arange(600)
     with Largest() as plain:
         with_gradients(losses.contrastive, *inputs, 0.1)
     with Largest() as ours:
-        with_gradients(contrastive, *inputs, 0.1, (64, 64))
+        with_gradients(contrastive, *inputs, 0.1)
     assert plain.elements >= 600 * 600 and ours.elements <= 640 * 8
 
 
 def test_training_uses_it(root, monkeypatch):
-    """train.py computes ITC of captions and of augmented captions here; in tiles it logs what it logs without."""
-    tiled, calls = similarity._tiled, []
-    monkeypatch.setattr(similarity, "_tiled", lambda *inputs: calls.append(len(inputs[0])) or tiled(*inputs))
+    """train.py computes ITC of captions and of augmented captions here; in tiles it logs what it logs without.
+
+    On the CPU two threads share a step: each computes both terms for its two of the four pairs.
+    """
+    tiled, calls = scale.log_sum_exps, []
+    monkeypatch.setattr(scale, "log_sum_exps", lambda *inputs: calls.append(len(inputs[0])) or tiled(*inputs))
     logs = {}
-    for name, limit in (("plain", similarity.PLAIN), ("tiled", 0)):
-        monkeypatch.setattr(similarity, "PLAIN", limit)
+    for name, limit in (("plain", scale.PLAIN), ("tiled", 0)):
+        monkeypatch.setattr(scale, "PLAIN", limit)
         succeed(root, "train.py", "--dataset", "cuhk", "--data-root", str(root), "--preset", "tiny", "--init", "none",
                 "--steps", "1", "--batch", "4", "--eda", "0.8", "--evals", "1", "--precision", "float32", "--out", name)
         logged = json.loads((root / name / "log.jsonl").read_text().splitlines()[0])
         logs[name] = {term: value for term, value in logged.items() if term not in ("lr", "images_per_second")}
-        assert len(calls) == (0 if name == "plain" else 2)
-    assert calls == [4, 4] and "itc" in logs["plain"]
+        assert len(calls) == (0 if name == "plain" else 4)
+    assert calls == [2, 2, 2, 2] and "itc" in logs["plain"]
     assert logs["tiled"] == pytest.approx(logs["plain"], rel=1e-5, abs=2e-4)        # the last digit written may differ
 
 
 def test_every_contrastive_term_of_the_model_uses_it(model, batch, monkeypatch):
-    plain = model(batch, smoothing=0.2)
+    plain = model(batch, Objective(smoothing=0.2))
     monkeypatch.setattr(losses, "contrastive", None)
-    monkeypatch.setattr(similarity, "PLAIN", 0)
-    terms = model(batch, smoothing=0.2)
+    monkeypatch.setattr(scale, "PLAIN", 0)
+    terms = model(batch, Objective(smoothing=0.2, contrastive=contrastive))
     for name in ("itc", "rpc"):
         torch.testing.assert_close(terms[name], plain[name], atol=1e-5, rtol=1e-5)
 
@@ -155,7 +180,7 @@ def fresh(monkeypatch, **options) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
     monkeypatch.setattr(Compiled, "possible", True)
     for name in ("tile_log_sum_exps", "tile_slopes"):
-        monkeypatch.setattr(similarity, name, Compiled(getattr(similarity, name).function))
+        monkeypatch.setattr(scale, name, Compiled(getattr(scale, name).function))
 
 
 def check_compiled(counts: tuple[int, ...]) -> None:
@@ -164,31 +189,34 @@ def check_compiled(counts: tuple[int, ...]) -> None:
         inputs = unit(count, 8).float(), unit(count, 8).float(), torch.tensor(0.07)
         ids = torch.arange(count) // 3
         with torch.compiler.set_stance("default"):
-            found = with_gradients(contrastive, *inputs, ids, 0.1, (32, 64))
+            found = with_gradients(contrastive, *inputs, ids, 0.1)
         for ours, reference in zip(found, with_gradients(losses.contrastive, *inputs, ids, 0.1)):
             assert error(ours, reference) < 1e-5
 
 
-def test_one_graph_a_tile_function_for_many_sizes(monkeypatch):
+def test_one_graph_a_tile_function_for_many_sizes(monkeypatch, tiles):
+    tiles(32, 64)
     graphs = []
     fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     check_compiled((255, 256, 200, 193, 150))
     assert len(graphs) == 2 and Compiled.possible
 
 
-def test_a_compiled_model_calls_the_tiles_as_they_are(monkeypatch):
+def test_a_compiled_model_calls_the_tiles_as_they_are(monkeypatch, tiles):
+    tiles(32, 64)
     graphs, own = [], []
     fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     model = torch.compile(lambda *given: contrastive(*given).exp(),
                           backend=lambda graph, inputs: own.append(graph.code) or graph.forward)
     torch.manual_seed(0)
-    given = unit(100, 8).float(), unit(100, 8).float(), torch.tensor(0.07), torch.arange(100) // 3, 0.1, (32, 64)
+    given = unit(100, 8).float(), unit(100, 8).float(), torch.tensor(0.07), torch.arange(100) // 3, 0.1
     with torch.compiler.set_stance("default"):
-        assert error(model(*given), losses.contrastive(*given[:-1]).exp()) < 1e-5
+        assert error(model(*given), losses.contrastive(*given).exp()) < 1e-5
     assert len(graphs) == 1 and own and not any("logsumexp" in code for code in own)
 
 
-def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys):
+def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys, tiles):
+    tiles(32, 64)
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
     fresh(monkeypatch, backend=broken)
@@ -196,65 +224,100 @@ def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys):
     assert capsys.readouterr().out.count("uncompiled") == 1 and not Compiled.possible
 
 
-def test_compiled_code_gives_the_same_numbers(monkeypatch, capsys):
+def test_compiled_code_gives_the_same_numbers(monkeypatch, capsys, tiles):
+    tiles(32, 64)
     fresh(monkeypatch)
     check_compiled((100,))
     if not Compiled.possible:
         pytest.skip(capsys.readouterr().out)
 
 
-# ---- several processes
+# ---- several workers
 
+PLAINS = 0, 22      # in tiles, and from the whole matrix
+
+
+@functools.cache
 def joint() -> tuple[torch.Tensor, ...]:
     torch.manual_seed(3)
     return unit(22, 6), unit(22, 6), torch.tensor(0.1).double(), torch.randint(0, 7, (22,)), 0.2
 
 
+def share_of(workers: Workers) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """One of two workers: loss and gradients of its half of the pairs, and a search in its half of the gallery."""
+    image, text, temperature, ids, smoothing = joint()
+    half = workers.own_rows(11)
+    loss = functools.partial(contrastive, workers=workers)
+    return (with_gradients(loss, image[half], text[half], temperature, ids[half], smoothing),
+            sharded_top_k((9 * image).round(), (9 * text).round(), 15, workers, chunk=4))
+
+
 def one_of_two(rank: int, folder: str) -> None:
-    """A process of `test_two_processes_are_one`: half of the pairs, in tiles and without; half of the gallery."""
+    """A process of `test_two_processes_are_one`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    image, text, temperature, ids, smoothing = joint()
-    half = slice(11 * rank, 11 * rank + 11)
-    with torch.compiler.set_stance("force_eager"), Largest() as seen:
-        found = [with_gradients(contrastive, image[half], text[half], temperature, ids[half], smoothing, tile)
-                 for tile in ((4, 8), None)]
-        searched = similarity.sharded_top_k((9 * image).round(), (9 * text).round(), 15, chunk=4)
-    torch.save((found, searched, seen.elements), f"{folder}/{rank}.pt")
+    scale.TILES["cpu"], found = (4, 8), []
+    with torch.compiler.set_stance("force_eager"):
+        for scale.PLAIN in PLAINS:
+            found.append(share_of(Processes()))
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path):
-    """The joint loss in each; the mean of their gradients, which DDP takes, is the gradient of one process."""
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+def check_joint(found: list, limit: float) -> None:
+    """Each worker gets the joint loss; the mean of the workers' gradients is the gradient of one worker."""
     value, *gradients = with_gradients(whole_matrix, *joint())
-    for i, limit in ((0, 1e-10), (1, 1e-5)):                           # in tiles; whole, which is in float32
-        (one, *ours), (other, *theirs) = (found[i] for found, *_ in ranks)
-        assert abs(one - value) < limit and abs(other - value) < limit
-        for k in (0, 1):                                               # a process's own features count in itself alone
-            assert error(torch.cat([ours[k], theirs[k]]) / 2, gradients[k]) < limit
-        assert error((ours[2] + theirs[2]) / 2, gradients[2]) < limit
+    (one, *ours), (other, *theirs) = (of_loss for of_loss, _ in found)
+    assert abs(one - value) < limit and abs(other - value) < limit
+    for k in (0, 1):                                               # a worker's own features count in itself alone
+        assert error(torch.cat([ours[k], theirs[k]]) / 2, gradients[k]) < limit
+    assert error((ours[2] + theirs[2]) / 2, gradients[2]) < limit
     image, text = ((9 * x).round() for x in joint()[:2])
-    for _, (values, indices), _ in ranks:
+    for _, (values, indices) in found:
         assert indices.tolist() == ranked(image, text, 15)
         torch.testing.assert_close(values, (image @ text.T).gather(1, indices))
 
 
+def test_two_processes_are_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for found, limit in zip(zip(*of_ranks), (1e-10, 1e-5)):        # the whole matrix is in float32
+        check_joint(found, limit)
+
+
+def test_two_threads_are_one(tiles, monkeypatch):
+    joint()                     # drawn once, before the threads use it
+    tiles(4, 8)
+    for plain, limit in zip(PLAINS, (1e-10, 1e-5)):
+        monkeypatch.setattr(scale, "PLAIN", plain)
+        with ThreadPoolExecutor(2) as pool:
+            check_joint(list(pool.map(share_of, Threads.group(2))), limit)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_joint_mean_is_the_mean_of_the_workers_shares(count):
+    torch.manual_seed(0)
+    values, counts = torch.randn(count, 5), torch.rand(count, 5) < 0.4
+    counts[0] = False                                              # a worker without any value
+    with ThreadPoolExecutor(count) as pool:
+        shares = list(pool.map(scale.mean_where, values, counts, Threads.group(count)))
+    assert sum(shares) / count == pytest.approx(losses.mean_where(values, counts).item(), abs=1e-6)
+
+
 # ---- regions
 
-def test_regions_are_a_loop_and_no_large_tensor():
+def test_a_region_is_the_mean_of_its_patches_by_a_loop_and_no_large_tensor():
     torch.manual_seed(0)
-    patches, keep = torch.randn(3, 50, 16), torch.rand(3, 4, 50) < 0.2
-    keep[1, 2] = False
+    tokens, keep = torch.randn(3, 51, 16), torch.rand(3, 50) < 0.2
+    keep[1] = False
     with Largest() as seen:
-        found = pool_regions(patches, keep)
-    assert found.shape == (3, 4, 16) and seen.elements <= 3 * 50 * 16
+        found, found_keep = pool_region(tokens, keep)
+    assert found.shape == (3, 51, 16) and seen.elements <= 3 * 51 * 16
+    assert torch.equal(found[:, 1:], tokens[:, 1:]) and torch.equal(found_keep[:, 1:], keep) and found_keep[:, 0].all()
     for b in range(3):
-        for r in range(4):
-            touched = [patches[b, n] for n in range(50) if keep[b, r, n]]
-            expected = sum(touched) / len(touched) if touched else torch.zeros(16)
-            torch.testing.assert_close(found[b, r], expected, atol=1e-5, rtol=1e-5)
+        touched = [tokens[b, 1 + n] for n in range(50) if keep[b, n]]
+        expected = sum(touched) / len(touched) if touched else torch.zeros(16)
+        torch.testing.assert_close(found[b, 0], expected, atol=1e-5, rtol=1e-5)
 
 
 # ---- search
@@ -283,7 +346,8 @@ def test_top_k_is_a_sort_with_ties(k, chunk, block, levels):
     values, indices = top_k(queries, gallery, k, chunk, block)
     assert indices.tolist() == ranked(queries, gallery, k)
     assert torch.equal(values, (queries @ gallery.T).gather(1, indices))
-    assert torch.equal(similarity.sharded_top_k(queries, gallery, k, chunk)[1], indices)
+    for found in (sharded_top_k(queries, gallery, k, Workers(), chunk), ranking.top_k(queries, gallery, k)):
+        assert torch.equal(found[0], values) and torch.equal(found[1], indices)
 
 
 def anonymous() -> int:
@@ -304,8 +368,8 @@ def test_a_gallery_on_disk_stays_there(tmp_path, monkeypatch, precision):
     with safe_open(tmp_path / "gallery.safetensors", "pt") as file:
         mapped = file.get_tensor("gallery")
     top_k(queries, mapped[:8192], 3, 4096)                             # what a first product takes is not counted
-    before, peak, first_k = anonymous(), [], similarity.first_k
-    monkeypatch.setattr(similarity, "first_k", lambda *inputs: peak.append(anonymous()) or first_k(*inputs))
+    before, peak, first_k = anonymous(), [], search.first_k
+    monkeypatch.setattr(search, "first_k", lambda *inputs: peak.append(anonymous()) or first_k(*inputs))
     values, indices = top_k(queries, mapped, 3, 4096)
     assert torch.equal(indices, expected) and indices[:, 0].tolist() == wanted
     assert max(peak) - before < 16 * 2**20

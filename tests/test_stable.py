@@ -9,6 +9,7 @@ set_alpha_to_one, no clipping; 20 steps at guidance 7.5.
 
 import dataclasses
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -20,13 +21,17 @@ from test_commands import command, succeed
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
-from mra import checkpoint
 from mra.config import DIFFUSION_PRESETS, UserError
 from mra.data.records import load
-from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
-from mra.diffusion.noising import Schedule, ddim
-from mra.diffusion.sampling import Diffusion, LatentPairs, guide
-from mra.diffusion.stable import TEXT, UNET, VAE, read_stable, theirs
+from mra.diffusion import pairs
+from mra.diffusion.base import Diffusion
+from mra.diffusion.denoiser import Denoiser, DomainBranch, Stage, round_weights
+from mra.diffusion.noising import ddim
+from mra.diffusion.sampling import guide
+from mra.run import checkpoint
+from mra.weights import files
+from mra.weights.clip import CLIP_RULES, CausalTextEncoder
+from mra.weights.stable import UNET_RULES, VAE_RULES, StableAutoencoder, read_stable
 
 GOLDEN = np.load(Path(__file__).with_name("assets") / "stable.npz")
 MERGES = ["r e", "re d</w>", "c o", "co a", "coa t</w>", "j e", "a n", "je an", "jean s</w>", "b l", "bl a", "c k</w>",
@@ -100,14 +105,10 @@ def test_everything_agrees_with_diffusers(base):
     assert off(base.autoencoder.decode(array("latents", 1, 4, 16, 8))[:, :, ::2, ::2], "decoded") < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["", "_zero_snr"])
-def test_a_guided_trajectory_agrees_with_diffusers(base, kind):
-    schedule = Schedule.scaled_linear(bool(kind))
-    assert off(schedule.alpha[::37], "alpha" + kind) < 1e-5
-    assert (schedule.alpha[-1] == 0) == bool(kind) and schedule.predicts_noise != bool(kind)
-    words = base.read([WORDS[0], ""])
-    denoise = guide(base.denoiser, words, None, None, 7.5, 1.0, 0.0)
-    assert off(ddim(denoise, array("noise", 1, 4, 16, 8), schedule, 20), "ddim" + kind) < 1e-4
+def test_a_guided_trajectory_agrees_with_diffusers(base):
+    assert off(base.schedule.alpha[::37], "alpha") < 1e-5 and base.schedule.predicts_noise
+    denoise = guide(base.denoiser, None, base.read([WORDS[0], ""]), 7.5)
+    assert off(ddim(denoise, array("noise", 1, 4, 16, 8), base.schedule, 20), "ddim") < 1e-4
 
 
 @pytest.mark.parametrize("number", range(len(WORDS)))
@@ -117,20 +118,21 @@ def test_token_ids_agree_with_clip(base, number):
     assert base.tokenizer.starts_word[ids[1:-1]][-1:].all()                # the last piece ends a word
 
 
-def test_names_shapes_and_counts_in_full():
+def test_names_shapes_and_counts_in_full(monkeypatch):
+    config = dataclasses.replace(DIFFUSION_PRESETS["sd15"], vocab=49408)
     with torch.device("meta"):
-        whole = Diffusion(dataclasses.replace(DIFFUSION_PRESETS["sd15"], vocab=49408), None)
-    text = whole.denoiser.text_encoder
-    counts = [sum(p.numel() for p in model.parameters()) for model in (whole.denoiser, whole.autoencoder, text)]
-    assert (counts[0] - counts[2], *counts[1:]) == (859_520_964, 83_653_863, 123_060_480)
-    unet = {k: v for k, v in checkpoint.weights(whole.denoiser).items() if not k.startswith("text_encoder.")}
-    for part, weights, names in (("unet", unet, UNET), ("vae", checkpoint.weights(whole.autoencoder), VAE),
-                                 ("text_encoder", checkpoint.weights(text), TEXT)):
-        parts = {name: theirs(name, names) for name in weights}
-        found = {their: (len(tensor) // len(parts[name]), *tensor.shape[1:])
-                 for name, tensor in weights.items() for their in parts[name]}
-        assert found == shapes("full_keys")[part]
-    branch = DomainBranch(whole.denoiser)
+        denoiser, autoencoder = Denoiser(config, CausalTextEncoder(config)), StableAutoencoder(config)
+        branch = DomainBranch(denoiser)
+    text = denoiser.text_encoder
+    del denoiser.text_encoder
+    for part, model, rules, count in (("unet", denoiser, UNET_RULES, 859_520_964),
+                                      ("vae", autoencoder, VAE_RULES, 83_653_863),
+                                      ("text_encoder", text, CLIP_RULES, 123_060_480)):
+        theirs = {name: torch.empty(shape, device="meta") for name, shape in shapes("full_keys")[part].items()}
+        monkeypatch.setattr(files, "read", lambda path: theirs)
+        found = {name: tensor.shape for name, tensor in files.named(Path(part), rules).items()}
+        assert found == {name: tensor.shape for name, tensor in checkpoint.weights(model).items()}
+        assert sum(math.prod(shape) for shape in found.values()) == count
     assert len(branch.outputs) == 13 and sum(p.numel() for p in branch.parameters()) == 360_214_720
 
 
@@ -164,12 +166,16 @@ def test_older_files_and_half_precision(base, folder, tmp_path):
 def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
     whole = load_file(folder / "text_encoder/model.safetensors")
     bias = "encoder.layers.1.mlp.fc1.bias"
-    for i, (change, said) in enumerate((({bias: None}, f"{bias} is missing"),
+    for i, (change, said) in enumerate((({bias: None}, "blocks.1.mlp.0.bias is missing"),
                                         ({"logit_scale": torch.ones(1)}, "no place for logit_scale"),
                                         ({bias: torch.zeros(7)}, "does not fit this model: 1 tensors differ"))):
         tensors = {name: tensor for name, tensor in (whole | change).items() if tensor is not None}
         with pytest.raises(UserError, match=f"text_encoder/model.safetensors.* {said}"):
             read_stable(with_part(folder, tmp_path / str(i), "text_encoder", tensors), DIFFUSION_PRESETS["sd15-tiny"])
+    more = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    more["down_blocks.0.norms.0.bias"] = torch.ones(1)
+    with pytest.raises(UserError, match=r"no place for down_blocks\.0\.norms\.0\.bias, one of 1 unknown tensors"):
+        read_stable(with_part(folder, tmp_path / "more", "unet", more), DIFFUSION_PRESETS["sd15-tiny"])
     with pytest.raises(UserError, match="no readable vocab.json and merges.txt"):
         read_stable(tmp_path / "nowhere", DIFFUSION_PRESETS["sd15-tiny"])
     write_tokenizer(tmp_path / "bare/tokenizer")
@@ -177,25 +183,26 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
         read_stable(tmp_path / "bare", DIFFUSION_PRESETS["sd15-tiny"])
 
 
-def gradients(base: Diffusion, branch: DomainBranch, pairs: LatentPairs) -> list[Tensor]:
-    loss = pairs.loss(base.denoiser, branch, base.schedule, torch.Generator().manual_seed(3), 3, drop=0.5)
+def gradients(base: Diffusion, branch: DomainBranch, data: pairs.LatentPairs) -> list[Tensor]:
+    loss = data.loss(base.denoiser, branch, base.schedule, torch.Generator().manual_seed(3), 3)
     return [loss, *torch.autograd.grad(loss, list(branch.parameters()))]
 
 
-def test_cached_states_checkpointing_and_rounded_weights_change_nothing(folder):
+def test_cached_states_checkpointing_and_rounded_weights_change_nothing(folder, monkeypatch):
+    monkeypatch.setattr(pairs, "NO_WORDS", 0.5)
     base = read_stable(folder, DIFFUSION_PRESETS["sd15-tiny"]).eval().requires_grad_(False)
     branch = DomainBranch(base.denoiser)
     for parameter in branch.outputs.parameters():
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     images = (array("images", 2, 3, 128, 64) * 50 + 128).clamp(0, 255).to(torch.uint8)
-    pairs = LatentPairs(base, images, [(0, "a red coat"), (1, "a red coat"), (1, "black on his left")])
-    assert len(pairs.ids) == 4 and len(pairs.caption_of) == 7      # one is mirrored in other words; and without words
-    plain = gradients(base, branch, pairs)
-    pairs.read(base.denoiser, torch.float32)
+    data = pairs.LatentPairs(base, images, [(0, "a red coat"), (1, "a red coat"), (1, "black on his left")])
+    assert len(data.ids) == 4 and len(data.caption_of) == 7      # one is mirrored in other words; and without words
+    plain = gradients(base, branch, data)
+    data.encode_captions(base.denoiser, torch.float32)
     for stage in [*base.denoiser.modules(), *branch.modules()]:
         if isinstance(stage, Stage):
             stage.recompute = True
-    for one, other in zip(plain, gradients(base, branch, pairs), strict=True):
+    for one, other in zip(plain, gradients(base, branch, data), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
     z, t, prompt = array("z", 1, 4, 16, 8), torch.tensor([500]), base.read(WORDS[:1])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -210,20 +217,21 @@ def test_adapt_beside_stable_diffusion(folder, root):
     flags = ("--size", "sd15-tiny", "--weights", str(folder), "--target", "cuhk", "--data-root", str(root),
              "--images", "3", "--malformed", "1e3", "--grey-mean", "0", "--box-threshold", "0", "--out", "out/made")
     said = succeed(root, "adapt.py", *flags)
-    assert "Stable Diffusion" in said and "branch step 3/3" in said and "Kept 3 of 3" in said
+    for words in ("Stable Diffusion", "6 images, 12 captions", "branch step 3/3", "Kept 3 of 3"):
+        assert words in said
     assert '"sampling_steps": 2,' in said                                  # the preset's, not the demo's
     records = [record for split in ("train", "val") for record in
                load(str(root / "out/made"), split, root, say=lambda line: None).records]
     assert len(records) == 3 and all(record.boxes for record in records)
-    tensors, facts = checkpoint.load(root / "out/dad/cuhk-sd15-tiny-white-s0/branch.safetensors")
-    assert facts["pairs"] == 12 and tensors["outputs.12.weight"].any()
-    said = succeed(root, "adapt.py", *flags[:-1], "out/zero", "--zero-snr", "--recompute", "--steps", "1")
-    assert "Kept 3 of 3" in said and (root / "out/dad/cuhk-sd15-tiny-white-s0-zero-snr/branch.safetensors").exists()
+    branch = root / "out/dad/cuhk-sd15-tiny-s0/branch.safetensors"
+    assert checkpoint.load(branch)[0]["outputs.12.weight"].any()
+    said = succeed(root, "adapt.py", *flags[:-1], "out/short", "--recompute", "--steps", "1")
+    assert "Kept 3 of 3" in said and f"{branch.relative_to(root)} is made anew: fit.steps was 3 and is 1" in said
 
 
 @pytest.mark.parametrize("flags, said", [
     (("--size", "sd15"), "--weights"), (("--weights", "."), "--size sd15"),
-    (("--size", "sd15", "--weights", "."), "--data-root"), (("--zero-snr",), "--zero-snr is for --size sd15"),
+    (("--size", "sd15", "--weights", "."), "--data-root"),
     (("--size", "sd15", "--weights", ".", "--data-root", ".", "--mode", "restyle"), "Give --source"),
     (("--size", "sd15", "--weights", "nowhere", "--data-root", "."), "nowhere/tokenizer"),
 ])

@@ -1,6 +1,5 @@
 """The study: the quick version as a user runs it, every kind of image set, and the table from runs made by hand."""
 
-import importlib
 import json
 import os
 import signal
@@ -8,14 +7,18 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from test_commands import ROOT, command, succeed
 
-from mra import contrasts, study, training
 from mra.data.records import load
+from mra.run import machine
+from tests.study import charts, comparisons, study, study_table
+
+MAIN = "tests/study/__main__.py"        # python -m tests.study
 
 
 def made_run(arm, target, seed, r1, losses="regions"):
@@ -29,22 +32,22 @@ def test_a_row_is_paired_with_source_and_exact_of_the_same_target_and_seed():
             {"source": (10.0, 20.0), "exact": (50.0, 60.0), "dad": (40.0, 50.0)}.items()
             for seed, r1 in enumerate(figures)]
     runs += [made_run("source", "cuhk", 0, 90.0), made_run("source", "icfg", 0, 0.0, "pairs")]
-    cells = contrasts.row(runs, "regions", "dad", "zero-shot")
+    cells = comparisons.row(runs, "regions", "dad", "zero-shot")
     assert cells == {"losses": "regions", "arm": "dad", "runs": "2", "labelled pairs": "0", "R@1": "45.0 +- 7.1",
                      "mAP": "22.5 +- 3.5", "re-ranked R@1": "46.0 +- 7.1", "R@1 of twins": "40.0 +- 7.1",
                      "R@1 - source": "+30.0 [+30.0, +30.0]", "gap closed": "75 %"}
-    assert contrasts.row(runs, "regions", "source", "zero-shot")["gap closed"] == "0 %"
-    assert contrasts.row(runs, "regions", "exact", "zero-shot")["gap closed"] == "100 %"
-    assert contrasts.row(runs, "pairs", "source", "zero-shot")["gap closed"] == ""
+    assert comparisons.row(runs, "regions", "source", "zero-shot")["gap closed"] == "0 %"
+    assert comparisons.row(runs, "regions", "exact", "zero-shot")["gap closed"] == "100 %"
+    assert comparisons.row(runs, "pairs", "source", "zero-shot")["gap closed"] == ""
     runs += [made_run("exact", "icfg", 0, -1.0, "pairs")]
-    assert contrasts.row(runs, "pairs", "exact", "zero-shot")["gap closed"] == ""
+    assert comparisons.row(runs, "pairs", "exact", "zero-shot")["gap closed"] == ""
 
 
 @pytest.mark.parametrize("gaps, closed", [((3.0, 5.0), "100 %"), ((3.0, 8.0), "")])  # 4 and 2.2 errors
 def test_no_share_is_told_of_a_gap_within_the_noise(gaps, closed):
     runs = [made_run(arm, "icfg", seed, 50 + gap * (arm == "exact")) for arm in ("source", "exact")
             for seed, gap in enumerate(gaps)]
-    assert contrasts.row(runs, "regions", "exact", "zero-shot")["gap closed"] == closed
+    assert comparisons.row(runs, "regions", "exact", "zero-shot")["gap closed"] == closed
 
 
 def test_differences_are_of_the_runs_that_both_have():
@@ -54,11 +57,11 @@ def test_differences_are_of_the_runs_that_both_have():
             for seed, r1 in enumerate(figures)]
     runs += [made_run("dad", target, seed, 10.0, "pairs") for target in ("icfg", "cuhk") for seed in (0, 1)]
     pair = ("regions", "dad"), ("pairs", "dad")
-    cells = contrasts.contrast(runs, *pair, "zero-shot")
+    cells = comparisons.comparison(runs, *pair, "zero-shot")
     assert cells["runs"] == "4" and cells["R@1"] == "+4.0 [-21.4, +29.4]" == cells["R@1 of twins"]
     assert cells["mAP"] == "+2.0 [-10.7, +14.7]"
-    assert contrasts.contrast(runs, pair[0], ("pairs", "source"), "zero-shot") == {}
-    assert contrasts.contrast(runs, *pair, "all") == {}
+    assert comparisons.comparison(runs, pair[0], ("pairs", "source"), "zero-shot") == {}
+    assert comparisons.comparison(runs, *pair, "all") == {}
 
 
 def test_runs_weigh_the_same_while_a_seed_lacks_a_target():
@@ -67,20 +70,20 @@ def test_runs_weigh_the_same_while_a_seed_lacks_a_target():
     runs = [made_run("source", *key, r1) for key, r1 in figures.items()]
     runs += [made_run("exact", *key, r1 + 40) for key, r1 in figures.items()]
     runs += [made_run("dad", "cuhk", 0, 20.0), made_run("dad", "icfg", 1, 80.0)]
-    assert contrasts.row(runs, "regions", "source", "zero-shot")["R@1"].startswith("30.0 +- ")
-    cells = contrasts.row(runs, "regions", "dad", "zero-shot")
+    assert comparisons.row(runs, "regions", "source", "zero-shot")["R@1"].startswith("30.0 +- ")
+    cells = comparisons.row(runs, "regions", "dad", "zero-shot")
     assert cells["runs"] == "2" and cells["R@1 - source"].startswith("+20.0 [")
     assert cells["gap closed"] == "50 % [-268, 368]"       # of 10 and 30 of 40: -10 and 10 of it, an error of 10 of 40
     gains = {("cuhk", 0): 1.0, ("icfg", 0): 3.0, ("icfg", 1): 8.0}
-    assert contrasts.interval(gains) == "+4.0 [-29.9, +37.9]"        # of (1 + 3 - 8) / 3 twice, t = 12.71
+    assert comparisons.interval(gains) == "+4.0 [-29.9, +37.9]"        # of (1 + 3 - 8) / 3 twice, t = 12.71
 
 
 def test_other_targets_have_a_column_where_they_were_tested():
     run = made_run("dad", "icfg", 0, 40.0)
     run["results"]["zero-shot"] |= {"cuhk": {"embeddings": {"R@1": 10.0}}, "rstp": {"embeddings": {"R@1": 30.0}}}
-    cells = contrasts.row([run], "regions", "dad", "zero-shot")
+    cells = comparisons.row([run], "regions", "dad", "zero-shot")
     assert cells["R@1 on other targets"] == "20.0"
-    assert contrasts.as_table([{"losses": "pairs"}, cells]).splitlines()[2] == "| pairs |" + "  |" * (len(cells) - 1)
+    assert comparisons.as_table([{"losses": "pairs"}, cells]).splitlines()[2] == "| pairs |" + "  |" * (len(cells) - 1)
 
 
 def test_arms_are_compared_on_what_all_have_run(tmp_path):
@@ -88,12 +91,12 @@ def test_arms_are_compared_on_what_all_have_run(tmp_path):
     group = {arm: {("icfg", seed): made_run(arm, "icfg", seed, 10.0 * number + seed) for seed in (0, 1)}
              for number, arm in enumerate(arms)}
     del group["dad"]["icfg", 1]
-    found = contrasts.comparable(group)
+    found = comparisons.comparable(group)
     assert found == dict(zip(arms, ([0.0], [10.0], [20.0], [30.0], [40.0])))
-    study.figures.curve(dict(zip((0.0, 0.05, 0.25, 0.5, 1.0), found.values())), "R@1", tmp_path / "curve.png")
+    charts.curve(dict(zip((0.0, 0.05, 0.25, 0.5, 1.0), found.values())), "R@1", tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:       # the values at 25 and 50 %
         assert picture.getpixel((210, 190)) == picture.getpixel((360, 115)) == (30, 150, 60)
-    assert contrasts.comparable(group | {"dad": {}})["source"] == [0.0, 1.0]
+    assert comparisons.comparable(group | {"dad": {}})["source"] == [0.0, 1.0]
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -103,7 +106,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
         own, shared = torch.randn(5, 3, generator=draw), torch.randn(5, 1, generator=draw)
         gains = {(target, seed): float(3 + own[seed, i] + shared[seed]) for i, target in enumerate(study.TARGETS)
                  for seed in range(5)}
-        low, high = json.loads(contrasts.interval(gains).split(" ", 1)[1].replace("+", ""))
+        low, high = json.loads(comparisons.interval(gains).split(" ", 1)[1].replace("+", ""))
         inside += low <= 3 <= high
     assert 0.93 < inside / 500 < 0.97
 
@@ -112,7 +115,7 @@ def test_the_main_arms_come_with_five_seeds_on_three_targets_and_the_others_with
     runs = list(study.plan(study.StudyConfig()))
     main = [one for one in runs if (one.arm, one.losses) in study.MAIN]
     others = [one for one in runs if (one.arm, one.losses) not in study.MAIN]
-    assert len(main) == 6 * 3 * 5 and {one.arm for one in runs} == set(study.ARMS)
+    assert len(main) == 6 * 3 * 5 and {one.arm for one in runs} == {*study.ARMS} - {"dad matched"} == {*study.MADE}
     assert {one.target for one in others} == {"icfg"} and {one.seed for one in others} == {0, 1}
     assert len({one.name for one in runs}) == len(runs)
     parts = [one.name for arm in study.ARMS for one in study.plan(study.StudyConfig(arms=(arm,)))]
@@ -125,7 +128,7 @@ def test_the_main_arms_come_with_five_seeds_on_three_targets_and_the_others_with
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    return folder, succeed(folder, "mra/study.py", "--quick")
+    return folder, succeed(folder, MAIN, "--quick")
 
 
 def test_quick_runs_from_start_to_table(quick):
@@ -141,18 +144,27 @@ def test_quick_runs_from_start_to_table(quick):
     table = (folder / "out/study/table.md").read_text()
     assert "| regions | dad | 1 |" in table and "R@1 on other targets" in table
     assert "| regions and DaD - regions alone | zero-shot after a tenth | 1 |" in table
-    assert {one["precision"] for one in runs} == {training.Machine.of("", "").precision}
+    assert {one["precision"] for one in runs} == {machine.Machine.of("", "").precision}
     with Image.open(folder / "out/study/figure.png") as picture:
         assert picture.width > 500
     assert not list((folder / "out/study").glob("*-icfg-tiny-60-s0/*/*.safetensors"))       # only results are kept
+    key = json.loads((folder / "out/study/regions-dad-icfg-tiny-60-s0/run.key.json").read_text())
+    assert key["arm"] == "dad" and key["steps"] == study.STEPS["tiny"] and key["rates"] == study.RATES
+    sets = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("out/study/sets/*/report.key.json")}
+    assert sets.keys() == {f"{name}-icfg-tiny-60-s0-{share}" for name, share in
+                           (("source", "1"), ("dad", "1"), ("dad", "0.1"))}
+    assert "--share 0.1" in sets["dad-icfg-tiny-60-s0-0.1"]["adapt.py"]
 
 
 def test_a_run_with_other_rates_is_neither_finished_nor_in_the_table(quick, monkeypatch):
     folder, _ = quick
-    one = study.Run("source", "regions", "icfg", 0, 60, "tiny")
-    assert study.finished(one, folder / "out/study")
-    monkeypatch.setattr(study, "RATES", {"tenth": 1.0, "all": 1.0})
-    assert not study.finished(one, folder / "out/study")
+    one, said = study.Run("source", "regions", "icfg", 0, 60, "tiny"), []
+    here = SimpleNamespace(say=said.append)
+    file = folder / "out/study" / one.name / "run.json"
+    assert study.is_kept(file, one.key, here) and not said
+    monkeypatch.setattr(study, "RATES", {"tenth": 1.0, "all": 4e-4})
+    assert not study.is_kept(file, one.key, here)
+    assert said == [f"{file} is made anew: rates.tenth was 0.0001 and is 1.0."]
     with pytest.raises(study.UserError, match="no finished run of size tiny with --images 60"):
         study.report(folder / "out/study", study.of_kind(one))
 
@@ -160,10 +172,10 @@ def test_a_run_with_other_rates_is_neither_finished_nor_in_the_table(quick, monk
 def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
     folder, _ = quick
     before = {path: path.stat().st_mtime_ns for path in (folder / "out/study").glob("*/run.json")}
-    said = succeed(folder, "mra/study.py", "--quick")
+    said = succeed(folder, MAIN, "--quick")
     assert {path: path.stat().st_mtime_ns for path in before} == before and "2/2" not in said
-    for flags in (("--arms", "nonsense"), ("--images", "2"), ("--quick", "--seeds", "1")):
-        status, _, err = command(folder, "mra/study.py", *flags)
+    for flags in (("--arms", "nonsense"), ("--arms", "dad matched"), ("--images", "2"), ("--quick", "--seeds", "1")):
+        status, _, err = command(folder, MAIN, *flags)
         assert status == 2 and flags[0] in err and flags[1] in err and err.count("\n") == 1
 
 
@@ -171,9 +183,7 @@ def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
 def test_every_arm_has_as_many_images_of_one_resolution(quick, arm, monkeypatch):
     folder, _ = quick
     monkeypatch.chdir(folder)
-    read = study.read_base
-    monkeypatch.setattr(study, "read_base", lambda path: read(study.Path("out") / path.stem / "base.safetensors"))
-    made = study.image_set(study.Run(arm, "regions", "icfg", 0, 12, "tiny"), folder / "out/sets", 1.0, "none")
+    made = study.image_set(study.Run(arm, "regions", "icfg", 0, 12, "tiny"), folder / "out/sets", 1.0)
     rows = json.loads((made / "sda_0_5000.json").read_text())
     assert len(rows) == 10                                                      # 2/3 of 12 and a quarter of that
     for row in rows:
@@ -188,17 +198,33 @@ def test_every_arm_has_as_many_images_of_one_resolution(quick, arm, monkeypatch)
         assert sum(true) <= 2 and sum(row["caption"] in source for row in rows) == 2
     else:
         assert sum(true) == (10 if arm == "reinhard" else 10 - own)
+    monkeypatch.setattr(study, "make_set", None)            # it is there: another run with the same images finds it
+    assert study.image_set(study.Run(arm, "pairs", "icfg", 0, 12, "tiny"), folder / "out/sets", 1.0) == made
+
+
+def test_an_image_set_of_another_making_is_made_anew(quick, monkeypatch, capsys):
+    folder, _ = quick
+    monkeypatch.chdir(folder)
+    one = study.Run("exact", "regions", "icfg", 1, 6, "tiny")
+    made = study.image_set(one, folder / "out/anew", 1.0)
+    assert json.loads((made / "report.json").read_text()) == {"own": 4, "images": 5}
+    (made / "imgs/stale.png").write_text("of another making")
+    monkeypatch.setattr(study, "SOURCE_SHARE", 0.5)
+    assert study.image_set(one, folder / "out/anew", 1.0) == made
+    assert "source share was 0.25 and is 0.5" in capsys.readouterr().out
+    rows = json.loads((made / "sda_0_5000.json").read_text())
+    assert len(rows) == 6 and {path.name for path in (made / "imgs").iterdir()} == {row["image"] for row in rows}
 
 
 def test_a_terminals_interrupt_reaches_a_script_twice_and_it_still_saves(tmp_path):
     """Ctrl-C goes to the study and to the script that it runs; the study tells the script once more."""
     ready, saved = tmp_path / "ready", tmp_path / "saved"
     (tmp_path / "script.py").write_text(
-        "import time\nfrom pathlib import Path\nfrom mra.training import stoppable\n"
+        "import time\nfrom pathlib import Path\nfrom mra.run.machine import stoppable\n"
         f"with stoppable() as asked:\n    Path({str(ready)!r}).touch()\n"
         "    while not asked.is_set():\n        time.sleep(0.01)\n"
         f"    time.sleep(1)\n    Path({str(saved)!r}).touch()\n")
-    code = ("import signal\nfrom mra import study\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = ("import signal\nfrom tests.study import study\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"study.call({str(tmp_path / 'script.py')!r})")
     studying = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE,
                                 env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -211,7 +237,7 @@ def test_a_terminals_interrupt_reaches_a_script_twice_and_it_still_saves(tmp_pat
 def test_what_another_process_makes_is_waited_for(monkeypatch, tmp_path):
     """The first try meets a run that writes there, the second does not; other errors are told."""
     script, naps = tmp_path / "script.py", []
-    monkeypatch.setattr(study, "__file__", str(tmp_path / "mra/study.py"))
+    monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study.time, "sleep", lambda seconds: naps.append(script.write_text("")))
     script.write_text("import sys; sys.exit('out: another run is writing there; wait')")
     study.call("script.py")
@@ -224,14 +250,14 @@ def test_what_another_process_makes_is_waited_for(monkeypatch, tmp_path):
 def test_the_same_run_is_not_made_by_two_processes_at_once(monkeypatch, tmp_path, capsys):
     """The second process goes on with the next run, so that several share out all of them."""
     made = []
-    monkeypatch.setattr(study, "perform", lambda one, out: made.append(one.arm))
+    monkeypatch.setattr(study, "perform", lambda one, out: made.append(one.arm) or {})
     monkeypatch.setattr(study, "report", lambda out, kind: None)
     monkeypatch.setattr(sys, "argv", ["study", "--quick", "--out", str(tmp_path)])
-    with training.claimed(tmp_path / "regions-source-icfg-tiny-60-s0", training.Machine.of("cpu", "float32")):
+    with machine.claimed(tmp_path / "regions-source-icfg-tiny-60-s0", machine.Machine.of("cpu", "float32")):
         study.main()
     assert made == ["dad"] and "regions-source-icfg-tiny-60-s0 is being made by another" in capsys.readouterr().out
     study.main()
-    assert made == ["dad", "source", "dad"]
+    assert made == ["dad", "source"]            # dad is finished
 
 
 def test_images_that_another_process_makes_are_waited_for(tmp_path):
@@ -251,14 +277,45 @@ def test_images_that_another_process_makes_are_waited_for(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_the_written_tables_are_of_the_runs(monkeypatch, capsys):
+def test_checkpoints_go_only_after_the_results_are_written(monkeypatch, tmp_path):
+    """And go later where a run was killed in between."""
+    one, here = study.Run("source", "regions", "icfg", 0, 60, "tiny"), machine.Machine.of("cpu", "float32")
+    stage = tmp_path / one.name / "mix-1"
+
+    def perform(one, out) -> dict:
+        stage.mkdir(exist_ok=True)
+        return {"results": {}}
+
+    def killed(path, key):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "perform", perform)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(study, "remember", killed)
+        study.make(one, tmp_path, "1/1", here)
+    assert stage.exists()
+    study.make(one, tmp_path, "1/1", here)
+    assert not stage.exists()
+    stage.mkdir()
+    study.make(one, tmp_path, "1/1", here)
+    assert not stage.exists() and (tmp_path / one.name / "run.json").exists()
+
+
+def test_the_written_tables_are_of_the_runs(capsys):
     """tables.md is what study_table.py prints of runs.json, and the README has those of its main arms."""
-    folder = ROOT / "tests/benchmarks"
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    importlib.import_module("study_table").main(str(folder / "study/runs.json"))
+    folder = ROOT / "tests/study"
+    study_table.main(str(folder / "runs.json"))
     said = capsys.readouterr().out
-    assert said == (folder / "study/tables.md").read_text()
-    readme = (ROOT / "README.md").read_text()
+    assert said == (folder / "tables.md").read_text()
+    readme = (folder / "README.md").read_text()
     tables = [part for part in said.split("## Each target")[0].split("\n\n") if part.startswith("|")]
     assert len(tables) == 3 and all(f"\n\n{part.strip()}\n\n" in readme for part in tables)
     assert f"Run so far: {said.splitlines()[0][:-1]}**" in readme
+
+
+def test_runs_that_cannot_be_made_any_more_count_as_finished_ones():
+    runs = json.loads((ROOT / "tests/study/runs.json").read_text())
+    assert study_table.count(runs) == "126 of 126 runs."
+    others = [one for one in runs if one["arm"] != "dad matched"]
+    assert study_table.count(others) == "124 of 124 runs."
+    assert study_table.count([one for one in others if one["arm"] != "none"]) == "122 of 124 runs."

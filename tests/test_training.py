@@ -11,24 +11,36 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_commands import ROOT, TINY, command, log_of, refused, succeed
-from torch.nn.parallel import DistributedDataParallel
 
-import mra.retriever
-import train
-from mra import checkpoint, losses, ranking, training
+from mra import losses, ranking
 from mra.config import PRESETS, Fit, TrainConfig, UserError
 from mra.data.batches import Batch
 from mra.data.records import load
 from mra.data.tokenizer import Tokenizer
-from mra.diffusion.fit import fit
-from mra.retriever import Retriever
-from mra.training import Plan, choose_device, choose_precision, make_optimizer, schedule
+from mra.ranking import Plan
+from mra.retriever import Objective, Retriever
+from mra.run import checkpoint, stages
+from mra.run.loop import Log, Loop, Share, Task, schedule
+from mra.run.machine import (
+    Machine,
+    OwnRandomness,
+    Processes,
+    Threads,
+    choose_device,
+    choose_precision,
+    claimed,
+)
+from mra.run.stages import Lengths
+from mra.scale import contrastive
+from mra.workers import Workers
 
 SIX = (*TINY, "--init", "none", "--steps", "6", "--evals", "2", "--batch", "4", "--log-every", "1", "--lr", "1e-2")
 AUGMENTED = ("--eda", "0.8", "--erase", "0.6", "--smoothing", "0.2")
@@ -81,7 +93,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, 
         patch.setattr(checkpoint, "save", kill)
         assert command(town, "train.py", *flags, "--out", str(cut)).status == 130
     state = checkpoint.load(cut / "last.safetensors")[1]
-    assert state["step"] == 3 and saves == saved and ("val" in state) == (len(saved) == 3)
+    assert state["step"] == 3 and saves == saved and state["judged"] == (len(saved) == 3)
     with (cut / "log.jsonl").open("ab") as file:                 # what a power cut may leave
         file.write(b'\0\xff\n[]\n{"itc": 1}\n{"step": ')
     torch.manual_seed(12345)                                     # the state of the new process is another one
@@ -91,17 +103,17 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, 
     assert untimed(log_of(whole)) == untimed(log_of(cut))
     assert [line["step"] for line in log_of(cut)] == [1, 2, 3, 3, 4, 5, 6, 6]
     facts = [checkpoint.load(out / "last.safetensors")[1] for out in (whole, cut)]
-    assert facts[0]["val"] == facts[1]["val"] and facts[0]["best"] == facts[1]["best"]
+    assert facts[0]["found"] == facts[1]["found"] and facts[0]["found"]["best"]
     assert len(tensors_of(cut)) == 4 * len(tensors_of(cut, "best"))     # weight, two moments, step: of all parameters
 
 
 def test_steps_after_the_last_checkpoint_are_done_again(town, tmp_path, monkeypatch):
-    """Killed in step 5, after the checkpoint of step 3."""
+    """Killed in step 5, after the checkpoint of step 3. Two threads take the loss of every step."""
     flags, real, calls = (*SIX, "--dataset", "sda"), losses.total, []
 
     def kill(terms, beta):
         calls.append(beta)
-        if len(calls) == 5:
+        if len(calls) == 9:
             raise KeyboardInterrupt
         return real(terms, beta)
     with monkeypatch.context() as patch:
@@ -126,7 +138,7 @@ def test_a_stop_in_the_last_step_is_heeded(town, tmp_path, monkeypatch):
 
     def interrupted(terms, beta):
         calls.append(beta)
-        if len(calls) == 6:
+        if len(calls) == 12:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(terms, beta)
     with monkeypatch.context() as patch:
@@ -159,13 +171,13 @@ def test_a_signal_stops_the_run_after_its_step(town, tmp_path, monkeypatch, numb
 
     def interrupted(terms, beta):
         calls.append(beta)
-        if len(calls) == 2:
+        if len(calls) == 3:
             os.kill(os.getpid(), number)
         return real(terms, beta)
     with monkeypatch.context() as patch:
         patch.setattr(losses, "total", interrupted)
         status, _, err = command(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
-    assert status == 130 and "the same command goes on" in err and len(calls) == 2
+    assert status == 130 and "the same command goes on" in err and len(calls) == 4
     assert checkpoint.load(tmp_path / "cut/last.safetensors")[1]["step"] == 2
     assert not (tmp_path / "cut/best.safetensors").exists()
     assert "going on after step 2 of 6" in succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
@@ -175,7 +187,7 @@ def test_a_signal_stops_the_run_after_its_step(town, tmp_path, monkeypatch, numb
 
 
 def test_a_second_run_in_the_same_folder_is_refused(town, tmp_path):
-    with training.claimed(tmp_path, training.Machine.of("cpu", "float32")):
+    with claimed(tmp_path, Machine.of("cpu", "float32")):
         assert f"{tmp_path}: another run" in refused(town, "train.py", *SIX, "--dataset", "sda",
                                                      "--out", str(tmp_path))
     succeed(town, "train.py", *SIX, "--dataset", "sda", "--out", str(tmp_path))
@@ -210,7 +222,7 @@ def test_what_fails_in_an_evaluation_costs_no_step(town, tmp_path, monkeypatch, 
     succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
     succeed(town, "train.py", *flags, "--seed", "1", "--out", str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        patch.setattr(*((training, "validate") if what == "validate" else (checkpoint, "save")), fail)
+        patch.setattr(*((ranking, "validate") if what == "validate" else (checkpoint, "save")), fail)
         assert "no room" in refused(town, "train.py", *flags, "--no-resume", "--out", str(tmp_path / "cut"))
     assert "going on after step 3 of 6" in succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
     for name in ("last", "best"):
@@ -228,12 +240,16 @@ def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
 
 
 def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_path, monkeypatch):
-    asked = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", lambda config, machine: asked.append(config.batch * machine.world))
     for world in (1, 2, 4):
-        train.pretrain(TrainConfig(), training.Machine(torch.device("cpu"), "float32", 0, world, lambda line: None))
-    assert asked == [32, 32, 32]
+        assert stages.pretraining(TrainConfig(), machine_of(0, world)).batch * world == 32
+
+
+def machine_of(rank: int, world: int) -> Machine:
+    """The machine of a process among others, which it never talks to."""
+    workers = Workers()
+    workers.rank, workers.count = rank, world
+    return Machine(torch.device("cpu"), "float32", workers)
 
 
 def test_the_seed_decides_and_nothing_else(town, tmp_path):
@@ -267,12 +283,12 @@ def test_the_first_term_that_is_not_finite_is_told(town, tmp_path, monkeypatch):
 
 
 def spoil_masked_words(monkeypatch, step: int) -> None:
-    """Make the masked-word loss of one step nan."""
+    """Make the masked-word loss of one step nan, in the first of its two halves."""
     real, calls = losses.masked_words, []
 
     def spoilt(logits, labels):
         calls.append(1)
-        return real(logits, labels) * (math.nan if len(calls) == step else 1)
+        return real(logits, labels) * (math.nan if len(calls) == 2 * step - 1 else 1)
     monkeypatch.setattr(losses, "masked_words", spoilt)
 
 
@@ -283,8 +299,8 @@ def test_accumulated_batches_are_one_batch(town, tmp_path, monkeypatch):
     the batches' losses.
     """
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], dropout=0.0))
-    monkeypatch.setattr(mra.retriever, "mean_over_processes",
-                        lambda values, counts: (values * counts).sum() / len(values))
+    monkeypatch.setattr(contrastive, "mean_where",
+                        lambda values, counts, workers: (values * counts).sum() / len(values))
     monkeypatch.setattr(losses, "total", lambda terms, beta: terms["mlm"])
     for name, flags in (("two", ("--batch", "4", "--accumulate", "2")), ("one", ("--batch", "8"))):
         succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", "--clip", "1e9",
@@ -328,53 +344,55 @@ def next_within_half(similarity: torch.Tensor, ids: torch.Tensor) -> tuple[torch
     return column, ids[column] != ids
 
 
-def terms_and_gradients(batch: Batch, fuse: bool, wrap=lambda model: model) -> dict[str, torch.Tensor]:
+def model_of_one_seed() -> Retriever:
     torch.manual_seed(0)
-    model = Retriever(dataclasses.replace(PRESETS["tiny"], dropout=0.0, vocab=90))
+    return Retriever(dataclasses.replace(PRESETS["tiny"], dropout=0.0, vocab=90))
+
+
+def terms_and_gradients(model: Retriever, batch: Batch, fuse: bool, workers: Workers) -> dict[str, torch.Tensor]:
+    """Loss terms, and gradients averaged over the workers, of a worker's own batch."""
     losses.hard_negatives = next_within_half
-    wrapped = wrap(model)                                               # lives until its gradients are there
-    terms = wrapped(batch, fuse, 0.2, 0.8)
-    losses.total(terms, 0.8).backward()
-    return ({name: term.detach() for name, term in terms.items()}
-            | {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None})
+    terms = model(batch, Objective(fuse, 0.2, 0.8, partial(contrastive.contrastive, workers=workers),
+                                   partial(contrastive.mean_where, workers=workers)))
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(losses.total(terms, 0.8), list(named.values()), allow_unused=True)
+    found = {name: term.detach() for name, term in terms.items()}
+    found |= {f"gradient of {name}": one for name, one in zip(named, gradients) if one is not None}
+    return {name: workers.summed(term) / workers.count for name, term in found.items()}
 
 
-def searched(folder: str) -> dict[str, torch.Tensor]:
-    """Both stages of a search among seven images, which processes share out in batches of two, the last one smaller."""
+def searched(folder: str, workers: Workers) -> dict[str, torch.Tensor]:
+    """Both stages of a search among seven images, which workers share out in batches of two, the last one smaller."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.read()
     model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=len(tokenizer))).eval()
     paths = [f"{folder}/{number}.png" for number in range(7)]
-    found = ranking.search(model, tokenizer, ["a man in red", "a bag", "a woman in a blue coat"], paths, 4, batch=2)
+    found = ranking.search(model, tokenizer, ["a man in red", "a bag", "a woman in a blue coat"], paths,
+                           Plan(4, batch=2, workers=workers))
     return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
 
 
-def fitted(folder: str, rank: int, world: int) -> torch.Tensor:
-    """A weight that DaD's loop has trained in so many processes."""
+def fitted(workers: Workers) -> torch.Tensor:
+    """A weight that the loop has trained, with dropout, in one process or in several."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 1)
+    model = torch.nn.Sequential(torch.nn.Dropout(0.25), torch.nn.Linear(3, 1))
 
-    def loss_of(draw: torch.Generator, count: int) -> torch.Tensor:
-        x = torch.randn(count, 3, generator=draw)
-        return (model(x) - x.sum(1, keepdim=True)).square().mean()
+    def loss_of(share: Share) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x = torch.randn(share.count, 3, generator=share.draw)
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        return loss, {"loss": loss}
 
-    fit("line", model, loss_of, Fit(9, 16, 0.1), Path(folder) / f"{world}.safetensors", {},
-        0, training.Machine(torch.device("cpu"), "float32", rank, world, lambda line: None))
-    return model.weight.detach()
+    Loop(Task("line", model, Fit(9, 16, 0.1), 0), loss_of, Machine(torch.device("cpu"), "float32", workers)).run()
+    return model[1].weight.detach()
 
 
 def one_of_two(rank: int, folder: str) -> None:
     """A process of the run that `test_two_processes_are_one` starts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save((searched(folder), fitted(folder, rank, 2)), f"{folder}/{rank}.pt")
+    torch.save((searched(folder, Processes()), fitted(Processes())), f"{folder}/{rank}.pt")
     for fuse in (True, False):
-        found = terms_and_gradients(half(joined_batch(), rank), fuse, lambda model: DistributedDataParallel(
-            model, find_unused_parameters=not fuse))
-        for name, term in found.items():
-            if not name.startswith("gradient"):
-                dist.all_reduce(term)
-                term /= 2
+        found = terms_and_gradients(model_of_one_seed(), half(joined_batch(), rank), fuse, Processes())
         torch.save(found, f"{folder}/{rank}-{fuse}.pt")
     dist.destroy_process_group()
 
@@ -382,30 +400,104 @@ def one_of_two(rank: int, folder: str) -> None:
 def test_two_processes_are_one(tmp_path, monkeypatch, paint):
     """Loss terms, averaged over two processes, and their gradients are those of one process on the joined batch.
 
-    So are both stages of a search, and what DaD's loop trains.
+    So are both stages of a search. A network is trained by two processes as by the two threads of one, bit for bit.
     """
     for number in range(7):
         paint(f"{number}.png", seed=number)
     monkeypatch.setattr(losses, "hard_negatives", next_within_half)     # put back what terms_and_gradients sets
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    batch = joined_batch()
-    assert (half(batch, 0).masked_labels >= 0).sum() == 2 and (half(batch, 1).masked_labels >= 0).sum() == 7
-    for fuse, terms in ((True, {"itc", "itm", "mlm", "rpc", "rpm"}), (False, {"itc", "rpc", "rpm"})):
-        wanted = terms_and_gradients(batch, fuse)
-        assert {name for name in wanted if not name.startswith("gradient")} == terms
-        for rank in (0, 1):
-            found = torch.load(tmp_path / f"{rank}-{fuse}.pt")
-            assert found.keys() >= wanted.keys()
-            for name in found:
-                expected = wanted.get(name, torch.zeros_like(found[name]))
-                torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
-    wanted, weight = searched(str(tmp_path)), fitted(str(tmp_path), 0, 1)
+    assert_halves_are_whole(lambda rank, fuse: torch.load(tmp_path / f"{rank}-{fuse}.pt"))
+    wanted, weight = searched(str(tmp_path), Workers()), fitted(Workers())
     for rank in (0, 1):
         found, trained = torch.load(tmp_path / f"{rank}.pt")
         assert found["logits"].shape == (3, 4) and found["logits"].std() > 0 and torch.equal(trained, weight)
         for name, expected in wanted.items():
             torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def assert_halves_are_whole(found_by) -> None:
+    """What workers 0 and 1 found of the halves of a batch is what one worker finds of the whole."""
+    batch = joined_batch()
+    assert (half(batch, 0).masked_labels >= 0).sum() == 2 and (half(batch, 1).masked_labels >= 0).sum() == 7
+    for fuse, terms in ((True, {"itc", "itm", "mlm", "rpc", "rpm"}), (False, {"itc", "rpc", "rpm"})):
+        wanted = terms_and_gradients(model_of_one_seed(), batch, fuse, Workers())
+        assert {name for name in wanted if not name.startswith("gradient")} == terms
+        for rank in (0, 1):
+            found = found_by(rank, fuse)
+            assert found.keys() == wanted.keys()
+            for name in found:
+                torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=1e-5,
+                                           msg=lambda m: f"{name}: {m}")
+
+
+# ---- two threads
+
+def test_two_threads_are_one(monkeypatch):
+    """Loss terms and gradients of two threads are those of one worker on the joined batch."""
+    monkeypatch.setattr(losses, "hard_negatives", next_within_half)
+
+    def found_by(rank: int, fuse: bool) -> dict[str, torch.Tensor]:
+        models = model_of_one_seed(), model_of_one_seed()
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.map(lambda one: terms_and_gradients(models[one.rank], half(joined_batch(), one.rank), fuse,
+                                                            one), Threads.group(2))
+            return list(both)[rank]
+
+    assert_halves_are_whole(found_by)
+
+
+def test_an_error_in_one_thread_ends_the_step(monkeypatch):
+    """The other thread, which waits for it, ends too, and the error is the one that is raised."""
+    model = torch.nn.Linear(2, 1)
+
+    def loss_of(share: Share) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if share.workers.rank == 1:
+            raise UserError("no loss")
+        return share.workers.gathered(model(torch.ones(2, 2))).mean(), {}
+
+    with pytest.raises(UserError, match="no loss"):
+        Loop(Task("one", model, Fit(2, 4, 0.1), 0), loss_of, machine_of(0, 1)).run()
+
+
+def test_a_step_is_halved_where_that_changes_nothing():
+    """Not an odd number of samples, not among several processes, and not where a batch norm must see them all."""
+    plain, normed = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    assert [one.rank for one in machine_of(0, 1).step_workers(4, plain)] == [0, 1]
+    assert len(machine_of(0, 1).step_workers(3, plain)) == 1
+    assert len(machine_of(1, 2).step_workers(4, plain)) == 1
+    assert len(machine_of(0, 1).step_workers(4, normed)) == 1
+
+
+def test_dropout_of_a_worker_by_hand():
+    """A share p is 0, the rest divided by 1 - p, by the worker's own generator; nothing in evaluation."""
+    x = torch.ones(50, 41, 100)
+
+    def dropped(seed: int, module=torch.nn.Dropout(0.25)) -> torch.Tensor:
+        with OwnRandomness(torch.Generator().manual_seed(seed)):
+            return module(x)
+
+    torch.manual_seed(1)
+    once, state = dropped(0), torch.get_rng_state()
+    assert once.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert (once == 0).float().mean().item() == pytest.approx(0.25, abs=0.004)          # 4 standard deviations
+    for axis in (0, 1, 2):          # no row or column is left out
+        others = tuple(i for i in range(3) if i != axis)
+        assert (once == 0).float().mean(others).sub(0.25).abs().max() < 0.05
+    assert torch.equal(once, dropped(0)) and not torch.equal(once, dropped(1))
+    assert torch.equal(torch.get_rng_state(), state)            # PyTorch's own generator is not used
+    assert torch.equal(dropped(0, torch.nn.Dropout(0.25).eval()), x)
+
+
+def test_multinomial_of_a_worker():
+    weights = torch.ones(8, 100)
+
+    def drawn(seed: int) -> torch.Tensor:
+        with OwnRandomness(torch.Generator().manual_seed(seed)):
+            return torch.multinomial(weights, 1)
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert torch.equal(drawn(2), torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(2)))
 
 
 def localhost() -> bool:
@@ -439,10 +531,10 @@ def test_torchrun_from_end_to_end(tmp_path):
 def test_the_group_and_its_threads_end_before_the_interpreter(tmp_path):
     """Else they may crash it. What loads a compiler after the group exists must not keep it."""
     script = tmp_path / "script.py"
-    script.write_text("import weakref\nfrom mra import config, training\nseen = []\n\ndef main():\n"
-                      "    training.Machine.of('cpu', 'float32')\n    import torch._dynamo\n"
+    script.write_text("import weakref\nfrom mra.run import command, machine\nseen = []\n\ndef main():\n"
+                      "    machine.Machine.of('cpu', 'float32')\n    import torch._dynamo\n"
                       "    seen.append(weakref.ref(torch.distributed.group.WORLD))\n\n"
-                      "config.run(main)\nassert seen[0]() is None\n")
+                      "command.run(main)\nassert seen[0]() is None\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)], cwd=tmp_path,
                    env=environment, timeout=90, check=True)
@@ -476,9 +568,8 @@ def test_rates_of_a_run_follow_the_schedule(town, tmp_path, monkeypatch):
 
 
 def test_every_parameter_is_in_one_group(model):
-    optimizer = make_optimizer(model, TrainConfig(lr=1e-4, head_lr=5.0, weight_decay=0.01))
-    members = [(id(p), group["peak"], group["weight_decay"]) for group in optimizer.param_groups
-               for p in group["params"]]
+    groups = stages.groups(model, TrainConfig(lr=1e-4, head_lr=5.0, weight_decay=0.01))
+    members = [(id(p), group["peak"], group["weight_decay"]) for group in groups for p in group["params"]]
     settings = {member: rest for member, *rest in members}
     assert len(members) == len(settings) == len(list(model.parameters()))
     own = {name: settings[id(parameter)] for name, parameter in model.named_parameters()}
@@ -495,21 +586,21 @@ def test_every_parameter_is_in_one_group(model):
     (dict(epochs=1, steps=2, evals=10), 10, 1, (2, 0, {1, 2})),                 # more evaluations than steps
 ])
 def test_the_plan_by_hand(settings, pairs, world, wanted):
-    plan = Plan.of(TrainConfig(**settings), pairs, world)
+    plan = Lengths.of(TrainConfig(**settings), pairs, world)
     assert (plan.steps, plan.fusion_from, plan.evals) == wanted
 
 
 def test_the_best_checkpoint_is_kept(town, tmp_path, monkeypatch):
     """best.safetensors is of the best evaluation, last.safetensors of the last one, which knows the best."""
-    scores, real = iter([10.0, 30.0, 20.0]), training.validate
+    scores, real = iter([10.0, 30.0, 20.0]), ranking.validate
 
     def validate(*arguments):
         return real(*arguments) | {"quality": [True, next(scores)]}
-    monkeypatch.setattr(training, "validate", validate)
+    monkeypatch.setattr(ranking, "validate", validate)
     succeed(town, "train.py", *SIX, "--dataset", "cuhk", "--evals", "3", "--out", str(tmp_path / "run"))
     (_, best), (_, last) = (checkpoint.load(tmp_path / f"run/{name}.safetensors") for name in ("best", "last"))
     assert best["step"] == 4 and best["val"]["quality"] == [True, 30.0]
-    assert last["step"] == 6 and last["best"]["quality"] == [True, 30.0]
+    assert last["step"] == 6 and last["found"]["best"]["quality"] == [True, 30.0]
     assert [line["val"]["quality"][1] for line in log_of(tmp_path / "run") if "val" in line] == [10.0, 30.0, 20.0]
 
 
@@ -532,7 +623,8 @@ def test_device_and_precision(monkeypatch):
 
 
 def test_the_log_has_the_means_since_the_last_line(tmp_path):
-    log = training.Log(tmp_path / "log.jsonl", 10, images=8, quiet=False)
+    task = Task("", torch.nn.Linear(1, 1), Fit(10, 8, 0.1), 0, log=tmp_path / "log.jsonl")
+    log = Log(task, 8, machine_of(0, 1), 0)
     for value in (1.0, 2.0, 3.0, 6.0):
         log.terms.append({"itc": torch.tensor(value)})
     log.flush(4, 1e-3)

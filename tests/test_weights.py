@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import train
-from mra import checkpoint, figures, weights
 from mra.config import PRESETS, UserError
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
+from mra.show import pictures
+from mra.weights import files, retrievers
+from mra.weights.pretrained import read_bert, resized_grid
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 TINY = PRESETS["tiny"]
@@ -120,7 +122,7 @@ def bert_folder(reference, tmp_path) -> Path:
 def test_hidden_states_are_berts(tmp_path, reference, name, prefix, rename):
     """The first half of its layers in the text encoder, the second in the fusion encoder, and its word head."""
     path = write(tmp_path, rename(reference.released_names(prefix)), name, **HEADS)
-    model, _ = weights.start(TINY, str(path), "", str(VOCAB_FILE))
+    model, _ = retrievers.start(TINY, str(path), "", str(VOCAB_FILE))
     assert (len(model.text_encoder.blocks), len(model.fusion_encoder.blocks)) == (2, 2)
     ids, keep = torch.randint(5, 1011, (3, 9)), torch.arange(9) < torch.tensor([9, 4, 2])[:, None]
     with torch.inference_mode():
@@ -137,7 +139,8 @@ def test_hidden_states_are_berts(tmp_path, reference, name, prefix, rename):
 
 def test_layers_are_divided_as_the_presets(bert_folder):
     """Four layers for a preset with one and three quarters; the vocabulary is the one beside the weights."""
-    model, tokenizer = weights.start(dataclasses.replace(TINY, text_depth=2, fusion_depth=6), str(bert_folder), "", "")
+    config = dataclasses.replace(TINY, text_depth=2, fusion_depth=6)
+    model, tokenizer = retrievers.start(config, str(bert_folder), "", "")
     assert (model.config.text_depth, model.config.fusion_depth) == (1, 3)
     assert model.config.text_heads == 4 and len(tokenizer) == 1011 and model.config.positions == 64
 
@@ -173,7 +176,7 @@ def hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_patches_are_torchvisions(tmp_path, torchvision_vit, name, rename):
     """Patch by patch behind the last norm; the token before them is their mean."""
     path = write(tmp_path, rename(torchvision_vit.state_dict()), name, **VIT_HEADS)
-    model, _ = weights.start(dataclasses.replace(TINY, height=32, width=32), "", str(path), "")
+    model, _ = retrievers.start(dataclasses.replace(TINY, height=32, width=32), "", str(path), "")
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
         patches = torchvision_vit._process_input(images)
@@ -187,16 +190,16 @@ def test_position_embeddings_are_interpolated():
     """A ramp over 4 rows and 4 columns becomes one over 8 x 2: rows stay rows, and the middle the middle."""
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     ramp = torch.stack([rows, columns], -1).view(1, 16, 2)
-    found = weights.resized_grid(ramp, (4, 4), (8, 2)).view(8, 2, 2)
+    found = resized_grid(ramp, (4, 4), (8, 2)).view(8, 2, 2)
     torch.testing.assert_close(found[:, 1, 0], found[:, 0, 0])
     torch.testing.assert_close(found + found.flip(0, 1), torch.full((8, 2, 2), 3.0))
     assert (found.diff(dim=0)[..., 0] > 0).all() and (found.diff(dim=1)[..., 1] > 0).all()
-    assert torch.equal(weights.resized_grid(ramp, (4, 4), (4, 4)), ramp)
+    assert torch.equal(resized_grid(ramp, (4, 4), (4, 4)), ramp)
 
 
 def test_a_vit_and_a_bert_for_a_rectangle(tmp_path, torchvision_vit, bert_folder):
     path = write(tmp_path, torchvision_vit.state_dict(), "vit.pth", **VIT_HEADS)
-    model, tokenizer = weights.start(PRESETS["demo"], str(bert_folder), str(path), "")
+    model, tokenizer = retrievers.start(PRESETS["demo"], str(bert_folder), str(path), "")
     tokens, feature = model.encode_image(torch.randn(2, 3, 64, 32))
     assert tokens.shape == (2, 1 + 32, 128) and feature.shape == (2, 128) and len(tokenizer) == 1011
 
@@ -208,7 +211,7 @@ def test_train_starts_from_bert(root, monkeypatch, bert_folder):
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--init", "none", "--out", str(root / "one")])
     train.main()
     best = root / "one" / "best.safetensors"
-    model, tokenizer, _ = checkpoint.load_retriever(best, torch.device("cpu"))
+    model, tokenizer, _ = retrievers.load_retriever(best, torch.device("cpu"))
     assert model.config.text_heads == 4 and tokenizer.pieces == Tokenizer.read().pieces
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--init", str(best)])
     assert "--bert" in refusal(train.main)
@@ -232,47 +235,51 @@ def test_no_pickle_is_executed(tmp_path, name):
     for number, save in enumerate((torch.save, lambda thing, path: Path(path).write_bytes(pickle.dumps(thing)))):
         sprung = tmp_path / f"sprung{number}"
         save({"model": {"a": torch.zeros(2)}, "config": Trap(sprung)}, tmp_path / name)
-        assert name in refusal(weights.read, tmp_path / name) and not sprung.exists()
+        assert name in refusal(files.read, tmp_path / name) and not sprung.exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_broken_files(tmp_path, name):
-    assert str(tmp_path / name) in refusal(weights.read, tmp_path / name)              # missing
+    assert str(tmp_path / name) in refusal(files.read, tmp_path / name)              # missing
     whole = write(tmp_path, {"a": torch.zeros(50)}, name).read_bytes()
     for content in (b"", whole[:20], whole[:-1], b"\x00" * 100, b"not weights at all"):
         (tmp_path / name).write_bytes(content)
-        assert str(tmp_path / name) in refusal(weights.read, tmp_path / name)
+        assert str(tmp_path / name) in refusal(files.read, tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": 3}, {"epoch": 3, "a": torch.zeros(1)}, {7: torch.zeros(1)}])
 def test_files_that_are_no_table_of_tensors(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
-    assert "x.pth" in refusal(weights.read, tmp_path / "x.pth")
+    assert "x.pth" in refusal(files.read, tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.2.output.dense.bias",
-                                  "bert.encoder.layer.1.attention.self.key.weight", "bert.embeddings.LayerNorm.bias",
-                                  "cls.predictions.transform.dense.bias"])
-def test_a_bert_with_one_tensor_too_few_or_too_many_or_misshapen(tmp_path, reference, name):
+@pytest.mark.parametrize("name, ours", [
+    ("bert.embeddings.word_embeddings.weight", "text_encoder.words.weight"),
+    ("bert.encoder.layer.2.output.dense.bias", "fusion_encoder.blocks.0.mlp.2.bias"),
+    ("bert.encoder.layer.1.attention.self.key.weight", "text_encoder.blocks.1.attention.to_key"),
+    ("bert.embeddings.LayerNorm.bias", "text_encoder.norm.bias"),
+    ("cls.predictions.transform.dense.bias", "word_head.transform.0.bias")])
+def test_a_bert_with_one_tensor_too_few_or_too_many_or_misshapen(tmp_path, reference, name, ours):
+    """The tensor is named in the sentence, by our name."""
     own = reference.released_names()
     spoilt = {"missing": {k: v for k, v in own.items() if k != name}, "renamed": own | {name + "s": own[name].clone()},
               "misshapen": own | {name: torch.zeros(7, 5)}}
     for what, tensors in spoilt.items():
         path = write(tmp_path, tensors, f"{what}.safetensors", **HEADS)
-        message = refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
-        assert what in message and (what == "misshapen" or name.removeprefix("bert.") in message)
+        message = refusal(retrievers.start, TINY, str(path), "", str(VOCAB_FILE))
+        assert what in message and (what == "misshapen" or ours in message)
 
 
 def test_too_few_layers(tmp_path):
     path = write(tmp_path, Bert(1011, depth=1).released_names(), **HEADS)
-    assert "1 layers" in refusal(weights.bert, path, TINY)
+    assert "1 layers" in refusal(read_bert, path, TINY)
 
 
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 def test_a_word_head_of_its_own(tmp_path, reference, kind):
     own, name = reference.released_names(), f"cls.predictions.decoder.{kind}"
     path = write(tmp_path, own | {name: own[name] + 1}, **HEADS)
-    assert "tied" in refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
+    assert "tied" in refusal(retrievers.start, TINY, str(path), "", str(VOCAB_FILE))
 
 
 @pytest.mark.parametrize("name, shape, said", [
@@ -285,7 +292,7 @@ def test_a_word_head_of_its_own(tmp_path, reference, kind):
 def test_a_bert_that_only_seems_to_fit(tmp_path, reference, name, shape, said):
     other = torch.zeros(shape) if shape else torch.full((32,), torch.nan)
     path = write(tmp_path, reference.released_names() | {name: other}, **HEADS)
-    assert said in refusal(weights.start, TINY, str(path), "", str(VOCAB_FILE))
+    assert said in refusal(retrievers.start, TINY, str(path), "", str(VOCAB_FILE))
 
 
 def test_a_bert_with_few_positions_reads_the_beginning_of_a_caption(tmp_path, reference, paint):
@@ -293,45 +300,45 @@ def test_a_bert_with_few_positions_reads_the_beginning_of_a_caption(tmp_path, re
     del own["bert.embeddings.position_ids"]
     write(tmp_path / "short", own | {"bert.embeddings.position_embeddings.weight": torch.zeros(12, 32)}, **HEADS)
     (tmp_path / "short/vocab.txt").write_text(VOCAB_FILE.read_text())
-    model, tokenizer = weights.start(TINY, str(tmp_path / "short"), "", "")
+    model, tokenizer = retrievers.start(TINY, str(tmp_path / "short"), "", "")
     ids = tokenizer.encode("a man in a red coat " * 5, model.config.max_tokens)
     tokens, _ = model.encode_text(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
     assert tokens.shape == (1, 12, 32)
-    assert figures.heat_map(model, tokenizer, paint("a.png"), "a man in a red coat " * 5).size == (96, 192)
+    assert pictures.heat_map(model, tokenizer, paint("a.png"), "a man in a red coat " * 5).size == (96, 192)
 
 
 def test_a_folder_without_weights(tmp_path):
-    assert "holds no weights: none of model.safetensors" in refusal(weights.bert, tmp_path, TINY)
+    assert "holds no weights: none of model.safetensors" in refusal(read_bert, tmp_path, TINY)
 
 
 def test_a_vocabulary_that_is_missing_or_another(bert_folder, tmp_path):
     (bert_folder / "vocab.txt").unlink()
-    assert "vocab.txt" in refusal(weights.start, TINY, str(bert_folder), "", "")
+    assert "vocab.txt" in refusal(retrievers.start, TINY, str(bert_folder), "", "")
     (tmp_path / "other.txt").write_text(VOCAB_FILE.read_text() + "unheard\n")
-    assert "1012" in refusal(weights.start, TINY, str(bert_folder), "", str(tmp_path / "other.txt"))
+    assert "1012" in refusal(retrievers.start, TINY, str(bert_folder), "", str(tmp_path / "other.txt"))
 
 
 def test_what_config_json_says(tmp_path, reference):
     """Nothing that belongs to other weights, and nothing that does not work here."""
     path = write(tmp_path, reference.released_names(), hidden_size=768, num_attention_heads=4)
-    assert "config.json" in refusal(weights.bert, path, TINY)
-    assert weights.heads_of(tmp_path / "elsewhere.pth", 768) == 4 and weights.heads_of(Path("vit_b_16.pth"), 1024) == 16
+    assert "config.json" in refusal(read_bert, path, TINY)
+    assert files.heads_of(tmp_path / "elsewhere.pth", 768) == 4 and files.heads_of(Path("vit_b_16.pth"), 1024) == 16
     write(tmp_path, {}, "other.pth", hidden_size=32, num_attention_heads=-4)
-    assert "number of attention heads" in refusal(weights.bert, path, TINY)
+    assert "number of attention heads" in refusal(read_bert, path, TINY)
     write(tmp_path, {}, "other.pth", **HEADS, hidden_act="relu")
-    assert "relu" in refusal(weights.bert, path, TINY)
+    assert "relu" in refusal(read_bert, path, TINY)
     (tmp_path / "config.json").write_text("{")
-    assert "config.json" in refusal(weights.bert, path, TINY)
+    assert "config.json" in refusal(read_bert, path, TINY)
 
 
 def test_a_vit_with_one_tensor_too_few_or_too_many_or_that_does_not_fit(tmp_path, torchvision_vit):
     own, name = torchvision_vit.state_dict(), "encoder.layers.encoder_layer_1.ln_2.weight"
-    for tensors, named in (({k: v for k, v in own.items() if k != name}, "layer.1.layernorm_after.weight"),
+    for tensors, named in (({k: v for k, v in own.items() if k != name}, "blocks.1.mlp_norm.weight is missing"),
                            (own | {"extra": own[name]}, "extra"), (own | {name: torch.zeros(3)}, "blocks.1.mlp_norm"),
                            (own | {"class_token": torch.zeros(1, 1, 1)}, "shapes"),
                            (own | {"conv_proj.weight": torch.zeros(128, 3, 0, 0)}, "shapes"),
                            ({k: v for k, v in own.items() if ".layers." not in k}, "no layers"),
                            (own | {"encoder.pos_embedding": torch.zeros(1, 13, 128)}, "12 position embeddings")):
-        assert named in refusal(weights.start, TINY, "", str(write(tmp_path, tensors, "vit.pth", **VIT_HEADS)), "")
+        assert named in refusal(retrievers.start, TINY, "", str(write(tmp_path, tensors, "vit.pth", **VIT_HEADS)), "")
     path = write(tmp_path, own, "vit.pth")
-    assert "44x16" in refusal(weights.start, dataclasses.replace(TINY, height=44), "", str(path), "")
+    assert "44x16" in refusal(retrievers.start, dataclasses.replace(TINY, height=44), "", str(path), "")

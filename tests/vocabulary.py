@@ -7,9 +7,9 @@ import random
 
 from tokenizers import trainers
 
-from mra.data.people import VIEWS, describe, sample_person
 from mra.data.tokenizer import SPECIAL, Tokenizer
 from mra.data.words import LEXICON
+from mra.town.people import VIEWS, describe, sample_person
 
 
 def learn_pieces(captions: int = 20_000, size: int = 1500) -> list[str]:

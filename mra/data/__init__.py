@@ -1,4 +1,7 @@
-"""The data sets: drawing, reading, augmenting, and making batches of them. Start with people.py."""
+"""The data pipeline: from annotation files and images to batches.
+
+Read files.py, records.py, augment.py, words.py, tokenizer.py and batches.py.
+"""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +11,7 @@ Box = tuple[float, float, float, float]    # (cx, cy, w, h), fractions of the im
 
 
 def in_processes(function: Callable, items: Sequence, workers: int, chunk: int = 1, start: str = "spawn") -> Iterator:
-    """`function` of each item, in their order; computed in `workers` processes where these are more than one."""
+    """`function` of each item, in their order, computed in `workers` processes; less than two: in this one."""
     if workers < 2:
         yield from map(function, items)
     else:

@@ -1,8 +1,7 @@
-"""Views of one picture: image and box move together, and a flag tells the words to follow.
+"""Views of one image: image and box move together, and a flag says whether the image was mirrored.
 
-Paper (MRA): training settings, region encoding. The released code mirrors an image and leaves "left" and "right" in
-its caption as they are; here `View.mirrored` tells the caller to swap them.
-Read before: records.py (image and box). After: words.py, batches.py.
+MRA section 3, training settings and region encoding. The released code mirrors an image and leaves "left" and "right"
+in its caption as they are; here the caller exchanges them where `View.mirrored`. Read next: words.py.
 """
 
 import math
@@ -25,7 +24,7 @@ EDGE = 1e-6                     # of a patch: overlaps below it are rounding
 
 
 class View(NamedTuple):
-    """What the model sees of one picture."""
+    """What the model sees of one image."""
     image: Tensor               # (3, H, W) normalised
     box: Box | None             # (cx, cy, w, h), fractions of this view
     mirrored: bool              # then left and right change places in caption and phrase
@@ -39,21 +38,32 @@ def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rn
     top, height = _interval(math.sqrt(area / stretch), cy, h, rng)
     mirrored = rng.random() < 0.5
     if box is not None:
-        cx, cy, w, h = (cx - left) / width, (cy - top) / height, w / width, h / height
+        cx, w = (cx - left) / width, w / width
+        cy, h = (cy - top) / height, h / height
         box = (1 - cx if mirrored else cx, cy, min(w, 1.0), min(h, 1.0))
     return View(tensor_of(image, size, (left, top, left + width, top + height), mirrored), box, mirrored)
 
 
 def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random, erase: float = 0.6) -> View:
-    """The whole image, mirrored half of the time, a rectangle of it set to 0 with probability `erase`."""
+    """The whole image, mirrored half of the time, a rectangle set to 0, the mean colour, with probability `erase`."""
     mirrored, erased = rng.random() < 0.5, rng.random() < erase
-    pixels = tensor_of(image, size, None, mirrored)
-    return View(_erase(pixels, rng) if erased else pixels, None, mirrored)
+    pixels = tensor_of(image, size, None, mirrored)                 # (3, H, W)
+    rows, columns = size
+    for _ in range(10 if erased else 0):                            # draws until one fits
+        area = rng.uniform(*ERASE_AREA) * rows * columns
+        aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < height < rows and 0 < width < columns:
+            top, left = rng.randrange(rows - height + 1), rng.randrange(columns - width + 1)
+            pixels[:, top:top + height, left:left + width] = 0
+            break
+    return View(pixels, None, mirrored)
 
 
 def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:
     """The patches, row by row, that share some area with `box`: (N,) bool, True = use it; never empty."""
-    (cx, cy, w, h), keep = box, torch.zeros(grid, dtype=torch.bool)         # (rows, columns)
+    cx, cy, w, h = box
+    keep = torch.zeros(grid, dtype=torch.bool)                              # (rows, columns)
     keep[_touched(cy, h, grid[0]), _touched(cx, w, grid[1])] = True
     return keep.flatten()                                                   # (N,)
 
@@ -73,20 +83,7 @@ def _interval(extent: float, centre: float, length: float, rng: random.Random) -
 
 def tensor_of(image: Image.Image, size: tuple[int, int], crop=None, mirrored: bool = False) -> Tensor:
     """Crop (left, top, right, bottom as fractions), resize bicubic, mirror, normalise: (3, H, W)."""
-    window = crop and [min(part, 1) * full for part, full in zip(crop, image.size * 2)]
+    window = crop and [min(part, 1) * full for part, full in zip(crop, (*image.size, *image.size))]
     pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, window))     # (H, W, 3)
     scaled = pixels[:, ::-1 if mirrored else 1] * (1 / (255 * STD)) - MEAN / STD        # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))            # (3, H, W)
-
-
-def _erase(pixels: Tensor, rng: random.Random) -> Tensor:
-    """Set a random rectangle of (3, H, W) to 0, the mean colour."""
-    _, rows, columns = pixels.shape
-    for _ in range(10):         # draws until one fits
-        area, aspect = rng.uniform(*ERASE_AREA), math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
-        height, width = (round(math.sqrt(area * rows * columns * x)) for x in (aspect, 1 / aspect))
-        if 0 < height < rows and 0 < width < columns:
-            top, left = rng.randrange(rows - height + 1), rng.randrange(columns - width + 1)
-            pixels[:, top:top + height, left:left + width] = 0
-            break
-    return pixels

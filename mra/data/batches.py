@@ -1,12 +1,12 @@
 """From records to a Batch: the last stop before the model.
 
-All of a sample's randomness comes from (seed, epoch, index), and the order of the samples is a pure function of the
-seed, so neither the number of workers nor a restart changes anything.
-Before: augment.py, tokenizer.py, words.py. After: retriever.py.
+All randomness of a sample comes from (seed, epoch, index), and the order of the samples depends on the seed alone. So
+neither the number of loading processes nor a restart changes anything. Read next: layers.py, or retriever.py.
 """
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mra.config import ModelConfig, TrainConfig, pretrains
 from mra.data.augment import box_to_patches, finetune_view, pretrain_view
-from mra.data.records import RecordSet, open_image
+from mra.data.files import open_image
+from mra.data.records import RecordSet
 from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad
 from mra.data.words import clean, eda, swap_left_right
 
@@ -34,7 +35,6 @@ class Sample:
     eda: list[int] | None = None        # (T',) ids of an augmented caption
     region_keep: Tensor | None = None   # (N,)
     phrase: list[int] | None = None     # (P,) ids
-    phrase_class: int = 0               # equal phrases are one class
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batch:
     region_keep: Tensor | None = None   # (B, N) the patches that the region's box touches
     phrase_ids: Tensor | None = None    # (B, P)
     phrase_keep: Tensor | None = None   # (B, P)
-    phrase_class: Tensor | None = None  # (B,)
+    phrase_class: Tensor | None = None  # (B,) equal phrases are one class
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(*(None if x is None else change(x) for x in vars(self).values()))
@@ -61,7 +61,7 @@ class Batch:
         return self.each(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """In memory that a GPU can fetch it from meanwhile; the loader calls this."""
+        """Copied to memory that a GPU reads from while it computes; the loader calls this."""
         return self.each(Tensor.pin_memory)
 
 
@@ -69,8 +69,9 @@ class PairDataset(torch.utils.data.Dataset):
     """Image-caption pairs of a RecordSet as Samples, indexed by (epoch, index)."""
 
     def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
-        self.source, self.tokenizer, self.model, self.train = source, tokenizer, model, train
-        # Where each record's pairs end, so that pair - end counts its captions from behind.
+        self.source, self.tokenizer = source, tokenizer
+        self.model, self.train = model, train
+        # where each record's pairs end: pair - end counts its captions from behind
         self.ends = np.cumsum([len(record.captions) for record in source.records])
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
@@ -85,11 +86,14 @@ class PairDataset(torch.utils.data.Dataset):
         place = int(np.searchsorted(self.ends, index, "right"))
         record = self.source.records[place]
         caption = clean(record.captions[index - int(self.ends[place])], self.source.name)
-        box, phrase = (rng.choice([*zip(record.boxes, record.phrases)]) if record.boxes else (WHOLE_IMAGE, caption))
-        size = self.model.height, self.model.width
-        image = open_image(record.path)
-        view = (pretrain_view(image, box if self.with_regions else None, size, rng) if self.pretraining
-                else finetune_view(image, size, rng, self.train.erase))
+        box, phrase = WHOLE_IMAGE, caption
+        if record.boxes:
+            box, phrase = rng.choice(list(zip(record.boxes, record.phrases)))
+        image, size = open_image(record.path), (self.model.height, self.model.width)
+        if self.pretraining:
+            view = pretrain_view(image, box if self.with_regions else None, size, rng)
+        else:
+            view = finetune_view(image, size, rng, self.train.erase)
         if view.mirrored:
             caption, phrase = swap_left_right(caption), swap_left_right(phrase)
         ids = self.encode(caption)
@@ -97,27 +101,31 @@ class PairDataset(torch.utils.data.Dataset):
         augmented = self.encode(eda(caption, rng)) if self.train.eda else None
         region = ()
         if self.with_regions:
-            phrase = self.encode(phrase)
-            region = box_to_patches(view.box, self.model.grid), phrase, hash(tuple(phrase))     # equal in any process
+            region = box_to_patches(view.box, self.model.grid), self.encode(phrase)
         return Sample(view.image, record.identity, ids, masked, labels, augmented, *region)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, self.model.max_tokens)
 
+    def collate_parts(self, samples: list[Sample], parts: int) -> list[Batch]:
+        """A Batch for each of several workers, of equally many samples."""
+        size = len(samples) // parts
+        return [self.collate(samples[start:start + size]) for start in range(0, len(samples), size)]
+
     def collate(self, samples: list[Sample]) -> Batch:
         """Samples -> Batch; words are padded to the longest of the batch."""
-        def every(name: str) -> list:
-            return [getattr(sample, name) for sample in samples]
-
-        def padded(name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-            return (None, None) if every(name)[0] is None else pad(every(name), self.tokenizer.pad_id)
-
-        masked_at, masked_labels = zip(*map(_positions, every("labels")))
-        regions = samples[0].region_keep is not None
-        return Batch(torch.stack(every("image")), torch.tensor(every("identity")), *padded("caption"),
-                     padded("masked")[0], torch.tensor(masked_at), torch.tensor(masked_labels), *padded("eda"),
-                     torch.stack(every("region_keep")) if regions else None, *padded("phrase"),
-                     torch.tensor(every("phrase_class")) if regions else None)
+        every = {name: [getattr(sample, name) for sample in samples] for name in vars(samples[0])}
+        fields = {"image": torch.stack(every["image"]), "identity": torch.tensor(every["identity"])}
+        for name in ("caption", "eda", "phrase"):
+            if every[name][0] is not None:
+                fields[f"{name}_ids"], fields[f"{name}_keep"] = pad(every[name], self.tokenizer.pad_id)
+        fields["masked_ids"], _ = pad(every["masked"], self.tokenizer.pad_id)
+        at, labels = zip(*map(_positions, every["labels"]))
+        fields |= {"masked_at": torch.tensor(at), "masked_labels": torch.tensor(labels)}
+        if "phrase_ids" in fields:
+            classes = [hash(tuple(phrase)) for phrase in every["phrase"]]       # equal in any process
+            fields |= {"region_keep": torch.stack(every["region_keep"]), "phrase_class": torch.tensor(classes)}
+        return Batch(**fields)
 
 
 def _positions(labels: list[int]) -> tuple[list[int], list[int]]:
@@ -128,9 +136,18 @@ def _positions(labels: list[int]) -> tuple[list[int], list[int]]:
 
 
 def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.utils.data.DataLoader:
-    """Loads in forked processes: they share what is read, and heed signals as this one does, to the end of its step."""
+    """A loader with forked processes: they share what was read, and treat signals as this one does."""
     return torch.utils.data.DataLoader(samples, num_workers=workers, **more,
                                        multiprocessing_context="fork" if workers else None)
+
+
+def ahead(batches: Iterator) -> Iterator:
+    """The same batches, each prepared in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0,
@@ -139,12 +156,13 @@ def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 
 
     Batch s of W processes takes positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
     """
-    @lru_cache(1)
-    def permutation(epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**62)
-        return torch.randperm(count, generator=generator).tolist()
-
     for step in range(start, stop):
         first = (step * world + rank) * batch
         places = [divmod(position, count) for position in range(first, first + batch)]
-        yield [(epoch, permutation(epoch)[place]) for epoch, place in places]
+        yield [(epoch, _permutation(count, seed, epoch)[place]) for epoch, place in places]
+
+
+@lru_cache(1)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**62)
+    return torch.randperm(count, generator=generator).tolist()

@@ -1,43 +1,35 @@
 """One record type and a reader for every annotation format of the field.
 
-All that can be wrong in a file is found while it is read and told in one sentence, so that code further on trusts a
-`Record`. Boxes and phrases are those of the SDA set of the MRA paper.
-Read before: config.py (UserError). After: check.py, which lists all that is wrong at once; augment.py.
+Whatever is wrong in a file is found while it is read, and told in one sentence, so that later code trusts a `Record`.
+Boxes and phrases are those of the SDA set of the MRA paper. show/check.py lists all that is wrong at once.
+Read next: augment.py.
 """
 
 import gc
-import io
 import json
 import marshal
 import math
 import os
 import random
 import re
-import reprlib
-import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from mra.config import UserError, replacing
+from mra.config import UserError
 from mra.data import Box, in_processes
+from mra.data.files import shown
 
 SPLITS = ("train", "val", "test")
 BOX_ROUNDING = 1e-3                 # a box may leave the image by this fraction; it is clipped
 VAL_SHARE, VAL_IMAGES = 0.1, 1000   # a val split made from train: share of the identities, most images
-PIXEL_LIMIT = 50_000_000            # a larger picture is no pedestrian crop and endangers the memory
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 
-_LAYOUTS = {    # images (a level imgs may follow) | raw file, its image key | a file a split | parts
+_LAYOUTS = {    # folder of the images | file of all splits, its image key | files of one split each | training parts
     "cuhk": ("CUHK-PEDES", "CUHK-PEDES/reid_raw.json", "file_path", ("finetune/cuhk_{}.json",), ""),
     "icfg": ("ICFG-PEDES", "ICFG-PEDES/ICFG[-_]PEDES.json", "file_path", ("finetune/icfg_{}.json",), ""),
     "rstp": ("RSTPReid", "RSTPReid/data_captions.json", "img_path", ("finetune/rstp_{}.json",), ""),
@@ -46,7 +38,7 @@ _LAYOUTS = {    # images (a level imgs may follow) | raw file, its image key | a
 }
 _OWN = ("", "", "", ("{}.json", "*_{}.json"), "*.json")     # below the user's folder
 DATASETS = tuple(_LAYOUTS)
-NOT_RECORDS = ("report.json", "town.json")      # what adapt.py and the town say about a set, beside its records
+NOT_RECORDS = ("report.json", "report.key.json", "parts.key.json", "town.json")   # of adapt.py and of the town
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +52,7 @@ class Record:
 
 
 class Packed(Sequence):
-    """Records in one buffer, unpacked when asked for: to look at an object is to copy it into the loading process."""
+    """Records in one buffer, unpacked on access. A forked process would copy the pages of objects that it looks at."""
 
     def __init__(self, records: Iterable[Record]):
         self.buffer, self.ends = bytearray(), array("Q", [0])
@@ -86,7 +78,7 @@ class RecordSet:
 
 class Source(NamedTuple):
     """The annotation files to read for one split, and how."""
-    files: list[Path]
+    files: tuple[Path, ...]
     images: Path
     split: str | None               # None: every record names its own
     carve: bool                     # where no record is of val, hold out training identities
@@ -102,20 +94,20 @@ class Row(NamedTuple):
     path: str
     missing: bool
     captions: int                   # how many
-    body: bytes                     # captions, boxes and phrases, small: 1.2 million are held while a set is read
     place: str                      # for messages: annotation file, record number, image as it stands there
+    packed: bytes                   # `said`, small: 1.2 million rows are held while a set is read
 
     @property
-    def said(self) -> tuple[tuple[str, ...], tuple[Box, ...], tuple[str, ...]]:
-        """Captions, boxes and phrases."""
-        return marshal.loads(self.body)
+    def said(self) -> dict[str, tuple]:
+        """The captions, boxes and phrases, by these names."""
+        return marshal.loads(self.packed)
 
 
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
     """Read a split of one of DATASETS under `data_root`, or of the folder `dataset`. Raises UserError.
 
-    A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same
-    ones; train leaves them out. `allow_missing` drops the records whose image is missing.
+    A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same ones;
+    train leaves them out. `allow_missing` drops the records whose image is missing.
     """
     return load_splits(dataset, (split,), data_root, allow_missing, say)[0]
 
@@ -123,38 +115,25 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
 def load_splits(dataset: str, splits: tuple[str, ...], data_root: Path, allow_missing: bool = False,
                 say=print) -> list[RecordSet]:
     """`load` of several splits; the files that two of them share are read once."""
-    sets, before, rows = [], None, []
+    sets, rows_of = [], {}
     for split in splits:
         if split not in SPLITS:
             raise UserError(f"unknown split {shown(split)}: choose one of {', '.join(SPLITS)}")
         source = locate(dataset, split, Path(data_root))
-        if source != before:
-            before, (rows, refused) = source, read_rows(source)
+        if source not in rows_of:
+            rows_of[source], refused = read_rows(source)
             if refused:
                 raise UserError(refused[0])
-        sets.append(_record_set(dataset, split, source, rows, allow_missing, say))
+        rows = _choose(rows_of[source], split, source, allow_missing, say)
+        ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
+        records = Packed(Record(row.path, identity=ids[row.identity], **row.said) for row in rows)
+        if (source.images / "town.json").is_file():
+            say(f"{shown(source.images)} is drawn data, not photographs.")
+        more = f" and {len(source.files) - 1} more" if len(source.files) > 1 else ""
+        say(f"{shown(dataset)} {split}: {len(rows)} images, {sum(row.captions for row in rows)} captions, "
+            f"{len(ids)} identities, read from {shown(source.files[0])}{more}")
+        sets.append(RecordSet(dataset, split, records))
     return sets
-
-
-def _record_set(dataset: str, split: str, source: Source, rows: list[Row], allow_missing: bool, say) -> RecordSet:
-    rows = _choose(rows, split, source, say)
-    missing = [row.place for row in rows if row.missing]
-    if missing:
-        told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
-        if not allow_missing or len(missing) == len(rows):
-            hint = "complete it" if allow_missing else "complete it or add --allow-missing"
-            raise UserError(f"{told}; {hint}: {'; '.join(missing[:5])}")
-        say(f"{told} and left out")
-        rows = [row for row in rows if not row.missing]
-    ids = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
-    records = Packed(Record(row.path, captions, ids[row.identity], boxes, phrases)
-                     for row in rows for captions, boxes, phrases in [row.said])
-    more = f" and {len(source.files) - 1} more" if source.files[1:] else ""
-    if (source.images / "town.json").is_file():
-        say(f"{shown(source.images)} is drawn data, not photographs.")
-    say(f"{shown(dataset)} {split}: {len(rows)} images, {sum(row.captions for row in rows)} captions, "
-        f"{len(ids)} identities, read from {shown(source.files[0])}{more}")
-    return RecordSet(dataset, split, records)
 
 
 def share_of(whole: RecordSet, share: float) -> RecordSet:
@@ -168,57 +147,55 @@ def share_of(whole: RecordSet, share: float) -> RecordSet:
                                          for record in whole.records if record.identity in place))
 
 
-def shown(value) -> str:
-    """`value` fit for a terminal: quoted, control characters escaped, cut at 80 (a Path is not)."""
-    text = repr(str(value)) if isinstance(value, (str, Path)) else reprlib.repr(value)
-    return text if len(text) <= 80 or isinstance(value, Path) else text[:80] + "..."
-
-
 def locate(dataset: str, split: str, root: Path) -> Source:
-    """The raw file where there is one, else the processed file of the split, else the parts. Raises UserError."""
-    base = root if dataset in DATASETS else Path(dataset)
-    name, raw, image_key, processed, parts = _LAYOUTS.get(dataset, _OWN)
-    images, carve = base / name, dataset not in ("cuhk", "rstp")
+    """The file of all splits where there is one, else that of the split, else the parts. Raises UserError."""
+    own = dataset not in DATASETS
+    base = Path(dataset) if own else root
+    folder, raw, image_key, patterns, parts = _LAYOUTS.get(dataset, _OWN)
+    images, carve = base / folder, dataset not in ("cuhk", "rstp")
     if not images.is_dir():
         raise UserError(f"no folder {shown(images)}: a data set is one of {', '.join(DATASETS)} or a folder")
-    if files := _files(base, raw):
-        return Source(files[:1], images, None, carve, (image_key, "captions", "id"))
-    stored = {s: _files(base, *(pattern.format(s) for pattern in processed)) for s in SPLITS}
-    carve = carve and not stored["val"]         # val is then held out of train, and read from train's files
-    wanted = "train" if carve and split == "val" else split
+    if found := _files(base, raw):
+        return Source(found[:1], images, None, carve, (image_key, "captions", "id"))
+    stored = {name: _files(base, *patterns, split=name) for name in SPLITS}
+    carve = carve and not stored["val"]
+    wanted = "train" if carve and split == "val" else split         # val is held out of train
     if len(stored[wanted]) > 1:
         raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")
     if stored[wanted]:
-        return Source(stored[wanted], images, wanted, carve, grouped=wanted == "train" or dataset not in DATASETS)
-    mixed = dataset == "sda" or not any(stored.values())
-    if wanted == "train" and mixed and (files := _files(base, parts)):
-        return Source(files, images, "train", carve, boxed=dataset != "mals")
-    sought = [raw, *(pattern.format(wanted) for pattern in processed), parts * (wanted == "train")]
-    hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
-    raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no "
-                    f"{' or '.join(filter(None, sought)) or 'file of it'}"
-                    + hint * (images / "caption_all.json").is_file())
+        return Source(stored[wanted], images, wanted, carve, grouped=own or wanted == "train")
+    parts = parts if wanted == "train" else ""
+    mixed = dataset == "sda" or not any(stored.values())            # parts beside the files of other splits
+    if mixed and (found := _files(base, parts)):
+        return Source(found, images, wanted, carve, boxed=dataset != "mals")
+    sought = " or ".join(filter(None, (raw, *patterns, parts))).replace("{}", wanted)
+    hint = ""
+    if (images / "caption_all.json").is_file():
+        hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
+    raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no {sought or 'file of it'}{hint}")
 
 
-def _files(base: Path, *patterns: str) -> list[Path]:
+def _files(base: Path, *patterns: str, split: str = "") -> tuple[Path, ...]:
     """Sorted as people count: part_2 before part_10."""
-    found = (file for pattern in filter(None, patterns) for file in base.glob(pattern)
-             if not file.name.startswith(".") and file.name not in NOT_RECORDS)
-    return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
+    found = [file for pattern in patterns if pattern for file in base.glob(pattern.format(split))
+             if not file.name.startswith(".") and file.name not in NOT_RECORDS]
+    return tuple(sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name)))
 
 
 def read_rows(source: Source) -> tuple[list[Row], list[str]]:
     """All records of all files, of every split they hold; a sentence for each that cannot be used."""
-    images, rows, refused = _Images(source.images), [], []
     workers = min((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(source.files) // 8)
     read = in_processes(partial(_read_file, source), source.files, workers, start="fork")      # they only read text
+    rows, refused = [], []
     gc.disable()        # it would look through millions of objects again and again, none in a cycle
     try:
-        for row in map(images.placed, chain.from_iterable(read)):
+        for row in _placed(chain.from_iterable(read), source.images):
             (refused if isinstance(row, str) else rows).append(row)
     finally:
         gc.enable()
-    return _grouped(rows, refused) if source.grouped else rows, refused
+    if source.grouped:
+        rows = _grouped(rows, refused)
+    return rows, refused
 
 
 def _read_file(source: Source, file: Path) -> list[Row | str]:
@@ -241,7 +218,7 @@ def _read_file(source: Source, file: Path) -> list[Row | str]:
 
 
 def _row(item, source: Source, place: str) -> Row:
-    """Check one record but for its path. Raises ValueError saying what is wrong with it."""
+    """Check one record. Raises ValueError saying what is wrong with it."""
     if not isinstance(item, dict):
         raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
     image_key, captions_key, identity_key = source.keys
@@ -251,12 +228,16 @@ def _row(item, source: Source, place: str) -> Row:
     if split not in SPLITS:
         raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
     captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
-    boxed = source.boxed or "boxes" in item
-    boxes = tuple(map(_box, _field(item, "boxes", list))) if boxed else ()
-    phrases = _texts(_field(item, "phrases", list), "phrase") if boxed else ()
+    boxes = phrases = ()
+    if source.boxed or "boxes" in item:
+        boxes = tuple(map(_box, _field(item, "boxes", list)))
+        phrases = _texts(_field(item, "phrases", list), "phrase")
     if not captions or len(boxes) != len(phrases):
         raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
-    return Row(split, identity, image, False, len(captions), marshal.dumps((captions, boxes, phrases)), place)
+    if not image or image[0] == "/" or "\\" in image or ".." in image.split("/"):
+        raise ValueError("the path is empty, holds a backslash, or leads out of the image folder")
+    packed = marshal.dumps({"captions": captions, "boxes": boxes, "phrases": phrases})
+    return Row(split, identity, image, False, len(captions), place, packed)
 
 
 def _field(item: dict, key: str, *kinds: type):
@@ -270,10 +251,9 @@ def _field(item: dict, key: str, *kinds: type):
 def _texts(values: list, kind: str) -> tuple[str, ...]:
     """Stripped; half of a surrogate pair, which no file can hold, becomes a question mark."""
     for value in values:
-        if not isinstance(value, str) or not (value[:1].isalnum() or any(map(str.isalnum, value))):
+        if not isinstance(value, str) or not any(map(str.isalnum, value)):
             raise ValueError(f"a {kind} is empty or not text: {shown(value)}")
-    return tuple([value.strip() if value.isascii() else value.strip().encode(errors="replace").decode()
-                  for value in values])
+    return tuple([value.strip().encode(errors="replace").decode() for value in values])
 
 
 def _box(value) -> Box:
@@ -282,11 +262,14 @@ def _box(value) -> Box:
             and abs(min(value)) <= 2 and abs(max(value)) <= 2):
         raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
     cx, cy, w, h = value
-    left, top, right, bottom = edges = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+    left, right = cx - w / 2, cx + w / 2
+    top, bottom = cy - h / 2, cy + h / 2
     if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
         return cx, cy, w, h
-    left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in edges)
-    if not (left < right and top < bottom) or min(edges) < -BOX_ROUNDING or max(edges) > 1 + BOX_ROUNDING:
+    outside = min(left, top) < -BOX_ROUNDING or max(right, bottom) > 1 + BOX_ROUNDING
+    left, right = max(left, 0.0), min(right, 1.0)
+    top, bottom = max(top, 0.0), min(bottom, 1.0)
+    if outside or not (left < right and top < bottom):              # also where one of them is NaN
         raise ValueError(f"the box {shown(value)} is empty or leaves the image (cx, cy, w, h)")
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 
@@ -299,13 +282,16 @@ def _grouped(rows: list[Row], refused: list[str]) -> list[Row]:
         if before.identity != row.identity:
             refused.append(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
         elif before is not row:
-            said = tuple(one + other for one, other in zip(before.said, row.said))
-            joined[row.path] = before._replace(captions=before.captions + row.captions, body=marshal.dumps(said))
+            said = {name: values + row.said[name] for name, values in before.said.items()}
+            joined[row.path] = before._replace(captions=len(said["captions"]), packed=marshal.dumps(said))
     return list(joined.values())
 
 
-def _choose(rows: list[Row], split: str, source: Source, say) -> list[Row]:
-    """The rows of a split; whom val holds out of train depends on the identities and their numbers of images alone."""
+def _choose(rows: list[Row], split: str, source: Source, allow_missing: bool, say) -> list[Row]:
+    """The rows of a split whose image is there; a val split is held out of train where the set has none.
+
+    Who is held out depends on the training identities and their numbers of images alone.
+    """
     chosen = [row for row in rows if row.split == split]
     if source.carve and split != "test" and all(row.split != "val" for row in rows):
         train = [row for row in rows if row.split == "train"]
@@ -319,77 +305,48 @@ def _choose(rows: list[Row], split: str, source: Source, say) -> list[Row]:
     if not chosen:
         few = "; to hold some out as val takes two training identities" if source.carve and split == "val" else ""
         raise UserError(f"{shown(source.files[0])} has no record for the split {split}{few}")
-    return chosen
+    missing = [row.place for row in chosen if row.missing]
+    told = f"{len(missing)} of {len(chosen)} images are missing in {shown(source.images)}"
+    if len(missing) == len(chosen) or (missing and not allow_missing):
+        hint = "complete it" if allow_missing else "complete it or add --allow-missing"
+        raise UserError(f"{told}; {hint}: {'; '.join(missing[:5])}")
+    if missing:
+        say(f"{told} and left out")
+    return [row for row in chosen if not row.missing]
 
 
-class _Images:
-    """Finds images by listing each folder once: asking the disk for each of 1.2 M files takes minutes."""
+def _placed(rows: Iterable[Row | str], folder: Path) -> Iterator[Row | str]:
+    """The rows with the path of their image, `missing` if there is none; a sentence if a link leads out of `folder`.
 
-    def __init__(self, folder: Path):
-        self.roots = (f"{folder}/imgs/", f"{folder}/")
-        self.inside = tuple(os.path.join(os.path.realpath(root), "") for root in self.roots)
-        self.listed = {}
-
-    def placed(self, row: Row | str) -> Row | str:
-        """The row with the path of its image, `missing` if there is none; a sentence if it lies outside."""
-        if isinstance(row, str):
-            return row
-        image = row.path
-        if not image or image[0] == "/" or "\\" in image or ".." in image and ".." in image.split("/"):
-            return f"{row.place}: the path is empty, holds a backslash, or leads out of the image folder"
-        folder, _, name = image.rpartition("/")
-        if folder not in self.listed:
-            self.listed[folder] = [self._list(root + folder) for root in self.roots]
-        for root, names in zip(self.roots, self.listed[folder]):
-            if names.get(name):
-                return f"{row.place}: a symbolic link leads out of the image folder"
-            if name in names:
-                return row._replace(path=root + image)
-        return row._replace(missing=True)
-
-    def _list(self, folder: str) -> dict[str, bool]:
-        """{file name: does a symbolic link lead out of the image folder}; empty for what is no folder"""
-        try:
-            away = self._leads_out(folder)
-            with os.scandir(folder) as entries:
-                return {entry.name: away or entry.is_symlink() and self._leads_out(entry.path)
-                        for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry)}
-        except (OSError, ValueError):
-            return {}
-
-    def _leads_out(self, path: str) -> bool:
-        return not os.path.join(os.path.realpath(path), "").startswith(self.inside)
+    Each folder is listed once: asking the disk for each of 1.2 million files takes minutes.
+    """
+    roots = f"{folder}/imgs/", f"{folder}/"
+    listing = cache(partial(_listing, inside=tuple(os.path.join(os.path.realpath(root), "") for root in roots)))
+    for row in rows:
+        if isinstance(row, Row):
+            below, _, name = row.path.rpartition("/")
+            for root in roots:
+                leads_out = listing(root + below).get(name)
+                if leads_out is not None:
+                    break
+            if leads_out is None:
+                row = row._replace(missing=True)
+            elif leads_out:
+                row = f"{row.place}: a symbolic link leads out of the image folder"
+            else:
+                row = row._replace(path=root + row.path)
+        yield row
 
 
-def open_image(path) -> Image.Image:
-    """The first frame as RGB, upright, on white where transparent. Raises UserError naming the file."""
+def _listing(folder: str, inside: tuple[str, ...]) -> dict[str, bool]:
+    """{file name: does a symbolic link lead out of the folders `inside`}; empty for what is no folder."""
+    def leads_out(path: str) -> bool:
+        return not os.path.join(os.path.realpath(path), "").startswith(inside)
+
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if image.mode == "F":
-                raise ValueError("its pixels are fractions, of a range that nothing tells")
-            image.load()
-            with suppress(Exception):       # broken EXIF does not spoil the pixels
-                image = ImageOps.exif_transpose(image)
-            return _rgb(image)
-    except Exception as error:      # decoders raise almost every type on broken data
-        raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
-
-
-def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Write a PNG or JPEG, complete or not at all; Pillow itself does not notice a disk that fills up."""
-    packed = io.BytesIO()
-    image.save(packed, {".png": "PNG", ".jpg": "JPEG"}[path.suffix], **options)
-    with replacing(path) as scratch:
-        scratch.write_bytes(packed.getvalue())
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):      # 16 bits, which convert() would clip
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        away = leads_out(folder)
+        with os.scandir(folder) as entries:
+            return {entry.name: away or entry.is_symlink() and leads_out(entry.path)
+                    for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry)}
+    except (OSError, ValueError):
+        return {}

@@ -1,27 +1,26 @@
-"""WordPiece: captions to ids, and the masking of whole words (paper section 3, L_MLM).
+"""WordPiece: captions to ids, and the masking of whole words (MRA section 3, L_MLM).
 
-The ids are those of BERT's uncased tokenizer for the same vocabulary file. The small vocab.txt of this package spells
-every ASCII word; tests/vocabulary.py learns it from the town's captions. Before: words.py. After: batches.py.
+The ids are those of BERT's uncased tokenizer for the same vocabulary file. The small vocab.txt of this package can
+spell every ASCII word; tests/vocabulary.py learns it from the town's captions. Read next: batches.py.
 """
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
+from tokenizers import models, normalizers, pre_tokenizers
 
 from mra.config import UserError
 
 VOCAB_FILE = Path(__file__).with_name("vocab.txt")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORDS = 56       # a caption is cut here before it is split into pieces
-MASK_RATE = 0.25     # share of a caption's pieces to predict ...
-MAX_MASKED = 10      # ... and at most so many
-CLIP_FILES = "vocab.json", "merges.txt"
-CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+MASK_RATE = 0.25     # share of a caption's pieces to predict
+MAX_MASKED = 10      # most pieces to predict
 SPAN_RATE = 0.2      # share of the picked words that grow to 2 or 3 words
 
 
@@ -34,14 +33,15 @@ class Tokenizer:
             raise UserError(f"{source}: its vocabulary is no list of word pieces")
         if missing := [piece for piece in SPECIAL if piece not in pieces]:
             raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
-        if repeated := [piece for piece, count in Counter(pieces).items() if count > 1]:
-            raise UserError(f"{source}: {repeated[0]!r} stands on more than one line; keep one of them")
+        piece, count = Counter(pieces).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{source}: {piece!r} stands on more than one line; keep one of them")
         self.pieces = pieces
-        ids = {piece: i for i, piece in enumerate(self.pieces)}
+        ids = {piece: i for i, piece in enumerate(pieces)}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[piece] for piece in SPECIAL)
-        self.starts_word = np.array([not piece.startswith("##") for piece in self.pieces])          # (V,)
-        self.is_special = np.array([len(p) > 2 and p[0] + p[-1] == "[]" for p in self.pieces])      # (V,)
-        self.ordinary_ids = np.flatnonzero(~self.is_special).tolist()    # without BERT's "[unused7]" too
+        self.starts_word = np.array([not piece.startswith("##") for piece in pieces])               # (V,)
+        self.is_special = np.array([re.fullmatch(r"(?s)\[.+\]", p) is not None for p in pieces])        # (V,)
+        self.ordinary_ids = np.flatnonzero(~self.is_special).tolist()    # without BERT's "[unused7]", too
         # BERT's normaliser (lower case, no accents) and splitter (spaces, punctuation, CJK)
         self.engine = Engine(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
         self.engine.normalizer = normalizers.BertNormalizer()
@@ -63,40 +63,9 @@ class Tokenizer:
         """[CLS] pieces [SEP] of the first 56 words, at most `max_tokens` >= 2 ids. "[SEP]" is plain text."""
         text = text.encode("utf-8", "ignore").decode()                   # lone surrogates go, as in BERT
         words = text.split(maxsplit=MAX_WORDS)
-        text = text if len(words) <= MAX_WORDS else " ".join(words[:MAX_WORDS])
+        if len(words) > MAX_WORDS:
+            text = " ".join(words[:MAX_WORDS])
         return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
-
-
-class ClipTokenizer:
-    """CLIP's byte-level BPE (Radford et al. 2021), of a folder with vocab.json and merges.txt, as a `Tokenizer`.
-
-    Here a word ends at a marked piece. That piece has seen the others, so it stands for the word in `starts_word`.
-    """
-
-    def __init__(self, folder: Path):
-        try:
-            self.engine = Engine(models.BPE.from_file(*(str(Path(folder) / name) for name in CLIP_FILES),
-                                                      end_of_word_suffix="</w>"))
-            ids = self.engine.get_vocab()
-            self.start_id, self.pad_id = (ids[piece] for piece in ("<|startoftext|>", "<|endoftext|>"))
-            if sorted(ids.values()) != list(range(len(ids))):
-                raise ValueError("some ids are missing")
-        except Exception as error:      # the engine raises nothing more special
-            raise UserError(f"{folder}: no readable {' and '.join(CLIP_FILES)} of CLIP ({error}).") from None
-        self.engine.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-        self.engine.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(CLIP_WORD), "removed", invert=True),
-             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        self.starts_word = np.array([piece.endswith("</w>") for piece in sorted(ids, key=ids.get)])     # (V,)
-
-    def __len__(self) -> int:
-        return len(self.starts_word)
-
-    def encode(self, text: str, max_tokens: int = 77) -> list[int]:
-        """<|startoftext|> pieces <|endoftext|>, at most `max_tokens` >= 2 ids."""
-        text = text.encode("utf-8", "ignore").decode()
-        return [self.start_id, *self.engine.encode(text).ids[:max_tokens - 2], self.pad_id]
 
 
 def pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,8 +87,10 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
     masked, labels = list(ids), [-100] * len(ids)
     for i in _pick(words, rng):
         labels[i], fate = ids[i], rng.random()
-        if fate < 0.9:
-            masked[i] = tokenizer.mask_id if fate < 0.8 else rng.choice(tokenizer.ordinary_ids)
+        if fate < 0.8:
+            masked[i] = tokenizer.mask_id
+        elif fate < 0.9:
+            masked[i] = rng.choice(tokenizer.ordinary_ids)
     return masked, labels
 
 
@@ -129,7 +100,9 @@ def _pick(words: list[list[int]], rng: random.Random) -> list[int]:
     picked: set[int] = set()
     for start in rng.sample(range(len(words)), len(words)):
         length = rng.choice((2, 3)) if rng.random() < SPAN_RATE else 1
-        for word in words[start:start + length] if words[start][0] not in picked else ():
+        if words[start][0] in picked:
+            continue
+        for word in words[start:start + length]:
             grown = picked.union(word)
             if len(grown) > (budget if picked else MAX_MASKED):
                 break

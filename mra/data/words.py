@@ -1,10 +1,9 @@
-"""What may be done to a caption without an image in sight: cleaning, left <-> right, and EDA.
+"""What is done to captions alone: cleaning, exchange of left and right, noun phrases, and EDA.
 
-EDA (Wei & Zou, EMNLP 2019) feeds the second positive of fine-tuning (paper section 3); its synonyms and the phrases
-found here make the prompts of the diffusion (section 2). The synonyms come from the small lexicon of clothing and
-appearance in lexicon.txt, not WordNet; it holds no stop words, and a colour is only ever exchanged for another name of
-the same colour.
-Before: records.py (captions), augment.py (mirrors the image). After: tokenizer.py (ids).
+EDA (Wei & Zou, EMNLP 2019) makes the second, augmented caption of fine-tuning (MRA section 3). Its synonyms and the
+noun phrases make the prompts of the diffusion (section 2). The synonyms come from lexicon.txt, a small lexicon of
+clothing and appearance without stop words, not from WordNet. A colour is only replaced by another name of the same
+colour. Read next: tokenizer.py.
 """
 
 import random
@@ -26,23 +25,15 @@ COLOUR = ("black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|
 PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|passers?-by|(?:boy|girl|guy|fellow|lad|"
                     r"lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|pedestrian|"
                     r"individual|male|female)s?)\b(?!['\u2019]| s\b)", re.IGNORECASE)
-# what a person wears, carries and shows; not all have synonyms
-THINGS = """shirt tee top blouse sweater sweatshirt pullover jumper hoodie cardigan jacket coat topcoat overcoat
-    raincoat blazer vest waistcoat gilet polo suit dress gown frock robe uniform skirt miniskirt trousers pants slacks
-    jeans denims shorts leggings tights capris joggers sweatpants stocking sock shoe sneaker trainer boot sandal heel
-    slipper flop footwear hat cap beanie hood helmet scarf scarves neckerchief tie necktie belt glove glasses
-    eyeglasses spectacles sunglasses mask watch wristwatch bracelet wristband bangle jewelry jewellery headphones
-    earphones hair haircut hairstyle hairdo ponytail tail bun braid plait beard moustache mustache bang fringe
-    backpack pack rucksack knapsack bookbag bag sack handbag purse satchel tote briefcase suitcase case luggage
-    umbrella book phone cellphone smartphone bottle cup wallet billfold bicycle bike skateboard zip zipper stripe
-    sleeve sleeved collar logo emblem print clothes clothing garment attire outfit ensemble"""
-THING = re.compile(rf"\b(?:{'|'.join(THINGS.split())}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
+# things.txt: what a person wears, carries and shows; not all have synonyms.
+THINGS = Path(__file__).with_name("things.txt").read_text(encoding="utf-8").split()
+THING = re.compile(rf"\b(?:{'|'.join(THINGS)}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
 TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
 
 
 def clean(caption: str, dataset: str) -> str:
-    """ICFG-PEDES, RSTPReid: lower case, a run of anything outside a-z and 0-9 is one space. Others: as is."""
+    """ICFG-PEDES, RSTPReid: lower case, and each run of other characters than a-z and 0-9 is one space."""
     if dataset not in ("icfg", "rstp"):
         return caption
     return re.sub(r"[^a-z0-9]+", " ", caption.lower()).strip()
@@ -58,21 +49,21 @@ def noun_phrases(caption: str) -> list[str]:
 
     "A red jacket" is one, and so is "a black and white top": an "and" between two colours holds them together.
     """
-    pieces = [piece.strip().replace("\0", " and ")          # a sign that no caption holds
-              for piece in BETWEEN.split(TWO_COLOURS.sub("\\1\0", caption))]
-    return [piece for piece in pieces if PERSON.search(piece) or len(piece.split()) > 1 and THING.search(piece)]
+    joined = TWO_COLOURS.sub("\\1\0", caption)              # by a sign that no caption holds
+    pieces = [piece.strip().replace("\0", " and ") for piece in BETWEEN.split(joined)]
+    return [piece for piece in pieces if PERSON.search(piece) or (len(piece.split()) > 1 and THING.search(piece))]
 
 
 def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
-    """One variant of a caption by one of the four operations, at random; alpha = share of words changed.
-
-    Never empty, unless the text is blank: that comes back as it is.
-    """
-    return rng.choice(OPERATIONS)(text, rng, alpha) if text.strip() else text
+    """One variant of a caption by one of the four operations; alpha = share of words changed. Never empty."""
+    if not text.strip():
+        return text
+    operation = rng.choice(OPERATIONS)
+    return operation(text, rng, alpha)
 
 
 def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """Up to alpha x words terms of the lexicon give way to a synonym; letter case and punctuation stay."""
+    """Up to alpha x words terms of the lexicon are replaced by a synonym; letter case and punctuation stay."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
     for term in sorted(chosen, key=re.Match.start, reverse=True):
@@ -81,7 +72,7 @@ def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
 
 
 def insert_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """alpha x words times, a synonym of a random term of the text is put at a random place."""
+    """alpha x words times, a synonym of a random term of the text is inserted at a random place."""
     found, words = list(TERM.finditer(text)), text.split()
     for _ in range(_changes(text, alpha) if found else 0):
         words.insert(rng.randint(0, len(words)), _synonym(rng.choice(found), rng))
@@ -98,7 +89,7 @@ def swap_words(text: str, rng: random.Random, alpha: float) -> str:
 
 
 def delete_words(text: str, rng: random.Random, alpha: float) -> str:
-    """Each word goes with probability alpha; when all would go, one at random stays."""
+    """Each word is deleted with probability alpha; if all would be, one at random stays."""
     words = text.split()
     return " ".join(word for word in words if rng.random() >= alpha) or rng.choice(words)
 
@@ -115,7 +106,7 @@ def _synonym(term: re.Match, rng: random.Random) -> str:
 
 
 def _cased(word: str, like: str) -> str:
-    """`word` in capitals or with a capital where `like` has them."""
+    """`word` in the letter case of `like`: in capitals, with a capital, or neither."""
     if like.isupper():
         return word.upper()
     return word[0].upper() + word[1:] if like[0].isupper() else word

@@ -1,6 +1,10 @@
-"""DaD, domain-aware diffusion (MRA section 2): images of the source's people that look like the target's.
+"""DaD, domain-aware diffusion (MRA section 2): images that look as if the target's cameras had taken them.
 
-Read noising.py, autoencoder.py, denoiser.py, sampling.py (the model and its use), stable.py (Stable Diffusion as that
-model), fit.py (its training), prompts.py, filters.py, boxes.py, transfers.py, making.py (what makes a data set of
-samples) and gap.py (what it is compared with, and how).
+Read noising.py, autoencoder.py, denoiser.py, base.py (the model), pairs.py (what it learns from), sampling.py
+(guidance, samples, calibration), prompts.py, filters.py, boxes.py, and making.py (the set that is made of samples).
+README.md beside this file has what was measured.
 """
+
+from mra.diffusion.noising import ddim, dpm_solver
+
+__all__ = ["ddim", "dpm_solver"]

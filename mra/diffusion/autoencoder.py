@@ -1,8 +1,7 @@
-"""The convolutional autoencoder with a KL term that the diffusion works in the latents of (Rombach et al. 2022).
+"""The convolutional autoencoder with a KL term in whose latents the diffusion works (Rombach et al. 2022).
 
-It owns the scale of its latents: `encode` returns them with mean 0 and variance 1 in each channel over the images
-that `learn_scale` was last given, the source's and then the target's; `decode` takes them so.
-Before: nothing. After: denoiser.py.
+`encode` returns latents with mean 0 and variance 1 in each channel, over the images that `learn_scale` was last given:
+the source's, then the target's. `decode` takes them so. Read next: denoiser.py.
 """
 
 import torch
@@ -10,42 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mra.config import DiffusionConfig
-from mra.layers import Attention
 
 # RGB -> orthonormal axes: lightness, yellow-blue, red-green (Ruderman et al. 1998)
 OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0.5, -(2**-0.5), 0.0]])
-START_LOG_VARIANCE = -6.0       # of the latents: little noise before the loss has its say
-STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
+START_LOG_VARIANCE = -6.0       # of the latents: little noise at the start of training
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside a skip; with an embedding (B, T), normalised, and it is added between them.
+    """Two 3x3 convolutions beside a skip; where there are norms, one before each convolution.
 
-    With `eps`, that of its norms, the block is Stable Diffusion's: always normalised, in as many groups both times.
+    An embedding (B, T), if there is one, is added between the convolutions.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, embedding: int = 0, eps: float = 0.0):
+    def __init__(self, dim_in: int, dim_out: int, embedding: int = 0, norm1: nn.Module | None = None,
+                 norm2: nn.Module | None = None):
         super().__init__()
-        normed, least = embedding or eps, 1 if eps else 8       # of channels in a group of the second norm
-        self.norm1 = group_norm(dim_in, 1, eps or 1e-6) if normed else nn.Identity()
+        self.norm1 = norm1 or nn.Identity()
         self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
         if embedding:
             self.modulation = nn.Linear(embedding, dim_out)
-        # a norm over few channels would take away what the embedding adds to them
-        self.norm2 = group_norm(dim_out, least, eps or 1e-6) if normed else nn.Identity()
+        self.norm2 = norm2 or nn.Identity()
         self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))                                            # (B, C', h, w)
         if embedding is not None:
             h = h + self.modulation(F.silu(embedding))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))                          # (B, C', h, w)
 
 
 def group_norm(dim: int, least: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
     """32 groups of channels, or fewer where a group would have less than `least`."""
-    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if dim % g == 0 and dim // g >= least), dim, eps)
+    groups = next(count for count in (32, 16, 8, 4, 2, 1) if dim % count == 0 and dim // count >= least)
+    return nn.GroupNorm(groups, dim, eps)
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -61,32 +58,31 @@ def upsample(dim: int) -> nn.Sequential:
 
 
 def mix(matrix: Tensor, x: Tensor) -> Tensor:
-    """Images (B, 3, H, W) with new channels, each a sum of the old ones with the weights in a row of the matrix."""
+    """Images (B, 3, H, W) whose new channels are weighted sums of the old ones, a row of the matrix for each."""
     return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
 
 class Autoencoder(nn.Module):
     """Images (B, 3, H, W) in -1..1 <-> latents (B, C, h, w) with h = H / factor, mean 0 and variance 1.
 
-    Beside each network runs a linear map, of patches to latents and back, that starts as their principal components;
-    the networks learn what it misses. The decoder also says how far it may be off at each pixel, the image's grain:
-    what no latent can hold, and a photograph without it is easily told from a real one.
+    A linear map of patches to latents and back, which starts as their principal components, is added to each network;
+    so the networks learn what the linear map misses. The decoder also predicts the image's grain, its own mean error
+    at each pixel: latents cannot hold grain, and a picture without it is easily told from a photograph.
     """
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
         widths, stem, latent, factor = config.autoencoder, config.stem, config.latent, config.factor
         self.factor = factor
-        encoder = [nn.PixelUnshuffle(stem), nn.Conv2d(3 * stem**2, widths[0], 3, padding=1)]
-        decoder = [nn.Conv2d(latent, widths[-1], 3, padding=1), ResBlock(widths[-1], widths[-1])]
-        for here, below in zip(widths, [*widths[1:], None]):
-            encoder += [ResBlock(here, here)]
-            encoder += [nn.Conv2d(here, below, 3, stride=2, padding=1)] if below else []
-        for here, above in zip(widths[::-1], [*widths[-2::-1], None]):
-            decoder += [ResBlock(here, here)]
-            decoder += [upsample(here), nn.Conv2d(here, above, 1)] if above else []
-        encoder += [ResBlock(widths[-1], widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)]
-        decoder += [nn.SiLU(), nn.Conv2d(widths[0], 6 * stem**2, 3, padding=1), nn.PixelShuffle(stem)]
+        first, lowest = widths[0], widths[-1]
+        encoder = [nn.PixelUnshuffle(stem), nn.Conv2d(3 * stem**2, first, 3, padding=1), ResBlock(first, first)]
+        for above, here in zip(widths, widths[1:]):
+            encoder += [nn.Conv2d(above, here, 3, stride=2, padding=1), ResBlock(here, here)]
+        encoder += [ResBlock(lowest, lowest), nn.SiLU(), nn.Conv2d(lowest, 2 * latent, 3, padding=1)]
+        decoder = [nn.Conv2d(latent, lowest, 3, padding=1), ResBlock(lowest, lowest), ResBlock(lowest, lowest)]
+        for below, here in zip(widths[::-1], widths[-2::-1]):
+            decoder += [upsample(below), nn.Conv2d(below, here, 1), ResBlock(here, here)]
+        decoder += [nn.SiLU(), nn.Conv2d(first, 6 * stem**2, 3, padding=1), nn.PixelShuffle(stem)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
         self.linear_in = nn.Sequential(nn.PixelUnshuffle(factor), nn.Conv2d(3 * factor**2, latent, 1))
         self.linear_out = nn.Sequential(nn.Conv2d(latent, 3 * factor**2, 1), nn.PixelShuffle(factor))
@@ -115,7 +111,7 @@ class Autoencoder(nn.Module):
         return mean + self.linear_in(image), log_variance.clamp(-12, 0)
 
     def picture(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents before scaling -> the image (B, 3, H, W), and the log of its grain's size on each OPPONENT axis."""
+        """Latents before scaling -> the image (B, 3, H, W), and the log of its grain on each OPPONENT axis."""
         missed, grain = self.decoder(z).chunk(2, 1)
         return self.linear_out(z) + missed, (grain - 4).clamp(-5.5, 0)     # small at first; at least half an 8-bit step
 
@@ -129,10 +125,10 @@ class Autoencoder(nn.Module):
         return latents * self.std[:, None, None] + self.mean[:, None, None]
 
     def decode(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The image of scaled latents, with grain where its `noise` (B, 3, H, W), standard normal, is given.
+        """The image of scaled latents, with grain where standard normal `noise` (B, 3, H, W) is given.
 
-        Its standard deviation is b, less than the 1.25 b of a normal distribution whose mean size is b: a part of
-        what the image misses lies along edges, where noise would show as speckles.
+        The grain's standard deviation is b. A normal distribution with a mean size of b has 1.25 b, but a part of the
+        error lies along edges, where so much noise would show as speckles.
         """
         image, grain = self.picture(self.unscaled(latents))
         if noise is None:
@@ -148,8 +144,8 @@ class Autoencoder(nn.Module):
     def decoder_loss(self, image: Tensor, z: Tensor, grain_weight: float = 0.02) -> Tensor:
         """L_decoder = |r| + u (|r'| / b + log b) of an image and its latents before scaling; a scalar.
 
-        r = x - picture(z). r', the same on OPPONENT axes and without gradient, is what the grain b is learned from:
-        the likelihood of a Laplace distribution, largest where b is the mean of |r'|.
+        r = x - picture(z). The grain b is learned from r', which is r on the OPPONENT axes, without gradient: the
+        likelihood of a Laplace distribution is largest where b is the mean of |r'|.
         """
         rebuilt, grain = (x.float() for x in self.picture(z))
         off = mix(OPPONENT, (image - rebuilt).detach()).abs()
@@ -157,63 +153,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def learn_scale(self, latents: Tensor) -> None:
-        """Make images that `encode` to these latents (B, C, h, w) have mean 0 and variance 1 from now on."""
+        """From now on images that `encode` to these latents (B, C, h, w) have latents with mean 0 and variance 1."""
         std, mean = torch.std_mean(latents.float(), (0, 2, 3))
         self.mean += self.std * mean
         self.std *= std
-
-
-class PixelAttention(nn.Module):
-    """Pixels (B, C, h, w) attend to each other, with one head; added to what came in."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm, self.attention = group_norm(dim), Attention(dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.attention(self.norm(x).flatten(2).transpose(1, 2))                      # (B, h*w, C)
-        return x + tokens.transpose(1, 2).reshape(x.shape)
-
-
-class StableAutoencoder(nn.Module):
-    """Stable Diffusion's (Rombach et al. 2022, KL-f8): images (B, 3, H, W) in -1..1 <-> latents (B, 4, H/8, W/8).
-
-    Two blocks a level down, three up; between them a block, attention, a block. It adds no grain.
-    """
-
-    def __init__(self, config: DiffusionConfig):
-        super().__init__()
-        widths, latent, lowest = config.autoencoder, config.latent, config.autoencoder[-1]
-        self.factor = config.factor
-
-        def block(dim_in: int, dim: int) -> ResBlock:
-            return ResBlock(dim_in, dim, eps=1e-6)
-
-        def last(dim: int, dim_out: int) -> nn.Sequential:
-            return nn.Sequential(group_norm(dim), nn.SiLU(), nn.Conv2d(dim, dim_out, 3, padding=1))
-
-        down = nn.Sequential(*(nn.Sequential(block(above, dim), block(dim, dim))
-                               for above, dim in zip((widths[0], *widths), widths)))
-        up = nn.Sequential(*(nn.Sequential(block(below, dim), block(dim, dim), block(dim, dim))
-                             for below, dim in zip((lowest, *widths[::-1]), widths[::-1])))
-        for below, above, dim, other in zip(down, up, widths[:-1], widths[:0:-1]):
-            below.extend([nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2)])
-            above.append(upsample(other))
-        middles = [nn.Sequential(block(lowest, lowest), PixelAttention(lowest), block(lowest, lowest))
-                   for _ in range(2)]
-        self.encoder = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1), down, middles[0],
-                                     last(lowest, 2 * latent), nn.Conv2d(2 * latent, 2 * latent, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(latent, latent, 1), nn.Conv2d(latent, lowest, 3, padding=1), middles[1],
-                                     up, last(widths[0], 3))
-
-    def encode(self, image: Tensor) -> Tensor:
-        """The mean latents of an image, scaled."""
-        mean, _ = self.encoder(image).chunk(2, 1)
-        return STABLE_SCALE * mean
-
-    def decode(self, latents: Tensor, _: Tensor | None = None) -> Tensor:
-        """The image of scaled latents; the noise that `Autoencoder` makes grain of is not used."""
-        return self.decoder(latents / STABLE_SCALE)
 
 
 def random_light(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,9 @@
-"""A box for every phrase of a made image, from the denoiser's own attention (MRA section 2, annotation).
+"""A box for every phrase of a made image, from the denoiser's cross-attention (MRA section 2, annotation).
 
-The paper runs an open-set detector on its images. The denoiser that made an image already knows where it put a phrase:
-its cross-attention, with the image noised half-way, is read for the phrase's words. Adjectives attend all over the
-person, so the last word of a phrase, its noun, counts most; and where the source set has boxes, they tell where in an
-image that noun usually is. Before: sampling.py. After: making.py.
+The paper runs an open-set detector on its images. The denoiser that made an image knows already where it put a phrase:
+the image is noised half-way, and the cross-attention maps of the phrase's words are read. Adjectives attend all over
+the person, so the last word of a phrase, its noun, counts most. Where the source set has boxes, they tell where in an
+image that noun usually is. Read next: making.py.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mra.data import Box
 from mra.data.records import Record
-from mra.data.tokenizer import ClipTokenizer, Tokenizer
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt
+from mra.data.tokenizer import Tokenizer
+from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, SpatialTransformer
 from mra.diffusion.noising import Schedule, q_sample
 
 LEVELS = (0.35, 0.5, 0.65)      # of the schedule, at which the attention is read
@@ -28,30 +28,31 @@ FINE = 4                        # pixels of such a map along one of the latents
 
 
 @torch.no_grad()
-def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt: Prompt, condition: Tensor,
-              schedule: Schedule, generator: torch.Generator) -> Tensor:
-    """How much each pixel of the latents attends to each word: (B, T, h, w), its mean over levels and layers."""
+def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt: Prompt, schedule: Schedule,
+              generator: torch.Generator) -> Tensor:
+    """How much each pixel of the latents attends to each word: (B, T, h, w), the mean over levels and layers."""
     total, layers, thread = 0, 0, threading.get_ident()
 
     def add_map(module, args, output) -> None:
         nonlocal total, layers
-        if threading.get_ident() != thread:     # others sample with the same denoiser meanwhile
+        if threading.get_ident() != thread:     # another thread samples with the same denoiser
             return
-        x, memory, keep = args
+        x, keys_values, keep = args
         query = module.to_query(x).unflatten(-1, (module.heads, -1)).transpose(1, 2)             # (B, heads, S, d)
-        scores = query @ memory[:, 0].transpose(-1, -2) / math.sqrt(query.shape[-1])      # (B, heads, S, T)
+        scores = query @ keys_values[:, 0].transpose(-1, -2) / math.sqrt(query.shape[-1])      # (B, heads, S, T)
         shares = scores.masked_fill(~keep[:, None, None], -torch.inf).softmax(-1).mean(1)         # (B, S, T)
         rows = round(math.sqrt(x.shape[1] * latents.shape[2] / latents.shape[3]))
         grid = shares.transpose(1, 2).unflatten(-1, (rows, -1))                          # (B, T, rows, columns)
         total, layers = total + F.interpolate(grid, latents.shape[2:], mode="bilinear"), layers + 1
 
-    hooks = [module.cross.register_forward_hook(add_map) for module in denoiser.modules() if hasattr(module, "cross")]
+    hooks = [module.cross.register_forward_hook(add_map) for module in denoiser.modules()
+             if isinstance(module, SpatialTransformer)]
     try:
         for share in LEVELS:
             t = torch.full((len(latents),), int(share * len(schedule.alpha)), device=latents.device)
             noise = torch.randn(latents.shape, generator=generator, device=latents.device)
             z = q_sample(latents, noise, t, schedule)
-            denoiser(z, t, prompt, branch(z, t, prompt, condition))
+            denoiser(z, t, prompt, branch(z, t, prompt))
     finally:
         for hook in hooks:
             hook.remove()
@@ -59,9 +60,9 @@ def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt:
 
 
 def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str, Tensor]:
-    """For the last word of every phrase with a box, how often the box covers each place, 0..1.
+    """For the last word of every phrase with a box, how often its box covers each place, 0..1.
 
-    Maps of (FINE rows, FINE columns), for latents of (rows, columns).
+    Maps (FINE rows, FINE columns), for latents of (rows, columns).
     """
     y, x = (torch.arange(FINE * n).add(0.5) / (FINE * n) for n in (rows, columns))
     covered, seen = defaultdict(lambda: torch.zeros(len(y), len(x))), defaultdict(int)
@@ -73,7 +74,7 @@ def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str
     return {noun: count / seen[noun] for noun, count in covered.items() if count.any()}
 
 
-def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer | ClipTokenizer,
+def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer,
                places: dict[str, Tensor]) -> tuple[Box, float] | None:
     """The box of a phrase and how sure it is, 0..1, from the maps (T, h, w) of its caption's word pieces.
 
@@ -100,10 +101,3 @@ def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer | C
     height, width = heat.shape
     box = (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
     return box, float(heat[top:bottom, left:right].sum() / heat.sum().clamp(min=1e-9))
-
-
-def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes."""
-    sides = [min(p + s / 2, q + t / 2) - max(p - s / 2, q - t / 2) for p, q, s, t in zip(a[:2], b[:2], a[2:], b[2:])]
-    shared = max(0.0, sides[0]) * max(0.0, sides[1])
-    return shared / (a[2] * a[3] + b[2] * b[3] - shared)

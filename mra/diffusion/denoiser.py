@@ -1,11 +1,10 @@
 """The denoiser and the domain branch beside it: DaD's two networks (MRA section 2).
 
-The denoiser is a U-Net in the block layout of Stable Diffusion 1.5: at each level two residual blocks on the way
-down and three on the way up, each followed by a transformer that looks at itself and at the caption, except at the
-lowest resolution; between them a middle of block, transformer, block. The branch is a trainable copy of the way down
-and the middle (Zhang et al. 2023, ControlNet). What it finds is added to the skips and to the middle of the frozen
-denoiser through convolutions that start at zero, so that an untrained branch changes nothing.
-Before: autoencoder.py, noising.py. After: sampling.py.
+The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level has two residual blocks on the way down
+and three on the way up. A transformer follows each of them, except at the lowest resolution: its pixels attend to each
+other and to the caption. The middle is block, transformer, block. The domain branch is a trainable copy of the way down
+and the middle (ControlNet, Zhang et al. 2023). Its outputs are added to the skips and to the middle of the frozen
+denoiser through convolutions that start at zero, so that an untrained branch changes nothing. Read next: base.py.
 """
 
 import copy
@@ -13,16 +12,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mra.config import DiffusionConfig
 from mra.diffusion.autoencoder import ResBlock, group_norm, upsample, zero
-from mra.encoders import CausalTextEncoder, TextEncoder
+from mra.encoders import TextEncoder
 from mra.layers import GEGLU, Attention, initialise
 
-STABLE_EPS = 1e-5       # of the norms of Stable Diffusion's denoiser, but those before a transformer
+STABLE_EPS = 1e-5       # of the norms of Stable Diffusion's denoiser, except those before a transformer
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
         tokens = self.to_in(self.norm(x)).flatten(2).transpose(1, 2)                          # (B, h*w, C)
         tokens = tokens + self.attention(self.self_norm(tokens))
-        tokens = tokens + self.cross(self.cross_norm(tokens), self.cross.memory(prompt.states), prompt.keep)
+        tokens = tokens + self.cross(self.cross_norm(tokens), self.cross.keys_values(prompt.states), prompt.keep)
         tokens = tokens + self.mlp(self.mlp_norm(tokens))
         return x + self.to_out(tokens.transpose(1, 2).reshape(x.shape))                       # (B, C, h, w)
 
@@ -58,14 +56,18 @@ class SpatialTransformer(nn.Module):
 class Stage(nn.Module):
     """A residual block and, where the resolution is not the lowest, a transformer.
 
-    With `recompute` it keeps no activations for the backward pass, which makes them anew (Chen et al. 2016).
+    With `recompute` the backward pass computes the activations again in place of keeping them (Chen et al. 2016).
     """
 
     recompute = False
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int, config: DiffusionConfig, attends: bool):
         super().__init__()
-        self.block = ResBlock(dim_in, dim_out, embedding, STABLE_EPS if config.stable else 0)
+        if config.stable:
+            norms = group_norm(dim_in, eps=STABLE_EPS), group_norm(dim_out, eps=STABLE_EPS)
+        else:   # the second norm has wide groups: over few channels it would take away what the embedding adds
+            norms = group_norm(dim_in), group_norm(dim_out, least=8)
+        self.block = ResBlock(dim_in, dim_out, embedding, *norms)
         self.transformer = SpatialTransformer(dim_out, config) if attends else None
 
     def forward(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
@@ -89,9 +91,12 @@ class Encoder(nn.Module):
         self.stages, self.skip_dims, dim = nn.ModuleList(), [widths[0]], widths[0]
         for i, width in enumerate(widths):
             lowest = i + 1 == len(widths)
-            self.stages.extend(Stage(above, width, embedding, config, not lowest) for above in (dim, width))
-            self.stages.extend([] if lowest else [nn.Conv2d(width, width, 3, stride=2, padding=1)])
-            self.skip_dims += [width] * (2 if lowest else 3)
+            self.stages.append(Stage(dim, width, embedding, config, not lowest))
+            self.stages.append(Stage(width, width, embedding, config, not lowest))
+            self.skip_dims += [width, width]
+            if not lowest:
+                self.stages.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.skip_dims.append(width)
             dim = width
         self.middle = nn.ModuleList(Stage(dim, dim, embedding, config, attends) for attends in (True, False))
 
@@ -102,24 +107,26 @@ class Encoder(nn.Module):
         return self.level(torch.cat([angle.cos(), angle.sin()], 1))
 
     def forward(self, z: Tensor, embedding: Tensor, prompt: Prompt, hint: Tensor | None = None) -> list[Tensor]:
-        """The skips, from the first to the lowest, and last the middle; `hint` (B, C, h, w) joins the first."""
+        """The skips, from the first to the lowest, and last the middle; `hint` (B, C, h, w) is added to the first."""
         x = self.first(z.contiguous(memory_format=torch.channels_last))
-        x = x if hint is None else x + hint
-        found = [x]
+        if hint is not None:
+            x = x + hint
+        outputs = [x]
         for stage in self.stages:
-            found.append(x := stage(x, embedding, prompt) if isinstance(stage, Stage) else stage(x))
+            x = stage(x, embedding, prompt) if isinstance(stage, Stage) else stage(x)
+            outputs.append(x)
         for stage in self.middle:
             x = stage(x, embedding, prompt)
-        return [*found, x]
+        return [*outputs, x]
 
 
 class Denoiser(nn.Module):
-    """Latents (B, C, h, w) at noise levels t (B,) and a prompt -> v (B, C, h, w), or the noise: the schedule says."""
+    """Latents (B, C, h, w) at noise levels t (B,) and a prompt -> v or the noise (B, C, h, w), as the schedule says."""
 
-    def __init__(self, config: DiffusionConfig):
+    def __init__(self, config: DiffusionConfig, text_encoder: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.text_encoder = (CausalTextEncoder if config.stable else TextEncoder)(config)
+        self.text_encoder = text_encoder or TextEncoder(config)
         self.encoder = Encoder(config)
         embedding, dims, dim = 4 * config.widths[0], list(self.encoder.skip_dims), config.widths[-1]
         self.stages, self.ups = nn.ModuleList(), nn.ModuleList()
@@ -137,26 +144,31 @@ class Denoiser(nn.Module):
         zero(self.last[-1])
 
     def read(self, ids: Tensor, keep: Tensor) -> Prompt:
-        """Word pieces (B, T) -> an encoded prompt. Stable Diffusion also looks at what CLIP makes of the padding."""
+        """Word pieces (B, T) -> an encoded prompt. Stable Diffusion also attends to the padding's states."""
         states = self.text_encoder(ids, keep)
-        return Prompt(states, keep.new_ones(states.shape[:2]) if self.config.stable else keep)
+        if self.config.stable:
+            keep = keep.new_ones(states.shape[:2])
+        return Prompt(states, keep)
 
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt, control: list[Tensor] | None = None) -> Tensor:
         """`control`, from a branch, is added to the skips and the middle."""
-        embedding = self.encoder.embed(t)
-        found = self.encoder(z, embedding, prompt)
-        *skips, x = found if control is None else [a + b for a, b in zip(found, control)]
+        embedding = self.encoder.embed(t)                                                     # (B, 4 C)
+        outputs = self.encoder(z, embedding, prompt)
+        if control is not None:
+            outputs = [own + added for own, added in zip(outputs, control)]
+        *skips, x = outputs
         for i, stage in enumerate(self.stages):
             x = stage(torch.cat([x, skips.pop()], 1), embedding, prompt)
-            x = self.ups[i // 3](x) if i % 3 == 2 else x
-        return self.last(x)
+            if i % 3 == 2:                      # the last of a level
+                x = self.ups[i // 3](x)
+        return self.last(x)                                                                   # (B, C, h, w)
 
 
 class DomainBranch(nn.Module):
     """The trainable copy of a denoiser's encoder, its domain embedding and its zero convolutions.
 
-    The condition (B, 1, H, W) is all ones (as in the paper: the branch learns the target's look alone) or a map of the
-    image that no domain shows in, such as `structure`; it enters through a zero convolution of its own.
+    The condition (B, 1, H, W) enters through a zero convolution of its own. As in the paper it is a white image, all
+    ones, so the branch learns the target's look alone.
     """
 
     def __init__(self, base: Denoiser):
@@ -168,27 +180,17 @@ class DomainBranch(nn.Module):
         self.condition = zero(nn.Conv2d(base.config.factor**2, dims[0], 1))
         self.outputs = nn.ModuleList(zero(nn.Conv2d(dim, dim, 1)) for dim in dims)
 
-    def forward(self, z: Tensor, t: Tensor, prompt: Prompt, condition: Tensor) -> list[Tensor]:
+    def forward(self, z: Tensor, t: Tensor, prompt: Prompt) -> list[Tensor]:
         """What to add to the base's skips and middle."""
+        rows, columns = (self.fold.downscale_factor * n for n in z.shape[2:])
+        condition = z.new_ones(len(z), 1, rows, columns)
         embedding = self.encoder.embed(t) + self.domain
-        found = self.encoder(z, embedding, prompt, self.condition(self.fold(condition)))
-        return [output(x) for output, x in zip(self.outputs, found)]
+        outputs = self.encoder(z, embedding, prompt, self.condition(self.fold(condition)))
+        return [convolution(x) for convolution, x in zip(self.outputs, outputs)]
 
 
 def round_weights(network: nn.Module) -> None:
-    """Keep in bf16 the weights that autocast would round at every use: half the memory, the same results."""
+    """Store in bf16 the weights that autocast would round at every use: half the memory, the same results."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(torch.bfloat16)
-
-
-def structure(image: Tensor) -> Tensor:
-    """Edges of images (B, 3, H, W) -> (B, 1, H, W) in 0..1, each divided by the strength of the edges around it.
-
-    Light, colour and contrast of the domain drop out; where things end stays.
-    """
-    grey = F.pad(image.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    across, down = grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2], grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
-    strength = (across**2 + down**2).sqrt()
-    around = F.avg_pool2d(strength, 9, 1, 4, count_include_pad=False)
-    return strength / (strength + 2 * around + 0.02)

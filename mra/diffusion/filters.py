@@ -1,33 +1,27 @@
 """Quality assessment: which made images are worth training on (MRA section 2).
 
-The paper drops near-greyscale images and, with a pose estimator, distorted people: 10.63 % in all. Here a small
-network that has seen the target's photographs and what cutting and pasting does to them tells distorted people; a
-retriever, where there is one, tells images that do not show their caption. Each filter is a function of images to a
-score, and a threshold in AdaptConfig decides. Before: sampling.py. After: making.py, gap.py.
+The paper drops near-greyscale images and, by a pose estimator, distorted people: 10.63 % in all. Here a small network
+finds distorted people: it learns the target's photographs against what cutting and pasting makes of them. Each filter
+maps images to a score, and a threshold in AdaptConfig decides. Read next: boxes.py, making.py.
 """
 
-import threading
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mra.data.augment import MEAN, STD
-from mra.data.tokenizer import Tokenizer, pad
 from mra.diffusion.autoencoder import group_norm
-from mra.diffusion.sampling import to_float
-from mra.retriever import Retriever
+from mra.diffusion.base import to_float
 
-ONE_AT_A_TIME = threading.Lock()
 DETAIL = 4.0        # how much a judge's view of detail is amplified
 
 
 class Judge(nn.Module):
     """A small convolutional network: images (B, 3, H, W) in -1..1 -> features (B, 128) -> scores (B, outputs).
 
-    It looks at full resolution first, and beside the image at what its 3x3 mean leaves out, so that grain and blur
-    count; and it keeps four strips from head to foot apart.
+    Its input is the image and, so that grain and blur count, the difference to its 3x3 mean, at full resolution. It
+    pools four strips from head to foot separately.
     """
 
     def __init__(self, outputs: int):
@@ -49,28 +43,24 @@ class Judge(nn.Module):
     @torch.inference_mode()
     def score(self, images: Tensor, features: bool = False) -> Tensor:
         """Scores (N, outputs), or features (N, 128), of uint8 images (N, 3, H, W), on the CPU."""
-        device, part = next(self.parameters()).device, self.features if features else self
-        return torch.cat([part(to_float(some.to(device))).float().cpu() for some in images.split(256)])
+        device, network = next(self.parameters()).device, self.features if features else self
+        return torch.cat([network(to_float(some.to(device))).float().cpu() for some in images.split(256)])
 
 
-def tell_apart(first: Tensor, second: Tensor, steps: int, seed: int, device: torch.device, batch: int = 64) -> Judge:
-    """A judge trained to give uint8 images of `first` a negative score and of `second` a positive one, from as many
-    of each in every batch, mirrored at random."""
-    with ONE_AT_A_TIME:                             # threads share the generator that initialises weights
-        torch.manual_seed(seed)
-        judge = Judge(1).to(device, memory_format=torch.channels_last)
-    draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
-    labels = (torch.arange(batch, device=device) >= batch // 2).float()
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-        some = torch.cat([images[torch.randint(len(images), (batch // 2,), generator=draw)]
-                          for images in (first, second)]).to(device)
-        some = torch.where(torch.rand(batch, 1, 1, 1, generator=draw).to(device) < 0.5, some.flip(-1), some)
-        F.binary_cross_entropy_with_logits(judge(to_float(some))[:, 0], labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return judge.eval()
+def judge_loss(judge: Judge, good: Tensor, bad: Tensor, draw: torch.Generator, count: int) -> Tensor:
+    """Cross-entropy of `count` random uint8 images (N, 3, H, W), half of them good with a negative score; a scalar.
+
+    They are mirrored at random.
+    """
+    device, some = draw.device, []
+    for images in (good, bad):
+        chosen = torch.randint(len(images), (count // 2,), generator=draw, device=device)
+        some.append(images[chosen.cpu()].to(device))
+    x = torch.cat(some)                                                                  # (count, 3, H, W)
+    mirrored = torch.rand(len(x), 1, 1, 1, generator=draw, device=device) < 0.5
+    x = to_float(torch.where(mirrored, x.flip(-1), x))
+    labels = (torch.arange(len(x), device=device) >= count // 2).float()
+    return F.binary_cross_entropy_with_logits(judge(x)[:, 0].float(), labels)
 
 
 def colourfulness(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +71,7 @@ def colourfulness(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:
-    """Images (N, 3, H, W), each made a malformed person by one of `kinds` in turn, with another of them as donor."""
+    """Images (N, 3, H, W), each with a malformed person made by one of `kinds` in turn; another image is the donor."""
     generator = torch.Generator().manual_seed(seed)
     donors, made = torch.randperm(len(images), generator=generator), torch.empty_like(images)
     for i, donor in enumerate(donors):
@@ -107,21 +97,6 @@ def replace_block(image: Tensor, donor: Tensor, generator: torch.Generator) -> T
     return image
 
 
-def shift_half(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """Everything below a line slides sideways."""
-    _, height, width = image.shape
-    line = height // 4 + int(torch.randint(height // 2, (1,), generator=generator))
-    image = image.clone()
-    image[:, line:] = image[:, line:].roll(width // 4 + int(torch.randint(width // 4, (1,), generator=generator)), 2)
-    return image
-
-
-def join_halves(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """The left half of one person and the right half of another, upside down."""
-    half = image.shape[2] // 2
-    return torch.cat([image[:, :, :half], donor.flip(1)[:, :, half:]], 2)
-
-
 def overlay(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
     """Two people at the same place, each half transparent."""
     shift = image.shape[2] // 8 + int(torch.randint(image.shape[2] // 4, (1,), generator=generator))
@@ -136,18 +111,4 @@ def repeat_band(image: Tensor, donor: Tensor, generator: torch.Generator) -> Ten
     return torch.cat([image[:, :top], twice, image[:, top + quarter:]], 1)[:, :image.shape[1]]
 
 
-SEEN, UNSEEN = [shuffle_bands, replace_block, overlay, repeat_band], [shift_half, join_halves]   # to learn, to test
-
-
-@torch.inference_mode()
-def agreement(model: Retriever, tokenizer: Tokenizer, images: Tensor, captions: list[str]) -> Tensor:
-    """Log-odds (N,) of the retriever's matching head that each uint8 image shows its caption, all at once."""
-    config, device = model.config, next(model.parameters()).device
-    mean, std = (torch.from_numpy(x).view(3, 1, 1).to(device) for x in (MEAN, STD))
-    x = F.interpolate(images.to(device) / 255, (config.height, config.width), mode="bicubic", antialias=True)
-    tokens, _ = model.encode_image((x.clamp(0, 1) - mean) / std)
-    ids, keep = (x.to(device) for x in pad([tokenizer.encode(caption, config.max_tokens) for caption in captions],
-                                           tokenizer.pad_id))
-    text, _ = model.encode_text(ids, keep)
-    logits = model.match(text, keep, model.fusion_encoder.memories(tokens))
-    return (logits[:, 1] - logits[:, 0]).float().cpu()
+DAMAGE = [shuffle_bands, replace_block, overlay, repeat_band]

@@ -1,11 +1,10 @@
 """Noise in, noise out: the schedule, the loss and two samplers side by side.
 
-Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1, and the denoiser learns
-v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). The terminal signal-to-noise ratio of ours is zero, alpha_(K-1) = 0
-exactly (Lin et al. 2024): a schedule that leaves some signal at its end cannot make very dark or very bright images,
-and an illumination gap is made of those. A sampler takes any `denoise(latents, t)` that returns v, or with a schedule
-of Stable Diffusion the noise e.
-Before: nothing. After: denoiser.py, which is such a function.
+Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1. The denoiser learns
+v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). Our schedule ends in pure noise, alpha_(K-1) = 0 exactly (Lin et al.
+2024): one that leaves some signal at its end cannot make very dark or very bright images, which an illumination gap
+consists of. A sampler takes any `denoise(latents, t)` that returns v, or with Stable Diffusion's schedule the noise e.
+Read next: autoencoder.py, denoiser.py.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]    # latents (B, C, h, w), t (B,) -
 class Schedule:
     """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise, or nearly).
 
-    What a denoiser learns on it is v, or where `predicts_noise` the noise e.
+    The denoiser learns v on it, or the noise e where `predicts_noise`.
     """
 
     alpha: Tensor
@@ -37,17 +36,14 @@ class Schedule:
         return Schedule(alpha.float(), (1 - alpha**2).sqrt().float())
 
     @staticmethod
-    def scaled_linear(zero_snr: bool = False) -> "Schedule":
+    def scaled_linear() -> "Schedule":
         """Stable Diffusion's: alpha_t^2 = product of 1 - beta, the roots of beta evenly from 0.00085 to 0.012.
 
-        It predicts the noise. With `zero_snr` alpha is shifted to 0 at the end and scaled to what it was at the start
-        (Lin et al. 2024, algorithm 1), and v is predicted: there the noise says nothing about the image.
+        Its denoiser predicts the noise.
         """
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
         alpha = (1 - betas).cumprod(0).sqrt()
-        if zero_snr:
-            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        return Schedule(alpha.float(), (1 - alpha**2).sqrt().float(), not zero_snr)
+        return Schedule(alpha.float(), (1 - alpha**2).sqrt().float(), predicts_noise=True)
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of t (B,), shaped to multiply `like` (B, ...)."""
@@ -55,9 +51,9 @@ class Schedule:
         return tuple(x.to(like.device)[t].view(shape) for x in (self.alpha, self.sigma))
 
     def draw(self, count: int, generator: torch.Generator, middle: bool = False) -> Tensor:
-        """`count` random levels, evenly spread to take noise out of the loss (Kingma et al. 2021, appendix I.1).
+        """`count` random levels, evenly spread so that the loss varies less (Kingma et al. 2021, appendix I.1).
 
-        With `middle` spread logit-normally: more where shapes are decided, fewer at the ends (Esser et al. 2024).
+        With `middle` they are spread logit-normally: more in the middle, where shapes are decided (Esser et al. 2024).
         """
         device = generator.device
         spread = (torch.rand(1, generator=generator, device=device) + torch.arange(count, device=device) / count) % 1
@@ -68,8 +64,8 @@ class Schedule:
     def trailing(self, steps: int, strength: float = 1.0) -> list[int]:
         """The levels that a sampler of `steps` steps visits, from the noisiest down.
 
-        They are spaced evenly from the last level (Lin et al. 2024, "trailing"), so pure noise is visited with the
-        level that says so. With strength s < 1 only the last s * steps of them: none at 0.
+        They are spaced evenly from the last level, which is pure noise (Lin et al. 2024, "trailing"). With strength
+        s < 1 only the last s * steps of them are visited: none at 0.
         """
         levels = [round(len(self.alpha) * (steps - i) / steps) - 1 for i in range(steps)]
         return levels[steps - round(strength * steps):]
@@ -103,7 +99,7 @@ def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, streng
 
 
 def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): like `ddim`, the clean image extrapolated over two steps.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): as `ddim`, but the clean image is extrapolated over two steps.
 
     z_s = sigma_s/sigma_t z + (alpha_s - alpha_t sigma_s/sigma_t) D,  D = D_t + (D_t - D_before) h / (2 h_before),
     h the step in log(alpha/sigma). From pure noise and to no noise h is infinite: those steps are first-order.
@@ -126,7 +122,7 @@ def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, 
 
 
 def predict(denoise: Denoise, z: Tensor, level: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise that v, or e, says z at `level` is made of."""
+    """The clean latents and the noise of which z at `level` consists, according to the denoiser's v or e."""
     v = denoise(z, torch.full((len(z),), level, device=z.device)).float()
     alpha, sigma = schedule.alpha[level], schedule.sigma[level]
     if schedule.predicts_noise:
@@ -137,10 +133,3 @@ def predict(denoise: Denoise, z: Tensor, level: int, schedule: Schedule) -> tupl
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): v = unconditional + g (conditional - unconditional)."""
     return unconditional + guidance * (conditional - unconditional)
-
-
-def rescaled(v: Tensor, conditional: Tensor, share: float) -> Tensor:
-    """Undo the contrast that guidance adds: v (B, ...) with the standard deviation per image of `conditional`, mixed
-    with v as it is by `share` (Lin et al. 2024, equations 15 and 16)."""
-    axes = tuple(range(1, v.ndim))
-    return v * (1 + share * (conditional.std(axes, keepdim=True) / v.std(axes, keepdim=True) - 1))

@@ -1,10 +1,10 @@
-"""Prompts: what the denoiser is asked for, and what may be said of the image afterwards.
+"""Prompts: what an image is made from, which is also its caption afterwards.
 
 The paper augments every training caption by EDA (alpha 0.5; 19 variants and the caption itself) and samples an image
-for each. On whole captions, insertion, swap and deletion tear colours from their garments ("a red jacket and blue
-jeans" becomes "a red jeans"), so that the image and its caption part ways. Here synonyms are exchanged word by word,
-and the other three operations move, drop or rephrase whole phrases: every prompt still reads true of the person it was
-made from, and is its image's caption. Before: data/words.py. After: making.py.
+for each. On whole captions, insertion, swap and deletion tear colours from their garments: "a red jacket and blue
+jeans" becomes "a red jeans", and the image no longer shows its caption. Here synonyms replace single words, and the
+other three operations move, drop or rephrase whole phrases. So every prompt stays true of the person in its caption.
+Read next: making.py.
 """
 
 import random
@@ -18,9 +18,10 @@ ALPHA = 0.5         # the share of the phrases that deletion drops; synonyms rep
 
 
 def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, str]]:
-    """`count` pairs (index of the caption, prompt): each caption itself, then variants in turn, VARIANTS + 1 at most.
+    """`count` pairs (index of the caption, prompt), or as many as there are: VARIANTS + 1 of each caption.
 
-    Captions are visited in random order, every caption once before any twice. Fewer where there are not so many.
+    The captions themselves come first, then variant after variant. Captions are visited in random order, every caption
+    once before any is visited again.
     """
     rng, made = random.Random(seed), []
     order = rng.sample(range(len(captions)), len(captions))
@@ -30,7 +31,7 @@ def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, st
 
 
 def variant(caption: str, number: int, rng: random.Random) -> str:
-    """Variant `number` of a caption: 0 is the caption itself; four operations take turns, and who it is stays first."""
+    """Variant `number` of a caption: 0 is the caption itself, else one of four operations; the person stays first."""
     phrases = noun_phrases(caption)
     if number == 0 or len(phrases) < 2:
         return caption
@@ -47,6 +48,9 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
 
 
 def who(caption: str) -> str:
-    """The person of a caption that names none but by pronouns."""
-    she, he = (re.search(rf"\b(?:{words})\b", caption, re.IGNORECASE) for words in ("she|her", "he|his|him"))
-    return "a person" if bool(she) == bool(he) else "a woman" if she else "a man"
+    """The person of a caption that has pronouns alone."""
+    she = re.search(r"\b(?:she|her)\b", caption, re.IGNORECASE)
+    he = re.search(r"\b(?:he|his|him)\b", caption, re.IGNORECASE)
+    if she and not he:
+        return "a woman"
+    return "a man" if he and not she else "a person"

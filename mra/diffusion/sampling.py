@@ -1,199 +1,114 @@
-"""From captions to images: latents and prompts of a set, cached once; guidance; whole batches of samples.
+"""From captions to latents in the target's look: guidance, samples of a list of records, calibration.
 
-Before: denoiser.py, noising.py. After: prompts.py, fit.py; adapt.py puts them together.
+Read next: prompts.py, filters.py, boxes.py; making.py puts them together.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from mra import checkpoint
-from mra.config import DiffusionConfig
-from mra.data.records import open_image
-from mra.data.tokenizer import ClipTokenizer, Tokenizer, pad
-from mra.data.words import swap_left_right
-from mra.diffusion.autoencoder import Autoencoder, StableAutoencoder
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, structure
-from mra.diffusion.noising import Denoise, Schedule, diffusion_loss, guided, rescaled
+from mra.config import AdaptConfig
+from mra.data.records import Record
+from mra.diffusion.base import Diffusion, encode, read_images
+from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt
+from mra.diffusion.noising import Denoise, ddim, dpm_solver, guided, q_sample
 
-CONDITIONS = ("white", "structure")
-PIXELS = 2**19      # of the images that the autoencoder works on at once
+SAMPLERS = {"ddim": ddim, "dpm": dpm_solver}
 
 
-class Diffusion(nn.Module):
-    """The pretrained base: autoencoder and denoiser, and the schedule of its noise."""
+def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidance: float,
+          span: tuple[float, float] = (0, 1000)) -> Denoise:
+    """A `denoise` for the samplers, with guidance on the text.
 
-    def __init__(self, config: DiffusionConfig, tokenizer: Tokenizer | ClipTokenizer):
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.schedule = Schedule.scaled_linear() if config.stable else Schedule.cosine()
-        self.autoencoder = (StableAutoencoder if config.stable else Autoencoder)(config)
-        self.denoiser = Denoiser(config)
-        self.denoiser.to(memory_format=torch.channels_last)     # convolutions are faster so, on CPU and GPU
+    v = v(nothing) + guidance (v(words) - v(nothing));    `both` holds B captions and then the empty one, B times.
 
-    def read(self, captions: Sequence[str]) -> Prompt:
-        """Captions -> an encoded prompt; the empty caption is what guidance steers away from."""
-        ids, keep = pad([self.tokenizer.encode(caption, self.config.max_tokens) for caption in captions],
-                        self.tokenizer.pad_id)
-        device = next(self.parameters()).device
-        return self.denoiser.read(ids.to(device), keep.to(device))
-
-
-def read_base(path: Path) -> tuple[Diffusion, dict]:
-    """A base that adapt.py has trained, and the facts of its file."""
-    tensors, facts = checkpoint.load(path)
-    with checkpoint.trusting(path):
-        tokenizer, _ = Tokenizer(facts["vocab"], path), (facts["images"], facts["source"])      # it must tell them, too
-        size = checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer)
-        return checkpoint.build(lambda: Diffusion(size, tokenizer), tensors, path), facts
-
-
-def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0) -> Tensor:
-    """Image files as (N, 3, H, W) uint8."""
-    read = partial(_read, size=(config.width, config.height))
-    images = torch.empty(len(paths), 3, config.height, config.width, dtype=torch.uint8)
-    for place, some in zip(images.split(64), DataLoader(paths, 64, num_workers=workers, collate_fn=read)):
-        place.copy_(some)           # whose shared memory is free again
-    return images
-
-
-def _read(paths: list[str], size: tuple[int, int]) -> Tensor:
-    return stacked([np.asarray(open_image(path).resize(size, Image.Resampling.BICUBIC)) for path in paths])
-
-
-def stacked(pictures: list[np.ndarray]) -> Tensor:
-    """Pictures (H, W, 3) of one size -> (N, 3, H, W)."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> -1..1."""
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """-1..1 -> uint8 0..255."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
-
-
-@torch.no_grad()
-def encode(autoencoder: Autoencoder | StableAutoencoder, images: Tensor, mirrored: bool = False) -> Tensor:
-    """uint8 images (N, 3, H, W), or their mirror images, -> latents (N, C, h, w)."""
-    device, batch = next(autoencoder.parameters()).device, at_once(*images.shape[2:])
-    return torch.cat([autoencoder.encode(to_float((some.flip(-1) if mirrored else some).to(device)))
-                      for some in images.split(batch)])
-
-
-def at_once(height: int, width: int) -> int:
-    """How many images the autoencoder works on at once."""
-    return max(1, min(256, PIXELS // (height * width)))
-
-
-@torch.no_grad()
-def decode(autoencoder: Autoencoder | StableAutoencoder, latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W), with their grain."""
-    size, images = [n * autoencoder.factor for n in latents.shape[2:]], []
-    for some in latents.split(at_once(*size)):
-        noise = torch.randn(len(some), 3, *size, generator=generator, device=some.device)
-        images.append(to_bytes(autoencoder.decode(some, noise)))
-    return torch.cat(images)
-
-
-class LatentPairs:
-    """The latents of N images and of their mirror images, M captions of them, and their conditions, all cached.
-
-    images (N, 3, H, W) uint8; captions: (index of the image, words); equal ones are kept once. After `read` the states
-    of the captions are cached too, in the host's memory.
-    """
-
-    def __init__(self, base: Diffusion, images: Tensor, captions: list[tuple[int, str]], condition: str = "white"):
-        device, self.states = next(base.parameters()).device, None
-        self.latents = torch.cat([encode(base.autoencoder, images, flip) for flip in (False, True)])    # (2N, C, h, w)
-        self.conditions = None
-        if condition == "structure":
-            edges = torch.cat([structure(to_float(some)) for some in images.split(256)]).half().to(device)
-            self.conditions = torch.cat([edges, edges.flip(-1)])                                # (2N, 1, H, W)
-        words = [caption for _, caption in captions]
-        words += [swap_left_right(caption) for caption in words] + [""]
-        numbers = {caption: i for i, caption in enumerate(dict.fromkeys(words))}
-        ids = [base.tokenizer.encode(caption, base.config.max_tokens) for caption in numbers]
-        self.ids, self.keep = (x.to(device) for x in pad(ids, base.tokenizer.pad_id))
-        self.caption_of = torch.tensor([numbers[caption] for caption in words], device=device)  # (2M + 1,)
-        index = torch.tensor([i for i, _ in captions], device=device)
-        self.image_of = torch.cat([index, index + len(images)])                                 # (2M,)
-        self.size = images.shape[-2:]
-
-    @torch.no_grad()
-    def read(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
-        """Encode all captions, once, with a text encoder that is not trained."""
-        self.states, kept = [], []
-        for ids, keep in zip(self.ids.split(256), self.keep.split(256)):
-            prompt = denoiser.read(ids, keep)
-            self.states.extend(prompt.states.to(dtype).cpu())
-            kept.append(prompt.keep)
-        self.keep = torch.cat(kept)
-
-    def prompt(self, denoiser: Denoiser, caption: Tensor) -> Prompt:
-        """The encoded captions of these numbers (B,)."""
-        keep = self.keep[caption]
-        keep = keep[:, :int(keep.sum(1).max())]                                                 # (B, T)
-        if self.states is None:
-            return denoiser.read(self.ids[caption, :keep.shape[1]], keep)
-        states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
-        return Prompt(states.to(keep.device), keep)
-
-    def loss(self, denoiser: Denoiser, branch: DomainBranch | None, schedule: Schedule, generator: torch.Generator,
-             count: int, drop: float = 0.1, middle: bool = False) -> Tensor:
-        """The diffusion loss of `count` random samples, of the base alone or with its branch.
-
-        With chance `drop` a sample has no words; `middle`: see Schedule.draw.
-        """
-        device = self.latents.device
-        pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
-        image = self.image_of[pair]                                                             # (B,)
-        pair[torch.rand(count, generator=generator, device=device) < drop] = len(self.caption_of) - 1
-        latents, prompt = self.latents[image], self.prompt(denoiser, self.caption_of[pair])
-        condition = (torch.ones(count, 1, *self.size, device=device) if self.conditions is None
-                     else self.conditions[image].float())                                       # (B, 1, H, W)
-        t = schedule.draw(count, generator, middle)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-
-        def denoise(z: Tensor, t: Tensor) -> Tensor:
-            return denoiser(z, t, prompt, None if branch is None else branch(z, t, prompt, condition))
-
-        return diffusion_loss(denoise, latents, noise, t, schedule)
-
-
-def guide(denoiser: Denoiser, both: Prompt, branch: DomainBranch | None, condition: Tensor | None, text: float,
-          domain: float, rescale: float, span: tuple[float, float] = (0, 1000)) -> Denoise:
-    """A `denoise` for the samplers, with guidance on the text and on the domain.
-
-    v = v(nothing, base) + domain (v(nothing, branch) - v(nothing, base)) + text (v(words, branch) - v(nothing, branch))
-
-    `both` holds B captions and then the empty one, B times. The domain's null is the base without its branch, which
-    was never trained on the target, so neither needs dropping in training. Guidance of 1 costs no pass. Outside `span`,
-    the lowest and the highest level t, the text has none: of much noise guidance takes the variety, at little it does
-    nothing (Kynkaanniemi et al. 2024).
+    Guidance of 1 costs no second pass. Outside `span`, the lowest and the highest level t, there is no guidance: at
+    high noise it takes the variety, at low noise it changes nothing (Kynkaanniemi et al. 2024).
     """
     count = len(both.keep) // 2
-    prompt, nothing = both[:count], both[count:]
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
-        steered, pulled = text != 1 and span[0] <= t[0] <= span[1], domain != 1 and branch is not None
-        passes, asked = (2, both) if steered or pulled else (1, prompt)
-        zs, ts = z.repeat(passes, 1, 1, 1), t.repeat(passes)
-        control = None if branch is None else branch(zs, ts, asked, condition.repeat(passes, 1, 1, 1))
-        found = denoiser(zs, ts, asked, control).float()
-        conditional, unconditional = found[:count], found[-count:]      # the same, where only one was asked for
-        v = guided(conditional, unconditional, text) if steered else conditional
-        if pulled:
-            v = v + (domain - 1) * (unconditional - denoiser(z, t, nothing).float())
-        return rescaled(v, conditional, rescale)
+        steered = guidance != 1 and span[0] <= t[0] <= span[1]
+        prompt = both if steered else both[:count]
+        if steered:
+            z, t = z.repeat(2, 1, 1, 1), t.repeat(2)
+        control = None if branch is None else branch(z, t, prompt)
+        v = denoiser(z, t, prompt, control).float()
+        return guided(v[:count], v[count:], guidance) if steered else v
 
     return denoise
+
+
+@dataclass(frozen=True)
+class Painter:
+    """What makes latents of records: the base and its branch, and latents of both sets, where they are needed."""
+
+    config: AdaptConfig
+    base: Diffusion
+    branch: DomainBranch
+    fast_denoiser: nn.Module        # the base's denoiser, compiled if the flags ask for it ...
+    fast_branch: nn.Module          # ... and the branch
+    target: Tensor | None = None    # (M, C, h, w)
+    source: Tensor | None = None    # (N, C, h, w), when the source's images are restyled
+
+    def sample(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, Prompt]:
+        """Latents (B, C, h, w) of the records' first captions, and the prompt they were made with."""
+        config, schedule = self.config, self.base.schedule
+        start, strength = self.start(records, draw)
+        captions = [record.captions[0] for record in records]
+        both = self.base.read(captions + [""] * len(captions))
+        levels = len(schedule.alpha)
+        span = config.guidance_from * levels, config.guidance_to * levels
+        denoise = guide(self.fast_denoiser, self.fast_branch, both, config.guidance, span)
+        latents = SAMPLERS[config.sampler](denoise, start, schedule, config.sampling_steps, strength)
+        return latents, both[:len(captions)]
+
+    def start(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, float]:
+        """What sampling starts from (B, C, h, w) and its strength: pure noise, or the records' images, noised."""
+        base, device = self.base, draw.device
+        noise = torch.randn(len(records), *base.config.shape, generator=draw, device=device)
+        if self.config.mode == "generate":
+            return noise, 1.0
+        images = read_images([record.path for record in records], base.config)
+        moved = match_moments(encode(base.autoencoder, images), self.source, self.target)
+        visited = base.schedule.trailing(self.config.sampling_steps, self.config.strength)
+        if not visited:
+            return moved, self.config.strength
+        t = torch.full((len(records),), visited[0], device=device)
+        return q_sample(moved, noise, t, base.schedule), self.config.strength
+
+
+def calibration(samples: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C, h, w), that give samples (N, C, h, w) the target's mean and variance at every place.
+
+    Not in the paper. A branch of few steps gets the commonest pose and background a little wrong on average. That is
+    measured on samples, which must be many and typical of the whole set, and undone.
+    """
+    std, mean = torch.std_mean(samples, 0)
+    target_std, target_mean = torch.std_mean(target, 0)
+    scale = target_std / std.clamp(min=1e-3)        # 0 is possible: one image, restyled without diffusion
+    return scale, target_mean - scale * mean
+
+
+def match_moments(latents: Tensor, own: Tensor, targets: Tensor) -> Tensor:
+    """Latents (B, C, h, w), moved as their set's `own` (N, C, h, w) must move to get the moments of the targets.
+
+    Mean and variance of each channel become those of `targets` (M, C, h, w), separately for the person, who is taken
+    to be in the middle of the picture, and for the background.
+    """
+    inside = torch.zeros(latents.shape[2:], dtype=torch.bool, device=latents.device)
+    rows, columns = max(1, inside.shape[0] // 16), inside.shape[1] // 4
+    inside[rows:-rows, columns:-columns] = True
+    moved = torch.empty_like(latents)
+    for part in (inside, ~inside):
+        moved[:, :, part] = moved_moments(latents[:, :, part], own[:, :, part], targets[:, :, part], (0, 2))
+    return moved
+
+
+def moved_moments(x: Tensor, own: Tensor, targets: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """x, moved as `own` must move to get the mean and standard deviation of the targets over these axes."""
+    std, mean = torch.std_mean(own, axes, keepdim=True)
+    target_std, target_mean = torch.std_mean(targets, axes, keepdim=True)
+    return (x - mean) / std.clamp(min=1e-4) * target_std + target_mean

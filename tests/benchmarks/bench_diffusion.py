@@ -25,9 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mra.config import DIFFUSION_PRESETS, DiffusionConfig
 from mra.data.tokenizer import Tokenizer
+from mra.diffusion.base import Diffusion
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, round_weights
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss
-from mra.diffusion.sampling import Diffusion, guide
+from mra.diffusion.sampling import guide
+from mra.weights.clip import CausalTextEncoder
+from mra.weights.stable import StableAutoencoder
 
 MODES = "eager", "compiled"
 CAPTION = "a slim woman with long blond hair wears a red jacket over a white top, black jeans and white sneakers"
@@ -47,35 +50,48 @@ def seconds_of(run: Callable, device: torch.device, repeat: int) -> float:
 
 
 def ceiling(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
-    return 2 * n**3 / seconds_of(lambda: a @ b, device, 10)
+    """FLOP/s of the largest bf16 matrix product, up to 8192 x 8192, of which the next smaller one takes under 10 ms."""
+    n, seconds = 256, 0.0
+    while n < 8192 and seconds < 0.01:
+        n *= 2
+        a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+        seconds = seconds_of(lambda: a @ b, device, 3)
+    return 2 * n**3 / seconds
+
+
+def random_base(size: DiffusionConfig) -> Diffusion:
+    """A base with random weights; it reads captions if it is ours."""
+    if not size.stable:
+        tokenizer = Tokenizer.read()
+        return Diffusion.new(dataclasses.replace(size, vocab=len(tokenizer)), tokenizer)
+    size = dataclasses.replace(size, vocab=49408)
+    denoiser = Denoiser(size, CausalTextEncoder(size))
+    return Diffusion(size, None, StableAutoencoder(size), denoiser, Schedule.scaled_linear())
 
 
 def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.device,
          compiled: bool) -> tuple[Callable, Callable]:
     """A step of the branch's training, and the sampling of a batch."""
-    batch, tokenizer = options.batch, None if size.stable else Tokenizer.read()
-    base = Diffusion(dataclasses.replace(size, vocab=49408 if size.stable else len(tokenizer)), tokenizer)
-    base = base.to(device).requires_grad_(False)
+    batch = options.batch
+    base = random_base(size).to(device).requires_grad_(False)
     branch = DomainBranch(base.denoiser).to(device)
     side = copy.deepcopy(branch)
     if size.stable:
         round_weights(base.denoiser)
         round_weights(side)
     optimizer = torch.optim.AdamW(branch.parameters(), 1e-4, fused=True)
-    both = (Prompt(torch.randn(2 * batch, 77, size.text_dim, device=device),
-                   torch.ones(2 * batch, 77, dtype=torch.bool, device=device))
-            if size.stable else base.read([CAPTION] * batch + [""] * batch))
+    if size.stable:
+        both = Prompt(torch.randn(2 * batch, 77, size.text_dim, device=device),
+                      torch.ones(2 * batch, 77, dtype=torch.bool, device=device))
+    else:
+        both = base.read([CAPTION] * batch + [""] * batch)
     latents, noise = torch.randn(2, batch, *size.shape, device=device)
-    white = torch.ones(batch, 1, size.height, size.width, device=device)
     t = torch.randint(1000, (batch,), device=device)
     denoiser, trained, side = (torch.compile(x) if compiled else x for x in (base.denoiser, branch, side))
 
     def train() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            diffusion_loss(lambda z, t: denoiser(z, t, both[:batch], trained(z, t, both[:batch], white)),
+            diffusion_loss(lambda z, t: denoiser(z, t, both[:batch], trained(z, t, both[:batch])),
                            latents, noise, t, base.schedule).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -83,8 +99,7 @@ def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.devic
     @torch.no_grad()
     def sample() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            ddim(guide(denoiser, both, side, white, 3.0, 1.0, 0.7), noise, base.schedule,
-                 options.steps)
+            ddim(guide(denoiser, side, both, 3.0), noise, base.schedule, options.steps)
 
     return train, sample
 
@@ -147,7 +162,7 @@ def main() -> None:
           f"{size.height}x{size.width}, batch {options.batch}, {options.steps} DDIM steps; denoiser "
           f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, "
           f"branch {sum(p.numel() for p in DomainBranch(denoiser).parameters()) / 1e6:.1f} M; "
-          f"matrix product {top / 1e12:.1f} TFLOP/s")
+          f"matrix product {top / 1e12:.2g} TFLOP/s")
     print(f"{'':38}{'images/s':>10}{'GiB':>8}{'ceiling':>9}")
     for side in [ours] + [diffusers] * (size.stable and importlib.util.find_spec("diffusers") is not None):
         counted = []

@@ -4,19 +4,19 @@
     python -m tests.benchmarks.bench_growth --loss 1024 8192 32768 131072 --search 1000 100000 10000000 \\
         --rerank 1000 10000 100000 --town 1000 10000 100000                      on a GPU, and with an hour for the town
 
-Every size is measured in a fresh process. Memory is the peak of what CUDA allocated, or on the CPU of resident memory
-beyond what the process had before. Loss: forward and backward, width 256. Search: 64 queries, first 32, bf16 vectors of
-width 256 in a memory-mapped file, written beforehand; its memory is what is not backed by the file. Re-ranking: so
-many images, as many queries, the first 8 of each, `tiny` preset. Town: so many images of the source set, all cores.
+Every size n is measured in a fresh process. Memory is the peak of what CUDA allocated, or on the CPU of resident memory
+beyond what the process had before. Loss: n pairs of width 256, forward and backward. Search: 64 queries, first 32, n
+bf16 vectors of width 256 in a memory-mapped file, written beforehand; its memory is what is not backed by the file.
+Re-ranking: n images, n queries, the first 8 of each, `tiny` preset. Town: n images of the source set, all cores.
 
 t = a n^b is fitted to the larger half of the sizes. What 100 million crops would cost, from such figures: their
-256-wide vectors in bf16 are 51 GB, which one machine's disk holds and `top_k` streams; the products of one query with
-all of them are 51 GFLOP, so it is the reading that takes the time: at 3 GB/s, 17 seconds for a batch of queries of any
-size that fits, or 1 second on 17 machines, each with a stretch (`sharded_top_k`), which then merge k numbers a query.
-Encoding is the larger bill: a ViT-B/16 at 384x256 takes some 140 GFLOP with its mirror image, 14 EFLOP in all, 18 hours
-of one H100 at 30 % of the 744 TFLOP/s of a large product; it is shared out by files. Re-ranking does not grow with the
-gallery, only with the number of candidates. Beyond that an index (inverted lists, product quantisation) trades
-exactness for reading less, and is a vector database's business.
+256-wide vectors in bf16 are 51 GB, which one machine's disk holds and `top_k` streams. The products of one query with
+all of them are 51 GFLOP, so reading takes the time: at 3 GB/s, 17 seconds for a batch of queries of any size that fits,
+or 1 second on 17 machines, each with a stretch (`sharded_top_k`), which then merge k numbers a query. Encoding costs
+more: a ViT-B/16 at 384x256 takes about 140 GFLOP with its mirror image, 14 EFLOP in all, 18 hours of one H100 at 30 %
+of the 744 TFLOP/s of a large product; it is shared out by files. Re-ranking does not grow with the gallery, only with
+the number of candidates. Beyond that an index (inverted lists, product quantisation) reads less and is not exact; that
+is the business of a vector database.
 """
 
 import argparse
@@ -36,8 +36,8 @@ import torch
 
 from mra import ranking
 from mra.config import PRESETS
-from mra.data import town
 from mra.retriever import Retriever
+from mra.town import sets
 from tests.benchmarks.bench_similarity import CUDA, DEVICE, contrastive, measure, peak_of_file, write_gallery
 
 KINDS = {"loss": [1024, 2048, 4096], "search": [1000, 10_000, 100_000], "rerank": [100, 200, 400],
@@ -53,8 +53,8 @@ def one(kind: str, count: int, folder: Path) -> tuple[float, float]:
         write_gallery(folder / "gallery.safetensors", count, 256)
         return peak_of_file(str(folder / "gallery.safetensors"), "ours", 64, 32)
     if kind == "town":
-        sizes = town.TownSizes(source_train=(max(2, count // 2), 2), source_test=(2, 2))
-        return measure(lambda: town.build(folder / str(time.time()), "source", sizes, 0, os.cpu_count() or 1, str), 1)
+        size = sets.TownSizes(source_train=(max(2, count // 2), 2), source_test=(2, 2))
+        return measure(lambda: sets.build(folder / str(time.time()), "source", size, 0, os.cpu_count() or 1, str), 1)
     return measure(reranking(count), 1)
 
 
@@ -66,9 +66,9 @@ def reranking(count: int) -> Callable:
     keep = torch.ones(count, 32, dtype=torch.bool, device=DEVICE)
     with torch.inference_mode():
         tokens, features = model.encode_text(torch.randint(5, 1000, (count, 32), device=DEVICE), keep)
-        queries = ranking.Queries(model.fusion_encoder.begin(tokens, keep), keep, features)
+        queries = ranking.Queries(model.fusion_encoder.start(tokens, keep), keep, features)
     candidates = torch.randint(count, (count, 8), device=DEVICE)
-    return lambda: ranking.match_candidates(model, images, queries, candidates, False, 64)
+    return lambda: ranking.match_candidates(model, images, queries, candidates, False, ranking.Plan(8))
 
 
 def exponent(counts: list[int], values: list[float]) -> float:

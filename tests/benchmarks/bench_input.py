@@ -31,10 +31,10 @@ from PIL import Image
 
 from mra.config import PRESETS, TrainConfig, recipe
 from mra.data.batches import PairDataset
-from mra.data.drawing import Pose, render
-from mra.data.people import describe, sample_person
 from mra.data.records import RecordSet, load, load_splits
 from mra.data.tokenizer import Tokenizer
+from mra.town.drawing import Pose, render
+from mra.town.people import describe, sample_person
 
 PART, PICTURES = 5000, 40       # records of a file; an ext4 file takes 65,000 links
 

@@ -37,7 +37,7 @@ def plain_loop(model: Retriever, encoded: Tensor, tokens: Tensor, keep: Tensor, 
     for own, own_keep, chosen in zip(tokens, keep, candidates):
         x, its_keep = own.expand(len(chosen), -1, -1), own_keep.expand(len(chosen), -1)
         for block in model.fusion_encoder.blocks:
-            x = block(x, its_keep, block.cross.memory(encoded[chosen]))
+            x = block(x, its_keep, block.cross.keys_values(encoded[chosen]))
         rows.append(model.matching_head(x[:, 0]))
     return torch.stack(rows)
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16" if CUDA else "float32", choices=("float32", "bf16"))
     given = parser.parse_args()
     device = torch.device("cuda" if CUDA else "cpu")
+    ranking.PAIRS[device.type] = given.pairs or ranking.PAIRS[device.type]
     torch.manual_seed(0)
     model = Retriever(dataclasses.replace(PRESETS[given.preset], vocab=1000)).to(device).eval()
     images = [torch.randn(3, model.config.height, model.config.width) for _ in range(given.gallery)]
@@ -68,7 +69,7 @@ def main() -> None:
     candidates = torch.stack([torch.randperm(given.gallery)[:given.k] for _ in range(given.queries)]).to(device)
     with torch.inference_mode():
         tokens, features = model.encode_text(torch.randint(5, 1000, keep.shape, device=device) * keep, keep)
-        begun = model.fusion_encoder.begin(tokens, keep)
+        started = model.fusion_encoder.start(tokens, keep)
     few = slice(0, given.plain_queries)
     encoding_time, encoded = timed(lambda: plain_encoding(model, images, device))
     plain_loop(model, encoded, tokens[:1], keep[:1], candidates[:1])                            # warms up
@@ -79,7 +80,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):
         our_time, ours = timed(lambda: ranking.match_candidates(
-            model, images, ranking.Queries(begun, keep, features), candidates, False, 64, given.pairs))
+            model, images, ranking.Queries(started, keep, features), candidates, False, ranking.Plan(given.k)))
     off = (ours[few] - plain).abs().max()
     related = torch.corrcoef(torch.stack([(x[few, :, 1] - x[few, :, 0]).flatten() for x in (ours, plain)]))[0, 1]
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

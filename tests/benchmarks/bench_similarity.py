@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from mra import losses, similarity
+from mra import losses
+from mra.scale import contrastive as tiled
+from mra.scale import search as streamed
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -75,7 +77,7 @@ def contrastive(side: str, count: int, width: int, precision: torch.dtype) -> Ca
     temperature, ids = torch.tensor(0.07, device=DEVICE, requires_grad=True), torch.arange(count, device=DEVICE)
     ids = ids.where(ids % 3 > 0, ids // 6)
     loss = {"plain": losses.contrastive, "compiled": torch.compile(losses.contrastive),
-            "ours": similarity.contrastive}[side]
+            "ours": tiled.contrastive}[side]
     return lambda: torch.autograd.grad(loss(image, text, temperature, ids, 0.1), (image, text, temperature))
 
 
@@ -84,7 +86,7 @@ def plain_top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def search(side: str, queries: int, gallery: Tensor, k: int) -> Callable:
-    found = {"plain": plain_top_k, "compiled": torch.compile(plain_top_k), "ours": similarity.top_k}[side]
+    found = {"plain": plain_top_k, "compiled": torch.compile(plain_top_k), "ours": streamed.top_k}[side]
     asked = F.normalize(torch.randn(queries, gallery.shape[1], device=DEVICE), dim=1).to(
         gallery.dtype if CUDA else torch.float32)
     return lambda: found(asked, gallery, k)
@@ -106,8 +108,8 @@ def peak_of_file(path: str, side: str, queries: int, k: int) -> tuple[float, flo
     """Seconds of a search of a memory-mapped gallery, and the most anonymous memory after any of its products."""
     with safe_open(path, "pt") as file:
         run = search(side, queries, file.get_tensor("gallery"), k)
-    peaks, first_k = [], similarity.first_k
-    similarity.first_k = lambda *inputs: peaks.append(resident("RssAnon")) or first_k(*inputs)
+    peaks, first_k = [], streamed.first_k
+    streamed.first_k = lambda *inputs: peaks.append(resident("RssAnon")) or first_k(*inputs)
     return seconds(run, 1), max(peaks)
 
 

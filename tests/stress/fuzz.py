@@ -45,20 +45,37 @@ sys.path.insert(0, str(ROOT))
 
 import adapt  # noqa: E402
 import evaluate  # noqa: E402
-import train  # noqa: E402
-from mra import checkpoint, figures, gallery, released, study, weights  # noqa: E402
-from mra.config import PRESETS, AdaptConfig, DiffusionConfig, TrainConfig, parse, run  # noqa: E402
-from mra.data import augment, records, town, words  # noqa: E402
+from mra.config import (  # noqa: E402
+    PRESETS,
+    AdaptConfig,
+    DiffusionConfig,
+    EvalConfig,
+    Fit,
+    TrainConfig,
+    check_values,
+    recipe,
+)
+from mra.data import augment, records, words  # noqa: E402
 from mra.data.batches import PairDataset  # noqa: E402
-from mra.data.check import check_set, troubles  # noqa: E402
+from mra.data.files import open_image  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
-from mra.diffusion.sampling import Diffusion, read_base, read_images  # noqa: E402
+from mra.diffusion.base import Diffusion, read_images  # noqa: E402
+from mra.ranking import Plan, queries_of, search  # noqa: E402
 from mra.retriever import Retriever  # noqa: E402
-from mra.training import Machine, make_optimizer, queries_of  # noqa: E402
+from mra.run import checkpoint, stages  # noqa: E402
+from mra.run.command import parse, run  # noqa: E402
+from mra.run.loop import Loop, Task  # noqa: E402
+from mra.run.machine import Machine  # noqa: E402
+from mra.run.networks import read_base  # noqa: E402
+from mra.show import gallery, pictures  # noqa: E402
+from mra.show.check import check_set, troubles  # noqa: E402
+from mra.weights import retrievers  # noqa: E402
+from tests.study import study, town  # noqa: E402
 from tests.test_weights import Bert  # noqa: E402
 
 SECONDS, BYTES, LETTERS = 10, 2 * 2**30, 4000      # at most, of a case; of its sentence
 CPU = torch.device("cpu")
+MACHINE = Machine.of("cpu", "float32")
 
 
 class Case(NamedTuple):
@@ -220,8 +237,8 @@ def annotations(folder: Path) -> Maker:
             captions, _, paths, _ = queries_of(found)
             words.noun_phrases(captions[0])
             if rng.random() < 0.1:
-                cells = [(figures.photograph(paths[0]), figures.GREEN, "a phrase")]
-                figures.table([(captions[0], cells)], folder / "picture.png")
+                cells = [(pictures.photograph(paths[0]), pictures.GREEN, "a phrase")]
+                pictures.table([(captions[0], cells)], folder / "picture.png")
 
         return Case(f"{file}: {'; '.join(deeds)}; {deed}", Path(file).parts[0], read, (
             "train.py", "--dataset", name, *((() if dataset == "own" else ("--data-root", str(folder)))), "--init",
@@ -231,7 +248,7 @@ def annotations(folder: Path) -> Maker:
 
 # ---- images
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def valid_images(folder: Path) -> dict[str, bytes]:
     """Small valid files of every format that is read, some with more in them than pixels."""
     photo = Image.effect_noise((24, 40), 60).convert("RGB")
     frames = [photo.rotate(90 * i) for i in range(3)]
@@ -286,7 +303,7 @@ def large(rng: random.Random) -> tuple[bytes, str]:
 
 def images(folder: Path) -> Maker:
     """Decoded and put before the model in every way that one is; and through a folder of photographs."""
-    whole, target = pictures(folder / "valid" if (folder / "valid").mkdir() is None else folder), folder / "photos"
+    whole, target = valid_images(folder / "valid" if (folder / "valid").mkdir() is None else folder), folder / "photos"
     target.mkdir()
 
     def make(rng: random.Random) -> Case:
@@ -312,12 +329,12 @@ def images(folder: Path) -> Maker:
                 found = gallery.photographs(target, lambda line: None)
                 troubles(found, 1, lambda line: None)
                 return
-            image = records.open_image(str(path))
+            image = open_image(str(path))
             augment.tensor_of(image, (32, 16))
             augment.pretrain_view(image, (0.5, 0.5, 0.3, 0.3), (32, 16), rng)
             augment.finetune_view(image, (32, 16), rng)
             read_images([str(path)], DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2))
-            figures.photograph(str(path))
+            pictures.photograph(str(path))
 
         return Case(f"{origin} as {name!r}: {deed}", repr(str(path)), read)
     return make
@@ -342,25 +359,38 @@ class Whole:
     folder: Path
     files: dict[str, tuple[dict[str, torch.Tensor], dict]]
     model: Retriever
-    optimizer: torch.optim.Optimizer
+
+    def loop(self, path: Path) -> Loop:
+        """The training that the state at `path` belongs to."""
+        config = TrainConfig(preset="tiny", init="none")
+        task = Task("", self.model, Fit(7, 40, 0.1, average=0.0), 0, path, key=stages.key_of(config, MACHINE, 7),
+                    usual=stages.flags_of(TrainConfig()), groups=stages.groups(self.model, config),
+                    advice=stages.ADVICE)
+        return Loop(task, None, MACHINE)
 
     def reader(self, kind: str, path: Path) -> Callable[[], object]:
         """What the scripts do with a file of that kind."""
-        photo, facts = str(self.folder / "photos/1.png"), self.files["best"][1]
+        photo = str(self.folder / "photos/1.png")
 
         def ask() -> None:
-            found, own_tokenizer, said = released.load_retriever(path, CPU)
-            config = evaluate.EvalConfig(query="a man in a red coat", k=2)
+            found, own_tokenizer, said = retrievers.load_retriever(path, CPU)
+            config = EvalConfig(query="a man in a red coat", k=2)
             f"{said['train']['dataset'] or ''} {said['pretrained_on']} {said['train']['seed']}"
-            evaluate.rank(config, Machine.of("cpu", "float32"), found, own_tokenizer, said, [config.query], [photo] * 3)
+            plan = evaluate.plan_of(config, found, said, MACHINE)
+            evaluate.orders_of(search(found, own_tokenizer, [config.query], [photo] * 3, plan), config, said)
             if dataclasses.asdict(self.model.config) == said["model"]:
-                train.load_model(TrainConfig(preset="tiny", init=str(path)), CPU, lambda line: None)
+                stages.load_model(TrainConfig(preset="tiny", init=str(path)), MACHINE)
 
-        return {"best": ask, "last": lambda: checkpoint.resume(path.parent, self.model, self.optimizer, facts),
-                "gallery": lambda: gallery.encode(self.folder / "photos", self.model, path, 4, say=lambda line: None),
+        def go_on() -> None:
+            loop = self.loop(path)
+            stages.check_best(loop, path.parent)
+
+        return {"best": ask, "last": go_on,
+                "gallery": lambda: gallery.encode(self.folder / "photos", self.model, path, Plan(0, batch=4),
+                                                  say=lambda line: None),
                 "base": lambda: read_base(path)[0].read(["a man"]),
-                "bert": lambda: weights.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
-                "vit": lambda: weights.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
+                "bert": lambda: retrievers.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
+                "vit": lambda: retrievers.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
 
 
 def whole_files(folder: Path) -> Whole:
@@ -368,26 +398,31 @@ def whole_files(folder: Path) -> Whole:
     torch.manual_seed(0)
     tokenizer = Tokenizer.read()
     model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=len(tokenizer)))
-    base = Diffusion(DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2, vocab=len(tokenizer)), tokenizer)
+    size = DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2, vocab=len(tokenizer))
+    base = Diffusion.new(size, tokenizer)
     settings = dataclasses.asdict(TrainConfig(preset="tiny", init="none"))
-    optimizer = make_optimizer(model, TrainConfig())
+    whole = Whole(folder, {}, model)
+    loop = whole.loop(folder / "none")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    loop.optimizer.step()
     result = {"embeddings": {"R@1": 1.0, "mAP": 2.0}, "quality": [True, 1.5], "weight": 2.0}
-    facts = checkpoint.model_facts(model, tokenizer) | {
-        "train": settings, "pretrained_on": "sda", "val": result, "pairs": 7, "processes": 1, "step": 3, "best": result}
+    facts = retrievers.model_facts(model, tokenizer) | {
+        "train": settings, "pretrained_on": "sda", "val": result, "pairs": 7, "processes": 1, "step": 3}
     own = checkpoint.weights(model)
     paint(folder / "photos/1.png")
-    gallery.encode(folder / "photos", model.eval(), folder / "valid.gallery", 4, say=lambda line: None)
-    return Whole(folder, {
-        "best": (own, facts), "last": (checkpoint.state(model, optimizer), facts),
+    gallery.encode(folder / "photos", model.eval(), folder / "valid.gallery", Plan(0, batch=4), say=lambda line: None)
+    whole.files.update({
+        "best": (own, facts),
+        "last": (checkpoint.state(model, loop.optimizer), {"key": loop.key, "step": 3, "judged": True,
+                                                           "found": {"val": result, "best": result}}),
         "gallery": checkpoint.load(folder / "valid.gallery"),
         "base": (checkpoint.weights(base), {"size": dataclasses.asdict(base.config), "vocab": tokenizer.pieces,
                                             "images": 3, "source": "sda"}),
         "bert": (Bert(len(tokenizer)).released_names(), {}),
         "vit": (VisionTransformer(32, 8, 1, 2, 32, 64).state_dict(), {}),
-    }, model, optimizer)
+    })
+    return whole
 
 
 def odd_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -519,13 +554,19 @@ def vocab(folder: Path) -> Maker:
 
 # ---- flags
 
+def check_training(config: TrainConfig) -> None:
+    check_values(config)
+    stages.check(config)
+
+
 SCRIPTS = {     # configuration, the check of its values, a command that is quick
-    "train.py": (TrainConfig, train.check, ("--preset", "tiny", "--init", "none", "--steps", "1", "--device", "cpu")),
-    "evaluate.py": (evaluate.EvalConfig, evaluate.check, ("--device", "cpu", "--checkpoint", "none.safetensors")),
+    "train.py": (TrainConfig, check_training, ("--preset", "tiny", "--init", "none", "--steps", "1", "--device",
+                                               "cpu")),
+    "evaluate.py": (EvalConfig, evaluate.check, ("--device", "cpu", "--checkpoint", "none.safetensors")),
     "adapt.py": (AdaptConfig, adapt.check, ("--size", "tiny", "--steps", "1", "--images", "2", "--device", "cpu",
-                                            "--no-measure", "--malformed", "1000")),
-    "-m mra.study": (study.StudyConfig, None, ("--table",)),
-    "-m mra.data.town": (town.TownConfig, None, ("--people", "0.001", "--workers", "1", "--sets", "icfg")),
+                                            "--malformed", "1000")),
+    "-m tests.study": (study.StudyConfig, None, ("--table",)),
+    "-m tests.study.town": (town.TownConfig, check_values, ("--people", "0.001", "--workers", "1", "--sets", "icfg")),
 }
 SLOW = {"--steps", "--epochs", "--images", "--people", "--train-base", "--sampling-steps", "--preset", "--size",
         "--workers", "--batch", "--accumulate", "--evals", "--no-table", "--sets", "--check", "--quick"}
@@ -554,7 +595,7 @@ def flags(folder: Path) -> Maker:
             named.append(flag)
 
         def read() -> None:
-            found = parse(config, "", given, (lambda some: train.recipe(some.dataset, some.preset))
+            found = parse(config, "", given, (lambda some: recipe(some.dataset, some.preset))
                           if config is TrainConfig else lambda some: {})
             if check:
                 check(found)

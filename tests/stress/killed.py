@@ -28,7 +28,7 @@ COMMANDS = {    # flags, and the folders of output
     "train": (("train.py", *TINY, "--dataset", "icfg", "--steps", "6", "--evals", "3"), ("out",)),
     "adapt": (("adapt.py", "--size", "tiny", "--device", "cpu", "--images", "130"), ("out",)),
     "evaluate": (("evaluate.py", "--device", "cpu", "--checkpoint", "kept/best.safetensors", "--out", "out"), ("out",)),
-    "study": (("-m", "mra.study", "--quick"), ("out",)),
+    "study": (("-m", "tests.study", "--quick"), ("out",)),
 }
 TIMED = {"seconds", "images_per_second"}
 

@@ -35,8 +35,10 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mra import losses, similarity  # noqa: E402
+from mra import losses  # noqa: E402
 from mra.config import PRESETS  # noqa: E402
+from mra.run.machine import Processes  # noqa: E402
+from mra.scale.search import sharded_top_k, top_k  # noqa: E402
 
 CLOSE = 3e-4        # of weights that ten steps have moved by 0.01: AdamW divides by the size of gradients
 ENDS = 60           # seconds
@@ -55,7 +57,7 @@ def worker(script: str, *flags: str) -> None:
     def mortal(terms, beta):
         calls.append(None)
         how, rank, step = os.environ.get("DIE", "no -1 -1").split()
-        if (rank, len(calls)) == (os.environ.get("RANK"), int(step)):
+        if (rank, len(calls)) == (os.environ.get("RANK"), int(step)):     # in each of several processes one call a step
             Path("died").write_text(str(time.time()))
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -75,9 +77,9 @@ def search(file: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     queries, gallery = (torch.randn(count, 16, generator=draw).mul(4).round() for count in (50, 1003))    # with ties
     if "RANK" not in os.environ:
-        return torch.save(similarity.top_k(queries, gallery, 100), file)
+        return torch.save(top_k(queries, gallery, 100), file)
     dist.init_process_group("gloo")
-    found = similarity.sharded_top_k(queries, gallery, 100, chunk=64)
+    found = sharded_top_k(queries, gallery, 100, Processes(), chunk=64)
     if dist.get_rank() == dist.get_world_size() - 1:
         torch.save(found, file)
     dist.barrier()
@@ -179,7 +181,7 @@ def dying(place: Path, ends: float = ENDS) -> str:
         took.append(time.time() - float((place / "cut/died").read_text()))
         assert ran.returncode != 0 and reason in ran.stderr and took[-1] < ends, (die, took, ran.stderr[-3000:])
     refused = start(place / "cut", 2, "train.py", *flags, "--batch", "2")
-    assert refused.returncode != 0 and "another --batch x processes, 8" in refused.stderr
+    assert refused.returncode != 0 and "--batch x processes was 8 and is 4" in refused.stderr
     said = succeed(place / "cut", 2, "train.py", *flags, "--batch", "4", "--steps", "12")
     assert "going on after step 6 of 12" in said
     found = difference(place / "whole/out/last.safetensors", place / "cut/out/last.safetensors")

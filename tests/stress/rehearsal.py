@@ -23,10 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mra.data import town  # noqa: E402
-from mra.data.check import PUBLISHED  # noqa: E402
+from mra.show.check import PUBLISHED  # noqa: E402
+from mra.town import sets  # noqa: E402
 
-SIZES = town.TownSizes(**{f"target_{split}": (people, images / people)
+SIZES = sets.TownSizes(**{f"target_{split}": (people, images / people)
                           for split, (people, images, _) in PUBLISHED["cuhk"].items()})
 COMMANDS = {    # flags, the first line of a step or a row, and whether to stop there
     "check": (("train.py", "--check", "--workers", "{workers}"), "  2,000 of", False),
@@ -40,7 +40,7 @@ COMMANDS = {    # flags, the first line of a step or a row, and whether to stop 
 
 def draw(root: Path, workers: int) -> None:
     """The set, with as many captions as published: the first images of a split get a third one."""
-    town.build(root, "cuhk", SIZES, 0, workers)
+    sets.build(root, "cuhk", SIZES, 0, workers)
     path = root / "CUHK-PEDES" / "reid_raw.json"
     records = json.loads(path.read_text())
     lacking = {split: captions for split, (_, _, captions) in PUBLISHED["cuhk"].items()}

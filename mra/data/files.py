@@ -1,0 +1,105 @@
+"""Files: images read and written, JSON, and writing that is complete or does not happen at all.
+
+Read next: records.py.
+"""
+
+import io
+import json
+import os
+import reprlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+
+from mra.config import UserError
+
+PIXEL_LIMIT = 50_000_000            # a larger picture is no pedestrian crop and endangers the memory
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
+
+
+def shown(value) -> str:
+    """`value` fit for a terminal: quoted, control characters escaped, cut at 80 characters (a Path is not cut)."""
+    if isinstance(value, Path):
+        return repr(str(value))
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def harmless(text) -> str:
+    """`text` fit for a terminal: characters that do not print are escaped, and it is cut at 2,000."""
+    text = str(text)
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:2000])
+    return safe if len(text) <= 2000 else safe + "..."
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file to write, which becomes `path` at the end: complete or not at all. Raises UserError."""
+    scratch = path.with_suffix(".tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:     # a full disk
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error}); what was saved before it is kept.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, complete or not at all."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None:
+    """Write JSON to `path`, complete or not at all."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: Path, kind: type = dict) -> dict | list:
+    """What `write_json` wrote, a dict or a list as `kind` says. Raises UserError where the file is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+        return found
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it to have it made anew.") from error
+
+
+def open_image(path) -> Image.Image:
+    """The first frame as RGB, upright, on white where transparent. Raises UserError naming the file."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            if image.mode == "F":
+                raise ValueError("its pixels are fractions of an unknown range")
+            image.load()
+            with suppress(Exception):       # broken EXIF does not spoil the pixels
+                image = ImageOps.exif_transpose(image)
+            return _rgb(image)
+    except Exception as error:      # decoders raise almost every type on broken data
+        raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):      # 16 bits, which convert() would clip
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def save_image(image: Image.Image, path: Path, **options) -> None:
+    """Write a PNG or JPEG, complete or not at all. Pillow itself does not notice a disk that fills up."""
+    packed = io.BytesIO()
+    image.save(packed, {".png": "PNG", ".jpg": "JPEG"}[path.suffix], **options)
+    with replacing(path) as scratch:
+        scratch.write_bytes(packed.getvalue())

@@ -1,0 +1,104 @@
+"""The pretrained base of DaD: an autoencoder, a denoiser, and the schedule of its noise; and images as tensors.
+
+Read next: pairs.py, which trains on images and captions; sampling.py, which makes images.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mra.config import DiffusionConfig
+from mra.data.files import open_image
+from mra.data.tokenizer import Tokenizer, pad
+from mra.diffusion.autoencoder import Autoencoder
+from mra.diffusion.denoiser import Denoiser, Prompt
+from mra.diffusion.noising import Schedule
+
+PIXELS = 2**19      # of the images that the autoencoder computes at once
+
+
+class Diffusion(nn.Module):
+    """Autoencoder and denoiser with the tokenizer of its captions and the schedule of its noise."""
+
+    def __init__(self, config: DiffusionConfig, tokenizer: Tokenizer, autoencoder: nn.Module, denoiser: Denoiser,
+                 schedule: Schedule):
+        super().__init__()
+        self.config, self.tokenizer, self.schedule = config, tokenizer, schedule
+        self.autoencoder = autoencoder
+        self.denoiser = denoiser
+        self.denoiser.to(memory_format=torch.channels_last)     # convolutions are faster so, on CPU and GPU
+
+    @staticmethod
+    def new(config: DiffusionConfig, tokenizer: Tokenizer) -> "Diffusion":
+        """A base of ours with random weights."""
+        return Diffusion(config, tokenizer, Autoencoder(config), Denoiser(config), Schedule.cosine())
+
+    def with_autoencoder(self, autoencoder: nn.Module) -> "Diffusion":
+        """The same denoiser with another autoencoder."""
+        return Diffusion(self.config, self.tokenizer, autoencoder, self.denoiser, self.schedule).eval()
+
+    def read(self, captions: Sequence[str]) -> Prompt:
+        """Captions -> an encoded prompt; the empty caption is what guidance steers away from."""
+        ids, keep = pad([self.tokenizer.encode(caption, self.config.max_tokens) for caption in captions],
+                        self.tokenizer.pad_id)
+        device = next(self.parameters()).device
+        return self.denoiser.read(ids.to(device), keep.to(device))
+
+
+def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0) -> Tensor:
+    """Image files as (N, 3, H, W) uint8."""
+    read = partial(_read, size=(config.width, config.height))
+    images = torch.empty(len(paths), 3, config.height, config.width, dtype=torch.uint8)
+    for place, some in zip(images.split(64), DataLoader(paths, 64, num_workers=workers, collate_fn=read)):
+        place.copy_(some)           # the loading process can then free its shared memory
+    return images
+
+
+def _read(paths: list[str], size: tuple[int, int]) -> Tensor:
+    return stacked([np.asarray(open_image(path).resize(size, Image.Resampling.BICUBIC)) for path in paths])
+
+
+def stacked(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures (H, W, 3) of one size -> (N, 3, H, W)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """-1..1 -> uint8 0..255."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5 + 0.5).to(torch.uint8)
+
+
+@torch.no_grad()
+def encode(autoencoder: nn.Module, images: Tensor, mirrored: bool = False) -> Tensor:
+    """uint8 images (N, 3, H, W), or their mirror images, -> latents (N, C, h, w)."""
+    device, latents = next(autoencoder.parameters()).device, []
+    for some in images.split(at_once(*images.shape[2:])):
+        if mirrored:
+            some = some.flip(-1)
+        latents.append(autoencoder.encode(to_float(some.to(device))))
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def decode(autoencoder: nn.Module, latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W), with their grain."""
+    size, images = [n * autoencoder.factor for n in latents.shape[2:]], []
+    for some in latents.split(at_once(*size)):
+        noise = torch.randn(len(some), 3, *size, generator=generator, device=some.device)
+        images.append(to_bytes(autoencoder.decode(some, noise)))
+    return torch.cat(images)
+
+
+def at_once(height: int, width: int) -> int:
+    """How many images the autoencoder computes at once."""
+    return max(1, min(256, PIXELS // (height * width)))

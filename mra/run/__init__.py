@@ -1,0 +1,4 @@
+"""Running: command line and errors, device and processes, checkpoints, the one training loop, what is kept on disk.
+
+Read command.py, machine.py, checkpoint.py, loop.py, kept.py; networks.py and parts.py are adapt.py's.
+"""

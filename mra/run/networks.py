@@ -1,0 +1,257 @@
+"""The networks of DaD, each trained once and kept: the base, then, on the target, branch, decoder and judge.
+
+Every function is one of them: what it learns from, its loss, its file and its key. adapt.py calls them in this order.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, DadRecipe, DiffusionConfig, Fit, UserError
+from mra.data.files import harmless
+from mra.data.records import RecordSet
+from mra.data.tokenizer import Tokenizer
+from mra.diffusion.autoencoder import Autoencoder, random_light
+from mra.diffusion.base import Diffusion, encode, read_images, to_float
+from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
+from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss
+from mra.diffusion.pairs import LatentPairs
+from mra.run import checkpoint
+from mra.run.kept import kept
+from mra.run.loop import Loop, Share, Task
+from mra.run.machine import Machine
+from mra.weights.stable import read_stable
+
+SHIPPED = Path(__file__).parents[1] / "diffusion"      # base-demo.safetensors
+SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
+
+
+def learn(name: str, network: nn.Module, prepare: Callable[[], Callable[[Share], Tensor]], fit: Fit, path: Path,
+          key: dict, machine: Machine) -> None:
+    """Train the parameters of `network` that require gradients, unless `path` holds them for the same key.
+
+    `prepare` is called where training is needed; it returns the loss of a share. The key also holds `fit`; its "seed"
+    decides all that is random. An unfinished training lies beside `path` as .part.
+    """
+    key, state = {"network": name, "fit": asdict(fit), **key}, path.with_suffix(".part")
+
+    def make() -> None:
+        loss = prepare()
+
+        def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
+            value = loss(share)
+            return value, {"loss": value}
+
+        stops = frozenset(range(fit.save_every, fit.steps, fit.save_every))
+        task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, stops=stops)
+        Loop(task, loss_of, machine).run()
+        machine.first(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
+        machine.first(lambda: state.unlink(missing_ok=True))
+
+    kept(path, key, machine, make)
+    checkpoint.restore_weights(network, checkpoint.load(path)[0], path)
+
+
+# ---- the base
+
+def train_base(config: AdaptConfig, records: RecordSet, root: str, machine: Machine) -> Path:
+    """Autoencoder, then denoiser, on the source alone, which comes from `root`; returns the file that holds both."""
+    out, recipe, size = Path("out") / f"base-{config.size}", DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
+    path = out / "base.safetensors"
+    images = read_images([record.path for record in records.records], size, config.workers)       # (N, 3, H, W)
+    captions = captions_of(records)
+    tokenizer = Tokenizer.read()
+    key = {"size": asdict(size), "source": records.name, "root": root, "images": len(images),
+           "captions": len(captions), "contents": contents(records, images), "seed": config.seed}
+    torch.manual_seed(config.seed)
+    base = Diffusion.new(replace(size, vocab=len(tokenizer)), tokenizer).to(machine.device)
+    machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
+    train_autoencoder(base, images, recipe.autoencoder, out / "autoencoder.safetensors", key, machine)
+    base.autoencoder.learn_scale(encode(base.autoencoder, images[:SCALE_IMAGES]))
+    denoiser = torch.compile(base.denoiser) if config.compile else base.denoiser
+
+    def prepare() -> Callable[[Share], Tensor]:
+        pairs = LatentPairs(base, images, captions)
+        return lambda share: pairs.loss(denoiser, None, base.schedule, share.draw, share.count)
+
+    learn("denoiser", base.denoiser, prepare, recipe.denoiser, out / "denoiser.safetensors", key, machine)
+    facts = {"size": asdict(base.config), "source": records.name, "root": root, "images": len(images),
+             "captions": len(captions), "seed": config.seed, "vocab": tokenizer.pieces,
+             "versions": checkpoint.VERSIONS}
+    halves = {name: value.half() for name, value in checkpoint.weights(base).items()}
+    machine.first(lambda: checkpoint.save(path, halves, facts))
+    return path
+
+
+def train_autoencoder(base: Diffusion, images: Tensor, fit: Fit, path: Path, key: dict, machine: Machine) -> None:
+    """Train the base's autoencoder on uint8 images (N, 3, H, W) under random light, which no domain has."""
+    def prepare() -> Callable[[Share], Tensor]:
+        some = to_float(images[:SCALE_IMAGES])
+        base.autoencoder.start(random_light(some, torch.Generator().manual_seed(0)).to(machine.device))
+        return loss_of
+
+    def loss_of(share: Share) -> Tensor:
+        chosen = torch.randint(len(images), (share.count,), generator=share.draw, device=machine.device).cpu()
+        lit = random_light(to_float(images[chosen].to(machine.device)), share.draw)
+        noise = torch.randn(share.count, *base.config.shape, generator=share.draw, device=machine.device)
+        return base.autoencoder.loss(lit, noise, kl_weight=1e-4)
+
+    learn("autoencoder", base.autoencoder, prepare, fit, path, key, machine)
+
+
+def load_base(config: AdaptConfig, root: str, machine: Machine) -> Diffusion | None:
+    """The pretrained base, frozen; None where one of this size must first be trained on the source in `root`."""
+    if config.weights:
+        base = read_stable(Path(config.weights), DIFFUSION_PRESETS[config.size])
+        machine.say(f"Base: {config.weights}, Stable Diffusion.")
+        return base.to(machine.device).eval().requires_grad_(False)
+    shipped, trained = SHIPPED / f"base-{config.size}.safetensors", Path("out") / f"base-{config.size}/base.safetensors"
+    own = not config.base and not shipped.exists()
+    if own and not trained.exists():
+        return None
+    path = trained if own else Path(config.base or shipped)
+    base, facts = read_base(path)
+    if base.config.shape != DIFFUSION_PRESETS[config.size].shape:
+        raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
+    if own and facts.get("root") != root:
+        raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or give it "
+                        "as --base.")
+    machine.say(f"Base: {path}, trained on {harmless(facts['images'])} images of {harmless(facts['source'])}.")
+    return base.to(machine.device).eval().requires_grad_(False)
+
+
+def read_base(path: Path) -> tuple[Diffusion, dict]:
+    """A base that `train_base` wrote, and the facts of its file."""
+    tensors, facts = checkpoint.load(path)
+    with checkpoint.trusting(path):
+        tokenizer = Tokenizer(facts["vocab"], path)
+        for name in ("images", "source"):       # what is said of it
+            facts[name]
+        size = checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer)
+        return checkpoint.build(lambda: Diffusion.new(size, tokenizer), tensors, path), facts
+
+
+# ---- what learns the target
+
+@dataclass(frozen=True)
+class Target:
+    """The target's training pairs, and what stands in the key of all that learns from them."""
+
+    records: RecordSet
+    images: Tensor      # (N, 3, H, W) uint8
+    folder: Path        # of the networks that learn from it
+    key: dict
+
+    @staticmethod
+    def of(config: AdaptConfig, records: RecordSet, base: Diffusion) -> "Target":
+        """Read the images. Raises UserError for a single one."""
+        images = read_images([record.path for record in records.records], base.config, config.workers)
+        if len(images) < 2:
+            raise UserError(f"{records.name} has a single training image, from which no look can be learned.")
+        name = f"{config.target}-{config.size}-s{config.seed}"
+        if config.share < 1:
+            name += f"-{config.share:g}"
+        key = {"target": records.name, "contents": contents(records, images), "base": checkpoint.digest(base),
+               "seed": config.seed}
+        return Target(records, images, Path("out/dad") / name, key)
+
+
+def with_scale(base: Diffusion, images: Tensor) -> Diffusion:
+    """The base with latents whose mean is 0 and whose variance is 1 on these images (N, 3, H, W), the target's.
+
+    Stable Diffusion's scale stays, as in the paper.
+    """
+    if base.config.stable:
+        return base
+    autoencoder = copy.deepcopy(base.autoencoder)
+    autoencoder.learn_scale(encode(autoencoder, images))
+    return base.with_autoencoder(autoencoder)
+
+
+def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> DomainBranch:
+    """The domain branch, trained on the target's training pairs beside the frozen base."""
+    recipe, captions = DAD_RECIPES[config.size], captions_of(target.records)
+    machine.say(f"Adapting to {target.records.name}: {len(target.images)} images, {len(captions)} captions.")
+    torch.manual_seed(config.seed)
+    branch = DomainBranch(base.denoiser).to(machine.device)
+    rounds = base.config.stable and machine.precision == "bf16"
+    if rounds:
+        round_weights(base.denoiser)
+    for stage in [*base.denoiser.modules(), *branch.modules()]:
+        if isinstance(stage, Stage):
+            stage.recompute = config.recompute
+    denoiser, step_branch = (torch.compile(x) if config.compile else x for x in (base.denoiser, branch))
+
+    def prepare() -> Callable[[Share], Tensor]:
+        pairs = LatentPairs(base, target.images, captions)
+        with machine.autocast():
+            pairs.encode_captions(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
+        return lambda share: pairs.loss(denoiser, step_branch, base.schedule, share.draw, share.count, recipe.middle)
+
+    learn("branch", branch, prepare, branch_fit(config, recipe, len(captions)), target.folder / "branch.safetensors",
+          target.key, machine)
+    if rounds:
+        round_weights(branch)
+    return branch.eval().requires_grad_(False)
+
+
+def branch_fit(config: AdaptConfig, recipe: DadRecipe, captions: int) -> Fit:
+    """The branch's plan, with as many steps as --steps or the recipe's epochs ask for."""
+    steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * captions / recipe.branch.batch)
+    return replace(recipe.branch, steps=steps)
+
+
+def train_decoder(config: AdaptConfig, base: Diffusion, target: Target, latents: Tensor,
+                  machine: Machine) -> Autoencoder:
+    """The autoencoder, its decoder trained to give the target's blur and grain; latents (N, C, h, w) stay the same.
+
+    Not in the paper. Without it half of what tells made images from the target's comes from the decoder.
+    """
+    autoencoder = copy.deepcopy(base.autoencoder).requires_grad_(False)
+    for part in (autoencoder.decoder, autoencoder.linear_out):
+        part.requires_grad_(True)
+
+    def loss_of(share: Share) -> Tensor:
+        chosen = torch.randint(len(latents), (share.count,), generator=share.draw, device=machine.device)
+        own = to_float(target.images[chosen.cpu()].to(machine.device))
+        return autoencoder.decoder_loss(own, autoencoder.unscaled(latents[chosen]))
+
+    learn("decoder", autoencoder, lambda: loss_of, DAD_RECIPES[config.size].decoder,
+          target.folder / "decoder.safetensors", target.key, machine)
+    return autoencoder.eval().requires_grad_(False)
+
+
+def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
+    """A judge of malformed people, which learns half of the target's images against damaged copies of them."""
+    torch.manual_seed(config.seed)
+    judge = Judge(1).to(machine.device, memory_format=torch.channels_last)
+
+    def prepare() -> Callable[[Share], Tensor]:
+        good = target.images[:len(target.images) // 2]
+        bad = distort(good, DAMAGE, 0)
+        return lambda share: judge_loss(judge, good, bad, share.draw, share.count)
+
+    learn("judge", judge, prepare, DAD_RECIPES[config.size].judge, target.folder / "judge.safetensors", target.key,
+          machine)
+    return judge.eval()
+
+
+# ---- helpers
+
+def captions_of(records: RecordSet) -> list[tuple[int, str]]:
+    """(number of the image, caption) of every pair."""
+    return [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]
+
+
+def contents(records: RecordSet, images: Tensor) -> str:
+    """A short name for these captions and images."""
+    found = hashlib.sha256(images.numpy())
+    for record in records.records:
+        found.update("\n".join(record.captions).encode() + b"\0")
+    return found.hexdigest()[:16]

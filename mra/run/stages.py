@@ -1,0 +1,209 @@
+"""The stages of train.py: where one starts from, how long it is, and what must stay the same to go on with it."""
+
+import hashlib
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mra.config import PRESETS, Fit, TrainConfig, UserError, pretrains, recipe
+from mra.data.files import harmless
+from mra.data.records import DATASETS
+from mra.data.tokenizer import Tokenizer
+from mra.retriever import Retriever
+from mra.run import checkpoint
+from mra.run.loop import Loop
+from mra.run.machine import Machine
+from mra.show import check as check_files
+from mra.town import sets
+from mra.weights import retrievers
+
+NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
+# flags that may differ when a run goes on; the key tells how many pairs a step has
+MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision"}
+ADVICE = ("go back to that, give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to "
+          "overwrite it")
+
+
+# ---- where a stage starts from
+
+def pretraining(config: TrainConfig, machine: Machine) -> TrainConfig:
+    """The stage before a fine-tuning on the demo town: on the adapted set, or else on the source."""
+    adapted = adapted_set(config)
+    machine.say(f"No --init given: pretraining on {adapted or 'the demo source'} first.")
+    shared = {name: getattr(config, name) for name in (
+        "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
+        "released_regions", "workers")}
+    usual = recipe("sda", config.preset)
+    batch = max(2, usual["batch"] // machine.world)         # as many pairs in all processes together
+    return TrainConfig(**usual | shared | {"dataset": str(adapted or "sda"), "batch": batch})
+
+
+def adapted_set(config: TrainConfig) -> Path | None:
+    """The set that adapt.py made for this target, if there is one. Raises UserError for one that is unfinished."""
+    if config.dataset not in DATASETS:
+        return None
+    made = Path("out/sda") / (config.dataset if config.preset == "demo" else f"{config.dataset}-{config.preset}")
+    check_whole(made)
+    return made if (made / "report.json").exists() else None
+
+
+def check_whole(folder: Path) -> None:
+    """Raise UserError for a set that adapt.py has not finished."""
+    if any((folder / "parts").glob("*.json")) and not (folder / "report.json").exists():
+        raise UserError(f"{folder} is an adapted set that is not finished: run adapt.py again, or remove it.")
+
+
+def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokenizer, str]:
+    """The model to start from, its tokenizer, and what it was pretrained on."""
+    torch.manual_seed(config.seed)
+    if config.init in ("", "none"):
+        machine.say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
+        size = replace(PRESETS[config.preset], released_regions=config.released_regions)
+        model, tokenizer = retrievers.start(size, config.bert, config.vit, config.vocab)
+        return model.to(machine.device), tokenizer, "nothing"
+    model, tokenizer, facts = retrievers.load_retriever(Path(config.init), machine.device, config.vocab)
+    was = facts["train"]["preset"]
+    if was != config.preset:
+        if was not in PRESETS or retrievers.with_size(PRESETS[was], PRESETS[config.preset]) != PRESETS[config.preset]:
+            raise UserError(f"{config.init} was trained with --preset {was}; say so here too.")
+        model = retrievers.resized(model, PRESETS[config.preset]).to(machine.device)
+    trained_on = facts["train"]["dataset"] or "an unnamed set"
+    machine.say(f"Starting from {config.init}, trained on {harmless(trained_on)}.")
+    return model, tokenizer, trained_on
+
+
+def data_root(config: TrainConfig, machine: Machine) -> Path:
+    """The folder of the sets: --data-root, or the demo town's, where rank 0 draws what is missing."""
+    if config.data_root:
+        return Path(config.data_root)
+    tiny = config.preset == "tiny"
+    machine.first(lambda: sets.ready(config.dataset, tiny, machine.say))
+    return sets.root(tiny)
+
+
+def default_out(config: TrainConfig) -> str:
+    """out/<dataset>-<preset>-s<seed>, and what else sets this run apart: no regions, where it started from."""
+    name = config.dataset
+    if name not in DATASETS:
+        name = "-".join(Path(name).resolve().parts[-2:])
+    parts = [name, config.preset, f"s{config.seed}"]
+    if not config.regions:
+        parts.append("noregions")
+    if config.released_regions:
+        parts.append("released")
+    if config.init not in ("", "none"):
+        parts += ["from", Path(config.init).resolve().parent.name]
+    elif not pretrains(config.dataset) and config.init:
+        parts.append("scratch")
+    elif not pretrains(config.dataset) and adapted_set(config):
+        parts.append("adapted")
+    return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
+
+
+# ---- how long a stage is, and how it is trained
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of a stage, from its configuration and the number of pairs."""
+
+    steps: int
+    fusion_from: int        # first step with ITM and MLM
+    evals: frozenset[int]   # steps after which val is evaluated; the last step is one
+
+    @staticmethod
+    def of(config: TrainConfig, pairs: int, world: int) -> "Lengths":
+        steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
+        evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
+        return Lengths(steps, round(config.fusion_from * steps), frozenset(evals | {steps}))
+
+
+def fit_of(config: TrainConfig, steps: int, world: int) -> Fit:
+    """How the loop trains the retriever: AdamW with the paper's betas, no average of the weights."""
+    return Fit(steps, config.batch * world, config.lr, config.warmup, (0.9, 0.98), config.weight_decay, config.clip,
+               average=0.0, accumulate=config.accumulate)
+
+
+def groups(model: Retriever, config: TrainConfig) -> list[dict]:
+    """Four groups of parameters: encoders and new heads, each with weight decay (matrices) and without (the rest)."""
+    members = {(head, decay): [] for head in (False, True) for decay in (False, True)}
+    for name, parameter in model.named_parameters():
+        members[name.startswith(NEW_HEADS), parameter.ndim >= 2].append(parameter)
+    found = []
+    for (head, decay), parameters in members.items():
+        found.append({"params": parameters, "peak": config.lr * (config.head_lr if head else 1),
+                      "weight_decay": config.weight_decay if decay else 0.0})
+    return found
+
+
+# ---- what is said of a run
+
+def key_of(config: TrainConfig, machine: Machine, pairs: int) -> dict:
+    """All that must be the same for a run to go on, by the name to tell the user."""
+    return flags_of(config) | {"the number of pairs": pairs, "the adapted set": made_by(config.dataset),
+                               "--batch x processes": config.batch * machine.world}
+
+
+def flags_of(config: TrainConfig) -> dict:
+    """The flags that must be the same for a run to go on."""
+    return {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in MAY_DIFFER}
+
+
+def facts_of(config: TrainConfig, machine: Machine, pretrained_on: str, pairs: int) -> dict:
+    """What a checkpoint says of its run."""
+    return {"train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on, "pairs": pairs,
+            "adapted": made_by(config.dataset), "processes": machine.world, "versions": checkpoint.VERSIONS}
+
+
+def made_by(dataset: str) -> str:
+    """A short name for what adapt.py's report says of a set; empty where there is none."""
+    report = Path(dataset) / "report.json"
+    return hashlib.sha256(report.read_bytes()).hexdigest()[:16] if report.is_file() else ""
+
+
+def describe(result: dict) -> str:
+    """A validation result in one line."""
+    stages = [stage for stage in ("embeddings", "reranked") if stage in result]
+    return ", ".join(f"{stage} R@1 {result[stage]['R@1']:.2f} mAP {result[stage]['mAP']:.2f}" for stage in stages)
+
+
+# ---- checks
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError for flags that do not go together, or files that are not there."""
+    fresh = config.init in ("", "none")
+    if PRESETS[config.preset].bins and config.batch < 2:
+        raise UserError(f"--batch {config.batch}: the swin presets normalise over the batch; give 2 or more.")
+    if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
+        raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
+    check_whole(Path(config.dataset))
+    if not fresh and not Path(config.init).is_file():
+        raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
+    if (config.bert or config.vit or config.released_regions) and not fresh:
+        raise UserError("--bert, --vit and --released-regions start a new model, --init goes on with one as it is.")
+    if config.data_root and not (config.init or config.check or pretrains(config.dataset)):
+        raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
+
+
+def check_set(config: TrainConfig) -> bool:
+    """--check: whether the set on disk is complete; prints what is wrong."""
+    if config.data_root:
+        root = Path(config.data_root)
+    else:
+        root = sets.ready(config.dataset, config.preset == "tiny")
+    return check_files.check_set(config.dataset, root, config.workers or os.cpu_count() or 1)
+
+
+def check_best(loop: Loop, best: Path) -> None:
+    """Raise UserError where a run would go on without its best checkpoint, or its quality is damaged."""
+    if not loop.found:
+        return
+    with checkpoint.trusting(loop.task.state):
+        if not all(isinstance(part, bool | float) for part in loop.found["best"]["quality"]):
+            raise ValueError(f"quality is {loop.found['best']['quality']!r}")
+    if not best.exists():
+        raise UserError(f"{loop.task.state} goes on from a {best.name} that is gone: put it back, or give --no-resume "
+                        "to start over.")

@@ -1,0 +1,122 @@
+"""A folder of photographs: found, decoded, encoded once and remembered.
+
+`encode` keeps the embeddings in a safetensors file. A photograph is encoded again only where its path, its size, the
+time of its last change, the model or the precision has changed. Read next: answers.py.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mra import ranking
+from mra.config import UserError
+from mra.data.files import IMAGE_FORMATS, shown
+from mra.ranking import Plan
+from mra.retriever import Retriever
+from mra.run import checkpoint
+from mra.show.check import trouble
+
+PART = 2000     # photographs encoded between two writings of the cache
+PICTURES = ("query.png", "ranking.png")
+
+
+def photographs(folder: Path, say: Callable = print, results: Path | None = None) -> list[str]:
+    """Sorted paths of the files below `folder` with an image's suffix. Others are counted, unless they are hidden.
+
+    Links to folders are not followed. Pictures that evaluate.py wrote to the folder `results` are left out.
+    """
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
+    found, others = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_symlink() and path.is_dir():
+            others["links to folders"] += 1
+        elif path.is_file() and path.suffix.lower() not in suffixes:
+            others[shown(path.suffix.lower())] += 1
+        elif path.is_file() and not (results and path.name in PICTURES and path.parent.resolve() == results.resolve()):
+            found.append(str(path))
+    if others:
+        say("Not read as images: " + ", ".join(f"{n} {kind}" for kind, n in sorted(others.items())))
+    return found
+
+
+def encode(folder: Path, model: Retriever, cache: Path, plan: Plan,
+           say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
+    """Paths (G) of the readable photographs, features (G, 2, E) as of `encode_gallery`, and why others are left out.
+
+    `cache` is the file of embeddings of one folder, written only if something changed. The features are mapped from it
+    and not held in memory. Raises UserError for a folder without a readable image.
+    """
+    stamps, broken = {path: stamp(path) for path in photographs(folder, say, cache.parent)}, []
+    owner = {"weights": checkpoint.digest(model), "model": asdict(model.config),
+             "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
+    files, features = remembered(cache, owner, model.config.embed)
+    known = set(files)
+    new = [path for path, mark in stamps.items() if mark not in known]
+    say(f"{shown(folder)}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
+    size = max(PART, len(stamps) // 10)         # a large cache is written less often
+    for start in range(0, len(new), size):
+        part = new[start:start + size]
+        fresh = ranking.encode_gallery(model, Photographs(part, model.config), replace(plan, mirror=True)).cpu()
+        well = fresh.isfinite().all(-1).all(-1)                 # (g,) False where it was not decoded
+        for path in (path for path, fine in zip(part, well) if not fine):
+            broken.append(trouble(path) or f"the image {shown(Path(path))}: the model's features of it are not finite")
+            say(f"Left out: {broken[-1]}")
+            del stamps[path]
+        if well.any():
+            features, files = torch.cat([features, fresh[well]]), files + [stamps[p] for p in part if p in stamps]
+            write(cache, features, files, owner)
+        if len(new) > PART:
+            say(f"  {start + len(part):,} of {len(new):,} encoded")
+    if not stamps:
+        raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
+    kept = list(stamps.values())
+    if files != kept:
+        rows = {mark: row for row, mark in enumerate(files)}
+        write(cache, features[[rows[mark] for mark in kept]], kept, owner)
+    files, features = remembered(cache, owner, model.config.embed)
+    if files != kept:
+        raise UserError(f"{cache} is not as it was written: does another run write there? Give another --out.")
+    return list(stamps), features, broken
+
+
+class Photographs(ranking.Images):
+    """Image files as model input; nan for one that cannot be read, so that each is decoded once."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return super().__getitem__(index)
+        except UserError:
+            return torch.full((3, *self.size), torch.nan)
+
+
+def stamp(path: str) -> str:
+    """A file's place, size and time of change: while they stay the same, so does the file."""
+    facts = os.stat(path)
+    return f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def write(cache: Path, features: Tensor, files: list[str], owner: dict) -> None:
+    """Write features (G, 2, E) and stamps (G). Stamps are stored as bytes: a safetensors header has 100 MB at most."""
+    stamps = torch.frombuffer(bytearray(os.fsencode("\0".join(files))), dtype=torch.uint8)
+    checkpoint.save(cache, {"features": features, "stamps": stamps}, owner)
+
+
+def remembered(cache: Path, owner: dict, width: int) -> tuple[list[str], Tensor]:
+    """Stamps (G) and features (G, 2, E) of a cache that this very model wrote; none of any other."""
+    try:
+        tensors, facts = checkpoint.load(cache)
+        files, features = os.fsdecode(tensors["stamps"].numpy().tobytes()).split("\0"), tensors["features"]
+        fits = features.dtype == torch.float32 and features.shape == (len(files), 2, width)
+        if fits and {name: facts.get(name) for name in owner} == owner:
+            return files, features
+    except (UserError, KeyError, TypeError):       # there is none, or it is damaged: it is written anew
+        pass
+    return [], torch.empty(0, 2, width)

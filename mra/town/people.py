@@ -1,0 +1,210 @@
+"""Who lives in the demo town, and what people write about them.
+
+An identity is a `Person`: about 40 bits of attributes. `describe` is an annotator. From the parts that an image shows
+it writes a caption of 15 to 40 words, and names some of its phrases with their boxes, as the SDA set of the MRA paper
+does. No word is untrue or about something hidden. "left" and "right" are those of the image, so they change places
+where it is mirrored. An example, seen from the front; the annotator is random.Random(136874):
+
+    person   slim woman, long blond hair, red jacket over white, black jeans, white sneakers, green handbag
+    boxes    cx cy w h: person .50 .52 .40 .90, hair .50 .14 .18 .20, upper .50 .32 .34 .32,
+             inner .50 .31 .08 .26, lower .50 .67 .28 .40, shoes .50 .93 .30 .08, bag .64 .55 .12 .12
+    phrases  "a slim woman" (person), "long blond hair" (hair), "an open red jacket over a white top" (upper),
+             "black jeans" (lower), "white sneakers" (shoes), "a green handbag in the right hand" (bag)
+    caption  "a slim woman with long blond hair wears an open red jacket over a white top, black jeans and
+             white sneakers. she is carrying a green handbag in the right hand."
+
+Read next: drawing.py, which draws the person; sets.py, which writes the sets.
+"""
+
+import random
+import re
+from dataclasses import dataclass, replace
+
+from mra.data import Box
+
+# A value and the names that annotators have for it; no name stands for two values.
+COLOURS = {"black": ("black",), "white": ("white",), "grey": ("grey", "gray"), "blue": ("blue",),
+           "red": ("red", "crimson", "bright red"), "navy": ("navy", "dark blue", "navy blue"),
+           "green": ("green",), "yellow": ("yellow",), "orange": ("orange",), "purple": ("purple", "violet"),
+           "pink": ("pink",), "brown": ("brown",)}
+HAIR_COLOURS = {"black": ("black",), "brown": ("brown",), "blond": ("blond",), "grey": ("grey", "gray"),
+                "red": ("red", "ginger")}
+HAIR = {"short": ("short {} hair", "{} short hair"), "long": ("long {} hair", "{} long hair"),
+        "ponytail": ("a {} ponytail", "{} hair in a ponytail")}
+HEADGEAR = {"cap": ("cap", "baseball cap"), "beanie": ("beanie", "knitted cap"), "hat": ("hat", "felt hat")}
+UPPERS = {"t-shirt": ("t-shirt", "tee"), "shirt": ("shirt", "button-up shirt", "dress shirt"),
+          "sweater": ("sweater", "pullover", "jumper"), "hoodie": ("hoodie", "hooded sweatshirt"),
+          "jacket": ("jacket", "short coat"), "coat": ("long coat", "overcoat"),
+          "vest": ("padded vest", "gilet"), "tank top": ("tank top", "sleeveless shirt")}
+PATTERNS = {"plain": ("{0} {2}",), "striped": ("{0} and {1} striped {2}", "{0} {2} with {1} stripes"),
+            "checked": ("{0} and {1} checked {2}", "{0} {2} with {1} checks"),
+            "two-tone": ("{2} that is {0} above and {1} below", "{0} {2} with a lower half in {1}"),
+            "logo": ("{0} {2} with a logo in {1}", "{0} {2} with a print in {1}")}
+LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"), "shorts": ("shorts",),
+          "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"), "long skirt": ("long skirt",)}
+SHOES = {"sneakers": ("sneakers", "trainers", "running shoes"), "boots": ("boots", "high boots"),
+         "shoes": ("leather shoes", "dress shoes")}
+BAGS = {"backpack": ("backpack", "rucksack"), "shoulder bag": ("shoulder bag", "messenger bag"),
+        "handbag": ("handbag", "purse"), "waist bag": ("waist bag", "belt bag")}
+CARRIED = {"umbrella": ("umbrella", "closed umbrella"), "suitcase": ("suitcase", "rolling case"),
+           "shopping bag": ("shopping bag", "carrier bag"), "book": ("book",), "skateboard": ("skateboard",)}
+GENDERS = {"woman": ("woman", "lady", "female pedestrian"), "man": ("man", "guy", "male pedestrian")}
+BUILDS = {"slim": ("slim", "thin"), "average": ("",), "heavy": ("stout", "heavyset")}
+PLACES = {"shoulder bag": "at the {} hip"} | dict.fromkeys(
+    ("handbag", "umbrella", "suitcase", "shopping bag", "skateboard"), "in the {} hand")
+VIEWS = {"front": ("walking towards the camera", "seen from the front", "facing the camera"),
+         "back": ("seen from behind", "walking away from the camera", "shown with the back to the camera"),
+         "left": ("walking to the left", "facing left", "seen from the side walking left"),
+         "right": ("walking to the right", "facing right", "seen from the side walking right")}
+OPENING = ("jacket", "coat")     # may be worn open over something; a vest always shows the sleeves under it
+WOMENS = ("leggings", "skirt", "long skirt")
+TWINS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "lower": ("trousers", "shorts", *WOMENS),
+         "upper": ("t-shirt", "shirt", "sweater", "hoodie", "tank top")}
+TEMPLATES = (               # [...] is left out when none of its parts is told
+    "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.][ {she} is {view}.]",
+    "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}][, carrying {bag+carried}].",
+    "{person} is wearing {upper+lower+shoes}[, has {headgear+hair}][ and carries {bag+carried}].[ {she} is {view}.]",
+    "this is {person}[ {view}].[ {she} has {bag+carried+hair}.] {her} clothes are {headgear+upper+lower+shoes}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """An identity; "" means there is none of it."""
+    gender: str
+    build: str
+    hair: str
+    hair_colour: str
+    headgear: str
+    headgear_colour: str
+    upper: str
+    upper_colour: str
+    pattern: str
+    pattern_colour: str     # of stripes, checks, the lower half of two tones, the logo
+    inner_colour: str       # under an open jacket or coat; the sleeves under a vest
+    lower: str
+    lower_colour: str
+    shoes: str
+    shoes_colour: str
+    bag: str
+    bag_colour: str
+    bag_side: str           # the person's own left or right; things are carried in the other hand
+    carried: str
+    carried_colour: str
+    skin: int               # 0 to 3; drawn, never written about
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A caption, and some of its phrases with the box of each."""
+    caption: str
+    phrases: tuple[str, ...]
+    boxes: tuple[Box, ...]
+
+
+def sample_person(rng: random.Random) -> Person:
+    """An identity drawn at random, its attributes as independent as clothes allow."""
+    def colour(*but: str) -> str:
+        return rng.choice([name for name in COLOURS if name not in but])
+
+    def maybe(chance: float, kinds: dict) -> tuple[str, str]:
+        return (rng.choice(list(kinds)), colour()) if rng.random() < chance else ("", "")
+
+    gender, upper, upper_colour = rng.choice(list(GENDERS)), rng.choice(list(UPPERS)), colour()
+    shows_inner = upper == "vest" or (upper in OPENING and rng.random() < 0.6)
+    inner = colour(upper_colour) if shows_inner else ""
+    logo = 0 if inner else 1.5
+    pattern = rng.choices(list(PATTERNS), [1, 0, 0, 0, 0] if upper == "vest" else [4, 2, 2, 2, logo])[0]
+    hairs = list(HAIR) if gender == "woman" else ("short", "short", "long")
+    lowers = [kind for kind in LOWERS if gender == "woman" or kind not in WOMENS]
+    return Person(
+        gender, rng.choice(list(BUILDS)), rng.choice(hairs), rng.choice(list(HAIR_COLOURS)), *maybe(0.4, HEADGEAR),
+        upper, upper_colour, pattern, "" if pattern == "plain" else colour(upper_colour), inner,
+        rng.choice(lowers), colour(), rng.choice(list(SHOES)), colour(),
+        *maybe(0.65, BAGS), rng.choice(("left", "right")), *maybe(0.45, CARRIED), rng.randrange(4))
+
+
+def twin_of(person: Person, rng: random.Random) -> Person:
+    """Somebody who differs in one attribute only: colour or type of the upper or the lower garment."""
+    name = rng.choice([name for name, values in TWINS.items() if getattr(person, name) in values])
+    taken = {getattr(person, name), *(WOMENS if person.gender == "man" else ())}
+    taken |= {person.pattern_colour, person.inner_colour} if name == "upper_colour" else set()
+    return replace(person, **{name: rng.choice([value for value in TWINS[name] if value not in taken])})
+
+
+def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> Words:
+    """An annotator's words on an image; `boxes` are those of the parts seen, always "person", "upper" and "lower"."""
+    texts = {part: text for part, text in _phrases(person, view, boxes, rng).items() if part in boxes}
+    always = {"person", "upper", "lower"}
+    optional = rng.sample([part for part in texts if part not in always], len(texts) - 3)
+    template = rng.choice(TEMPLATES)
+    view_text = rng.choice(VIEWS[view]) if rng.random() < 0.5 else ""
+    tries = [([part for part in optional if rng.random() < 0.9], view_text), (optional, rng.choice(VIEWS[view]))]
+    tries += [(optional[i:], "") for i in range(len(optional))]
+    for kept, view_text in tries:       # until the caption is neither short nor long
+        told = {part: text for part, text in texts.items() if part in always or part in kept}
+        caption = _compose(template, told, view_text, person.gender)
+        if 15 <= len(caption.split()) <= 40:
+            break
+    else:
+        caption += " this is a crop from a camera image."
+    others = [part for part in told if part not in ("upper", "lower")]
+    chosen = {"upper", "lower", *rng.sample(others, min(len(others), rng.randint(2, 4)))}
+    chosen = sorted(chosen, key=lambda part: (caption.index(told[part]), part))
+    return Words(caption, tuple(told[part] for part in chosen), tuple(boxes[part] for part in chosen))
+
+
+def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> dict[str, str]:
+    """part -> its words, of all parts whether the image shows them or not."""
+    def named(part: str, kinds: dict) -> str:
+        kind, colour = getattr(person, part), getattr(person, f"{part}_colour")
+        return f"{rng.choice(COLOURS[colour])} {rng.choice(kinds[kind])}" if kind else ""
+
+    build = rng.choice(BUILDS[person.build]) if rng.random() < 0.6 else ""
+    tied = person.hair == "ponytail" and view == "front"
+    hair = "{} hair tied back" if tied else rng.choice(HAIR[person.hair])
+    texts = {"person": _a(f"{build} {rng.choice(GENDERS[person.gender])}".strip()),
+             "hair": hair.format(rng.choice(HAIR_COLOURS[person.hair_colour])),
+             "headgear": _a(named("headgear", HEADGEAR)), "upper": _upper(person, boxes, rng),
+             "lower": named("lower", LOWERS), "shoes": named("shoes", SHOES), "bag": _a(named("bag", BAGS)),
+             "carried": _a(named("carried", CARRIED))}
+    if "skirt" in person.lower:
+        texts["lower"] = _a(texts["lower"])
+    for part in ("bag", "carried"):
+        place = PLACES.get(getattr(person, part))
+        if part in boxes and place and view in ("front", "back"):
+            right = (boxes[part][0] - boxes["person"][0]) / boxes["person"][2]
+            if abs(right) > 0.15 and rng.random() < 0.5:
+                texts[part] += " " + place.format("right" if right > 0 else "left")
+    return texts
+
+
+def _upper(person: Person, boxes: dict[str, Box], rng: random.Random) -> str:
+    """The upper garment, its pattern, and what shows under it."""
+    pattern = "plain" if person.pattern == "logo" and "logo" not in boxes else person.pattern
+    colour, second, inner = [rng.choice(COLOURS.get(name, ("",))) for name in
+                             (person.upper_colour, person.pattern_colour, person.inner_colour)]
+    text = rng.choice(PATTERNS[pattern]).format(colour, second, rng.choice(UPPERS[person.upper]))
+    if "inner" not in boxes:
+        return _a(text)
+    if person.upper in OPENING:
+        text = f"open {text}"
+    return f"{_a(text)} over {_a(inner)} top"
+
+
+def _compose(template: str, told: dict[str, str], view: str, gender: str) -> str:
+    """Fill in a template: {a+b} lists those of the parts a and b that are told."""
+    told = told | {"view": view}
+    words = told | ({"she": "she", "her": "her"} if gender == "woman" else {"she": "he", "her": "his"})
+
+    def fill(slot: re.Match) -> str:
+        *texts, last = [words[part] for part in slot[1].split("+") if words.get(part)]
+        return f"{', '.join(texts)} and {last}" if texts else last
+
+    def option(group: re.Match) -> str:
+        return group[1] if any(map(told.get, re.findall(r"(\w+)[+}]", group[1]))) else ""
+
+    return re.sub(r"{(.*?)}", fill, re.sub(r"\[(.*?)\]", option, template))
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun.startswith(tuple("aeiou")) else f"a {noun}"

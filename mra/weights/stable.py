@@ -1,0 +1,123 @@
+"""Stable Diffusion 1.5 as the base of DaD: its autoencoder, and its weights in the folder layout of diffusers.
+
+The denoiser is ours, built with `stable` in its configuration; the text encoder is CLIP's. Read next: run/networks.py.
+"""
+
+import re
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mra.config import DiffusionConfig
+from mra.diffusion.autoencoder import ResBlock, group_norm, upsample
+from mra.diffusion.base import Diffusion
+from mra.diffusion.denoiser import Denoiser
+from mra.diffusion.noising import Schedule
+from mra.layers import Attention
+from mra.weights.clip import CLIP_RULES, CausalTextEncoder, ClipTokenizer
+from mra.weights.files import fill, in_folder, named
+
+STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
+
+
+class PixelAttention(nn.Module):
+    """Pixels (B, C, h, w) attend to each other, with one head; added to what came in."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm, self.attention = group_norm(dim), Attention(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.attention(self.norm(x).flatten(2).transpose(1, 2))                      # (B, h*w, C)
+        return x + tokens.transpose(1, 2).reshape(x.shape)
+
+
+class StableAutoencoder(nn.Module):
+    """Stable Diffusion's (Rombach et al. 2022, KL-f8): images (B, 3, H, W) in -1..1 <-> latents (B, 4, H/8, W/8).
+
+    Two blocks a level down, three up; between them a block, attention, a block. It adds no grain.
+    """
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__()
+        widths, latent, self.factor = config.autoencoder, config.latent, config.factor
+        first, lowest = widths[0], widths[-1]
+
+        def block(dim_in: int, dim: int) -> ResBlock:
+            return ResBlock(dim_in, dim, norm1=group_norm(dim_in), norm2=group_norm(dim))
+
+        def middle() -> nn.Sequential:
+            return nn.Sequential(block(lowest, lowest), PixelAttention(lowest), block(lowest, lowest))
+
+        down, up = nn.Sequential(), nn.Sequential()
+        for above, dim in zip((first, *widths), widths):
+            halve = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+            down.append(nn.Sequential(block(above, dim), block(dim, dim), halve))
+        for below, dim in zip((lowest, *widths[::-1]), widths[::-1]):
+            up.append(nn.Sequential(block(below, dim), block(dim, dim), block(dim, dim), upsample(dim)))
+        del down[-1][-1], up[-1][-1]        # the last level has nothing below or above it
+        self.encoder = nn.Sequential(OrderedDict(
+            conv_in=nn.Conv2d(3, first, 3, padding=1), down_blocks=down, mid_block=middle(),
+            conv_norm_out=group_norm(lowest), activation=nn.SiLU(),
+            conv_out=nn.Conv2d(lowest, 2 * latent, 3, padding=1), quant_conv=nn.Conv2d(2 * latent, 2 * latent, 1)))
+        self.decoder = nn.Sequential(OrderedDict(
+            post_quant_conv=nn.Conv2d(latent, latent, 1), conv_in=nn.Conv2d(latent, lowest, 3, padding=1),
+            mid_block=middle(), up_blocks=up, conv_norm_out=group_norm(first), activation=nn.SiLU(),
+            conv_out=nn.Conv2d(first, 3, 3, padding=1)))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The mean latents of an image, scaled."""
+        mean, _ = self.encoder(image).chunk(2, 1)
+        return STABLE_SCALE * mean
+
+    def decode(self, latents: Tensor, _: Tensor | None = None) -> Tensor:
+        """The image of scaled latents; the noise that `Autoencoder` makes grain of is not used."""
+        return self.decoder(latents / STABLE_SCALE)
+
+
+def stage(found: re.Match) -> str:
+    """Our name of a module of one of their levels: ours stand in one list, three to a level."""
+    way, level, kind, number = found.groups()
+    part = {"resnets": "block.", "attentions": "transformer.", "downsamplers": ""}[kind]
+    return f"{way}.{3 * int(level) + int(number)}.{part}"
+
+
+BLOCK_RULES = (         # names of today and of older files
+    (r"\.time_emb_proj\.", ".modulation."), (r"\.conv_shortcut\.", ".skip."), (r"\.(to_q|query)\.", ".to_query."),
+    (r"\.(to_k|key)\.", ".to_key."), (r"\.(to_v|value)\.", ".to_value."), (r"\.(to_out\.0|proj_attn)\.", ".to_out."))
+UNET_RULES = (
+    (r"^time_embedding\.linear_1\.", "encoder.level.0."), (r"^time_embedding\.linear_2\.", "encoder.level.2."),
+    (r"^conv_in\.", "encoder.first."), (r"^conv_norm_out\.", "last.0."), (r"^conv_out\.", "last.2."),
+    (r"^mid_block\.resnets\.(\d)\.", r"encoder.middle.\1.block."),
+    (r"^mid_block\.attentions\.0\.", "encoder.middle.0.transformer."),
+    (r"^up_blocks\.(\d)\.upsamplers\.0\.conv\.", r"ups.\1.1."), (r"\.downsamplers\.0\.conv\.", ".downsamplers.2."),
+    (r"^(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers)\.(\d)\.", stage),
+    (r"^down\.", "encoder.stages."), (r"^up\.", "stages."),
+    (r"\.proj_in\.", ".to_in."), (r"\.proj_out\.", ".to_out."), (r"blocks\.0\.norm1\.", "blocks.0.self_norm."),
+    (r"blocks\.0\.norm2\.", "blocks.0.cross_norm."), (r"blocks\.0\.norm3\.", "blocks.0.mlp_norm."),
+    (r"\.transformer_blocks\.0\.", "."), (r"\.attn1\.", ".attention."), (r"\.attn2\.", ".cross."),
+    (r"\.ff\.net\.0\.proj\.", ".mlp.to_hidden."), (r"\.ff\.net\.2\.", ".mlp.to_out."), *BLOCK_RULES)
+VAE_RULES = (
+    (r"^quant_conv\.", "encoder.quant_conv."), (r"^post_quant_conv\.", "decoder.post_quant_conv."),
+    (r"\.mid_block\.resnets\.1\.", ".mid_block.2."), (r"\.resnets\.(\d)\.", r".\1."),
+    (r"\.attentions\.0\.group_norm\.", ".1.norm."), (r"\.attentions\.0\.", ".1.attention."),
+    (r"\.downsamplers\.0\.conv\.", ".2.1."), (r"\.upsamplers\.0\.conv\.", ".3.1."), *BLOCK_RULES)
+
+
+def read_stable(folder: Path, size: DiffusionConfig) -> Diffusion:
+    """The base in a folder with unet/, vae/, text_encoder/ and tokenizer/. Raises UserError where it does not fit."""
+    tokenizer = ClipTokenizer(folder / "tokenizer")
+    size, schedule = replace(size, vocab=len(tokenizer)), Schedule.scaled_linear()
+    with torch.device("meta"):      # without the time for random weights
+        base = Diffusion(size, tokenizer, StableAutoencoder(size), Denoiser(size, CausalTextEncoder(size)), schedule)
+    base.to_empty(device="cpu")
+    parts = dict(base.denoiser.named_children())
+    text_encoder = parts.pop("text_encoder")
+    for part, model, rules in (("unet", nn.ModuleDict(parts), UNET_RULES), ("vae", base.autoencoder, VAE_RULES),
+                               ("text_encoder", text_encoder, CLIP_RULES)):
+        path = in_folder(folder / part)
+        fill(model, named(path, rules), path)
+    return base
