@@ -9,6 +9,7 @@
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
 set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it, `train.py --dataset cuhk` finds it.
+Thresholds of the filters can be changed without making the images again; --box-threshold is applied while making.
 """
 
 import json

@@ -89,21 +89,21 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
         terms = step_model(share.batch.to(machine.device), objective)
         return losses.total(terms, config.beta), terms
 
-    def keep_best(step: int, found: dict) -> dict:
-        """Evaluate on val, and write the checkpoint if it is the best one; returns this result and the best one."""
-        fused = step > lengths.fusion_from
+    def keep_best(done: int, found: dict) -> dict:
+        """Evaluate on val after `done` steps, and write the best checkpoint; returns this result and the best one."""
+        fused = done > lengths.fusion_from
         plan = ranking.Plan(model.config.rerank if fused else 0, mirror=False, loading=config.workers,
                             workers=machine.workers, nearest=sharded_top_k)
         autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py
         result = ranking.validate(model, tokenizer, val_set, fused, plan, autocast)
-        write_line(out / "log.jsonl", {"step": step, "val": result}, machine)
-        machine.say(f"val at step {step}: {stages.describe(result)}")
+        write_line(out / "log.jsonl", {"step": done, "val": result}, machine)
+        machine.say(f"val at step {done}: {stages.describe(result)}")
         best = found.get("best")
         if best is None or result["quality"] >= best["quality"]:
             best = result
             facts = model_facts(model, tokenizer) | stages.facts_of(config, machine, pretrained_on, len(dataset))
             machine.first(lambda: checkpoint.save(out / "best.safetensors", checkpoint.weights(model),
-                                                  facts | {"step": step, "val": result}))
+                                                  facts | {"step": done, "val": result}))
         return {"val": result, "best": best}
 
     task = Task("", model, fit, config.seed, out / "last.safetensors", out / "log.jsonl",
@@ -112,7 +112,8 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
                 stages.ADVICE, config.resume)
     loop = Loop(task, loss_of, machine)
     stages.check_best(loop, out / "best.safetensors")
-    # ---- batches, in an order that depends on the seed alone; each is prepared while the one before is used
+    # ---- batches, in an order that depends on the seed alone; each is prepared while the one before is used, as a list
+    # of one Batch for each thread of this process
     keys = order(len(dataset), config.batch, config.seed, loop.first * config.accumulate,
                  lengths.steps * config.accumulate, machine.rank, machine.world)
     collate = partial(dataset.collate_parts, parts=len(loop.workers))

@@ -116,7 +116,7 @@ class Fit:
     """How one network is trained: AdamW, a linear rise of the learning rate, then a linear fall to 0."""
 
     steps: int
-    batch: int                    # samples of one step, of all processes together
+    batch: int                    # samples of one batch, of all processes together
     lr: float                     # peak learning rate
     warmup: float = 0.05          # share of the steps with a rising learning rate
     betas: tuple[float, float] = (0.9, 0.99)
@@ -216,7 +216,8 @@ class TrainConfig:
     preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
     data_root: str = flag("", "folder of the real sets; empty: the demo town, which is drawn on first use")
     check: bool = flag(False, "read the whole set, decode its images, list what is wrong, and stop")
-    init: str = flag("", "checkpoint to start from, or none; empty: pretrain on the demo town first")
+    init: str = flag("", "checkpoint to start from, or none; empty: pretrain first, on out/sda/<dataset> if adapt.py "
+                         "made it, else on the demo source")
     bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
     vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
     vocab: str = flag("", "a WordPiece vocab.txt; empty: that of --bert, else the packaged one of demo words")

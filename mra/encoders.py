@@ -1,8 +1,8 @@
 """The three encoders of MRA (section 3): image E_V, text E_T and fusion E_F.
 
 E_V is a vision transformer on rectangular images. E_T and E_F are the two halves of one BERT: the first layers read the
-words alone, the last ones also attend to the image, whose tokens are their keys and values. weights/swin.py has the
-image encoder of the released models. Read next: losses.py, retriever.py.
+words alone, the last ones also attend to the image, whose tokens are their keys and values. weights/released.py has
+the image encoder of the released models. Read next: losses.py, retriever.py.
 """
 
 import torch
@@ -76,15 +76,15 @@ class FusionEncoder(nn.Module):
         """What the first block does before it sees an image, (B, T, D): computed once for all images."""
         return self.blocks[0].attend_self(text, keep)
 
-    def forward(self, text: Tensor, keep: Tensor, at: Tensor, image: list[Tensor], image_keep: Tensor | None = None,
-                started: bool = False) -> Tensor:
+    def forward(self, text: Tensor, keep: Tensor, at: Tensor, keys_values: list[Tensor],
+                image_keep: Tensor | None = None, started: bool = False) -> Tensor:
         """Fused tokens (B, M, D) at the positions `at` (B, M).
 
-        `image`: keys and values of the image tokens; image_keep (B, S). With `started`, text is from `start`. The last
+        `keys_values` are those of the image tokens; image_keep (B, S). With `started`, text is from `start`. The last
         block computes only the positions in `at`.
         """
         x, last = text, len(self.blocks) - 1
-        for i, (block, context) in enumerate(zip(self.blocks, image)):
+        for i, (block, context) in enumerate(zip(self.blocks, keys_values)):
             wanted = at if i == last else None
             if started and i == 0:
                 x = x if wanted is None else pick(x, wanted)

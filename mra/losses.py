@@ -56,9 +56,9 @@ def masked_words(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
-def mean_where(values: Tensor, counts: Tensor) -> Tensor:
-    """Mean of the values where `counts` is True, 0 where it is so nowhere; a scalar."""
-    return (values * counts).sum() / counts.sum().float().clamp(min=1)
+def mean_where(values: Tensor, exists: Tensor) -> Tensor:
+    """Mean of the values where `exists` is True, 0 where it is so nowhere; a scalar."""
+    return (values * exists).sum() / exists.sum().float().clamp(min=1)
 
 
 def total(terms: dict[str, Tensor], beta: float) -> Tensor:

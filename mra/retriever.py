@@ -1,7 +1,8 @@
 """MRA, multi-granularity relation alignment (section 3): encoders, heads, and the loss terms of one batch.
 
 `Retriever.forward` names the stages of the paper's figure. Whole images with captions, and regions with phrases, go
-through the same `align`. A region is the mean of the tokens whose patches its box touches, followed by those tokens.
+through the same `align`. A region is the mean of the tokens whose patches its box touches, followed by these tokens;
+the others stay in place and are masked.
 The region-phrase contrastive loss compares that mean with the phrase, and the fusion encoder sees it too.
 weights/released.py has the released models, which differ in both. Read next: ranking.py.
 """
@@ -87,23 +88,23 @@ class Retriever(nn.Module):
         tokens = self.text_encoder(ids, keep)
         return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
 
-    def encode_region(self, image: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D), keep (B, 1+N), (B, E)."""
-        region, keep = pool_region(image, region_keep)
+    def encode_region(self, tokens: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens (B, 1+N, D), patches of a box (B, N) -> region tokens (B, 1+N, D), keep (B, 1+N), (B, E)."""
+        region, keep = pool_region(tokens, region_keep)
         return region, keep, self.image_feature(region)
 
-    def match(self, text: Tensor, keep: Tensor, image: list[Tensor], image_keep: Tensor | None = None,
+    def match(self, text: Tensor, keep: Tensor, keys_values: list[Tensor], image_keep: Tensor | None = None,
               started: bool = False) -> Tensor:
         """Matching logits (B, 2) of text tokens (B, T, D) with the keys and values of images; see FusionEncoder."""
         first = torch.zeros(len(text), 1, dtype=torch.long, device=text.device)          # position of [CLS]
-        fused = self.fusion_encoder(text, keep, first, image, image_keep, started)[:, 0]              # (B, D)
+        fused = self.fusion_encoder(text, keep, first, keys_values, image_keep, started)[:, 0]        # (B, D)
         with torch.autocast(fused.device.type, enabled=False):      # bf16 would round the scores that rank candidates
             return self.matching_head(fused.float())
 
     def forward(self, batch: Batch, objective: Objective = Objective()) -> dict[str, Tensor]:
         """The loss terms of one batch by name: itc; with `fuse` itm and mlm; with regions rpc and rpm."""
-        image, feature = self.encode_image(batch.image)                                  # (B, 1+N, D), (B, E)
-        seen = Seen(feature, self.fusion_encoder.keys_values(image) if objective.fuse else None)
+        tokens, feature = self.encode_image(batch.image)                                 # (B, 1+N, D), (B, E)
+        seen = Seen(feature, self.fusion_encoder.keys_values(tokens) if objective.fuse else None)
         terms = self.align(seen, batch.caption_ids, batch.caption_keep, batch.identity, objective)
         if batch.eda_ids is not None:
             again = self.align(seen, batch.eda_ids, batch.eda_keep, batch.identity, objective)
@@ -111,7 +112,7 @@ class Retriever(nn.Module):
         if objective.fuse:
             terms["mlm"] = self.predict_words(batch, seen, objective)
         if batch.region_keep is not None:
-            region, keep, feature = self.encode_region(image, batch.region_keep)
+            region, keep, feature = self.encode_region(tokens, batch.region_keep)
             seen = Seen(feature, self.fusion_encoder.keys_values(region), keep)
             aligned = self.align(seen, batch.phrase_ids, batch.phrase_keep, batch.phrase_class, objective)
             terms |= {"rpc": aligned["itc"], "rpm": aligned["itm"]}
@@ -126,26 +127,28 @@ class Retriever(nn.Module):
         terms = {"itc": objective.contrastive(seen.feature, feature, self.temperature, classes, objective.smoothing)}
         if seen.keys_values is not None:
             scores = (seen.feature @ feature.T).detach() / self.temperature.detach()     # (B, B)
-            logits, matched, counts = self.match_with_negatives(scores, seen, text, keep, classes)
-            terms["itm"] = objective.mean(losses.matching(logits, matched), counts)
+            logits, matched, exists = self.match_with_negatives(scores, seen, text, keep, classes)
+            terms["itm"] = objective.mean(losses.matching(logits, matched), exists)
         return terms
 
     def match_with_negatives(self, scores: Tensor, seen: Seen, text: Tensor, keep: Tensor,
                              classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Matching logits (3B, 2) of B matched pairs, B images with a wrong text and B texts with a wrong image.
 
-        Also returns which pairs match, and which exist (3B,): a batch may hold no pair of another class.
+        Negatives come from this worker's own B pairs, which are half of the batch where two threads share a step. They
+        are of another class: for captions another person, for phrases another phrase, perhaps of the same person. Also
+        returns which pairs match, and which exist (3B,): a batch may hold no pair of another class.
         """
         wrong_text, text_exists = losses.hard_negatives(scores, classes)                 # (B,), (B,)
         wrong_image, image_exists = losses.hard_negatives(scores.T, classes)
         own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
         images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])         # (3B,)
-        matched, counts = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)
+        matched, exists = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)
         # index_select adds gradients up in a fixed order, indexing by a tensor does not
         keys_values = [one.index_select(0, images) for one in seen.keys_values]
         image_keep = None if seen.keep is None else seen.keep[images]
         logits = self.match(text.index_select(0, texts), keep[texts], keys_values, image_keep)        # (3B, 2)
-        return logits, matched, counts
+        return logits, matched, exists
 
     def predict_words(self, batch: Batch, seen: Seen, objective: Objective) -> Tensor:
         """Masked-word loss: the masked caption, fused with its image, predicts its masked words."""
@@ -160,11 +163,11 @@ class Retriever(nn.Module):
         self.temperature.clamp_(0.001, 0.5)
 
 
-def pool_region(image: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D) and their keep (B, 1+N).
+def pool_region(tokens: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Image tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D) and their keep (B, 1+N).
 
     Token 0 becomes the mean of the region's patches, 0 if there are none (MRA section 3).
     """
-    patches, weights = image[:, 1:], region_keep[:, None].to(image.dtype)                # (B, N, D), (B, 1, N)
+    patches, weights = tokens[:, 1:], region_keep[:, None].to(tokens.dtype)              # (B, N, D), (B, 1, N)
     mean = (weights / weights.sum(2, keepdim=True).clamp(min=1)) @ patches               # (B, 1, D)
     return torch.cat([mean, patches], 1), F.pad(region_keep, (1, 0), value=True)

@@ -1,7 +1,7 @@
 """How the work of a step, or of a search, is shared out: the interface that the method knows.
 
 A worker has a rank and exchanges tensors with the others. `Workers` itself is one worker alone; run/machine.py has the
-processes of torchrun and the threads of one process.
+processes of torchrun and the threads of one process. Read next: diffusion/, or run/loop.py.
 """
 
 import torch
@@ -21,7 +21,10 @@ class Workers:
     def gathered(self, x: Tensor) -> Tensor:
         """x (B, ...) of all workers, one below the other (count * B, ...), with gradients to this worker's own rows.
 
-        Each worker computes the joint loss from the result, and the mean of their gradients is the joint gradient.
+        Every worker computes the same joint loss, but differentiates its own rows only. So their gradient is multiplied
+        by `count`: the mean over workers, which run/loop.py takes, is then their sum, the joint gradient. A parameter
+        that is used after gathering, as the temperature, gets its whole gradient from each worker, and the mean keeps
+        it.
         """
         if self.count == 1:
             return x

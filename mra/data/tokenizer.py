@@ -79,8 +79,9 @@ def pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Te
 def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
     """Masked ids and labels, -100 where nothing is predicted (paper section 3). Special ids are never picked.
 
-    Whole words, 25 % of the pieces and 10 at most; at least one word, unless all have more than 10 pieces.
-    As in BERT's whole-word masking each piece draws for itself: 80 % [MASK], 10 % a random piece, 10 % kept.
+    Whole words, a fifth of which grow to 2 or 3; 25 % of the pieces and 10 at most; at least one word, unless all have
+    more than 10 pieces. As in BERT's whole-word masking each piece draws for itself: 80 % [MASK], 10 % a random piece,
+    10 % kept.
     """
     words = np.split(np.arange(len(ids)), 1 + np.flatnonzero(tokenizer.starts_word[ids[1:]]))
     words = [word.tolist() for word in words if not tokenizer.is_special[ids[word[0]]]]    # their positions

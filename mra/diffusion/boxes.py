@@ -1,9 +1,9 @@
 """A box for every phrase of a made image, from the denoiser's cross-attention (MRA section 2, annotation).
 
 The paper runs an open-set detector on its images. The denoiser that made an image knows already where it put a phrase:
-the image is noised half-way, and the cross-attention maps of the phrase's words are read. Adjectives attend all over
-the person, so the last word of a phrase, its noun, counts most. Where the source set has boxes, they tell where in an
-image that noun usually is. Read next: making.py.
+the image is noised to three levels around half-way, and the cross-attention maps of the phrase's words are read.
+Adjectives attend all over the person, so the last word of a phrase, its noun, counts most. Where the source set has
+boxes, they tell where in an image that noun usually is. Read next: making.py.
 """
 
 import math

@@ -2,9 +2,10 @@
 
 The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level has two residual blocks on the way down
 and three on the way up. A transformer follows each of them, except at the lowest resolution: its pixels attend to each
-other and to the caption. The middle is block, transformer, block. The domain branch is a trainable copy of the way down
-and the middle (ControlNet, Zhang et al. 2023). Its outputs are added to the skips and to the middle of the frozen
-denoiser through convolutions that start at zero, so that an untrained branch changes nothing. Read next: base.py.
+other and to the caption. The middle is block, transformer, block. The domain branch is a trainable copy of the way
+down, the middle and the embedding of the noise level (ControlNet, Zhang et al. 2023). Its outputs are added to the
+skips and to the middle of the frozen denoiser through convolutions that start at zero, so that an untrained branch
+changes nothing. Read next: base.py.
 """
 
 import copy

@@ -1,6 +1,7 @@
 """Making a set of images: what to make, a part of it made from beginning to end, and the finished set in SDA format.
 
-`Maker.part` is the way of DaD through sample, calibration, decoder, boxes and filters. adapt.py calls it part by part.
+`Maker.part` is the way of DaD through sample, calibration, decoder, boxes and scores for the filters; adapt.py calls it
+part by part. Read next: adapt.py.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ class Plan:
         return math.ceil(len(self.drafts) / PART)
 
     def chosen_probes(self, seed: int) -> list[list[Record]]:
-        """PROBES random probes, PART at a time, in their order, so that prompts of one length stay together."""
+        """PROBES probes, drawn with replacement, in parts of PART; in their order, so that lengths stay together."""
         chosen = sorted(random.Random(seed).choices(range(len(self.probes)), k=PROBES))
         return [[self.probes[i] for i in chosen[start:start + PART]] for start in range(0, PROBES, PART)]
 
@@ -70,7 +71,8 @@ def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], ta
               places: dict[str, Tensor]) -> Plan:
     """What to make, from the records of the source and of the target.
 
-    The probes are typical of the set as a whole: drafts of the target's own captions, or of images to restyle.
+    The probes are typical of the set as a whole: always drafts of the target's captions, or source images when
+    restyling, and at least PROBES of them.
     """
     restyles = config.mode == "restyle"
     drafts = drafts_of(config, base.tokenizer, source if config.from_source else target)

@@ -24,8 +24,8 @@ def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidanc
 
     v = v(nothing) + guidance (v(words) - v(nothing));    `both` holds B captions and then the empty one, B times.
 
-    Guidance of 1 costs no second pass. Outside `span`, the lowest and the highest level t, there is no guidance: at
-    high noise it takes the variety, at low noise it changes nothing (Kynkaanniemi et al. 2024).
+    Guidance of 1 costs no second pass. Guidance holds for levels t within `span` = (lowest, highest). Outside it there
+    is none: at high noise it takes the variety, at low noise it changes nothing (Kynkaanniemi et al. 2024).
     """
     count = len(both.keep) // 2
 

@@ -228,7 +228,10 @@ def train_decoder(config: AdaptConfig, base: Diffusion, target: Target, latents:
 
 
 def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
-    """A judge of malformed people, which learns half of the target's images against damaged copies of them."""
+    """A judge of malformed people, which learns half of the target's images against damaged copies of them.
+
+    The other half stays unseen, to measure the judge (tests/study/gap.py).
+    """
     torch.manual_seed(config.seed)
     judge = Judge(1).to(machine.device, memory_format=torch.channels_last)
 

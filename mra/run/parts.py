@@ -26,9 +26,10 @@ PROBE_SEED = 2**32     # the calibration's samples have the seeds from this numb
 
 
 def begin(out: Path, key: dict, machine: Machine) -> None:
-    """Take away what says that `out` holds a whole set, and the parts and images of another key.
+    """Remove the report and annotation files, so that `out` no longer counts as finished.
 
-    Raises UserError where the folder holds records that adapt.py did not make.
+    If the parts were made under another key, they and their images are removed too. Raises UserError where the folder
+    holds records that adapt.py did not make.
     """
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
