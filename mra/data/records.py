@@ -38,7 +38,7 @@ _LAYOUTS = {    # folder of the images | file of all splits, its image key | fil
 }
 _OWN = ("", "", "", ("{}.json", "*_{}.json"), "*.json")     # below the user's folder
 DATASETS = tuple(_LAYOUTS)
-NOT_RECORDS = ("report.json", "report.key.json", "parts.key.json", "town.json")   # of adapt.py and of the town
+NOT_RECORDS = ("report.json", "report.key.json", "parts.key.json", "gap.json", "town.json")  # reports and keys
 
 
 @dataclass(frozen=True, slots=True)
