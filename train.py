@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mra import losses, ranking
 from mra.config import TrainConfig, check_values, pretrains, recipe
-from mra.data.batches import PairDataset, ahead, loader, order
+from mra.data.batches import PairDataset, loader, order
 from mra.data.files import open_image
 from mra.data.records import load_splits, share_of
 from mra.retriever import Objective
@@ -112,14 +112,13 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
                 stages.ADVICE, config.resume)
     loop = Loop(task, loss_of, machine)
     stages.check_best(loop, out / "best.safetensors")
-    # ---- batches, in an order that depends on the seed alone; each is prepared while the one before is used, as a list
-    # of one Batch for each thread of this process
+    # ---- batches, in an order that depends on the seed alone; each a list of one Batch for each thread of this process
     keys = order(len(dataset), config.batch, config.seed, loop.first * config.accumulate,
                  lengths.steps * config.accumulate, machine.rank, machine.world)
     collate = partial(dataset.collate_parts, parts=len(loop.workers))
     batches = loader(dataset, config.workers, batch_sampler=keys, collate_fn=collate,
                      pin_memory=machine.device.type == "cuda")
-    loop.run(lambda: ahead(iter(batches)))
+    loop.run(lambda: iter(batches))
     return loop.found["best"]
 
 

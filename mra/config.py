@@ -168,8 +168,9 @@ PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
 DEMO = {
-    "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100),
-    "finetune": dict(epochs=12, batch=32, lr=4e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100),
+    "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100,
+                     workers=1),
+    "finetune": dict(epochs=12, batch=32, lr=4e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100, workers=1),
 }
 
 

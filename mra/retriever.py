@@ -144,10 +144,12 @@ class Retriever(nn.Module):
         own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
         images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])         # (3B,)
         matched, exists = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)
-        # index_select adds gradients up in a fixed order, indexing by a tensor does not
+        # what the words do before they meet an image is computed once for each text; index_select adds gradients up in
+        # a fixed order, indexing by a tensor does not
+        started = self.fusion_encoder.start(text, keep).index_select(0, texts)                        # (3B, T, D)
         keys_values = [one.index_select(0, images) for one in seen.keys_values]
         image_keep = None if seen.keep is None else seen.keep[images]
-        logits = self.match(text.index_select(0, texts), keep[texts], keys_values, image_keep)        # (3B, 2)
+        logits = self.match(started, keep[texts], keys_values, image_keep, started=True)              # (3B, 2)
         return logits, matched, exists
 
     def predict_words(self, batch: Batch, seen: Seen, objective: Objective) -> Tensor:

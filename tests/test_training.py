@@ -474,7 +474,7 @@ def test_dropout_of_a_worker_by_hand():
     x = torch.ones(50, 41, 100)
 
     def dropped(seed: int, module=torch.nn.Dropout(0.25)) -> torch.Tensor:
-        with OwnRandomness(torch.Generator().manual_seed(seed)):
+        with OwnRandomness(seed):
             return module(x)
 
     torch.manual_seed(1)
@@ -493,7 +493,7 @@ def test_multinomial_of_a_worker():
     weights = torch.ones(8, 100)
 
     def drawn(seed: int) -> torch.Tensor:
-        with OwnRandomness(torch.Generator().manual_seed(seed)):
+        with OwnRandomness(seed):
             return torch.multinomial(weights, 1)
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))

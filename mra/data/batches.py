@@ -6,7 +6,6 @@ neither the number of loading processes nor a restart changes anything. Read nex
 
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -139,15 +138,6 @@ def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.uti
     """A loader with forked processes: they share what was read, and treat signals as this one does."""
     return torch.utils.data.DataLoader(samples, num_workers=workers, **more,
                                        multiprocessing_context="fork" if workers else None)
-
-
-def ahead(batches: Iterator) -> Iterator:
-    """The same batches, each prepared in a thread while the one before is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch
 
 
 def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0,

@@ -81,7 +81,7 @@ def open_image(path) -> Image.Image:
                 raise ValueError("its pixels are fractions of an unknown range")
             image.load()
             with suppress(Exception):       # broken EXIF does not spoil the pixels
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
     except Exception as error:      # decoders raise almost every type on broken data
         raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
@@ -94,7 +94,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:

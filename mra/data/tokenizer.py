@@ -83,8 +83,7 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
     more than 10 pieces. As in BERT's whole-word masking each piece draws for itself: 80 % [MASK], 10 % a random piece,
     10 % kept.
     """
-    words = np.split(np.arange(len(ids)), 1 + np.flatnonzero(tokenizer.starts_word[ids[1:]]))
-    words = [word.tolist() for word in words if not tokenizer.is_special[ids[word[0]]]]    # their positions
+    words = words_of(ids, tokenizer)
     masked, labels = list(ids), [-100] * len(ids)
     for i in _pick(words, rng):
         labels[i], fate = ids[i], rng.random()
@@ -93,6 +92,16 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
         elif fate < 0.9:
             masked[i] = rng.choice(tokenizer.ordinary_ids)
     return masked, labels
+
+
+def words_of(ids: list[int], tokenizer: Tokenizer) -> list[list[int]]:
+    """The positions of each word's pieces, without special ids."""
+    words = []
+    for position, piece in enumerate(ids):
+        if tokenizer.starts_word[piece] or not words:
+            words.append([])
+        words[-1].append(position)
+    return [word for word in words if not tokenizer.is_special[ids[word[0]]]]
 
 
 def _pick(words: list[list[int]], rng: random.Random) -> list[int]:

@@ -125,20 +125,22 @@ class Loop:
 
     def backward(self, step: int, batches: Iterator[list] | None) -> dict[str, Tensor]:
         """Set the gradients of a step, the mean over workers and batches; returns the loss terms, their mean here."""
-        fit, seen, gradients = self.task.fit, {}, None
+        fit, seen, total = self.task.fit, {}, {}
         for part in range(fit.accumulate):
             samples = [None] * len(self.workers) if batches is None else next(batches)
-            results = self.side_by_side(step, part, samples)
-            for terms, own in results:
-                gradients = own if gradients is None else [added(a, b) for a, b in zip(gradients, own)]
+            for terms, gradients in self.side_by_side(step, part, samples):
+                if total:
+                    torch._foreach_add_(list(total.values()), list(gradients.values()))
+                else:
+                    total = gradients
                 seen = {name: seen.get(name, 0) + term for name, term in terms.items()}
         count = fit.accumulate * len(self.workers)
-        for parameter, gradient in zip(self.parameters.values(), gradients):
-            if gradient is not None:            # a term that has not begun leaves some parameters without
-                parameter.grad = self.machine.workers.summed(gradient.div_(count)).div_(self.machine.world)
+        torch._foreach_div_(list(total.values()), count)
+        for name, gradient in total.items():
+            self.parameters[name].grad = self.machine.workers.summed(gradient).div_(self.machine.world)
         return {name: term / count for name, term in seen.items()}
 
-    def side_by_side(self, step: int, part: int, samples: list) -> list[tuple[dict[str, Tensor], list[Tensor | None]]]:
+    def side_by_side(self, step: int, part: int, samples: list) -> list[tuple[dict, dict]]:
         """`gradients_of` for each worker of this process, in threads where there are several."""
         if len(self.workers) == 1:
             return [self.gradients_of(self.workers[0], step, part, samples[0])]
@@ -159,20 +161,22 @@ class Loop:
         return results
 
     def gradients_of(self, worker: Workers, step: int, part: int,
-                     samples: Any) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        """The loss terms of one worker's samples, and the gradient of each parameter."""
+                     samples: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss terms of one worker's samples, and the gradient of each parameter that they depend on."""
         device, count = self.machine.device, self.task.fit.batch // (self.machine.world * len(self.workers))
         seed = hash((self.task.seed, step, part, worker.rank)) % 2**62
         share = Share(step, samples, count, torch.Generator(device).manual_seed(seed), worker)
         if device.type == "cpu" and not self.machine.compiles:
-            randomness = OwnRandomness(torch.Generator().manual_seed(seed))
+            randomness = OwnRandomness(seed)
         else:
             randomness = nullcontext()
             torch.manual_seed(seed)
         with randomness, self.machine.autocast():
             loss, terms = self.loss_of(share)
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        return {name: term.detach() for name, term in terms.items()}, list(gradients)
+        # a term that has not begun leaves some parameters without a gradient
+        used = {name: gradient for name, gradient in zip(self.parameters, gradients) if gradient is not None}
+        return {name: term.detach() for name, term in terms.items()}, used
 
     def update_average(self, step: int) -> None:
         """Move the average of the weights; its decay grows to that of `fit`."""
@@ -228,13 +232,6 @@ class Loop:
             self.found = dict(saved["found"])
         self.machine.say(f"Found {task.state}: going on after step {first} of {task.fit.steps}.")
         return first, judged
-
-
-def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b, where None is no gradient."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

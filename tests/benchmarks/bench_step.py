@@ -30,7 +30,7 @@ import torch
 
 from mra import losses
 from mra.config import PRESETS, TrainConfig, recipe
-from mra.data.batches import Batch, PairDataset, ahead, loader, order
+from mra.data.batches import Batch, PairDataset, loader, order
 from mra.data.records import load
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Objective, Retriever
@@ -98,14 +98,12 @@ def training(preset: str, now: bool):
     if not now:
         own.workers = [machine.workers]
     keys = order(len(dataset), fit.batch, 0, 0, 10**6)
-    batches = iter(loader(dataset, 0, batch_sampler=keys,
+    batches = iter(loader(dataset, config.workers if now else 0, batch_sampler=keys,
                           collate_fn=partial(dataset.collate_parts, parts=len(own.workers))))
-    if now:
-        batches = ahead(batches)
     masks = loops.OwnRandomness
 
     def step(number: int) -> float:
-        loops.OwnRandomness = masks if now else lambda generator: nullcontext()
+        loops.OwnRandomness = masks if now else lambda seed: nullcontext()
         started = time.perf_counter()
         model.train()
         own.backward(number, batches)
