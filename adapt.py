@@ -28,14 +28,14 @@ from mra.diffusion.sampling import Painter
 from mra.run import checkpoint, networks, parts
 from mra.run.command import parse, run
 from mra.run.kept import is_kept
-from mra.run.machine import Machine, claimed
+from mra.run.machine import Machine, claimed, drawn
 from mra.town import sets
 
 BASE_PEOPLE = sets.TownSizes(source_train=(12_000, 2), source_test=(800, 3))    # whom the shipped base has seen
 PLACED = 50_000        # records of the source whose boxes tell where in an image a noun usually is
 THRESHOLDS = "grey_mean", "grey_variance", "malformed"
 # flags that decide neither the images nor their scores; digests in the key stand for the files that flags name
-NOT_IN_KEY = {"out", "base", "weights", "source", "data_root", "train_base", "workers", "device", "precision",
+NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_base", "workers", "device", "precision",
               "recompute", *THRESHOLDS}
 
 
@@ -55,9 +55,12 @@ def main() -> None:
 
 def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way: base, branch, decoder, samples, filters, boxes, set."""
+    flags = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
+             "precision": machine.precision}
+    parts.refuse_others(out, flags, config.resume)
     # ---- the frozen base, and the pairs of target and source
     base = load_base(config, machine)
-    root = Path(config.data_root) if config.data_root else drawn(config.target, config, machine)
+    root = Path(config.data_root) if config.data_root else drawn(config.target, config.size == "tiny", machine)
     records = share_of(load(config.target, "train", root, say=machine.say), config.share)
     target = networks.Target.of(config, records, base)
     source = source_records(config, machine).records if config.source or not config.data_root else []
@@ -73,14 +76,14 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     # ---- what to make, from the captions or images of target or source
     places = usual_places(islice(source, PLACED), *base.config.shape[1:])
     plan = make_plan(config, base, source, records.records, places)
-    key = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
-           "precision": machine.precision, **target.key, "branch": checkpoint.digest(branch),
-           "decoder": checkpoint.digest(base.autoencoder), "judge": checkpoint.digest(judge), "plan": plan.digest()}
+    key = flags | target.key | {
+        "branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
+        "judge": checkpoint.digest(judge), "plan": plan.digest()}
     set_key = key | {name: getattr(config, name) for name in THRESHOLDS}
     if is_kept(out / "report.json", set_key, machine):
         return machine.say(f"{out} is complete.")
     # ---- samples, calibrated and decoded; each phrase with its box; scores for the filters
-    machine.first(lambda: parts.begin(out, key, machine))
+    machine.first(lambda: parts.begin(out, key, config.resume))
     fast = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
     painter = Painter(config, base, branch, *fast, latents, parts.source_latents(plan, base, config.workers))
     maker = Maker(config, painter, judge, plan, out)
@@ -120,16 +123,9 @@ def source_root(config: AdaptConfig) -> str:
 
 def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     """The source set's training pairs, without those of its val identities."""
-    root = Path(config.source) if config.source else drawn("sda", config, machine)
+    root = Path(config.source) if config.source else drawn("sda", config.size == "tiny", machine)
     name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
     return load(name, "train", root, say=machine.say)
-
-
-def drawn(dataset: str, config: AdaptConfig, machine: Machine) -> Path:
-    """The folder of the demo town; rank 0 draws the set where it is missing."""
-    tiny = config.size == "tiny"
-    machine.first(lambda: sets.ready(dataset, tiny, machine.say))
-    return sets.root(tiny)
 
 
 # ---- flags

@@ -33,9 +33,10 @@ from mra.retriever import Objective
 from mra.run import checkpoint, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Share, Task, write_line
-from mra.run.machine import Machine, claimed, make_folder
+from mra.run.machine import Machine, claimed, drawn, make_folder
 from mra.scale import contrastive
 from mra.scale.search import sharded_top_k
+from mra.show.check import check_set
 from mra.weights.retrievers import model_facts
 
 
@@ -43,15 +44,25 @@ def main() -> None:
     config = parse(TrainConfig, __doc__, recipe_of=lambda given: recipe(given.dataset, given.preset))
     check_values(config)
     stages.check(config)
-    if config.check:
-        sys.exit(0 if stages.check_set(config) else 1)
     machine = Machine.of(config.device, config.precision, config.compile)
+    if config.check:
+        well = check_set(config.dataset, root_of(config, machine), config.workers or machine.cores, machine.say)
+        sys.exit(0 if well else 1)
+    plan = [config]
     if not config.init and not pretrains(config.dataset):
         config = replace(config, out=config.out or stages.default_out(config))
         make_folder(Path(config.out))       # before the long pretraining
-        first = train(stages.pretraining(config, machine), machine)
-        config = replace(config, init=str(first), vocab="")     # the checkpoint has its own vocabulary
-    train(config, machine)
+        plan = [*stages.pretrainings(config, machine), config]
+    best = None
+    for number, stage in enumerate(plan, 1):
+        if len(plan) > 1:
+            machine.say(f"Stage {number} of {len(plan)}: training on {stage.dataset}.")
+        best = train(stage if best is None else stages.going_on(stage, best), machine)
+
+
+def root_of(config: TrainConfig, machine: Machine) -> Path:
+    """The folder of the sets: --data-root, or the demo town's."""
+    return Path(config.data_root) if config.data_root else drawn(config.dataset, config.preset == "tiny", machine)
 
 
 def train(config: TrainConfig, machine: Machine) -> Path:
@@ -62,6 +73,7 @@ def train(config: TrainConfig, machine: Machine) -> Path:
         machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
                     f"Training on {machine.device} in {machine.precision}, {machine.world} process(es).")
         best = train_stage(config, out, machine)
+    machine.first((out / "best.safetensors").touch)        # evaluate.py takes the newest: of what was asked for last
     machine.say(f"Best on val: {stages.describe(best)}\n{out / 'best.safetensors'} is ready after "
                 f"{time.perf_counter() - started:.0f} s.")
     return out / "best.safetensors"
@@ -70,8 +82,8 @@ def train(config: TrainConfig, machine: Machine) -> Path:
 def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
     """From records to the best checkpoint; returns its result on val."""
     # ---- data and model
-    root = stages.data_root(config, machine)
-    train_set, val_set = load_splits(config.dataset, ("train", "val"), root, config.allow_missing, machine.say)
+    train_set, val_set = load_splits(config.dataset, ("train", "val"), root_of(config, machine), config.allow_missing,
+                                     machine.say)
     model, tokenizer, pretrained_on = stages.load_model(config, machine)
     for record in val_set.records:          # a broken image is told now, not after an epoch
         open_image(record.path)
@@ -107,8 +119,8 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
         return {"val": result, "best": best}
 
     task = Task("", model, fit, config.seed, out / "last.safetensors", out / "log.jsonl",
-                stages.key_of(config, machine, len(dataset)), stages.flags_of(TrainConfig()),
-                stages.groups(model, config), config.log_every, lengths.evals, keep_best, model.limit_temperature,
+                stages.key_of(config, machine, model, tokenizer, [train_set, val_set]), stages.groups(model, config),
+                config.log_every, lengths.evals, keep_best, model.limit_temperature,
                 stages.ADVICE, config.resume)
     loop = Loop(task, loss_of, machine)
     stages.check_best(loop, out / "best.safetensors")

@@ -268,6 +268,7 @@ class AdaptConfig:
     source: str = flag("", "folder with the source set, SDA or MALS; empty: the demo town")
     data_root: str = flag("", "folder with the real target set; empty: the demo town")
     out: str = flag("", "folder of the set; empty: out/sda/<target>, and what differs from the defaults")
+    resume: bool = flag(True, "go on with the set in --out; --no-resume removes one that was made otherwise")
     steps: int = flag(0, "training steps of the branch; 0: the recipe decides", 0, 1e9)
     recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
     sampler: str = flag("dpm", "dpm is DPM-Solver++(2M)", choices=("ddim", "dpm"))

@@ -98,7 +98,7 @@ def photos(first, tmp_path_factory) -> Path:
 
 def test_the_demo_draws_pretrains_and_fine_tunes(first):
     folder, out = first
-    said = ("No --init given: pretraining on the demo source first", "data/demo-tiny/SDA: drawing demo data",
+    said = ("Stage 1 of 2: training on sda.", "data/demo-tiny/SDA: drawing demo data",
             "not photographs", "'sda' train:", "Starting from random weights",
             "out/sda-tiny-s0/best.safetensors is ready",
             "data/demo-tiny/ICFG-PEDES: drawing demo data", "'icfg' train:",
@@ -239,7 +239,8 @@ def adapted_pairs(work: Path) -> None:
 def test_adapted_pairs_come_before_the_plain_source(work):
     adapted_pairs(work)
     out = succeed(work, "train.py", "--dataset", "icfg", *TINY, "--out", "out/new")
-    assert "pretraining on out/sda/icfg-tiny first" in out
+    assert "Stage 2 of 3: training on out/sda/icfg-tiny." in out
+    assert "Starting from out/sda-tiny-s0/best.safetensors, trained on sda" in out
     start = re.search(r"^Starting from (\S+), trained on out/sda/icfg-tiny", out, re.M)[1]
     assert log_of((work / start).parent)[-2].keys() >= {"rpc", "rpm"}
     assert "pretrained on out/sda/icfg-tiny" in succeed(work, "evaluate.py", "--checkpoint", "out/new/best.safetensors")
@@ -248,18 +249,48 @@ def test_adapted_pairs_come_before_the_plain_source(work):
     assert "out/icfg-tiny-s0-adapted/best" in succeed(work, "train.py", "--dataset", "icfg", *TINY, "--steps", "1")
     (work / "out/sda/icfg-tiny/report.json").write_text('{"pairs": 12, "made": "anew"}')
     status, _, err = command(work, "train.py", "--dataset", "icfg", *TINY, "--steps", "1")
-    assert status == 2 and "the adapted set was" in err
+    assert status == 2 and "the content of the adapted set has changed" in err
     out = succeed(work, "train.py", "--dataset", "cuhk", *TINY, "--steps", "1")      # adapted to another set
-    assert "pretraining on the demo source first" in out
+    assert "Stage 1 of 2: training on sda." in out
     out = succeed(work, "train.py", "--dataset", "out/sda/icfg-tiny", *TINY, "--steps", "1", "--out", "out/direct")
-    assert "No --init given" not in out and "Starting from random weights" in out
+    assert "Stage" not in out and "Starting from random weights" in out
     assert log_of(work / "out/direct")[0].keys() >= {"rpc", "rpm"}
+
+
+def test_a_run_goes_on_with_the_same_content_alone(work):
+    """Changed weights or records are told, by whatever path they are named; moved ones go on."""
+    flags = (*TINY, "--steps", "2", "--out", "out/fine")
+    succeed(work, "train.py", "--dataset", "sda", *TINY, "--steps", "2", "--out", "out/P")
+    succeed(work, "train.py", "--dataset", "icfg", "--init", "out/P/best.safetensors", *flags)
+    assert "step 2 of 2" in succeed(work, "train.py", "--dataset", "icfg", "--init", "./out/P/best.safetensors", *flags)
+    succeed(work, "train.py", "--dataset", "sda", *TINY, "--steps", "3", "--out", "out/P", "--no-resume")
+    message = refused(work, "train.py", "--dataset", "icfg", "--init", "out/P/best.safetensors", *flags)
+    assert "content of the first weights (--init, --bert, --vit) has changed" in message
+    own, flags = work / "own", (*TINY, "--init", "none", "--steps", "2", "--out", "out/own")
+    own.mkdir()
+    records = [{"image": f"imgs/{i}.jpg", "caption": f"a red coat {i}", "image_id": i // 2} for i in range(24)]
+    source = sorted((work / "data/demo-tiny/SDA").rglob("*.jpg"))
+    (own / "imgs").mkdir()
+    for record, image in zip(records, source):
+        shutil.copy(image, own / record["image"])
+    (own / "train.json").write_text(json.dumps(records))
+    succeed(work, "train.py", "--dataset", "own", *flags)
+    succeed(work, "train.py", "--dataset", "sda", *TINY, "--steps", "2", "--out", "out/Q")
+    (work / "elsewhere").mkdir()
+    own.rename(work / "elsewhere/mine")
+    assert "going on after step 2 of 2" in succeed(work, "train.py", "--dataset", "./elsewhere/mine/", *flags)
+    said = succeed(work, "evaluate.py", "--dataset", "elsewhere/mine", "--split", "train", "--k", "0")
+    assert "out/own/best.safetensors: trained on" in said       # the run asked for last, not the newest training
+    file = work / "elsewhere/mine/train.json"
+    file.write_text(file.read_text().replace("red coat", "green dress"))
+    message = refused(work, "train.py", "--dataset", "elsewhere/mine", *flags)
+    assert "content of the train records has changed" in message
 
 
 def test_adapted_pairs_without_a_report_are_not_complete(work):
     adapted_pairs(work)
     (work / "out/sda/icfg-tiny/report.json").unlink()
-    assert "pretraining on the demo source first" in succeed(work, "train.py", "--dataset", "icfg", *TINY)
+    assert "Stage 1 of 2: training on sda." in succeed(work, "train.py", "--dataset", "icfg", *TINY)
 
 
 def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):

@@ -255,7 +255,7 @@ def test_a_finished_set_outlives_mistakes(made):
     """What cannot be used is told before anything is taken away; another's set is never written to."""
     folder, _ = made
     before = {path: path.read_bytes() for path in (folder / "out/sda/icfg-tiny").glob("*.json")}
-    same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "100")
+    same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "100", "--box-threshold", "0")
     assert {path.name for path in before} == {"report.json", "report.key.json", "parts.key.json", "sda_0_5000.json"}
     for flags, named in ((("--base", "nowhere.safetensors"), "nowhere.safetensors"),
                          (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds a set")):
@@ -275,9 +275,16 @@ def test_what_is_made_anew_says_what_has_changed(made):
     folder, _ = made
     flags = ("--images", "8", "--malformed", "100", "--out", "out/anew", "--seed", "3")
     adapt(folder, *flags)
-    said = adapt(folder, *flags, "--steps", "7")
+    images = {path: path.read_bytes() for path in (folder / "out/anew/imgs").rglob("*.png")}
+    status, said, err = command(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags, "--steps", "7")
+    assert status == 2 and "branch" not in said             # before anything is trained anew
+    assert "out/anew was made otherwise: flags.steps was 0 and is 7; give another --out" in err
+    assert {path: path.read_bytes() for path in (folder / "out/anew/imgs").rglob("*.png")} == images
+    said = adapt(folder, *flags, "--steps", "7", "--images", "3", "--no-resume")
     assert "branch.safetensors is made anew: fit.steps was 5 and is 7." in said
-    assert "report.json is made anew: flags.steps was 0 and is 7; branch was" in said
+    assert "report.json is made anew: flags.images was 8 and is 3; flags.steps was 0 and is 7; branch was" in said
+    assert len(list((folder / "out/anew/imgs").rglob("*.png"))) == 3      # what no longer belongs has gone
+    flags = (*flags, "--images", "3")
     said = adapt(folder, *flags, "--steps", "7", "--grey-mean", "0")
     assert "report.json is made anew: grey_mean was 0.02 and is 0.0." in said and "parts made" not in said
     (folder / "out/anew/report.key.json").unlink()
@@ -294,7 +301,9 @@ def test_another_source_makes_another_set(made):
     assert "out/own is complete" in adapt(folder, *flags, "--recompute")
     for file in (folder / "own/SDA").glob("sda_*.json"):
         file.write_text(re.sub(r'"caption": "', '"caption": "Look, ', file.read_text()))
-    assert "Making 8 images" in adapt(folder, *flags)
+    status, _, err = command(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags)
+    assert status == 2 and "out/own was made otherwise: plan was" in err
+    assert "Making 8 images" in adapt(folder, *flags, "--no-resume")
     rows = json.loads((folder / "out/own/sda_0_5000.json").read_text())
     assert len(rows) == 8 and all(row["caption"].startswith("Look, ") for row in rows)
 
@@ -314,13 +323,13 @@ def test_a_set_half_made_anew_is_no_set(made):
     adapt(folder, *flags)
     whole = {path: path.read_bytes() for path in sorted((folder / "out/half").rglob("*")) if path.is_file()}
     run = subprocess.Popen([sys.executable, str(ROOT / "adapt.py"), "--size", "tiny", "--precision", "float32", *flags,
-                            "--captions", "source"], cwd=folder, stdout=subprocess.PIPE, text=True)
+                            "--captions", "source", "--no-resume"], cwd=folder, stdout=subprocess.PIPE, text=True)
     while "parts made" not in (line := run.stdout.readline()):
         assert line, "it ended before a part was made"
     run.kill()
     run.wait()
     assert [path.name for path in (folder / "out/half").glob("*.json")] == ["parts.key.json"]
-    adapt(folder, *flags)
+    adapt(folder, *flags, "--no-resume")
     assert {path: path.read_bytes() for path in whole} == whole
 
 

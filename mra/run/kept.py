@@ -47,10 +47,16 @@ def key_file(path: Path) -> Path:
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """A sentence for every value of two keys that differs."""
+    """A sentence for every value of two keys that differs. A digest, whose name begins "content of", is not shown."""
     old, new = flat(json.loads(json.dumps(before))), flat(json.loads(json.dumps(now)))
-    names = [name for name in old | new if old.get(name, ABSENT) != new.get(name, ABSENT)]
-    return [f"{name} was {harmless(old.get(name, ABSENT))} and is {harmless(new.get(name, ABSENT))}" for name in names]
+    found = []
+    for name in old | new:
+        was, is_now = old.get(name, ABSENT), new.get(name, ABSENT)
+        if was != is_now and name.startswith("content of"):
+            found.append(f"the {name} has changed")
+        elif was != is_now:
+            found.append(f"{name} was {harmless(was)} and is {harmless(is_now)}")
+    return found
 
 
 def flat(key: dict, prefix: str = "") -> dict:

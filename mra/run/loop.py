@@ -38,7 +38,6 @@ class Task:
     state: Path | None = None           # file of the unfinished training; None: it is not saved
     log: Path | None = None             # file of a JSON line for each line of progress; None: nothing is told
     key: dict = field(default_factory=dict)             # all that must be the same to go on
-    usual: dict = field(default_factory=dict)           # values of the key that older states lack
     groups: list[dict] | None = None    # of the optimiser, each with its "peak" learning rate; None: a single one
     log_every: int = 0                  # steps between two lines of progress; 0: at stops alone
     stops: frozenset[int] = frozenset()                 # steps after which the state is saved
@@ -217,7 +216,7 @@ class Loop:
         tensors, saved = checkpoint.load(task.state)
         with checkpoint.trusting(task.state):
             first, judged = int(saved["step"]), bool(saved["judged"])
-            before, now = task.usual | saved["key"], self.key
+            before, now = saved["key"], self.key
             if first == task.fit.steps:         # nothing is computed any more
                 before = before | {"precision": now["precision"]}
             different = changes(before, now)

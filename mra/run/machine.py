@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mra.config import UserError
+from mra.town import sets
 from mra.workers import Workers
 
 THREADS = 2     # that compute a step on the CPU; a fixed number, so that results do not depend on the cores
@@ -94,7 +95,7 @@ class OwnRandomness(TorchFunctionMode):
         if not training or p == 0:
             return x
         if p not in self.masks or len(self.masks[p]) < 2 * x.numel():
-            draws = torch.empty(max(x.numel() // 2 + 1, 2**18), dtype=torch.int64)      # of 64 bits, for 4 elements each
+            draws = torch.empty(max(x.numel() // 2 + 1, 2**18), dtype=torch.int64)      # each for 4 elements
             bits = draws.random_(-2**63, None, generator=self.generator).view(torch.int16)
             self.masks[p] = (bits >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
         start = self.places.randrange(len(self.masks[p]) - x.numel())
@@ -188,7 +189,7 @@ class Machine:
 
 @cache
 def pool() -> ThreadPoolExecutor:
-    """Threads for the whole run: a new thread would begin with no memory of its own, which costs a seventh of a step."""
+    """Threads for the whole run: new ones would begin each step without memory of their own, which costs a seventh."""
     return ThreadPoolExecutor(THREADS)
 
 
@@ -222,6 +223,12 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 # ---- folders and signals
+
+def drawn(dataset: str, tiny: bool, machine: Machine) -> Path:
+    """The folder of the demo town; rank 0 draws the set where it is missing."""
+    machine.first(lambda: sets.ready(dataset, tiny, machine.say))
+    return sets.root(tiny)
+
 
 class Busy(UserError):
     """Another run writes to the folder."""

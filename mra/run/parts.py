@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mra.config import UserError
-from mra.data.files import write_json
+from mra.data.files import read_json, write_json
 from mra.diffusion.base import Diffusion, encode, read_images
 from mra.diffusion.making import FILTERS, PART, Maker, Plan, collect
 from mra.diffusion.sampling import calibration
 from mra.run import checkpoint
-from mra.run.kept import is_kept, key_file, remember
+from mra.run.kept import changes, key_file, remember
 from mra.run.machine import Machine, stoppable
 from mra.show import pictures
 
@@ -25,17 +25,33 @@ PICTURED = 10          # images in a row of a picture
 PROBE_SEED = 2**32     # the calibration's samples have the seeds from this number on, the parts those from 0
 
 
-def begin(out: Path, key: dict, machine: Machine) -> None:
+def refuse_others(out: Path, key: dict, resume: bool) -> bool:
+    """Whether `out` holds parts that were made under another key, of which `key` may be a part.
+
+    With `resume` raises UserError instead, so that they stay.
+    """
+    if not key_file(out / "parts").exists():
+        return False
+    made = read_json(key_file(out / "parts"))
+    different = changes({name: made.get(name) for name in key}, key)
+    if different and resume:
+        raise UserError(f"{out} was made otherwise: {'; '.join(different)}; give another --out, or --no-resume to make "
+                        "it anew.")
+    return bool(different)
+
+
+def begin(out: Path, key: dict, resume: bool) -> None:
     """Remove the report and annotation files, so that `out` no longer counts as finished.
 
-    If the parts were made under another key, they and their images are removed too. Raises UserError where the folder
-    holds records that adapt.py did not make.
+    Without `resume`, parts that were made under another key are removed with their images; with it raises UserError.
+    Also raises it where the folder holds records that adapt.py did not make.
     """
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
+    others = refuse_others(out, key, resume)
     for file in (out / "report.json", key_file(out / "report.json"), *out.glob("sda_*.json")):
         file.unlink(missing_ok=True)
-    if not is_kept(out / "parts", key, machine):
+    if others or not key_file(out / "parts").exists():
         for folder in (out / "parts", out / "imgs"):
             shutil.rmtree(folder, ignore_errors=True)
         (out / "parts").mkdir()

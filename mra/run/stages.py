@@ -1,6 +1,7 @@
 """The stages of train.py: where one starts from, how long it is, and what must stay the same to go on with it."""
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -11,35 +12,42 @@ import torch
 
 from mra.config import PRESETS, Fit, TrainConfig, UserError, pretrains, recipe
 from mra.data.files import harmless
-from mra.data.records import DATASETS
+from mra.data.records import DATASETS, RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.loop import Loop
 from mra.run.machine import Machine
-from mra.show import check as check_files
-from mra.town import sets
 from mra.weights import retrievers
 
 NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
-# flags that may differ when a run goes on; the key tells how many pairs a step has
-MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision"}
-ADVICE = ("go back to that, give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to "
-          "overwrite it")
+# flags that may differ when a run goes on. The key has the number of pairs a step in place of --batch, and the content
+# of weights, vocabulary and records in place of their paths.
+MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
+              "dataset", "data_root", "init", "bert", "vit", "vocab"}
+ADVICE = ("give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it")
+ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
 # ---- where a stage starts from
 
-def pretraining(config: TrainConfig, machine: Machine) -> TrainConfig:
-    """The stage before a fine-tuning on the demo town: on the adapted set, or else on the source."""
-    adapted = adapted_set(config)
-    machine.say(f"No --init given: pretraining on {adapted or 'the demo source'} first.")
+def pretrainings(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
+    """The stages before a fine-tuning on the demo town: on the source, then on the adapted set where there is one."""
     shared = {name: getattr(config, name) for name in (
         "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
         "released_regions", "workers")}
     usual = recipe("sda", config.preset)
     batch = max(2, usual["batch"] // machine.world)         # as many pairs in all processes together
-    return TrainConfig(**usual | shared | {"dataset": str(adapted or "sda"), "batch": batch})
+    source = TrainConfig(**usual | shared | {"dataset": "sda", "batch": batch})
+    adapted = adapted_set(config)
+    if adapted is None:
+        return [source]
+    return [source, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0)]
+
+
+def going_on(config: TrainConfig, best: Path) -> TrainConfig:
+    """The configuration of a stage that starts from another one's checkpoint, which has its own vocabulary."""
+    return replace(config, init=str(best), bert="", vit="", vocab="", released_regions=False)
 
 
 def adapted_set(config: TrainConfig) -> Path | None:
@@ -74,15 +82,6 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokeni
     trained_on = facts["train"]["dataset"] or "an unnamed set"
     machine.say(f"Starting from {config.init}, trained on {harmless(trained_on)}.")
     return model, tokenizer, trained_on
-
-
-def data_root(config: TrainConfig, machine: Machine) -> Path:
-    """The folder of the sets: --data-root, or the demo town's, where rank 0 draws what is missing."""
-    if config.data_root:
-        return Path(config.data_root)
-    tiny = config.preset == "tiny"
-    machine.first(lambda: sets.ready(config.dataset, tiny, machine.say))
-    return sets.root(tiny)
 
 
 def default_out(config: TrainConfig) -> str:
@@ -141,15 +140,28 @@ def groups(model: Retriever, config: TrainConfig) -> list[dict]:
 
 # ---- what is said of a run
 
-def key_of(config: TrainConfig, machine: Machine, pairs: int) -> dict:
+def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: Tokenizer,
+           sets_used: list[RecordSet]) -> dict:
     """All that must be the same for a run to go on, by the name to tell the user."""
-    return flags_of(config) | {"the number of pairs": pairs, "the adapted set": made_by(config.dataset),
-                               "--batch x processes": config.batch * machine.world}
+    key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in MAY_DIFFER}
+    key["--dataset"] = config.dataset if config.dataset in DATASETS else "a folder"
+    key["--batch x processes"] = config.batch * machine.world
+    key["content of the first weights (--init, --bert, --vit)"] = checkpoint.digest(model)
+    key["content of the vocabulary"] = short(json.dumps(tokenizer.pieces).encode())
+    key["content of the adapted set"] = made_by(config.dataset)
+    for one in sets_used:
+        key[f"content of the {one.split} records"] = digest_of(one)
+    return key
 
 
-def flags_of(config: TrainConfig) -> dict:
-    """The flags that must be the same for a run to go on."""
-    return {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in MAY_DIFFER}
+def digest_of(used: RecordSet) -> str:
+    """A short name for what the records say, wherever the folder of their images lies."""
+    inside = len(os.path.commonprefix([record.path for record in used.records]))
+    found = hashlib.sha256()
+    for record in used.records:
+        found.update(repr((record.path[inside:], record.captions, record.identity, record.boxes,
+                           record.phrases)).encode())
+    return found.hexdigest()[:16]
 
 
 def facts_of(config: TrainConfig, machine: Machine, pretrained_on: str, pairs: int) -> dict:
@@ -161,7 +173,12 @@ def facts_of(config: TrainConfig, machine: Machine, pretrained_on: str, pairs: i
 def made_by(dataset: str) -> str:
     """A short name for what adapt.py's report says of a set; empty where there is none."""
     report = Path(dataset) / "report.json"
-    return hashlib.sha256(report.read_bytes()).hexdigest()[:16] if report.is_file() else ""
+    return short(report.read_bytes()) if report.is_file() else ""
+
+
+def short(content: bytes) -> str:
+    """A short name for this content."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def describe(result: dict) -> str:
@@ -186,15 +203,6 @@ def check(config: TrainConfig) -> None:
         raise UserError("--bert, --vit and --released-regions start a new model, --init goes on with one as it is.")
     if config.data_root and not (config.init or config.check or pretrains(config.dataset)):
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
-
-
-def check_set(config: TrainConfig) -> bool:
-    """--check: whether the set on disk is complete; prints what is wrong."""
-    if config.data_root:
-        root = Path(config.data_root)
-    else:
-        root = sets.ready(config.dataset, config.preset == "tiny")
-    return check_files.check_set(config.dataset, root, config.workers or os.cpu_count() or 1)
 
 
 def check_best(loop: Loop, best: Path) -> None:

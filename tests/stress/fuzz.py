@@ -363,9 +363,9 @@ class Whole:
     def loop(self, path: Path) -> Loop:
         """The training that the state at `path` belongs to."""
         config = TrainConfig(preset="tiny", init="none")
-        task = Task("", self.model, Fit(7, 40, 0.1, average=0.0), 0, path, key=stages.key_of(config, MACHINE, 7),
-                    usual=stages.flags_of(TrainConfig()), groups=stages.groups(self.model, config),
-                    advice=stages.ADVICE)
+        key = stages.key_of(config, MACHINE, torch.nn.Linear(0, 0), Tokenizer.read(), [])
+        task = Task("", self.model, Fit(7, 40, 0.1, average=0.0), 0, path, key=key,
+                    groups=stages.groups(self.model, config), advice=stages.ADVICE)
         return Loop(task, None, MACHINE)
 
     def reader(self, kind: str, path: Path) -> Callable[[], object]:
