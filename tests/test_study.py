@@ -43,7 +43,8 @@ def test_a_row_is_paired_with_source_and_exact_of_the_same_target_and_seed():
     assert comparisons.row(runs, "pairs", "exact", "zero-shot")["gap closed"] == ""
 
 
-@pytest.mark.parametrize("gaps, closed", [((3.0, 5.0), "100 %"), ((3.0, 8.0), "")])  # 4 and 2.2 errors
+@pytest.mark.parametrize("gaps, closed", [((3.0, 5.0), "100 %"), ((3.0, 8.0), ""),      # 4 and 2.2 errors
+                                          ((0.1,), ""), ((10.0,), ""), ((11.0,), "100 %")])     # one seed has no error
 def test_no_share_is_told_of_a_gap_within_the_noise(gaps, closed):
     runs = [made_run(arm, "icfg", seed, 50 + gap * (arm == "exact")) for arm in ("source", "exact")
             for seed, gap in enumerate(gaps)]

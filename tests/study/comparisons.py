@@ -9,6 +9,7 @@ import statistics
 
 METRICS = {"R@1": ("R@1",), "mAP": ("mAP",), "re-ranked R@1": ("R@1", "re-ranked"), "R@1 of twins": ("twins R@1",)}
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # 97.5 % of t with 1 to 9 degrees of freedom or more
+LEAST_GAP = 10      # points of R@1 that a single seed must show for a share of its gap to mean anything
 
 Runs = dict[tuple[str, int], dict]
 Values = dict[tuple[str, int], float]
@@ -147,12 +148,14 @@ def interval(gains: Values) -> str:
 def gap_closed(runs: list[dict], losses: str, arm: str, stage: str, *metric: str) -> str:
     """The share of the gap that an arm closes, (arm - source) / (exact - source) of means over common pairs.
 
-    Its interval is that of a ratio, to first order. Empty for a gap that is not three standard errors wide.
+    Its interval is that of a ratio, to first order. Empty for a gap that is not three standard errors wide or, of a
+    single seed, which shows no error, not LEAST_GAP points.
     """
     some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
     gains, whole = paired(some, source, stage, *metric), paired(exact, source, stage, *metric)
     gap = {key: whole[key] for key in whole if key in gains}
-    if not gap or mean(gap) <= 3 * error(gap):
+    least = LEAST_GAP if len(by_seed(gap)) == 1 else 0
+    if not gap or mean(gap) <= max(3 * error(gap), least):
         return ""
     share = sum(gains[key] for key in gap) / sum(gap.values())
     half = reach({key: gains[key] - share * gap[key] for key in gap}) / mean(gap)
