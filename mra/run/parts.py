@@ -113,7 +113,9 @@ def finish(maker: Maker, target: Tensor, key: dict, machine: Machine) -> None:
         return read_images([str(out / "imgs" / row["image"]) for row in rows], maker.painter.base.config)
 
     chosen = random.Random(0).sample(kept, min(PICTURED, len(kept)))
-    pictures.sheet({"adapted": images_of(chosen), "target": target[:PICTURED]}, out / "adaptation.png")
+    # spread over the set: neighbours may show one person
+    real = target[torch.linspace(0, len(target) - 1, min(PICTURED, len(target))).long()]
+    pictures.sheet({"adapted": images_of(chosen), "target": real}, out / "adaptation.png")
     reasons = {name: [row for row in dropped if name in row["dropped_by"]] for name in FILTERS}
     pictured = {name: images_of(rows[:PICTURED]) for name, rows in reasons.items() if rows}
     if pictured:
