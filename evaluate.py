@@ -9,9 +9,8 @@
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages and writes results.json and
-ranking.png; for sentences query.json, query.png and, with --gallery, the embeddings of the gallery for the next time.
-`--fusion published` gives the released code's score on one process, `--fusion published --weight 0.008` about that on
-four. A released checkpoint knows no val, so its clean score is the matching logit alone unless --weight is given.
+ranking.png. For sentences it writes query.json and query.png and, with --gallery, the gallery's embeddings for the next
+time. mra/weights/README.md explains --fusion, and --weight for a released checkpoint.
 """
 
 import time
@@ -31,7 +30,7 @@ from mra.run import checkpoint
 from mra.run.command import parse, run
 from mra.run.machine import Machine, choose_device, make_folder
 from mra.scale.search import sharded_top_k
-from mra.show import answers, gallery, pictures
+from mra.show import gallery, pictures
 from mra.town import sets
 from mra.weights.retrievers import load_retriever
 
@@ -45,7 +44,8 @@ def main() -> None:
     path = Path(config.checkpoint) if config.checkpoint else newest()
     model, tokenizer, facts = load_retriever(path, machine.device, config.vocab)
     trained_on = facts["train"]["dataset"]
-    inside = bool(trained_on) and Path(trained_on).resolve().is_relative_to(Path.cwd())     # a file leads nowhere else
+    # a folder that a file names is read only if it lies below this one
+    inside = bool(trained_on) and Path(trained_on).resolve().is_relative_to(Path.cwd())
     if not (config.dataset or config.gallery or trained_on in records.DATASETS or inside):
         raise UserError(f"{path} does not say what it was trained on, or names a folder elsewhere; give --dataset.")
     machine.say(harmless(f"{path}: trained on {trained_on or 'an unnamed set'}, pretrained on "
@@ -58,7 +58,8 @@ def main() -> None:
         answer(config, machine, model, tokenizer, facts, datasets[0], out)
         return
 
-    plan, rows, results = plan_of(config, model, facts, machine), [], {}
+    plan = plan_of(config, model, facts, machine)
+    rows, results = [], {}
     machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
     for dataset in datasets:
         started = time.perf_counter()
@@ -69,13 +70,12 @@ def main() -> None:
         orders = orders_of(found, config, facts)
         metrics = dict(zip(orders, found.metrics(query_ids, gallery_ids, *orders.values())))
         for stage, values in metrics.items():
-            cells = "".join(f"{values[name]:8.2f}" for name in ranking.METRICS)
-            machine.say(f"{source.name + ' ' + stage:24}{cells}")
+            machine.say(f"{source.name + ' ' + stage:24}" + "".join(f"{value:8.2f}" for value in values.values()))
         results[dataset] = metrics | {"queries": len(captions), "gallery": len(paths),
                                       "identities": len(set(gallery_ids.tolist())),
                                       "seconds": round(time.perf_counter() - started, 1)}
         last = list(orders.values())[-1]
-        rows += answers.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])
+        rows += pictures.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])
     if machine.rank == 0:
         write_json(out / "results.json", {
             "results": results, "evaluation": asdict(config), "checkpoint": str(path), "versions": checkpoint.VERSIONS,
@@ -89,8 +89,10 @@ def answer(config: EvalConfig, machine: Machine, model: Retriever, tokenizer: To
     """Rank a folder of photographs, or the test images, for every sentence asked."""
     if machine.world > 1:
         raise UserError("--query and --queries are answered by one process: start it without torchrun.")
-    asked, plan = answers.sentences(config, dataset), plan_of(config, model, facts, machine)
-    cleaned, features, left_out = [clean(sentence, dataset) for sentence in asked], None, []
+    asked = gallery.sentences(config, dataset)
+    cleaned = [clean(sentence, dataset) for sentence in asked]
+    plan = plan_of(config, model, facts, machine)
+    features, left_out = None, []
     with machine.autocast():
         if config.gallery:
             paths, features, left_out = gallery.encode(Path(config.gallery), model, out / "gallery.safetensors", plan)
@@ -98,9 +100,9 @@ def answer(config: EvalConfig, machine: Machine, model: Retriever, tokenizer: To
             paths = [record.path for record in load(config, facts, dataset, machine).records]
         found = ranking.search(model, tokenizer, cleaned, paths, plan, features)
     last = list(orders_of(found, config, facts).values())[-1]
-    first = answers.answer(model, tokenizer, asked, paths, found, last, out / "query.png")
+    answers = gallery.answer(model, tokenizer, asked, paths, found, last, out / "query.png")
     write_json(out / "query.json", {"gallery": config.gallery or dataset, "images": len(paths), "left_out": left_out,
-                                    "answers": first})
+                                    "answers": answers})
     print(f"Wrote {out / 'query.json'} and {out / 'query.png'}.")
 
 

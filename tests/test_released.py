@@ -24,7 +24,7 @@ from mra.data.batches import Batch
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Objective, Retriever, pool_region
 from mra.run import checkpoint
-from mra.weights import files, released, retrievers
+from mra.weights import files, retrievers
 from mra.weights.released import resized_table
 from tests.test_weights import refusal
 
@@ -74,7 +74,7 @@ def loaded(state: dict[str, Tensor]) -> Retriever:
         patch.setattr(files, "read", lambda path: dict(state))
         for name in ("trunc_normal_", "kaiming_uniform_", "normal_"):        # no time for weights that are replaced
             patch.setattr(torch.nn.init, name, lambda x, *rest, **more: x)
-        return released.read_released(Path("ft.pth"))[0].eval()
+        return retrievers.read_released(Path("ft.pth"))[0].eval()
 
 
 def noise(seed: int, height: int, width: int) -> Tensor:
@@ -170,9 +170,9 @@ def test_heads_of_rstp(filled, monkeypatch):
     """The tensors that its model is filled with; the model itself takes too long to make."""
     tensors = {}
     monkeypatch.setattr(files, "read", lambda path: variant(filled, "rstp"))
-    monkeypatch.setattr(released, "fill", lambda model, found, path: tensors.update(found))
+    monkeypatch.setattr(retrievers, "fill", lambda model, found, path: tensors.update(found))
     with torch.device("meta"), checkpoint.Uninitialised():
-        model, facts = released.read_released(Path("ft_rstp.pth"))
+        model, facts = retrievers.read_released(Path("ft_rstp.pth"))
     assert (facts["train"]["preset"], model.config.embed, model.config.bins, model.config.rerank) == (
         "swin", 256, 0, 1000)
     for name, first in (("image", "A.swin_first"), ("text", "A.text_first")):
@@ -181,26 +181,34 @@ def test_heads_of_rstp(filled, monkeypatch):
         close(feature[:, ::4], f"B.{name}_feat")
 
 
-def test_pretraining(filled, monkeypatch):
-    """At 224x224: tokens, regions and all losses, those of the regions as the released code treats them."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, count: p.argmax(1, keepdim=True))
-    model, images = loaded(variant(filled, "sda")), noise(10, 224, 224)
+@pytest.fixture(scope="module")
+def sda(filled) -> tuple[Retriever, Batch]:
+    """The pretraining model and its batch at 224x224."""
+    model = loaded(variant(filled, "sda"))
     regions = torch.stack([box_to_patches(((x + w / 2) / 224, (y + h / 2) / 224, w / 224, h / 224), model.config.grid)
                            for x, y, w, h in GOLDEN["C.boxes_xywh"].tolist()])
-    batch = Batch(images, GOLDEN["C.idx"], *words("C.text"), GOLDEN["C.mlm_ids"], GOLDEN["C.mlm_pos"],
-                  GOLDEN["C.mlm_labels"], None, None, regions, GOLDEN["C.box_ids"], GOLDEN["C.box_text_atts"].bool(),
-                  GOLDEN["C.label"])
+    return model, Batch(noise(10, 224, 224), GOLDEN["C.idx"], *words("C.text"), GOLDEN["C.mlm_ids"],
+                        GOLDEN["C.mlm_pos"], GOLDEN["C.mlm_labels"], None, None, regions, GOLDEN["C.box_ids"],
+                        GOLDEN["C.box_text_atts"].bool(), GOLDEN["C.label"])
+
+
+def test_pretraining(sda, monkeypatch):
+    """At 224x224: tokens, regions and all losses, those of the regions as the released code treats them."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, count: p.argmax(1, keepdim=True))
+    model, batch = sda
     with torch.inference_mode():
-        tokens = model.image_encoder(images)
+        tokens = model.image_encoder(batch.image)
         monkeypatch.setattr(model.image_encoder, "forward", lambda x: tokens)
         close(tokens[:, ::7, ::16], "C.swin")
-        close(pool_region(tokens, regions)[0][:, 0, ::8], "C.region_pooled")
+        close(pool_region(tokens, batch.region_keep)[0][:, 0, ::8], "C.region_pooled")
         own = model(batch)
-        model.config = dataclasses.replace(model.config, released_regions=True)
+        monkeypatch.setattr(model, "config", dataclasses.replace(model.config, released_regions=True))
         features = []
-        for projection in (model.image_projection, model.text_projection):
-            projection.register_forward_hook(lambda module, given, feature: features.append(feature[:, ::16]))
+        hooks = [projection.register_forward_hook(lambda module, given, feature: features.append(feature[:, ::16]))
+                 for projection in (model.image_projection, model.text_projection)]
         terms = model(batch)
+        for hook in hooks:
+            hook.remove()
     for feature, name in zip(features, ("image_feat", None, "image_feat_box", "text_feat_box")):    # None: captions
         close(feature, f"C.{name}") if name else None
     close(terms["rpc"], "C.region_itc")
@@ -208,6 +216,32 @@ def test_pretraining(filled, monkeypatch):
           "C.losses_argmax")
     close(losses.total(terms, 0.8 * 0.8), "C.total_argmax")                  # there the weight applies twice
     assert abs(own["rpc"] - terms["rpc"]) > 1e-3 and abs(own["rpm"] - terms["rpm"]) > 1e-5
+
+
+def test_gradients_of_pretraining(sda, monkeypatch):
+    """Their norms, tensor by tensor: keys and values are one of ours, and the token types are in the positions."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, count: p.argmax(1, keepdim=True))
+    model, batch = sda
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, released_regions=True))
+    losses.total(model(batch), 0.8 * 0.8).backward()
+    golden = json.loads((Path(__file__).parent / "assets/released_gradnorm.json").read_text())
+    monkeypatch.setattr(files, "read", lambda path: {name: torch.tensor([[norm]]) for name, norm in golden.items()})
+    expected = files.named(Path("pretrain.pth"), retrievers.RELEASED_RULES)
+    types = {"types.weight": expected["types.weight"]}
+    expected = types | retrievers.divided(expected | {"types.weight": torch.zeros(1, 1)}, 6, Path("pretrain.pth"))
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found["types.weight"] = found["text_encoder.positions.weight"].sum(0)       # every token is of the same type
+    torch.testing.assert_close({name: gradient.norm() for name, gradient in found.items()},
+                               {name: norms.norm() for name, norms in expected.items()}, atol=1e-5, rtol=1e-3)
+
+
+def test_the_embedding_of_padding_gets_no_gradient():
+    """Bins pool padding, whose embedding the released BERT never trains."""
+    model = retrievers.make_retriever(dataclasses.replace(PRESETS["tiny"], bins=3, vocab=50)).eval()
+    ids = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 9, 3, 0, 0, 0]])
+    model.encode_text(ids, ids != 0)[1][:, 0].sum().backward()
+    norms = model.text_encoder.words.weight.grad.norm(dim=1)
+    assert norms.nonzero().flatten().tolist() == [2, 3, 7, 8, 9]
 
 
 # ---- what needs no model

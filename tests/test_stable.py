@@ -30,8 +30,7 @@ from mra.diffusion.noising import ddim
 from mra.diffusion.sampling import guide
 from mra.run import checkpoint
 from mra.weights import files
-from mra.weights.clip import CLIP_RULES, CausalTextEncoder
-from mra.weights.stable import UNET_RULES, VAE_RULES, StableAutoencoder, read_stable
+from mra.weights.stable import CLIP_RULES, UNET_RULES, VAE_RULES, CausalTextEncoder, StableAutoencoder, read_stable
 
 GOLDEN = np.load(Path(__file__).with_name("assets") / "stable.npz")
 MERGES = ["r e", "re d</w>", "c o", "co a", "coa t</w>", "j e", "a n", "je an", "jean s</w>", "b l", "bl a", "c k</w>",

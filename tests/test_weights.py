@@ -18,7 +18,7 @@ from mra.config import PRESETS, UserError
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.show import pictures
 from mra.weights import files, retrievers
-from mra.weights.pretrained import read_bert, resized_grid
+from mra.weights.retrievers import read_bert, resized_grid
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 TINY = PRESETS["tiny"]

@@ -10,15 +10,28 @@ from mra.data.augment import tensor_of
 from mra.data.files import open_image, save_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import noun_phrases
+from mra.ranking import FIRST
 from mra.retriever import Retriever
 
 CELL = (96, 192)     # width and height of a photograph in the picture, pixels
 GAP = 8              # between photographs, pixels
 TITLE = 40           # height of a row's sentence, pixels
+EXAMPLES = 6         # queries of a split shown in ranking.png; the first half of them with heat maps
 WHITE, GREEN, RED, GREY, INK = (255, 255, 255), (30, 150, 60), (205, 40, 40), (150, 150, 150), (20, 20, 20)
 
 Cell = tuple[Image.Image, tuple[int, int, int], str]     # a picture of CELL pixels, the colour of its frame, its words
 Row = tuple[str, list[Cell]]                             # a sentence and the pictures below it
+
+
+def examples(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], order: Tensor,
+             right: Tensor) -> list[Row]:
+    """Evenly spaced queries with their first images of order (Q, K), framed green where `right` (Q, K), else red."""
+    rows = []
+    for q in torch.linspace(0, len(captions) - 1, min(EXAMPLES, len(captions))).long().tolist():
+        framed = [(paths[g], GREEN if correct else RED)
+                  for g, correct in zip(order[q, :FIRST].tolist(), right[q].tolist())]
+        rows.append(ranked(model, tokenizer, captions[q], framed, heat=len(rows) < EXAMPLES // 2))
+    return rows
 
 
 def ranked(model: Retriever, tokenizer: Tokenizer, sentence: str, framed: list[tuple], heat: bool) -> Row:

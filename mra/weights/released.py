@@ -1,34 +1,21 @@
-"""The released MRA models, number for number: how they differ from mra/retriever.py, their Swin, and their files.
+"""The released MRA models, number for number: how they differ from mra/retriever.py, and their Swin.
 
-A released file holds a Swin-B, BERT's layers as text and fusion encoder, and the heads. It becomes one of the presets
-`swin` (384x256) or `swin-224`. Read next: retrievers.py, which loads any retriever.
+They are the presets `swin` (384x256) and `swin-224`. Read next: retrievers.py, which reads their files.
 """
 
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mra.config import PRESETS, ModelConfig, UserError
+from mra.config import ModelConfig
 from mra.layers import initialise
 from mra.retriever import Retriever, pool_region
-from mra.weights.files import fill, fitting, named
-from mra.weights.pretrained import BERT_RULES, divided
-
-RELEASED_RULES = (
-    (r".*\.(relative_position_index|attn_mask)$", ""),      # they follow from the window
-    (r"^vision_encoder\.", "image_encoder."), (r"\.patch_embed\.proj\.", ".patches."),
-    (r"\.patch_embed\.norm\.", ".patch_norm."), (r"\.layers\.(\d)\.blocks\.", r".stages.\1."),
-    (r"\.layers\.(\d)\.downsample\.", r".merges.\1."), (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3."),
-    (r"^vision_proj\.", "image_projection."), (r"^text_proj\.", "text_projection."), (r"^temp$", "temperature"),
-    (r"^itm_head\.", "matching_head."), *BERT_RULES)
 
 
 class ReleasedRetriever(Retriever):
-    """A retriever with what the released code does in its own way, as far as its configuration asks for it.
+    """A retriever as in the released code, where its configuration asks for that.
 
     window: the image encoder is a Swin transformer. bins: the projections read the means of equal stretches of tokens,
     padding of captions included, in place of token 0 alone. released_regions: the region's feature ignores its box,
@@ -40,6 +27,7 @@ class ReleasedRetriever(Retriever):
         if config.bins:
             self.image_projection = binned_projection(config.bins * config.image_dim, config)
             self.text_projection = binned_projection((1 + config.bins) * config.text_dim, config)
+            self.text_encoder.words.padding_idx = 0     # padding is pooled, but gives its embedding no gradient
 
     def image_feature(self, tokens: Tensor) -> Tensor:
         """Unit features (B, E) of tokens (B, 1+N, D)."""
@@ -69,8 +57,8 @@ class ReleasedRetriever(Retriever):
 
 def binned_projection(dim: int, config: ModelConfig) -> nn.Sequential:
     """Concatenated bins (B, dim) -> the contrastive space (B, E)."""
-    made = nn.Sequential(nn.BatchNorm1d(dim), nn.Dropout(config.dropout), nn.Linear(dim, config.embed))
-    return made.apply(initialise)
+    layers = nn.BatchNorm1d(dim), nn.Dropout(config.dropout), nn.Linear(dim, config.embed)
+    return nn.Sequential(*layers).apply(initialise)
 
 
 def binned(tokens: Tensor, bins: int) -> Tensor:
@@ -119,49 +107,22 @@ def resized_table(table: Tensor, to: int) -> Tensor:
     side = math.isqrt(len(table))
     if side == to:
         return table
-    ratio = geometric_ratio(side // 2, to // 2)
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:        # bisection: the sum of the old distances becomes the largest new one
+        ratio = (low + high) / 2
+        if sum(ratio ** i for i in range(side // 2)) > to // 2:
+            high = ratio
+        else:
+            low = ratio
     steps = torch.tensor([ratio ** i for i in range(side // 2)], dtype=torch.float64).cumsum(0)
     x = torch.cat([-steps.flip(0), steps.new_zeros(1), steps])               # (side,)
     at = torch.arange(-(to // 2), to // 2 + 1, dtype=torch.float64)          # (to,)
 
     def basis(points: Tensor) -> Tensor:
-        """Of piecewise cubics with a knot at every x but the outer two at each end."""
+        """A basis of piecewise cubics with a knot at every x but the outer two at each end."""
         powers = [points ** power for power in range(4)]
         return torch.stack(powers + [(points - knot).clamp(min=0) ** 3 for knot in x[2:-2]], 1)
 
     spline = basis(at.clamp(x[0], x[-1])) @ torch.linalg.inv(basis(x))       # (to, side)
     square = table.detach().cpu().double().view(side, side, -1)
     return torch.einsum("ai,bj,ijh->abh", spline, spline, square).flatten(0, 1).to(table.dtype)
-
-
-def geometric_ratio(terms: int, reach: int) -> float:
-    """The ratio in 1.01 .. 1.5 with which that many terms, the first being 1, add up to `reach`; by bisection."""
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:
-        ratio = (low + high) / 2
-        low, high = (low, ratio) if sum(ratio ** i for i in range(terms)) > reach else (ratio, high)
-    return ratio
-
-
-# ---- the files
-
-def read_released(path: Path) -> tuple[ReleasedRetriever, dict]:
-    """The model of a released checkpoint, and the facts of a checkpoint of ours: its clean score is the matching logit.
-
-    Raises UserError where the file is none of the released models.
-    """
-    tensors = named(path, RELEASED_RULES)
-    with fitting(path):
-        rows, _ = tensors["image_encoder.stages.0.0.attn.relative_position_bias_table"].shape
-        preset = {225: "swin", 169: "swin-224"}.get(rows)                    # windows of 8 or 7 patches
-        if preset is None:
-            raise UserError(f"{path}: {rows} relative positions; the released models' windows have 225 or 169.")
-        tensors = divided(tensors, PRESETS[preset].text_depth, path)
-        config = replace(PRESETS[preset], vocab=len(tensors["text_encoder.words.weight"]))
-        if "image_projection.weight" in tensors:        # the model for RSTPReid, which also re-ranks more candidates
-            config = replace(config, bins=0, embed=len(tensors["image_projection.weight"]), rerank=1000)
-    model = ReleasedRetriever(config)
-    fill(model, tensors, path)
-    train = {"preset": preset, "dataset": "sda" if preset == "swin-224" else "", "seed": "unknown",
-             "data_root": "real data"}
-    return model, {"train": train, "val": {"weight": 0.0}, "pretrained_on": "sda"}
