@@ -9,8 +9,9 @@
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages and writes results.json and
-ranking.png. For sentences it writes query.json and query.png and, with --gallery, the gallery's embeddings for the next
-time. mra/weights/README.md explains --fusion, and --weight for a released checkpoint.
+ranking.png, whose names also say what differs from the usual question, as in results-cuhk-val.json. For sentences it
+writes query.json and query.png and, with --gallery, the gallery's embeddings for the next time. mra/weights/README.md
+explains --fusion, and --weight for a released checkpoint.
 """
 
 import time
@@ -60,10 +61,11 @@ def main() -> None:
 
     plan = plan_of(config, model, facts, machine)
     rows, results = [], {}
-    machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
     for dataset in datasets:
         started = time.perf_counter()
         source = load(config, facts, dataset, machine)
+        if not results:
+            machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
         captions, query_ids, paths, gallery_ids = ranking.queries_of(source)
         with machine.autocast():        # of the encoders: similarities and scores stay in float32
             found = ranking.search(model, tokenizer, captions, paths, plan)
@@ -77,11 +79,13 @@ def main() -> None:
         last = list(orders.values())[-1]
         rows += pictures.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])
     if machine.rank == 0:
-        write_json(out / "results.json", {
+        ending = ending_of(config, trained_on)
+        written, picture = out / f"results{ending}.json", out / f"ranking{ending}.png"
+        write_json(written, {
             "results": results, "evaluation": asdict(config), "checkpoint": str(path), "versions": checkpoint.VERSIONS,
             "pretrained_on": facts["pretrained_on"], "train": facts["train"], "weight": weight_of(config, facts)})
-        pictures.table(rows, out / "ranking.png")
-        print(f"Wrote {out / 'results.json'} and {out / 'ranking.png'}.")
+        pictures.table(rows, picture)
+        print(f"Wrote {written} and {picture}.")
 
 
 def answer(config: EvalConfig, machine: Machine, model: Retriever, tokenizer: Tokenizer, facts: dict, dataset: str,
@@ -89,7 +93,7 @@ def answer(config: EvalConfig, machine: Machine, model: Retriever, tokenizer: To
     """Rank a folder of photographs, or the test images, for every sentence asked."""
     if machine.world > 1:
         raise UserError("--query and --queries are answered by one process: start it without torchrun.")
-    asked = gallery.sentences(config, dataset)
+    asked = gallery.sentences(config, dataset, tokenizer)
     cleaned = [clean(sentence, dataset) for sentence in asked]
     plan = plan_of(config, model, facts, machine)
     features, left_out = None, []
@@ -110,11 +114,28 @@ def plan_of(config: EvalConfig, model: Retriever, facts: dict, machine: Machine)
     """How to search. Raises UserError where the checkpoint cannot re-rank."""
     k = model.config.rerank if config.k < 0 else config.k
     if "weight" not in facts["val"]:
-        if config.k > 0:
-            raise UserError(f"--k {k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
+        if config.k > 0 or config.fusion == "published":
+            raise UserError("--k and --fusion published: this checkpoint's fusion encoder is not trained yet; leave "
+                            "the flag out.")
         k = 0
     return ranking.Plan(k, config.mirror, config.fusion == "clean", config.batch, config.workers, machine.workers,
                         sharded_top_k)
+
+
+def ending_of(config: EvalConfig, trained_on: str) -> str:
+    """Ends the names of the results: what differs from the usual question, so that no answer replaces another's."""
+    parts = [Path(name).resolve().name for name in config.dataset if config.dataset != (trained_on,)]
+    if config.split != "test":
+        parts.append(config.split)
+    if config.k >= 0:
+        parts.append(f"k{config.k}")
+    if config.fusion != "clean":
+        parts.append(config.fusion)
+    if config.weight >= 0:
+        parts.append(f"weight{config.weight:g}")
+    if not config.mirror:
+        parts.append("unmirrored")
+    return "".join(f"-{part}" for part in parts)
 
 
 def orders_of(found: ranking.Found, config: EvalConfig, facts: dict) -> dict[str, Tensor]:

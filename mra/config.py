@@ -307,10 +307,10 @@ class EvalConfig:
     fusion: str = flag("clean", "clean: a pair's score depends on that pair alone; published: as the released code",
                        choices=("clean", "published"))
     weight: float = flag(-1.0, "weight of the similarity; -1: chosen on val (clean) or 0.002 (published)", -1, 1e9)
-    query: str = flag("", "a sentence: rank a gallery for it")
+    query: tuple[str, ...] = flag((), "sentences: rank a gallery for each")
     queries: str = flag("", "a text file with a sentence in each line: rank a gallery for each")
     gallery: str = flag("", "a folder of photographs for these sentences; empty: the test images")
-    out: str = flag("", "folder of results.json and ranking.png; empty: the checkpoint's")
+    out: str = flag("", "folder of results and pictures; empty: the checkpoint's")
     batch: int = flag(64, "images encoded at a time", 1, 1e6)
     workers: int = flag(0, "image decoding processes", 0, 256)
     allow_missing: bool = flag(False, "drop records whose image is missing")

@@ -23,6 +23,7 @@ from mra.config import PRESETS, TrainConfig
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
 from mra.run import checkpoint, machine, stages
+from mra.show import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--preset", "tiny")
@@ -324,8 +325,8 @@ def test_evaluate_finds_the_newest_checkpoint(work):
 def test_cross_domain_rows(work):
     rows = rows_of(succeed(work, "evaluate.py", "--dataset", "cuhk", "rstp", "--checkpoint", BEST, "--out", "rows"))
     assert list(rows) == ["cuhk embeddings", "cuhk re-ranked", "rstp embeddings", "rstp re-ranked"]
-    assert json.loads((work / "rows/results.json").read_text())["results"].keys() == {"cuhk", "rstp"}
-    assert (work / "rows/ranking.png").exists() and not (work / "out/icfg-tiny-s0/results.json").exists()
+    assert json.loads((work / "rows/results-cuhk-rstp.json").read_text())["results"].keys() == {"cuhk", "rstp"}
+    assert (work / "rows/ranking-cuhk-rstp.png").exists() and not (work / "out/icfg-tiny-s0/results.json").exists()
 
 
 def test_flags_of_evaluation(work):
@@ -337,7 +338,12 @@ def test_flags_of_evaluation(work):
     alone = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--weight", "1"))
     published = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--fusion", "published"))
     assert published["icfg embeddings"] == alone["icfg embeddings"] and published.keys() == alone.keys() == plain.keys()
-    assert json.loads((work / "out/icfg-tiny-s0/results.json").read_text())["weight"] == 0.002
+    results = work / "out/icfg-tiny-s0"
+    assert json.loads((results / "results-published-unmirrored.json").read_text())["weight"] == 0.002
+    assert json.loads((results / "results.json").read_text())["evaluation"]["mirror"]       # not replaced by the others
+    assert {path.name for path in results.glob("results*")} == {
+        "results.json", "results-k0.json", "results-k10000.json", "results-k18.json", "results-weight1-unmirrored.json",
+        "results-published-unmirrored.json"}
     assert "'icfg' val: 3 images" in succeed(work, "evaluate.py", "--split", "val")
 
 
@@ -396,6 +402,24 @@ def test_a_sentence_ranks_the_test_images(work):
     for flags in ((), ("--k", "0")):
         out = succeed(work, "evaluate.py", "--query", "a man with a grün \x1b[31m backpack", *flags)
         assert len(re.findall(r"^ +\d+  similarity .*ICFG-PEDES/imgs/test", out, re.M)) == 10 and "\x1b" not in out
+
+
+def test_a_sentence_without_a_known_word_is_refused(work):
+    (work / "lines.txt").write_text("a coat\n\u8d70\u5728\u8def\u4e0a\n", encoding="utf-8")
+    for flags, named in ((("--query", ""), "--query ''"), (("--query", "\u8d70\u5728"), "--query"),
+                         (("--queries", "lines.txt"), "lines.txt, line 2"), (("--query", "?!"), "--query '?!'")):
+        for dataset in ("cuhk", "icfg"):
+            message = refused(work, "evaluate.py", "--dataset", dataset, *flags)
+            assert named in message and "there is no word in it that the model knows" in message
+    out = succeed(work, "evaluate.py", "--query", "a coat \u8d70\u5728", "a hat", "--k", "0", "--gallery",
+                  "data/demo-tiny/ICFG-PEDES/imgs/test")
+    assert "does not know 2 of its" in out and "'a hat':" in out
+    assert not (work / "out/icfg-tiny-s0/results.json").exists()
+
+
+def test_a_picture_shows_no_empty_boxes():
+    font = pictures.ImageFont.load_default(15)
+    assert pictures._wrapped("gr\u00fcn \u8d70 \x1b\t$", font, 500) == "gr\u00fcn \\u8d70 $"
 
 
 # ---- a user's mistakes

@@ -26,23 +26,31 @@ from mra.show.check import trouble
 
 PART = 2000     # photographs encoded between two writings of the cache
 PICTURED = 20   # sentences shown in query.png
-WRITTEN = ("query.png", "ranking.png")
+WRITTEN = "query", "ranking"     # first words of the names of pictures that evaluate.py writes
 
 
-def sentences(config: EvalConfig, dataset: str) -> list[str]:
-    """--query, then the lines of the file --queries that are not blank. Raises UserError for one without a word."""
-    asked = {"--query": config.query}       # where a sentence stands, and the sentence
+def sentences(config: EvalConfig, dataset: str, tokenizer: Tokenizer, say: Callable = print) -> list[str]:
+    """--query, then the lines of the file --queries that are not blank. Raises UserError for one without a known word.
+
+    Says how many of a sentence's word pieces the vocabulary lacks.
+    """
+    asked = [("--query", sentence) for sentence in config.query]        # where a sentence stands, and the sentence
     if config.queries:
         try:
             lines = Path(config.queries).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--queries {config.queries}: no readable UTF-8 text ({error}).") from error
-        asked |= {f"{config.queries}, line {number}:": line.strip() for number, line in enumerate(lines, 1)}
-    asked = {place: sentence for place, sentence in asked.items() if sentence}
-    for place, sentence in asked.items() or [(f"--queries {config.queries}:", "")]:
-        if not any(map(str.isalnum, clean(sentence, dataset))):
-            raise UserError(f"{place} {shown(sentence)}: there is no word in it that the model could know.")
-    return list(asked.values())
+        asked += [(f"{config.queries}, line {number}:", line.strip()) for number, line in enumerate(lines, 1)
+                  if line.strip()]
+    for place, sentence in asked or [(f"--queries {config.queries}:", "")]:
+        pieces = tokenizer.encode(sentence)[1:-1]
+        unknown = pieces.count(tokenizer.unk_id)
+        known = [i for i in pieces if i != tokenizer.unk_id and tokenizer.pieces[i].strip("#").isalnum()]
+        if not known or not any(map(str.isalnum, clean(sentence, dataset))):
+            raise UserError(f"{place} {shown(sentence)}: there is no word in it that the model knows.")
+        if unknown:
+            say(f"{place} {shown(sentence)}: the model does not know {unknown} of its {len(pieces)} word pieces.")
+    return [sentence for _, sentence in asked]
 
 
 def photographs(folder: Path, say: Callable = print, results: Path | None = None) -> list[str]:
@@ -51,7 +59,7 @@ def photographs(folder: Path, say: Callable = print, results: Path | None = None
     Links to folders are not followed. Pictures that evaluate.py wrote to the folder `results` are left out.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
-    found, others = [], Counter()
+    found, others, own = [], Counter(), results and results.resolve()
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
@@ -59,7 +67,7 @@ def photographs(folder: Path, say: Callable = print, results: Path | None = None
             others["links to folders"] += 1
         elif path.is_file() and path.suffix.lower() not in suffixes:
             others[shown(path.suffix.lower())] += 1
-        elif path.is_file() and not (results and path.name in WRITTEN and path.parent.resolve() == results.resolve()):
+        elif path.is_file() and (path.stem.split("-")[0] not in WRITTEN or path.parent.resolve() != own):
             found.append(str(path))
     if others:
         say("Not read as images: " + ", ".join(f"{n} {kind}" for kind, n in sorted(others.items())))

@@ -88,10 +88,19 @@ def table(rows: list[Row], path: Path) -> None:
 
 
 def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """At most two lines of printable text, each at most `width` pixels where its words are short enough."""
+    """At most two lines of text, each at most `width` pixels where its words are short enough."""
     lines = [""]
-    for word in "".join(c if c.isprintable() else " " for c in text[:1000]).split():
+    for word in "".join(_drawable(character, font) for character in text[:1000]).split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines[:2])
+
+
+def _drawable(character: str, font: ImageFont.ImageFont) -> str:
+    """The character, a space if it does not print, or its escape if the font would draw an empty box."""
+    if not character.isprintable():
+        return " "
+    box = bytes(font.getmask("\uffff"))
+    lacks = not character.isascii() and bytes(font.getmask(character)) == box
+    return ascii(character)[1:-1] if lacks else character
