@@ -13,7 +13,7 @@ where it is mirrored. An example, seen from the front; the annotator is random.R
     caption  "a slim woman with long blond hair wears an open red jacket over a white top, black jeans and
              white sneakers. she is carrying a green handbag in the right hand."
 
-Read next: drawing.py, which draws the person; sets.py, which writes the sets.
+Read next: figure.py, which gives the person a body.
 """
 
 import random
@@ -60,7 +60,9 @@ OPENING = ("jacket", "coat")     # may be worn open over something; a vest alway
 WOMENS = ("leggings", "skirt", "long skirt")
 TWINS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "lower": ("trousers", "shorts", *WOMENS),
          "upper": ("t-shirt", "shirt", "sweater", "hoodie", "tank top")}
-TEMPLATES = (               # [...] is left out when none of its parts is told
+PRONOUNS = {"woman": ("she", "her"), "man": ("he", "his")}
+# {a+b} lists the parts a and b, those that are told; [...] is left out when none of its parts is told.
+TEMPLATES = (
     "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.][ {she} is {view}.]",
     "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}][, carrying {bag+carried}].",
     "{person} is wearing {upper+lower+shoes}[, has {headgear+hair}][ and carries {bag+carried}].[ {she} is {view}.]",
@@ -69,7 +71,7 @@ TEMPLATES = (               # [...] is left out when none of its parts is told
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """An identity; "" means there is none of it."""
+    """An identity; "" means that the person has none of it."""
     gender: str
     build: str
     hair: str
@@ -126,41 +128,45 @@ def sample_person(rng: random.Random) -> Person:
 def twin_of(person: Person, rng: random.Random) -> Person:
     """Somebody who differs in one attribute only: colour or type of the upper or the lower garment."""
     name = rng.choice([name for name, values in TWINS.items() if getattr(person, name) in values])
-    taken = {getattr(person, name), *(WOMENS if person.gender == "man" else ())}
-    taken |= {person.pattern_colour, person.inner_colour} if name == "upper_colour" else set()
+    taken = {getattr(person, name)}
+    if person.gender == "man":
+        taken |= set(WOMENS)
+    if name == "upper_colour":
+        taken |= {person.pattern_colour, person.inner_colour}
     return replace(person, **{name: rng.choice([value for value in TWINS[name] if value not in taken])})
 
 
 def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> Words:
-    """An annotator's words on an image; `boxes` are those of the parts seen, always "person", "upper" and "lower"."""
+    """An annotator's words on an image. `boxes` has the parts seen; "person", "upper" and "lower" always are."""
     texts = {part: text for part, text in _phrases(person, view, boxes, rng).items() if part in boxes}
-    always = {"person", "upper", "lower"}
-    optional = rng.sample([part for part in texts if part not in always], len(texts) - 3)
+    always = ("person", "upper", "lower")
+    optional = [part for part in texts if part not in always]
+    optional = rng.sample(optional, len(optional))
     template = rng.choice(TEMPLATES)
     view_text = rng.choice(VIEWS[view]) if rng.random() < 0.5 else ""
     tries = [([part for part in optional if rng.random() < 0.9], view_text), (optional, rng.choice(VIEWS[view]))]
     tries += [(optional[i:], "") for i in range(len(optional))]
     for kept, view_text in tries:       # until the caption is neither short nor long
         told = {part: text for part, text in texts.items() if part in always or part in kept}
-        caption = _compose(template, told, view_text, person.gender)
+        caption = _compose(template, told | {"view": view_text}, person.gender)
         if 15 <= len(caption.split()) <= 40:
             break
     else:
         caption += " this is a crop from a camera image."
     others = [part for part in told if part not in ("upper", "lower")]
-    chosen = {"upper", "lower", *rng.sample(others, min(len(others), rng.randint(2, 4)))}
-    chosen = sorted(chosen, key=lambda part: (caption.index(told[part]), part))
+    chosen = ["upper", "lower", *rng.sample(others, min(len(others), rng.randint(2, 4)))]
+    chosen.sort(key=lambda part: (caption.index(told[part]), part))
     return Words(caption, tuple(told[part] for part in chosen), tuple(boxes[part] for part in chosen))
 
 
 def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> dict[str, str]:
-    """part -> its words, of all parts whether the image shows them or not."""
+    """part -> its words, for all parts whether the image shows them or not."""
     def named(part: str, kinds: dict) -> str:
         kind, colour = getattr(person, part), getattr(person, f"{part}_colour")
         return f"{rng.choice(COLOURS[colour])} {rng.choice(kinds[kind])}" if kind else ""
 
     build = rng.choice(BUILDS[person.build]) if rng.random() < 0.6 else ""
-    tied = person.hair == "ponytail" and view == "front"
+    tied = person.hair == "ponytail" and view == "front"        # a ponytail does not show from the front
     hair = "{} hair tied back" if tied else rng.choice(HAIR[person.hair])
     texts = {"person": _a(f"{build} {rng.choice(GENDERS[person.gender])}".strip()),
              "hair": hair.format(rng.choice(HAIR_COLOURS[person.hair_colour])),
@@ -181,8 +187,8 @@ def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
 def _upper(person: Person, boxes: dict[str, Box], rng: random.Random) -> str:
     """The upper garment, its pattern, and what shows under it."""
     pattern = "plain" if person.pattern == "logo" and "logo" not in boxes else person.pattern
-    colour, second, inner = [rng.choice(COLOURS.get(name, ("",))) for name in
-                             (person.upper_colour, person.pattern_colour, person.inner_colour)]
+    colours = person.upper_colour, person.pattern_colour, person.inner_colour
+    colour, second, inner = [rng.choice(COLOURS.get(name, ("",))) for name in colours]
     text = rng.choice(PATTERNS[pattern]).format(colour, second, rng.choice(UPPERS[person.upper]))
     if "inner" not in boxes:
         return _a(text)
@@ -191,19 +197,19 @@ def _upper(person: Person, boxes: dict[str, Box], rng: random.Random) -> str:
     return f"{_a(text)} over {_a(inner)} top"
 
 
-def _compose(template: str, told: dict[str, str], view: str, gender: str) -> str:
-    """Fill in a template: {a+b} lists those of the parts a and b that are told."""
-    told = told | {"view": view}
-    words = told | ({"she": "she", "her": "her"} if gender == "woman" else {"she": "he", "her": "his"})
+def _compose(template: str, words: dict[str, str], gender: str) -> str:
+    """A template of TEMPLATES filled in; words: part, or "view", -> its text."""
+    def option(group: re.Match) -> str:
+        parts = re.findall(r"(\w+)[+}]", group[1])
+        return group[1] if any(words.get(part) for part in parts) else ""
 
-    def fill(slot: re.Match) -> str:
+    def listed(slot: re.Match) -> str:
         *texts, last = [words[part] for part in slot[1].split("+") if words.get(part)]
         return f"{', '.join(texts)} and {last}" if texts else last
 
-    def option(group: re.Match) -> str:
-        return group[1] if any(map(told.get, re.findall(r"(\w+)[+}]", group[1]))) else ""
-
-    return re.sub(r"{(.*?)}", fill, re.sub(r"\[(.*?)\]", option, template))
+    she, her = PRONOUNS[gender]
+    template = template.replace("{she}", she).replace("{her}", her)
+    return re.sub(r"{(.*?)}", listed, re.sub(r"\[(.*?)\]", option, template))
 
 
 def _a(noun: str) -> str:

@@ -1,8 +1,6 @@
-"""The demo town: sets of drawn pedestrians, written in the real sets' own folder layouts and formats.
+"""Whole sets: one source (SDA) and three targets (CUHK-PEDES, ICFG-PEDES, RSTPReid), written as the real ones are.
 
-No real set may be shipped, so the package draws its own: one source (SDA) and three targets (CUHK-PEDES, ICFG-PEDES,
-RSTPReid). Who lives where and what each image shows depends on a seed alone, so the same person in the same pose can
-be drawn in any domain. data/records.py reads the sets back.
+The seed alone decides who lives in a set and what each image shows. data/records.py reads the sets back.
 """
 
 import fcntl
@@ -13,7 +11,7 @@ import random
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,15 +27,15 @@ NOTE = "computer drawings of people who do not exist, not photographs"
 FOLDERS = {"source": "SDA", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
 FIRST_ID = {"source": 0, "cuhk": 1, "icfg": 0, "rstp": 0}
 CUHK_CAMERAS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market")
-TWIN_SHARE = 0.3    # of the test identities belong to a pair that differs in one attribute
-PART = 5000         # records of one file of the source
+TWIN_SHARE = 0.3    # share of the test identities that belong to a pair which differs in one attribute
+PART = 5000         # records in one file of the source
 CHUNK = 40          # images that a process draws at once
-OURS = re.compile(r"(\d+_c\d+_\d+|sda_\w+|reid_raw|ICFG-PEDES|data_captions|town|DRAWN)\.(jpg|json|txt|tmp)")   # files
+OURS = re.compile(r"(\d+_c\d+_\d+|sda_\w+|reid_raw|ICFG-PEDES|data_captions|town|DRAWN)\.(jpg|json|txt|tmp)")
 
 
 @dataclass(frozen=True)
 class TownSizes:
-    """People of each split, and images of each of them, on average. ICFG-PEDES has no val split: those people train."""
+    """(people, images of each on average) of each split. ICFG-PEDES has no val split: those people train."""
     source_train: tuple[int, float] = (3000, 2)
     source_test: tuple[int, float] = (200, 3)
     target_train: tuple[int, float] = (400, 4)
@@ -50,6 +48,12 @@ class TownSizes:
             return [("train", *self.source_train), ("test", *self.source_test)]
         return [("train", *self.target_train), ("train" if set_name == "icfg" else "val", *self.target_val),
                 ("test", *self.target_test)]
+
+    def twins(self, set_name: str) -> list[tuple[int, int]]:
+        """Pairs of numbers of people, the first of the test split; each second one is a twin of the one before."""
+        *others, (_, people, _) = self.splits(set_name)
+        first = sum(count for _, count, _ in others)
+        return [(first + 2 * i, first + 2 * i + 1) for i in range(math.ceil(TWIN_SHARE * people / 2))]
 
 
 DEFAULT = TownSizes()
@@ -68,30 +72,24 @@ class Shot(NamedTuple):
 
 
 def shots(set_name: str, sizes: TownSizes, seed: int) -> Iterator[Shot]:
-    """The shots of a set, in the order of its identities. A person's depend on the seed and the person's number."""
-    first, person, twins = 0, None, {second for _, second in _twins(set_name, sizes)}
+    """The shots of a set, in the order of its identities. Each person's depend on the seed and the person's number."""
+    first, person, twins = 0, None, {second for _, second in sizes.twins(set_name)}
     for split, people, images in sizes.splits(set_name):
         for number in range(first, first + people):
             rng = random.Random(f"{seed}/{set_name}/{first}/{number}")
             person = twin_of(person, rng) if number in twins else sample_person(rng)
-            own = round(images * (number - first + 1)) - round(images * (number - first))
+            before = round(images * (number - first))       # images of the people before, if the average holds
+            own = round(images * (number - first + 1)) - before
             yield from shots_of(set_name, split, number, person, own, rng)
         first += people
 
 
-def _twins(set_name: str, sizes: TownSizes) -> list[tuple[int, int]]:
-    """Pairs of numbers of people, the first of the test split; each second one is a twin of the one before."""
-    *others, (_, people, _) = sizes.splits(set_name)
-    first = sum(count for _, count, _ in others)
-    return [(first + 2 * i, first + 2 * i + 1) for i in range(math.ceil(TWIN_SHARE * people / 2))]
-
-
-def shots_of(set_name: str, split: str, number: int, person: Person, images: int,
+def shots_of(set_name: str, split: str, number: int, person: Person, count: int,
              rng: random.Random) -> Iterator[Shot]:
-    """The shots of one person; people are numbered from 0 in each set."""
+    """`count` shots of one person; people are numbered from 0 in each set."""
     domain, identity = DOMAINS[set_name], number + FIRST_ID[set_name]
     cameras = rng.sample(range(domain.cameras), domain.cameras)
-    for i in range(images):
+    for i in range(count):
         camera = cameras[i % domain.cameras]
         yaw = rng.choices((0, 180, 270, 90), domain.views)[0] + rng.uniform(-20, 20)
         pose = Pose(yaw % 360, rng.uniform(0, 2 * math.pi))
@@ -104,15 +102,16 @@ def shots_of(set_name: str, split: str, number: int, person: Person, images: int
 def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, say=print) -> None:
     """Write a set under root in its real layout, unless its manifest says that it is there already.
 
-    The manifest town.json comes last, by renaming: a set without it is drawn again. Raises UserError when the folder
-    holds anything that was not drawn here.
+    The manifest town.json is written last: a set without it is drawn again. Raises UserError when the folder holds
+    anything that was not drawn here.
     """
-    folder, splits = Path(root) / FOLDERS[set_name], sizes.splits(set_name)
-    twins = [[number + FIRST_ID[set_name] for number in pair] for pair in _twins(set_name, sizes)]
-    manifest = json.dumps({"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": splits,
-                           "look": asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{set_name}.lock", "w") as lock:
+    folder = root / FOLDERS[set_name]
+    twins = [[number + FIRST_ID[set_name] for number in pair] for pair in sizes.twins(set_name)]
+    made_of = {"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": sizes.splits(set_name),
+               "look": asdict(DOMAINS[set_name]), "twins": twins}
+    manifest = json.dumps(made_of, indent=1)
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{set_name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                    # a second run waits for the first
         if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
             return
@@ -125,44 +124,39 @@ def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_text(folder / "DRAWN.txt", f"Drawn by mra/town/sets.py: {NOTE}.\n")       # first: the folder is ours
-        _write_records(folder, in_processes(partial(_draw, folder, set_name), to_draw, workers, CHUNK), say)
+        files = defaultdict(list)
+        made = in_processes(partial(_draw, folder, set_name), to_draw, workers, CHUNK)
+        for number, (name, record) in enumerate(made):
+            start = number // PART * PART
+            files[name.format(start, start + PART)].append(json.dumps(record))
+            if (number + 1) % PART == 0:
+                say(f"  {number + 1} images drawn")
+        for name, records in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_text(folder / name, "[\n" + ",\n".join(records) + "\n]\n")
         write_text(folder / "town.json", manifest)
 
 
-def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, str]:
-    """Draw and save one image; the name of its annotation file, and its record in JSON."""
+def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
+    """Draw and save one image. Returns its annotation file and its record."""
     image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
     file = folder / "imgs" / shot.path
     file.parent.mkdir(parents=True, exist_ok=True)
     save_image(image, file, quality=95)
     words = [describe(shot.person, shot.pose.view, boxes, random.Random(f"{shot.seed}/{i}")) for i in (0, 1)]
-    name, record = _record(set_name, shot, words)
-    return name, json.dumps(record)
-
-
-def _write_records(folder: Path, made: Iterable[tuple[str, str]], say) -> None:
-    """The annotation files, from the records in their order."""
-    files = defaultdict(list)
-    for drawn, (name, record) in enumerate(made):
-        start = drawn // PART * PART
-        files[name.format(start, start + PART)].append(record)
-        if (drawn + 1) % PART == 0:
-            say(f"  {drawn + 1} images drawn")
-    for name, records in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        write_text(folder / name, "[\n" + ",\n".join(records) + "\n]\n")
+    return _record(set_name, shot, words)
 
 
 def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
-    """(annotation file, record) in the set's own format."""
+    """(annotation file, record) in the set's own format. The source's train files are named after their records."""
     captions = [one.caption for one in words]
     if set_name == "source" and shot.split == "test":
         return "finetune/sda_test.json", {"image": shot.path, "caption": captions, "image_id": shot.identity}
     if set_name == "source":
         boxes = [[round(v, 4) for v in box] for box in words[0].boxes]
-        sure = random.Random(shot.seed)      # stands for the grounding model's confidence
-        return "sda_{}_{}.json", {"image": shot.path, "boxes": boxes, "phrases": words[0].phrases,
-                                  "logits": [round(sure.uniform(0.35, 0.9), 4) for _ in boxes],
+        rng = random.Random(shot.seed)
+        logits = [round(rng.uniform(0.35, 0.9), 4) for _ in boxes]      # stand for the grounding model's confidence
+        return "sda_{}_{}.json", {"image": shot.path, "boxes": boxes, "phrases": words[0].phrases, "logits": logits,
                                   "caption": captions[0], "image_id": shot.identity}
     path = "img_path" if set_name == "rstp" else "file_path"
     record = {"split": shot.split, "captions": captions, path: shot.path, "id": shot.identity}
@@ -175,15 +169,15 @@ def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
 
 
 def root(tiny: bool) -> Path:
-    """Where the demo town lies, under the working directory."""
+    """The demo town's folder, relative to the working directory."""
     return Path("data/demo-tiny" if tiny else "data/demo")
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """`root`, with the drawn set of that name (sda, cuhk, icfg, rstp) in it; it is drawn if it is missing."""
+    """`root`, with the set of that name (sda, cuhk, icfg, rstp) in it. A set that is missing is drawn."""
     if dataset == "mals":
         raise UserError("The demo town has no MALS: give --data-root, the folder that holds it.")
-    if dataset in ("sda", "cuhk", "icfg", "rstp"):
-        workers = 1 if tiny else os.cpu_count() or 1
-        build(root(tiny), "source" if dataset == "sda" else dataset, TINY if tiny else DEFAULT, 0, workers, say)
+    set_name = "source" if dataset == "sda" else dataset
+    if set_name in FOLDERS:
+        build(root(tiny), set_name, TINY if tiny else DEFAULT, 0, 1 if tiny else os.cpu_count() or 1, say)
     return root(tiny)
