@@ -419,7 +419,7 @@ def test_a_sentence_without_a_known_word_is_refused(work):
 
 def test_a_picture_shows_no_empty_boxes():
     font = pictures.ImageFont.load_default(15)
-    assert pictures._wrapped("gr\u00fcn \u8d70 \x1b\t$", font, 500) == "gr\u00fcn \\u8d70 $"
+    assert pictures._wrapped("green \u8d70 \x1b\t$", font, 500) == "green \\u8d70 $"
 
 
 # ---- a user's mistakes
@@ -494,7 +494,8 @@ def test_mistakes_in_evaluation(work, flags, named):
 def test_candidates_without_a_trained_fusion_encoder(work):
     succeed(work, "train.py", *QUICK, "--dataset", "icfg", "--fusion-from", "1", "--out", "out/new")
     assert rows_of(succeed(work, "evaluate.py")).keys() == {"icfg embeddings"}
-    assert "--k 4" in refused(work, "evaluate.py", "--k", "4")
+    for flags in (("--k", "4"), ("--fusion", "published")):
+        assert "fusion encoder is not trained yet" in refused(work, "evaluate.py", *flags)
 
 
 def test_evaluation_before_any_training(tmp_path):
