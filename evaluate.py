@@ -141,7 +141,7 @@ def ending_of(config: EvalConfig, trained_on: str) -> str:
 def orders_of(found: ranking.Found, config: EvalConfig, facts: dict) -> dict[str, Tensor]:
     """The order (Q, K) of each stage; there is one where nothing was re-scored."""
     orders = {"embeddings": found.candidates}
-    if found.logits.shape[1]:
+    if found.match.shape[1]:
         orders["re-ranked"] = found.reranked(weight_of(config, facts), config.fusion == "published")
     return orders
 

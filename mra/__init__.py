@@ -17,15 +17,17 @@ Beside the method, which imports none of it:
     town/                 drawn people in the real sets' formats, for a demo and for exact answers
     weights/              weights from elsewhere: BERT, ViT, the released MRA models, Stable Diffusion
     run/                  command line, machine, checkpoints, the one training loop, what is kept on disk
-    scale/                the contrastive loss in tiles, top-k of large galleries
+    scale/                the contrastive loss in chunks, top-k of large galleries
     show/                 pictures, a folder of photographs, answers to sentences, --check
     train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
 
 Shape letters; a docstring explains any other. Masks end in `_keep`, True = use it:
 
-    B batch      N patches    T caption tokens   P phrase tokens   M masked words   R rows of a tile
-    D width      E embedding  S keys attended    V vocabulary      H x W pixels
-    Q queries    G gallery images   in diffusion/: C channels   h x w pixels of the latents   K noise levels
+    B batch      N patches    T tokens of a text   P tokens of a phrase   M positions picked, as of masked words
+    D width      E embedding  S keys attended      V vocabulary           H x W pixels
+    in ranking.py: Q queries    G gallery images   K candidates of a query, the first k of them re-scored
+    in scale/:     N pairs of all workers          R rows of a chunk
+    in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
 Public names: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`,
 `mra.diffusion.dpm_solver`.

@@ -1,7 +1,7 @@
 """The losses of MRA (section 3) as pure functions of tensors: contrastive, matching, masked words.
 
 Image-text losses (ITC, ITM) and region-phrase losses (RPC, RPM) are the same two functions, called on images and
-captions or on regions and phrases. scale/contrastive.py computes `contrastive` in tiles where the batch is large.
+captions or on regions and phrases. scale/contrastive.py computes `contrastive` in chunks where the batch is large.
 Read next: retriever.py, which calls them.
 """
 
@@ -10,44 +10,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def soft_targets(ids: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Row-normalised targets (B, B): every pair of equal ids (B,) is a positive.
+def soft_targets(classes: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Row-normalised targets (B, B): a pair of equal classes (B,) is a positive.
 
     target = (1 - smoothing) * same / sum(same) + smoothing / B
     """
-    same = (ids[:, None] == ids[None, :]).float()                            # (B, B)
-    return (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(ids)
+    same = (classes[:, None] == classes[None, :]).float()                    # (B, B)
+    return (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(classes)
 
 
-def contrastive(image_features: Tensor, text_features: Tensor, temperature: Tensor | float, ids: Tensor,
+def contrastive(image_features: Tensor, text_features: Tensor, temperature: Tensor | float, classes: Tensor,
                 smoothing: float = 0.0) -> Tensor:
     """Image-text (or region-phrase) contrastive loss with multi-positive soft targets; a scalar.
 
     L = -1/2 E[sum_j target_ij log S_I2T(i, j) + sum_j target_ij log S_T2I(i, j)]   (MRA section 3)
 
-    image_features, text_features (B, E) of unit length; ids (B,): equal ids are positives.
+    image_features, text_features (B, E) of unit length; classes (B,): pairs of one class, an identity or
+    a phrase, are positives.
     """
     logits = (image_features @ text_features.T).float() / temperature        # (B, B)
-    targets = soft_targets(ids, smoothing)
+    targets = soft_targets(classes, smoothing)
     image_to_text = (targets * logits.log_softmax(1)).sum(1).mean()
     text_to_image = (targets * logits.T.log_softmax(1)).sum(1).mean()
     return -(image_to_text + text_to_image) / 2
 
 
-def hard_negatives(similarity: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of similarity (B, B), already divided by the temperature, one column of another id.
+def hard_negatives(similarity: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of similarity (B, B), already divided by the temperature, one column of another class.
 
     Drawn in proportion to the contrastive similarity, exp(similarity). Returns the columns (B,) and
-    exists (B,): False where the batch holds no other id, and the column must not be used.
+    exists (B,): False where the batch holds no other class, and the column must not be used.
     """
-    other = ids[:, None] != ids[None, :]                                     # (B, B)
+    other = classes[:, None] != classes[None, :]                             # (B, B)
     weights = similarity.float().masked_fill(~other, -torch.inf).softmax(1)
     weights = weights.nan_to_num(1.0)       # any column: for a row without negatives, and for a loss that is not finite
     return torch.multinomial(weights, 1).squeeze(1), other.any(1)
 
 
 def matching(logits: Tensor, matched: Tensor) -> Tensor:
-    """Cross-entropy of each pair's matching logits (M, 2) [mismatched, matched] against matched (M,) bool; (M,)."""
+    """Cross-entropy of each pair's matching logits (n, 2) [mismatched, matched] against matched (n,) bool; (n,)."""
     return F.cross_entropy(logits.float(), matched.long(), reduction="none")
 
 
@@ -57,7 +58,7 @@ def masked_words(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_where(values: Tensor, exists: Tensor) -> Tensor:
-    """Mean of the values where `exists` is True, 0 where it is so nowhere; a scalar."""
+    """Mean of the values where `exists` is True, 0 if it is True nowhere; a scalar."""
     return (values * exists).sum() / exists.sum().float().clamp(min=1)
 
 

@@ -1,16 +1,17 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k.
 
-MRA section 3, inference, with one departure: a pair's score, matching logit + weight x cosine similarity, depends on
-that pair alone. The paper normalises over the whole score matrix, as `Found.published_scores` does, so a query's order
-depends on the other queries. Both stages average over the image and its mirror image, for which left and right are
-exchanged in the words; the released code leaves the words as they are. Read next: evaluate.py.
+A candidate's score is match + weight * similarity. Match is the fusion encoder's logit [matched] - [mismatched],
+similarity the cosine of the embeddings. The weight says how much the similarity counts: with 0 the match alone orders
+the candidates, with a large weight they keep the first stage's order. `choose_weight` takes the best one on val, and
+the checkpoint keeps it. A score depends on its pair alone; in MRA section 3, and in `Found.published_scores`, scores
+are normalised over all pairs, so a query's order depends on the other queries. Both stages average over an image and
+its mirror image, with left and right exchanged in the words, as the released code does not. Read next: evaluate.py.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from mra.workers import Workers
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10                          # images found for each query at least
 BLOCK = 512                         # queries whose similarities with the whole gallery are in memory at once
-WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity beside the matching logit
+WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
 PAIRS = {"cuda": 2048, "cpu": 256}  # pairs matched at a time; 256 stay in a CPU's cache
 GATHERED = 4 * 2**30                # bytes of their keys and values, at most
 
@@ -63,31 +64,27 @@ def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) ->
 
 @dataclass(frozen=True)
 class Found:
-    """What the two stages found for Q queries in G images: K candidates of each query, the first k of them re-scored.
-
-    The whole matrix of similarities, queries @ gallery.T, exists in blocks alone, and for the metrics alone.
-    """
+    """What the two stages found for Q queries in G images: K candidates of each, the first k of them re-scored."""
 
     queries: Tensor         # (Q, E') unit features of all passes
     gallery: Tensor         # (G, E') may lie in a file
     similarity: Tensor      # (Q, K) of the candidates; this and what follows is on the CPU
     candidates: Tensor      # (Q, K) indices of the most similar images, best first
-    logits: Tensor          # (Q, k) [matched] - [mismatched], the mean of the passes
+    match: Tensor           # (Q, k) logit [matched] - [mismatched], the mean of the passes
     matched: Tensor         # (passes, Q, k) the logit [matched] alone
 
     def reranked(self, weight: float, published: bool = False) -> Tensor:
-        """Gallery indices (Q, K): the first k by logit + weight * similarity, or as published; the others as found."""
-        k = self.logits.shape[1]
-        score = self.published_scores(weight) if published else self.logits + weight * self.similarity[:, :k]
+        """Gallery indices (Q, K): the first k by match + weight * similarity, or as published; the others as found."""
+        k = self.match.shape[1]
+        score = self.published_scores(weight) if published else self.match + weight * self.similarity[:, :k]
         order = score.argsort(dim=1, descending=True, stable=True)
         return torch.cat([self.candidates[:, :k].gather(1, order), self.candidates[:, k:]], 1)
 
     def published_scores(self, weight: float) -> Tensor:
-        """The released code's scores (Q, k) on one process: matching + weight * similarity, each min-max scaled.
+        """The released code's scores (Q, k): logit [matched] + weight * similarity, each min-max scaled.
 
-        Similarity is scaled by the extremes of all pairs, matching by those of each pass; the passes' mean is taken.
-        There all other images share the query's lowest matching score, and so stay behind, ordered by similarity. On W
-        processes the released code weighs the similarity about W times more: give W * 0.002.
+        Similarity is scaled over all pairs, the logit over the candidates of each pass. There too the other images
+        stay behind. On n processes the released code weighs the similarity about n times more: give n * 0.002.
         """
         lowest = min((some @ self.gallery.to(some).T).min().item() for some in self.queries.split(BLOCK))
         scaled = (self.similarity - lowest) / (self.similarity.max() - lowest).clamp(min=1e-12)
@@ -119,17 +116,14 @@ def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple
 
 
 def quality(metrics: dict[str, float]) -> float:
-    """Weights and checkpoints are chosen by this on val: the mean of R@1 and mAP, which varies less than R@1 alone."""
+    """What weights and checkpoints are chosen by, on val: the mean of R@1 and mAP varies less than R@1 alone."""
     return (metrics["R@1"] + metrics["mAP"]) / 2
 
 
 # ---- search
 
 def top_k(queries: Tensor, gallery: Tensor, k: int, workers: Workers = Workers()) -> tuple[Tensor, Tensor]:
-    """The k best of gallery (G, E) for each query (Q, E), equal ones by index: similarities and indices (Q, k).
-
-    scale/search.py does this for large galleries.
-    """
+    """The k best of gallery (G, E) for each query (Q, E), equal ones by index: similarities and indices (Q, k)."""
     values, indices = (queries @ gallery.to(queries).T).sort(dim=1, descending=True, stable=True)
     return values[:, :k], indices[:, :k]
 
@@ -160,17 +154,10 @@ class Images(Dataset):
         return tensor_of(open_image(self.paths[index]), self.size)
 
 
-class Queries(NamedTuple):
-    """Encoded queries."""
-
-    tokens: Tensor      # (Q, T, D) started by the fusion encoder
-    keep: Tensor        # (Q, T)
-    features: Tensor    # (Q, E) of unit length
-
-
 @torch.inference_mode()
-def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256) -> Queries:
-    """Encode sentences with the text encoder; they are padded to the longest of all."""
+def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
+                   batch: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Sentences' tokens (Q, T, D), started by the fusion encoder, keep (Q, T), and unit features (Q, E)."""
     device = next(model.parameters()).device
     pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
     ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)
@@ -179,7 +166,7 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], 
         tokens, feature = model.encode_text(own_ids, own_keep)
         started.append(model.fusion_encoder.start(tokens, own_keep))
         features.append(feature.float())
-    return Queries(torch.cat(started), keep, torch.cat(features))
+    return torch.cat(started), keep, torch.cat(features)
 
 
 @torch.inference_mode()
@@ -195,18 +182,19 @@ def encode_gallery(model: Retriever, images: Dataset, plan: Plan) -> Tensor:
 
 
 @torch.inference_mode()
-def match_candidates(model: Retriever, images: Dataset, queries: Queries, candidates: Tensor, mirrored: bool,
-                     plan: Plan) -> Tensor:
+def match_candidates(model: Retriever, images: Dataset, queries: tuple[Tensor, ...], candidates: Tensor,
+                     mirrored: bool, plan: Plan) -> Tensor:
     """Matching logits (Q, k, 2), [mismatched, matched], of each query with its candidates (Q, k).
 
     Keys and values of an image are computed once for all queries that ask for it, and then forgotten. An image that no
     query asks for is not read. Queries of like length are matched together, padded to a multiple of 8: few shapes.
     """
+    text, keep, _ = queries                                                        # (Q, T, D), (Q, T)
     device = candidates.device
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) places in it
     own = plan.workers.own_batches(len(wanted), plan.batch)
     logits = torch.zeros(places.numel(), 2, device=device)
-    lengths = queries.keep.sum(1)                                                  # (Q,)
+    lengths = keep.sum(1)                                                          # (Q,)
     batches = loader(images, plan.loading, batch_size=plan.batch, sampler=wanted[own].tolist())
     for start, image in zip(own[::plan.batch], batches):
         asked = ((places >= start) & (places < start + plan.batch)).flatten().nonzero().squeeze(1)   # pairs of it
@@ -218,7 +206,7 @@ def match_candidates(model: Retriever, images: Dataset, queries: Queries, candid
         for some in asked[by_length].split(max(1, min(PAIRS[device.type], fitting))):
             query, column = some // places.shape[1], places.flatten()[some] - start
             longest = 8 * math.ceil(int(lengths[query].max()) / 8)                 # slicing stops at T
-            logits[some] = model.match(queries.tokens[query, :longest], queries.keep[query, :longest],
+            logits[some] = model.match(text[query, :longest], keep[query, :longest],
                                        [one[column] for one in keys_values], started=True).float()
     return plan.workers.summed(logits).view(*places.shape, 2)
 
@@ -230,30 +218,28 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
 
     `features` (G, 2, E) are those of `encode_gallery`, where they are known; they may lie in a file, and stay there.
     """
-    images = Images(paths, model.config)
-    passes = [encode_queries(model, tokenizer, captions)]
-    if features is None:
-        features = encode_gallery(model, images, plan)
+    images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
     if plan.mirror:
         mirrored = list(map(swap_left_right, captions)) if plan.swap else captions
         passes.append(encode_queries(model, tokenizer, mirrored))
-    # one product of these is the mean of the passes' similarities
-    queries = torch.cat([words.features for words in passes], 1) / len(passes)     # (Q, passes * E)
+    features = encode_gallery(model, images, plan) if features is None else features
+    # one product of queries and gallery is the mean of the passes' similarities
+    queries = torch.cat([feature for _, _, feature in passes], 1) / len(passes)    # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):
         values, candidates = plan.nearest(queries, gallery, max(plan.k, FIRST), plan.workers)        # (Q, K)
     pairs = torch.stack([match_candidates(model, images, words, candidates[:, :plan.k], bool(i), plan)
                          for i, words in enumerate(passes)]).cpu()                 # (passes, Q, k, 2)
-    logits = (pairs[..., 1] - pairs[..., 0]).mean(0)                               # (Q, k)
-    return Found(queries, gallery, values.cpu(), candidates.cpu(), logits, pairs[..., 1])
+    match = (pairs[..., 1] - pairs[..., 0]).mean(0)                                # (Q, k)
+    return Found(queries, gallery, values.cpu(), candidates.cpu(), match, pairs[..., 1])
 
 
 def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]:
     """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query."""
     captions = [clean(caption, source.name) for record in source.records for caption in record.captions]
     query_ids = torch.tensor([record.identity for record in source.records for _ in record.captions])
-    paths = [record.path for record in source.records]
-    return captions, query_ids, paths, torch.tensor([record.identity for record in source.records])
+    gallery_ids = torch.tensor([record.identity for record in source.records])
+    return captions, query_ids, [record.path for record in source.records], gallery_ids
 
 
 def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, plan: Plan,

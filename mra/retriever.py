@@ -2,9 +2,8 @@
 
 `Retriever.forward` names the stages of the paper's figure. Whole images with captions, and regions with phrases, go
 through the same `align`. A region is the mean of the tokens whose patches its box touches, followed by these tokens;
-the others stay in place and are masked.
-The region-phrase contrastive loss compares that mean with the phrase, and the fusion encoder sees it too.
-weights/released.py has the released models, which differ in both. Read next: ranking.py.
+the others stay in place and are masked. The region-phrase contrastive loss compares that mean with the phrase, and the
+fusion encoder sees it too. weights/released.py has the released models, which differ in both. Read next: ranking.py.
 """
 
 from collections.abc import Callable
@@ -34,7 +33,7 @@ class Objective:
 
 
 class Seen(NamedTuple):
-    """Images, or regions, as their captions or phrases meet them."""
+    """Encoded images for their captions, or regions for their phrases."""
 
     feature: Tensor                     # (B, E) of unit length
     keys_values: list[Tensor] | None    # of each fusion block; None: nothing is fused
@@ -133,11 +132,13 @@ class Retriever(nn.Module):
 
     def match_with_negatives(self, scores: Tensor, seen: Seen, text: Tensor, keep: Tensor,
                              classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Matching logits (3B, 2) of B matched pairs, B images with a wrong text and B texts with a wrong image.
+        """Logits (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
-        Negatives come from this worker's own B pairs, which are half of the batch where two threads share a step. They
-        are of another class: for captions another person, for phrases another phrase, perhaps of the same person. Also
-        returns which pairs match, and which exist (3B,): a batch may hold no pair of another class.
+        With several workers (workers.py) each matches its own B pairs and draws the negatives among these alone: half
+        of the batch where two threads share a step. The contrastive loss compares the pairs of all workers.
+        Each negative is drawn by similarity, `losses.hard_negatives`, from another class: for captions another person,
+        for phrases another phrase, perhaps of the same person. Also returns which pairs match, and which exist (3B,):
+        the B pairs may all be of one class.
         """
         wrong_text, text_exists = losses.hard_negatives(scores, classes)                 # (B,), (B,)
         wrong_image, image_exists = losses.hard_negatives(scores.T, classes)

@@ -1,7 +1,10 @@
-"""How the work of a step, or of a search, is shared out: the interface that the method knows.
+"""How the work of a training step, or of a search, is shared out over workers.
 
-A worker has a rank and exchanges tensors with the others. `Workers` itself is one worker alone; run/machine.py has the
-processes of torchrun and the threads of one process. Read next: diffusion/, or run/loop.py.
+A worker is one process of torchrun, or one of the two threads that share a training step on the CPU. All workers have
+the same weights. Each computes the loss and the gradients of its own samples, its part of the batch, and the mean over
+workers is taken. In a search each computes a part of the images. `Workers` is what the method knows of this: a rank, a
+count, and exchanges of tensors. It stands for one worker alone; run/machine.py has `Processes` and `Threads`, and
+run/loop.py trains with them. Read next: diffusion/, or run/loop.py.
 """
 
 import torch
@@ -23,8 +26,7 @@ class Workers:
 
         Every worker computes the same joint loss, but differentiates its own rows only. So their gradient is multiplied
         by `count`: the mean over workers, which run/loop.py takes, is then their sum, the joint gradient. A parameter
-        that is used after gathering, as the temperature, gets its whole gradient from each worker, and the mean keeps
-        it.
+        that is used after gathering, such as the temperature, gets the whole gradient in each worker, as in their mean.
         """
         if self.count == 1:
             return x

@@ -197,8 +197,8 @@ def pair_by_hand(model, tokenizer, caption: str, path: str, mirrored: bool) -> t
 
 def by_pair(found: Found) -> torch.Tensor:
     """Matching logits (Q, G), nan where a pair was no candidate."""
-    candidates = found.candidates[:, :found.logits.shape[1]]
-    return torch.full_like(matrix(found), torch.nan).scatter(1, candidates, found.logits)
+    candidates = found.candidates[:, :found.match.shape[1]]
+    return torch.full_like(matrix(found), torch.nan).scatter(1, candidates, found.match)
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -266,10 +266,10 @@ def test_a_pair_scores_the_same_in_any_company(model, tokenizer, paths):
 
 def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
     everything = search(model, tokenizer, CAPTIONS, paths, Plan(100))
-    assert everything.candidates.shape == everything.logits.shape == (5, 5)
+    assert everything.candidates.shape == everything.match.shape == (5, 5)
     assert everything.reranked(0.0).tolist() == by_pair(everything).argsort(dim=1, descending=True).tolist()
     nothing = search(model, tokenizer, CAPTIONS, paths, Plan(0))
-    assert nothing.logits.shape == (5, 0)
+    assert nothing.match.shape == (5, 0)
     assert nothing.reranked(8.0).tolist() == nothing.candidates.tolist() == everything.candidates.tolist()
 
 
@@ -278,7 +278,7 @@ def test_the_candidates_are_the_most_similar(model, tokenizer, paths, monkeypatc
     monkeypatch.setattr(ranking, "FIRST", 3)
     found = search(model, tokenizer, CAPTIONS, paths, Plan(2))
     ranks = matrix(found).argsort(dim=1, descending=True)
-    assert found.candidates.tolist() == ranks[:, :3].tolist() and found.logits.shape == (5, 2)
+    assert found.candidates.tolist() == ranks[:, :3].tolist() and found.match.shape == (5, 2)
     assert found.reranked(1.0)[:, :2].sort(1).values.tolist() == ranks[:, :2].sort(1).values.tolist()
     assert order(found, found.reranked(1.0))[:, 2:].tolist() == ranks[:, 2:].tolist()
 
@@ -287,7 +287,7 @@ def test_images_that_no_query_asks_for(model, tokenizer, paths):
     """One candidate in a gallery of five batches: four of them have nothing to score."""
     found = search(model, tokenizer, CAPTIONS[:1], paths, Plan(1, batch=1))
     best = found.candidates[0, 0]
-    assert found.logits[0, 0].item() == pytest.approx(
+    assert found.match[0, 0].item() == pytest.approx(
         by_pair(search(model, tokenizer, CAPTIONS[:1], paths, Plan(5)))[0, best].item(), abs=1e-5)
 
 

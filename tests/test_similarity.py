@@ -1,4 +1,4 @@
-"""Tiled losses and streamed search against double loops in float64, whole matrices and rankings made by hand."""
+"""Chunked losses and streamed search against double loops in float64, whole matrices and rankings made by hand."""
 
 import functools
 import json
@@ -31,11 +31,11 @@ def uncompiled():
 
 
 @pytest.fixture(autouse=True)
-def tiles(monkeypatch):
-    """Set the largest tile, for any number of pairs."""
-    def of(*size: int) -> None:
+def chunked(monkeypatch):
+    """Set the most rows of a chunk, for any number of pairs."""
+    def of(rows: int) -> None:
         monkeypatch.setattr(scale, "PLAIN", 0)
-        monkeypatch.setitem(scale.TILES, "cpu", size)
+        monkeypatch.setattr(scale, "ROWS", rows)
     return of
 
 
@@ -74,30 +74,29 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [3, 7, 3, 3, 7, 1, 1], [9, 9, 9], [5], [2**55, 2**55 + 1, 2**55]])
-def test_contrastive_is_a_double_loop_with_its_gradients(ids, smoothing, tiles):
+def test_contrastive_is_a_double_loop_with_its_gradients(ids, smoothing, chunked):
     torch.manual_seed(0)
     inputs = unit(len(ids), 6), unit(len(ids), 6), torch.tensor(0.07).double()
     expected = with_gradients(contrastive_by_loops, *inputs, ids, smoothing)
-    for tile in ((2, 3), (4, 1), (16, 16)):
-        tiles(*tile)
+    for rows in (1, 2, 4, 16):
+        chunked(rows)
         found = with_gradients(contrastive, *inputs, torch.tensor(ids), smoothing)
         for ours, reference in zip(found, expected):
             torch.testing.assert_close(ours, reference.double(), atol=1e-12, rtol=1e-9)
 
 
-def test_gradients_by_differences(tiles):
+def test_gradients_by_differences(chunked):
     torch.manual_seed(0)
-    tiles(2, 4)
+    chunked(2)
     leaves = [leaf.requires_grad_() for leaf in (unit(5, 4), unit(5, 4), torch.tensor(0.3).double())]
     ids = torch.tensor([0, 1, 0, 2, 2])
     assert torch.autograd.gradcheck(lambda *leaves: contrastive(*leaves, ids, 0.2), leaves)
 
 
 @pytest.mark.parametrize("precision, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-@pytest.mark.parametrize("count, tile, temperature", [(257, (64, 128), 0.07), (300, (128, 300), 0.5),
-                                                      (97, (40, 9), 0.01)])
+@pytest.mark.parametrize("count, rows, temperature", [(257, 64, 0.07), (300, 128, 0.5), (97, 40, 0.01)])
 @pytest.mark.parametrize("noise", [0.5, 10.0])
-def test_error_against_float64(precision, limit, count, tile, temperature, noise, tiles):
+def test_error_against_float64(precision, limit, count, rows, temperature, noise, chunked):
     """Loss and gradients of well aligned pairs (noise 0.5) and of random ones, from the same rounded features."""
     torch.manual_seed(count)
     image = unit(count, 48)
@@ -105,15 +104,15 @@ def test_error_against_float64(precision, limit, count, tile, temperature, noise
     ids = torch.randint(0, 4 * count, (count,))
     inputs = image.to(precision), text.to(precision), torch.tensor(temperature)
     expected = with_gradients(whole_matrix, *(x.double() for x in inputs), ids, 0.2)
-    tiles(*tile)
+    chunked(rows)
     for ours, reference in zip(with_gradients(contrastive, *inputs, ids, 0.2), expected):
         assert error(ours, reference) <= limit
 
 
 @pytest.mark.parametrize("temperature", [0.001, 100.0])
-def test_extreme_temperatures_stay_finite(temperature, tiles):
+def test_extreme_temperatures_stay_finite(temperature, chunked):
     torch.manual_seed(0)
-    tiles(16, 16)
+    chunked(16)
     inputs = unit(50, 8).float(), unit(50, 8).float(), torch.tensor(temperature)
     found = with_gradients(contrastive, *inputs, torch.arange(50), 0.0)
     expected = with_gradients(whole_matrix, *(x.double() for x in inputs), torch.arange(50), 0.0)
@@ -121,9 +120,9 @@ def test_extreme_temperatures_stay_finite(temperature, tiles):
         assert ours.isfinite().all() and error(ours, reference) < 1e-3
 
 
-def test_under_autocast_features_are_rounded_and_their_gradients_are_not(tiles):
+def test_under_autocast_features_are_rounded_and_their_gradients_are_not(chunked):
     torch.manual_seed(0)
-    tiles(32, 32)
+    chunked(32)
     inputs = unit(70, 16).float(), unit(70, 16).float(), torch.tensor(0.07)
     ids = torch.arange(70) // 2
     expected = with_gradients(contrastive, *inputs, ids, 0.1)
@@ -136,26 +135,26 @@ def test_under_autocast_features_are_rounded_and_their_gradients_are_not(tiles):
 
 # ---- contrastive: how it is computed
 
-def test_no_whole_matrix_forward_or_backward(tiles):
-    """With 600 pairs, tiles of 64 x 64 and 8 features nothing is larger than the features of all pairs, padded."""
-    tiles(64, 64)
+def test_no_whole_matrix_forward_or_backward(chunked):
+    """With 600 pairs, chunks of 8 rows and 8 features nothing is larger than the features of all pairs."""
+    chunked(8)
     inputs = unit(600, 8).float(), unit(600, 8).float(), torch.tensor(0.07), torch.arange(600)
     with Largest() as plain:
         with_gradients(losses.contrastive, *inputs, 0.1)
     with Largest() as ours:
         with_gradients(contrastive, *inputs, 0.1)
-    assert plain.elements >= 600 * 600 and ours.elements <= 640 * 8
+    assert plain.elements >= 600 * 600 and ours.elements <= 600 * 8
 
 
 def test_training_uses_it(root, monkeypatch):
-    """train.py computes ITC of captions and of augmented captions here; in tiles it logs what it logs without.
+    """train.py computes ITC of captions and of augmented captions here; in chunks it logs what it logs without.
 
     On the CPU two threads share a step: each computes both terms for its two of the four pairs.
     """
-    tiled, calls = scale.log_sum_exps, []
-    monkeypatch.setattr(scale, "log_sum_exps", lambda *inputs: calls.append(len(inputs[0])) or tiled(*inputs))
+    sums, calls = scale.sums, []
+    monkeypatch.setattr(scale, "sums", lambda rows, columns: calls.append(len(rows[0])) or sums(rows, columns))
     logs = {}
-    for name, limit in (("plain", scale.PLAIN), ("tiled", 0)):
+    for name, limit in (("plain", scale.PLAIN), ("chunked", 0)):
         monkeypatch.setattr(scale, "PLAIN", limit)
         succeed(root, "train.py", "--dataset", "cuhk", "--data-root", str(root), "--preset", "tiny", "--init", "none",
                 "--steps", "1", "--batch", "4", "--eda", "0.8", "--evals", "1", "--precision", "float32", "--out", name)
@@ -163,7 +162,7 @@ def test_training_uses_it(root, monkeypatch):
         logs[name] = {term: value for term, value in logged.items() if term not in ("lr", "images_per_second")}
         assert len(calls) == (0 if name == "plain" else 4)
     assert calls == [2, 2, 2, 2] and "itc" in logs["plain"]
-    assert logs["tiled"] == pytest.approx(logs["plain"], rel=1e-5, abs=2e-4)        # the last digit written may differ
+    assert logs["chunked"] == pytest.approx(logs["plain"], rel=1e-5, abs=2e-4)      # the last digit written may differ
 
 
 def test_every_contrastive_term_of_the_model_uses_it(model, batch, monkeypatch):
@@ -179,7 +178,7 @@ def fresh(monkeypatch, **options) -> None:
     """Forget what was compiled so far; compile with these options from now on."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
     monkeypatch.setattr(Compiled, "possible", True)
-    for name in ("tile_log_sum_exps", "tile_slopes"):
+    for name in ("sums", "slopes"):
         monkeypatch.setattr(scale, name, Compiled(getattr(scale, name).function))
 
 
@@ -194,16 +193,16 @@ def check_compiled(counts: tuple[int, ...]) -> None:
             assert error(ours, reference) < 1e-5
 
 
-def test_one_graph_a_tile_function_for_many_sizes(monkeypatch, tiles):
-    tiles(32, 64)
+def test_one_graph_a_chunk_function_for_many_sizes(monkeypatch, chunked):
+    chunked(32)
     graphs = []
     fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     check_compiled((255, 256, 200, 193, 150))
     assert len(graphs) == 2 and Compiled.possible
 
 
-def test_a_compiled_model_calls_the_tiles_as_they_are(monkeypatch, tiles):
-    tiles(32, 64)
+def test_a_compiled_model_calls_the_chunks_as_they_are(monkeypatch, chunked):
+    chunked(32)
     graphs, own = [], []
     fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     model = torch.compile(lambda *given: contrastive(*given).exp(),
@@ -215,8 +214,8 @@ def test_a_compiled_model_calls_the_tiles_as_they_are(monkeypatch, tiles):
     assert len(graphs) == 1 and own and not any("logsumexp" in code for code in own)
 
 
-def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys, tiles):
-    tiles(32, 64)
+def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys, chunked):
+    chunked(32)
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
     fresh(monkeypatch, backend=broken)
@@ -224,8 +223,8 @@ def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys, t
     assert capsys.readouterr().out.count("uncompiled") == 1 and not Compiled.possible
 
 
-def test_compiled_code_gives_the_same_numbers(monkeypatch, capsys, tiles):
-    tiles(32, 64)
+def test_compiled_code_gives_the_same_numbers(monkeypatch, capsys, chunked):
+    chunked(32)
     fresh(monkeypatch)
     check_compiled((100,))
     if not Compiled.possible:
@@ -234,7 +233,7 @@ def test_compiled_code_gives_the_same_numbers(monkeypatch, capsys, tiles):
 
 # ---- several workers
 
-PLAINS = 0, 22      # in tiles, and from the whole matrix
+PLAINS = 0, 22      # in chunks, and from the whole matrix
 
 
 @functools.cache
@@ -256,7 +255,7 @@ def one_of_two(rank: int, folder: str) -> None:
     """A process of `test_two_processes_are_one`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    scale.TILES["cpu"], found = (4, 8), []
+    scale.ROWS, found = 4, []
     with torch.compiler.set_stance("force_eager"):
         for scale.PLAIN in PLAINS:
             found.append(share_of(Processes()))
@@ -285,9 +284,9 @@ def test_two_processes_are_one(tmp_path):
         check_joint(found, limit)
 
 
-def test_two_threads_are_one(tiles, monkeypatch):
+def test_two_threads_are_one(chunked, monkeypatch):
     joint()                     # drawn once, before the threads use it
-    tiles(4, 8)
+    chunked(4)
     for plain, limit in zip(PLAINS, (1e-10, 1e-5)):
         monkeypatch.setattr(scale, "PLAIN", plain)
         with ThreadPoolExecutor(2) as pool:

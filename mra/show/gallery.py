@@ -163,8 +163,8 @@ def answer(model: Retriever, tokenizer: Tokenizer, asked: list[str], paths: list
             place = candidates.index(g)
             hit = {"path": paths[g], "similarity": found.similarity[q, place].item()}
             said = f"similarity {hit['similarity']:.3f}"
-            if place < found.logits.shape[1]:       # it was re-scored
-                hit["match"] = found.logits[q, place].item()
+            if place < found.match.shape[1]:       # it was re-scored
+                hit["match"] = found.match[q, place].item()
                 said += f"  match {hit['match']:6.2f}"
             first.append(hit)
             print(f"{len(first):3}  {said}  {shown(Path(paths[g]))}")

@@ -66,7 +66,7 @@ def reranking(count: int) -> Callable:
     keep = torch.ones(count, 32, dtype=torch.bool, device=DEVICE)
     with torch.inference_mode():
         tokens, features = model.encode_text(torch.randint(5, 1000, (count, 32), device=DEVICE), keep)
-        queries = ranking.Queries(model.fusion_encoder.start(tokens, keep), keep, features)
+        queries = model.fusion_encoder.start(tokens, keep), keep, features
     candidates = torch.randint(count, (count, 8), device=DEVICE)
     return lambda: ranking.match_candidates(model, images, queries, candidates, False, ranking.Plan(8))
 

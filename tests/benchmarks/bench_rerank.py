@@ -80,7 +80,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):
         our_time, ours = timed(lambda: ranking.match_candidates(
-            model, images, ranking.Queries(started, keep, features), candidates, False, ranking.Plan(given.k)))
+            model, images, (started, keep, features), candidates, False, ranking.Plan(given.k)))
     off = (ours[few] - plain).abs().max()
     related = torch.corrcoef(torch.stack([(x[few, :, 1] - x[few, :, 0]).flatten() for x in (ours, plain)]))[0, 1]
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mra import losses
-from mra.scale import contrastive as tiled
+from mra.scale import contrastive as chunked
 from mra.scale import search as streamed
 
 CUDA = torch.cuda.is_available()
@@ -77,7 +77,7 @@ def contrastive(side: str, count: int, width: int, precision: torch.dtype) -> Ca
     temperature, ids = torch.tensor(0.07, device=DEVICE, requires_grad=True), torch.arange(count, device=DEVICE)
     ids = ids.where(ids % 3 > 0, ids // 6)
     loss = {"plain": losses.contrastive, "compiled": torch.compile(losses.contrastive),
-            "ours": tiled.contrastive}[side]
+            "ours": chunked.contrastive}[side]
     return lambda: torch.autograd.grad(loss(image, text, temperature, ids, 0.1), (image, text, temperature))
 
 
