@@ -1,7 +1,7 @@
 """The numbers of the package: model presets, training recipes, and the flags of the three scripts.
 
-Every configuration is a frozen dataclass. The command line is made from its fields (`batch` becomes `--batch`), and
-the resolved configuration is printed and saved with the results. Read next: data/records.py.
+Every configuration is a frozen dataclass. A script's command line is made from the fields (`batch` becomes `--batch`).
+The script prints the resolved configuration. Read next: data/records.py.
 """
 
 from dataclasses import dataclass, field, fields
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence, printed without a traceback, exit status 2."""
+    """A mistake that the user can correct: one sentence, printed without a traceback; exit status 2."""
 
 
 # ---- sizes of the models
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the retriever. Images are (height, width) pixels, cut into square patches."""
+    """Sizes of the retriever. Images have height x width pixels and are cut into square patches."""
 
     height: int
     width: int
@@ -25,17 +25,17 @@ class ModelConfig:
     image_depth: int
     image_heads: int
     text_dim: int
-    text_depth: int       # layers that read the words alone
-    fusion_depth: int     # layers that also attend to the image
+    text_depth: int       # layers of the text encoder
+    fusion_depth: int     # layers of the fusion encoder, which also attend to the image
     text_heads: int
     embed: int            # width of the contrastive space
     rerank: int           # candidates that the fusion encoder re-scores for each query
     dropout: float = 0.1
-    positions: int = 512  # rows of the table of text positions, as in BERT
+    positions: int = 512  # position embeddings of the text, as in BERT
     max_tokens: int = 56  # longest caption, [CLS] and [SEP] included
     vocab: int = 0        # word pieces; set from the vocabulary when the model is made
-    window: int = 0       # patches along a window of a Swin image encoder, whose last stage has `patch`; 0: a ViT
-    class_token: bool = False       # the ViT has a class token beside its patches, as pretrained ones have
+    window: int = 0       # patches along a window of a Swin, whose last stage has patches of `patch` pixels; 0: a ViT
+    class_token: bool = False       # the ViT also has a class token, as pretrained ones have
     bins: int = 0         # released models: bins of tokens that the projections read; 0: token 0 alone
     released_regions: bool = False  # as in the released code: RPC ignores the box, RPM does not see the region's mean
 
@@ -51,27 +51,25 @@ class ModelConfig:
 
 
 PRESETS = {
-    #                    height width patch  image: dim depth heads  text: dim depth fusion heads  embed rerank
-    "tiny":  ModelConfig(32,    16,   8,            32,  1,    2,          32,  1,    1,     2,      16,    8),
-    "demo":  ModelConfig(64,    32,   8,            128, 4,    4,          128, 2,    2,     4,      128,   32),
-    "small": ModelConfig(192,   96,   16,           384, 12,   6,          384, 3,    3,     6,      256,   128),
-    "base":  ModelConfig(384,   256,  16,           768, 12,   12,         768, 6,    6,     12,     256,   512),
-    # the released models: a Swin-B, at the size of fine-tuning and at that of pretraining
-    "swin":  ModelConfig(384,   256,  32,           1024, 24,  32,         768,  6,    6,     12,     2048,  512,
-                         window=8, bins=3),
-    "swin-224": ModelConfig(224, 224, 32,           1024, 24,  32,         768,  6,    6,     12,     2048,  512,
-                            window=7, bins=3),
+    #                      height width patch  image: dim depth heads  text: dim depth fusion heads  embed rerank
+    "tiny":     ModelConfig(32,   16,   8,     32,   1,   2,           32,  1,  1,  2,               16,   8),
+    "demo":     ModelConfig(64,   32,   8,     128,  4,   4,           128, 2,  2,  4,               128,  32),
+    "small":    ModelConfig(192,  96,   16,    384,  12,  6,           384, 3,  3,  6,               256,  128),
+    "base":     ModelConfig(384,  256,  16,    768,  12,  12,          768, 6,  6,  12,              256,  512),
+    # the released models: a Swin-B, at the sizes of fine-tuning and of pretraining
+    "swin":     ModelConfig(384, 256, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=8, bins=3),
+    "swin-224": ModelConfig(224, 224, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=7, bins=3),
 }
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Sizes of the latent diffusion model. The fields text_* are those of its text encoder."""
+    """Sizes of the latent diffusion model; the fields text_* belong to its text encoder."""
 
     height: int
     width: int
     stem: int                     # pixels folded into channels before the autoencoder's first convolution
-    autoencoder: tuple[int, ...]  # its channels at each level; each level halves the resolution of the one before
+    autoencoder: tuple[int, ...]  # the autoencoder's channels at each level; each level halves the resolution
     latent: int                   # channels of the latents
     widths: tuple[int, ...]       # the denoiser's channels at each level
     heads: int
@@ -82,7 +80,7 @@ class DiffusionConfig:
     positions: int = 512
     max_tokens: int = 56
     vocab: int = 0                # set from the vocabulary when the model is made
-    stable: bool = False          # built as Stable Diffusion 1.5 is, so that its weights fit
+    stable: bool = False          # the architecture of Stable Diffusion 1.5, for its weights
 
     @property
     def factor(self) -> int:
@@ -91,7 +89,7 @@ class DiffusionConfig:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, rows and columns of an image's latents."""
+        """The latents of an image: (C, h, w)."""
         return self.latent, self.height // self.factor, self.width // self.factor
 
 
@@ -101,7 +99,7 @@ DIFFUSION_PRESETS = {
     "demo":  DiffusionConfig(64,    32,   4,   (96,),           12,    (48, 96),            2,          128, 2,    4),
     "small": DiffusionConfig(192,   96,   2,   (64, 128, 256),  8,     (128, 256, 384),     8,          256, 4,    4),
     "base":  DiffusionConfig(384,   256,  2,   (96, 192, 384),  8,     (192, 384, 768, 768), 8,         512, 6,    8),
-    # Stable Diffusion 1.5, and for tests the same with other widths
+    # Stable Diffusion 1.5, and a narrow one for tests
     "sd15":  DiffusionConfig(384,   256,  1,   (128, 256, 512, 512), 4, (320, 640, 1280, 1280), 8,      768, 12,   12,
                              positions=77, max_tokens=77, stable=True),
     "sd15-tiny": DiffusionConfig(128, 64, 1,   (32, 32, 64, 64), 4,    (32, 64, 96, 96),    4,          32,  2,    4,
@@ -113,30 +111,29 @@ DIFFUSION_PRESETS = {
 
 @dataclass(frozen=True)
 class Fit:
-    """How one network is trained: AdamW, a linear rise of the learning rate, then a linear fall to 0."""
+    """How one network is trained: AdamW; the learning rate rises linearly, then falls linearly to 0."""
 
     steps: int
-    batch: int                    # samples of one batch, of all processes together
+    batch: int                    # samples of a batch, over all processes
     lr: float                     # peak learning rate
     warmup: float = 0.05          # share of the steps with a rising learning rate
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0             # largest gradient norm
-    average: float = 0.999        # decay of the moving average of the weights, which is kept in the end; 0: none
-    accumulate: int = 1           # batches whose gradients are added up before a step
+    average: float = 0.999        # decay of the moving average of the weights, which becomes the result; 0: none
+    accumulate: int = 1           # batches of a step
     save_every: int = 200         # steps
 
 
 @dataclass(frozen=True)
 class DadRecipe:
-    """How the networks of DaD are trained at one size."""
+    """How the networks of DaD are trained at one size; the last three are not trained beside Stable Diffusion."""
 
     branch: Fit
     judge: Fit
-    autoencoder: Fit | None = None      # None: the base is not trained here
+    autoencoder: Fit | None = None
     denoiser: Fit | None = None
-    decoder: Fit | None = None          # None: the decoder is left as it is, as in the paper
-    middle: bool = False                # the branch's noise levels are drawn mostly from the middle
+    decoder: Fit | None = None
     epochs: int = 0                     # passes of the branch over the target's pairs, in place of its steps
     flags: tuple[tuple[str, float], ...] = ()           # other defaults of adapt.py's flags
 
@@ -146,14 +143,14 @@ def _judge(steps: int) -> Fit:
 
 
 DAD_RECIPES = {
-    "tiny":  DadRecipe(Fit(5, 16, 1e-3), _judge(5), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3), middle=True,
+    "tiny":  DadRecipe(Fit(5, 16, 1e-3), _judge(5), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
                        flags=(("sampling_steps", 4),)),
     "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), judge=_judge(200), autoencoder=Fit(2000, 32, 1e-3),
-                       denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3), middle=True),
+                       denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3)),
     "small": DadRecipe(branch=Fit(4000, 64, 2e-4), judge=_judge(1000), autoencoder=Fit(20_000, 64, 3e-4),
-                       denoiser=Fit(60_000, 256, 4e-4), decoder=Fit(1000, 32, 3e-4), middle=True),
+                       denoiser=Fit(60_000, 256, 4e-4), decoder=Fit(1000, 32, 3e-4)),
     "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), judge=_judge(2000), autoencoder=Fit(50_000, 32, 2e-4),
-                       denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4), middle=True),
+                       denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4)),
     # three epochs of the target's pairs, as in the paper
     "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), judge=_judge(2000), epochs=3, flags=(
         ("sampling_steps", 20), ("guidance", 7.5), ("guidance_from", 0.0), ("guidance_to", 1.0))),
@@ -175,7 +172,9 @@ DEMO = {
 
 
 def pretrains(dataset: str) -> bool:
-    """Whether a set is one to pretrain on: SDA, MALS, or a folder of SDA parts, as adapt.py makes."""
+    """Whether `dataset` is for pretraining: SDA, MALS, or a folder in SDA format, which adapt.py makes."""
+    if dataset in ("cuhk", "icfg", "rstp"):         # never a folder of that name
+        return False
     return dataset in ("sda", "mals") or any(Path(dataset).glob("sda_*.json"))
 
 
@@ -190,12 +189,12 @@ def recipe(dataset: str, preset: str) -> dict:
 # ---- flags of the scripts
 
 def flag(default, text: str, least: float | None = None, most: float | None = None, choices: tuple[str, ...] = ()):
-    """A field that is a flag: its default, its help, the range of a number or the words that may be chosen."""
+    """A field that is a flag: its default, its help text, and a number's range or a word's choices."""
     return field(default=default, metadata={"text": text, "least": least, "most": most, "choices": choices})
 
 
 def check_values(config) -> None:
-    """Raise UserError for a number outside its range, or a word that is none of the choices."""
+    """Raise UserError for a number outside its range or a word outside its choices."""
     for one in fields(config):
         value, name = getattr(config, one.name), "--" + one.name.replace("_", "-")
         least, most, choices = (one.metadata[key] for key in ("least", "most", "choices"))
@@ -205,91 +204,85 @@ def check_values(config) -> None:
             raise UserError(f"{name} {value}: choose one of {', '.join(choices)}.")
 
 
-SEED = "of all that is random"
-DEVICE = "cuda or cpu; empty: cuda where there is one"
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage of train.py. A recipe above overrides some of these defaults, and a flag overrides both."""
+    """One stage of train.py. A recipe overrides some of these defaults, a flag overrides both."""
 
-    dataset: str = flag("icfg", "cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or a folder of your own")
+    dataset: str = flag("icfg", "cuhk, icfg, rstp (fine-tuning); sda, mals (pretraining); or your own folder")
     preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
-    data_root: str = flag("", "folder of the real sets; empty: the demo town, which is drawn on first use")
-    check: bool = flag(False, "read the whole set, decode its images, list what is wrong, and stop")
-    init: str = flag("", "checkpoint to start from, or none; empty: pretrain first, on out/sda/<dataset> if adapt.py "
-                         "made it, else on the demo source")
+    data_root: str = flag("", "folder of the real sets; empty: the demo town, drawn on first use")
+    check: bool = flag(False, "read the set, decode its images, list what is wrong, and stop")
+    init: str = flag("", "checkpoint to start from, or none; empty: pretrain first, on adapt.py's set or the source")
     bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
     vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
-    vocab: str = flag("", "a WordPiece vocab.txt; empty: that of --bert, else the packaged one of demo words")
-    out: str = flag("", "folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>")
-    seed: int = flag(0, SEED, 0, 2**31)
-    resume: bool = flag(True, "go on from the last checkpoint in --out; --no-resume starts over")
-    share: float = flag(1.0, "share of the training identities to use, the same ones each time", 1e-6, 1)
+    vocab: str = flag("", "a WordPiece vocab.txt; empty: that of --bert, or else the packaged one")
+    out: str = flag("", "folder of the checkpoints and the log; empty: out/<dataset>-<preset>-s<seed>")
+    seed: int = flag(0, "seed of all random numbers", 0, 2**31)
+    resume: bool = flag(True, "continue from the last checkpoint in --out; --no-resume starts over")
+    share: float = flag(1.0, "share of the training identities to use, always the same ones", 1e-6, 1)
     epochs: float = flag(30, "passes over the image-caption pairs", 1e-6, 1e6)
-    steps: int = flag(0, "a number of steps in place of epochs; 0: epochs decide", 0, 1e9)
-    batch: int = flag(40, "pairs of one batch and process", 1, 1e6)
-    accumulate: int = flag(1, "batches whose gradients are added up before a step", 1, 1e6)
+    steps: int = flag(0, "training steps, in place of --epochs; 0: --epochs decides", 0, 1e9)
+    batch: int = flag(40, "pairs in a batch of one process", 1, 1e6)
+    accumulate: int = flag(1, "batches of a step, whose gradients are added up", 1, 1e6)
     lr: float = flag(1e-4, "peak learning rate of the encoders", 0, 10)
-    head_lr: float = flag(5.0, "learning rate of the new heads as a multiple of --lr", 0, 1e3)
+    head_lr: float = flag(5.0, "learning rate of the new heads, as a multiple of --lr", 0, 1e3)
     warmup: float = flag(0.1, "share of the steps with a rising learning rate; it then falls linearly to 0", 0, 1)
     weight_decay: float = flag(0.01, "weight decay of the matrices", 0, 10)
     clip: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
     beta: float = flag(0.8, "weight of the region losses", 0, 1e3)
-    regions: bool = flag(True, "use the region losses where the records have boxes")
+    regions: bool = flag(True, "use the region losses for records with boxes")
     released_regions: bool = flag(False, "as in the released code: RPC ignores the box, RPM hides the region's mean")
     smoothing: float = flag(0.0, "label smoothing of the contrastive targets", 0, 1)
-    eda: float = flag(0.0, "weight of ITC and ITM of a second, augmented caption; 0: no such caption", 0, 1e3)
+    eda: float = flag(0.0, "weight of ITC and ITM on an augmented copy of the caption; 0: none", 0, 1e3)
     erase: float = flag(0.0, "chance of random erasing in fine-tuning", 0, 1)
-    fusion_from: float = flag(0.0, "share of the steps after which ITM and MLM join ITC, RPC and RPM", 0, 1)
+    fusion_from: float = flag(0.0, "share of the steps before ITM and MLM join the other losses", 0, 1)
     evals: int = flag(10, "evaluations on val, evenly spaced; the best checkpoint is kept", 1, 1e6)
-    log_every: int = flag(20, "steps between two lines of progress", 1, 1e9)
+    log_every: int = flag(20, "steps between lines of progress", 1, 1e9)
     workers: int = flag(0, "data loading processes", 0, 256)
     allow_missing: bool = flag(False, "drop records whose image is missing")
     compile: bool = flag(False, "torch.compile the model")
     precision: str = flag("", "float32 or bf16 (autocast); empty: bf16 where the device computes in it")
-    device: str = flag("", DEVICE)
+    device: str = flag("", "cuda or cpu; empty: cuda where there is one")
 
 
 @dataclass(frozen=True)
 class AdaptConfig:
     """What adapt.py makes, from what, and how."""
 
-    target: str = flag("icfg", "whose look the images get", choices=("cuhk", "icfg", "rstp"))
-    mode: str = flag("generate", "generate from captions, or restyle the source's images",
-                     choices=("generate", "restyle"))
+    target: str = flag("icfg", "set whose look the images get", choices=("cuhk", "icfg", "rstp"))
+    mode: str = flag("generate", "generate from captions, or restyle source images", choices=("generate", "restyle"))
     share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
     images: int = flag(1500, "number of images to make, before the filters", 1, 1e9)
-    captions: str = flag("target", "whose captions to generate from", choices=("target", "source"))
+    captions: str = flag("target", "set whose captions images are generated from", choices=("target", "source"))
     size: str = flag("demo", "size of the diffusion model", choices=tuple(DIFFUSION_PRESETS))
-    base: str = flag("", "file of a trained base; empty: the shipped one for demo, else trained first")
-    weights: str = flag("", "for sd15: folder of Stable Diffusion 1.5 in the layout of diffusers")
+    base: str = flag("", "file of a trained base; empty: the shipped one for demo, else one is trained first")
+    weights: str = flag("", "for sd15: folder of Stable Diffusion 1.5, in the layout of diffusers")
     train_base: bool = flag(False, "train the base and stop")
     source: str = flag("", "folder with the source set, SDA or MALS; empty: the demo town")
     data_root: str = flag("", "folder with the real target set; empty: the demo town")
-    out: str = flag("", "folder of the set; empty: out/sda/<target>, and what differs from the defaults")
+    out: str = flag("", "folder of the set; empty: out/sda/<target>, then the flags that differ")
     resume: bool = flag(True, "go on with the set in --out; --no-resume removes one that was made otherwise")
-    steps: int = flag(0, "training steps of the branch; 0: the recipe decides", 0, 1e9)
+    steps: int = flag(0, "training steps of the branch; 0: those of the recipe", 0, 1e9)
     recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
-    sampler: str = flag("dpm", "dpm is DPM-Solver++(2M)", choices=("ddim", "dpm"))
+    sampler: str = flag("dpm", "sampler; dpm is DPM-Solver++(2M)", choices=("ddim", "dpm"))
     sampling_steps: int = flag(12, "denoising steps of an image", 1, 1000)
-    guidance: float = flag(3.5, "guidance on the text; 1: none", 0, 100)
+    guidance: float = flag(3.5, "scale of the guidance on the text; 1: none", 0, 100)
     guidance_from: float = flag(0.2, "lowest noise level with guidance; 0: clean", 0, 1)
     guidance_to: float = flag(0.8, "highest noise level with guidance; 1: pure noise", 0, 1)
-    strength: float = flag(0.8, "noise that restyling starts from; 0: no diffusion, 1: pure noise", 0, 1)
-    grey_mean: float = flag(0.02, "drop as greyscale: mean of the channel differences below this, and ...", 0, 1)
-    grey_variance: float = flag(0.0005, "... their variance below this", 0, 1)
-    malformed: float = flag(1.0, "drop as malformed: log-odds of the judge above this", -1e3, 1e3)
+    strength: float = flag(0.8, "noise level that restyling starts from; 0: no diffusion, 1: pure noise", 0, 1)
+    grey_mean: float = flag(0.02, "drop an image as greyscale: mean of its channel differences below this, and", 0, 1)
+    grey_variance: float = flag(0.0005, "variance of its channel differences below this", 0, 1)
+    malformed: float = flag(1.0, "drop an image as malformed: log-odds of the judge above this", -1e3, 1e3)
     box_threshold: float = flag(0.35, "drop a phrase's box below this confidence", 0, 1)
-    seed: int = flag(0, SEED, 0, 2**31)
+    seed: int = flag(0, "seed of all random numbers", 0, 2**31)
     workers: int = flag(0, "image decoding processes", 0, 256)
-    device: str = flag("", DEVICE)
+    device: str = flag("", "cuda or cpu; empty: cuda where there is one")
     precision: str = flag("", "float32 or bf16; empty: bf16 where the device computes in it")
     compile: bool = flag(False, "torch.compile the networks")
 
     @property
     def from_source(self) -> bool:
-        """Whether images are made of the source's images or captions."""
+        """Whether images are made from the source's images or captions."""
         return self.mode == "restyle" or self.captions == "source"
 
 
@@ -299,20 +292,20 @@ class EvalConfig:
 
     checkpoint: str = flag("", "ours, or a released one (.pth); empty: the newest out/*/best.safetensors")
     vocab: str = flag("", "BERT's vocab.txt for a released checkpoint; empty: the one beside it")
-    dataset: tuple[str, ...] = flag((), "sets to evaluate on; empty: the one that the checkpoint was trained on")
-    split: str = flag("test", "which split", choices=("train", "val", "test"))
+    dataset: tuple[str, ...] = flag((), "sets to evaluate on; empty: the checkpoint's training set")
+    split: str = flag("test", "split to evaluate on", choices=("train", "val", "test"))
     data_root: str = flag("", "folder of the real sets; empty: the demo town")
     k: int = flag(-1, "candidates that the fusion encoder re-scores; -1: the preset's; 0: none", -1, 1e9)
-    mirror: bool = flag(True, "average over the mirror image")
+    mirror: bool = flag(True, "average the scores of an image and its mirror image")
     fusion: str = flag("clean", "clean: a pair's score depends on that pair alone; published: as the released code",
                        choices=("clean", "published"))
     weight: float = flag(-1.0, "weight of the similarity; -1: chosen on val (clean) or 0.002 (published)", -1, 1e9)
     query: tuple[str, ...] = flag((), "sentences: rank a gallery for each")
-    queries: str = flag("", "a text file with a sentence in each line: rank a gallery for each")
+    queries: str = flag("", "a text file: rank a gallery for the sentence in each line")
     gallery: str = flag("", "a folder of photographs for these sentences; empty: the test images")
     out: str = flag("", "folder of results and pictures; empty: the checkpoint's")
     batch: int = flag(64, "images encoded at a time", 1, 1e6)
     workers: int = flag(0, "image decoding processes", 0, 256)
     allow_missing: bool = flag(False, "drop records whose image is missing")
-    device: str = flag("", DEVICE)
-    precision: str = flag("", "of the encoders, float32 or bf16; empty: bf16 on a GPU")
+    device: str = flag("", "cuda or cpu; empty: cuda where there is one")
+    precision: str = flag("", "of the encoders: float32 or bf16; empty: bf16 on a GPU")

@@ -1,7 +1,7 @@
-"""The convolutional autoencoder with a KL term in whose latents the diffusion works (Rombach et al. 2022).
+"""The autoencoder in whose latents the diffusion works (Rombach et al. 2022): convolutions and a KL term.
 
-`encode` returns latents with mean 0 and variance 1 in each channel, over the images that `learn_scale` was last given:
-the source's, then the target's. `decode` takes them so. Read next: denoiser.py.
+Latents are scaled: each channel has mean 0 and variance 1 over the images that `learn_scale` was last given, first the
+source's, then the target's. Read next: denoiser.py.
 """
 
 import torch
@@ -16,10 +16,7 @@ START_LOG_VARIANCE = -6.0       # of the latents: little noise at the start of t
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside a skip; where there are norms, one before each convolution.
-
-    An embedding (B, T), if there is one, is added between the convolutions.
-    """
+    """Two 3x3 convolutions beside a skip; norms and the embedding between the convolutions are optional."""
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int = 0, norm1: nn.Module | None = None,
                  norm2: nn.Module | None = None):
@@ -33,6 +30,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Features (B, C, h, w) and an embedding (B, D) -> features (B, C', h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))                                            # (B, C', h, w)
         if embedding is not None:
             h = h + self.modulation(F.silu(embedding))[:, :, None, None]
@@ -40,7 +38,7 @@ class ResBlock(nn.Module):
 
 
 def group_norm(dim: int, least: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
-    """32 groups of channels, or fewer where a group would have less than `least`."""
+    """32 groups of channels, or fewer, so that each group has at least `least` channels."""
     groups = next(count for count in (32, 16, 8, 4, 2, 1) if dim % count == 0 and dim // count >= least)
     return nn.GroupNorm(groups, dim, eps)
 
@@ -58,16 +56,16 @@ def upsample(dim: int) -> nn.Sequential:
 
 
 def mix(matrix: Tensor, x: Tensor) -> Tensor:
-    """Images (B, 3, H, W) whose new channels are weighted sums of the old ones, a row of the matrix for each."""
+    """Multiply the colour of each pixel of images (B, 3, H, W) by a matrix (3, 3)."""
     return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
 
 class Autoencoder(nn.Module):
-    """Images (B, 3, H, W) in -1..1 <-> latents (B, C, h, w) with h = H / factor, mean 0 and variance 1.
+    """Images (B, 3, H, W) in -1..1 <-> scaled latents (B, C, h, w), h = H / factor.
 
-    A linear map of patches to latents and back, which starts as their principal components, is added to each network;
-    so the networks learn what the linear map misses. The decoder also predicts the image's grain, its own mean error
-    at each pixel: latents cannot hold grain, and a picture without it is easily told from a photograph.
+    Encoder and decoder are each the sum of a network and a linear map. The linear maps start as the principal
+    components of patches; the networks learn what these miss. The decoder also predicts the grain, which is its own
+    mean error at each pixel: latents cannot hold grain, and an image without it is easily told from a photograph.
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -91,7 +89,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def start(self, images: Tensor) -> None:
-        """Start as the principal components of the patches of images (B, 3, H, W), each with variance 1."""
+        """Set the linear maps to the principal components of the patches of images (B, 3, H, W), with variance 1."""
         (_, to_latent), (to_patch, _) = self.linear_in, self.linear_out
         patches = self.linear_in[0](images).transpose(0, 1).flatten(1)                            # (3 f^2, B*h*w)
         values, vectors = torch.linalg.eigh(patches.double().cov())
@@ -110,59 +108,56 @@ class Autoencoder(nn.Module):
         mean, log_variance = self.encoder(image).chunk(2, 1)
         return mean + self.linear_in(image), log_variance.clamp(-12, 0)
 
-    def picture(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents before scaling -> the image (B, 3, H, W), and the log of its grain on each OPPONENT axis."""
+    def picture(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents -> the image (B, 3, H, W), and the log of its grain on each OPPONENT axis."""
+        z = latents * self.std[:, None, None] + self.mean[:, None, None]
         missed, grain = self.decoder(z).chunk(2, 1)
         return self.linear_out(z) + missed, (grain - 4).clamp(-5.5, 0)     # small at first; at least half an 8-bit step
 
     def encode(self, image: Tensor) -> Tensor:
-        """The mean latents of an image, scaled."""
+        """The mean latents of an image."""
         mean, _ = self.posterior(image)
         return (mean - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def unscaled(self, latents: Tensor) -> Tensor:
-        """Latents as `picture` takes them, from what `encode` returns."""
-        return latents * self.std[:, None, None] + self.mean[:, None, None]
-
     def decode(self, latents: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The image of scaled latents, with grain where standard normal `noise` (B, 3, H, W) is given.
+        """The image of latents; standard normal `noise` (B, 3, H, W) becomes its grain.
 
-        The grain's standard deviation is b. A normal distribution with a mean size of b has 1.25 b, but a part of the
-        error lies along edges, where so much noise would show as speckles.
+        The grain's standard deviation is the mean error b. A normal distribution with mean size b would have 1.25 b,
+        but part of the error lies along edges, where that would show as speckles.
         """
-        image, grain = self.picture(self.unscaled(latents))
+        image, grain = self.picture(latents)
         if noise is None:
             return image
         return image + torch.einsum("ij,bihw->bjhw", OPPONENT.to(image), noise * grain.exp())
 
     def loss(self, image: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
         """L = L_decoder(x, z) + w KL(q(z | x) || N(0, 1)), z = mean + std * noise (B, C, h, w); a scalar."""
-        mean, log_variance = (x.float() for x in self.posterior(image))
+        mean, log_variance = (x.float() for x in self.posterior(image))     # the scale is learned after training
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
         return self.decoder_loss(image, mean + (log_variance / 2).exp() * noise) + kl_weight * divergence
 
-    def decoder_loss(self, image: Tensor, z: Tensor, grain_weight: float = 0.02) -> Tensor:
-        """L_decoder = |r| + u (|r'| / b + log b) of an image and its latents before scaling; a scalar.
+    def decoder_loss(self, image: Tensor, latents: Tensor, grain_weight: float = 0.02) -> Tensor:
+        """L_decoder = |r| + u (|r'| / b + log b) of images and their latents; a scalar.
 
-        r = x - picture(z). The grain b is learned from r', which is r on the OPPONENT axes, without gradient: the
+        r = x - picture(z), and r' is r on the OPPONENT axes, without gradient. Only the grain b learns from r': the
         likelihood of a Laplace distribution is largest where b is the mean of |r'|.
         """
-        rebuilt, grain = (x.float() for x in self.picture(z))
+        rebuilt, grain = (x.float() for x in self.picture(latents))
         off = mix(OPPONENT, (image - rebuilt).detach()).abs()
         return (rebuilt - image).abs().mean() + grain_weight * (off * (-grain).exp() + grain).mean()
 
     @torch.no_grad()
     def learn_scale(self, latents: Tensor) -> None:
-        """From now on images that `encode` to these latents (B, C, h, w) have latents with mean 0 and variance 1."""
+        """Scale so that the images of these latents (B, C, h, w) get mean 0 and variance 1 in each channel."""
         std, mean = torch.std_mean(latents.float(), (0, 2, 3))
         self.mean += self.std * mean
         self.std *= std
 
 
 def random_light(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W) in -1..1, three in four under a random light, cast, haze and grain that no domain has.
+    """Images (B, 3, H, W) in -1..1; three in four get a random exposure, colour cast, haze and grain.
 
-    The autoencoder learns from these, so that it can write pictures of any exposure without having seen a target.
+    The autoencoder is trained on these, so that it can decode the look of a target that it has not seen.
     """
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
         return low + (high - low) * torch.rand(len(image), channels, 1, 1, generator=generator, device=image.device)

@@ -1,4 +1,4 @@
-"""The pretrained base of DaD: an autoencoder, a denoiser, and the schedule of its noise; and images as tensors.
+"""The pretrained base of DaD: autoencoder, denoiser and noise schedule; and images as tensors.
 
 Read next: pairs.py, which trains on images and captions; sampling.py, which makes images.
 """
@@ -19,23 +19,22 @@ from mra.diffusion.autoencoder import Autoencoder
 from mra.diffusion.denoiser import Denoiser, Prompt
 from mra.diffusion.noising import Schedule
 
-PIXELS = 2**19      # of the images that the autoencoder computes at once
+PIXELS = 2**19      # pixels of a batch of the autoencoder
 
 
 class Diffusion(nn.Module):
-    """Autoencoder and denoiser with the tokenizer of its captions and the schedule of its noise."""
+    """An autoencoder and a denoiser, with the denoiser's tokenizer and noise schedule."""
 
     def __init__(self, config: DiffusionConfig, tokenizer: Tokenizer, autoencoder: nn.Module, denoiser: Denoiser,
                  schedule: Schedule):
         super().__init__()
         self.config, self.tokenizer, self.schedule = config, tokenizer, schedule
         self.autoencoder = autoencoder
-        self.denoiser = denoiser
-        self.denoiser.to(memory_format=torch.channels_last)     # convolutions are faster so, on CPU and GPU
+        self.denoiser = denoiser.to(memory_format=torch.channels_last)      # faster convolutions on CPU and GPU
 
     @staticmethod
     def new(config: DiffusionConfig, tokenizer: Tokenizer) -> "Diffusion":
-        """A base of ours with random weights."""
+        """Our architecture with random weights."""
         return Diffusion(config, tokenizer, Autoencoder(config), Denoiser(config), Schedule.cosine())
 
     def with_autoencoder(self, autoencoder: nn.Module) -> "Diffusion":
@@ -43,7 +42,7 @@ class Diffusion(nn.Module):
         return Diffusion(self.config, self.tokenizer, autoencoder, self.denoiser, self.schedule).eval()
 
     def read(self, captions: Sequence[str]) -> Prompt:
-        """Captions -> an encoded prompt; the empty caption is what guidance steers away from."""
+        """Encode captions; guidance steers away from the empty one."""
         ids, keep = pad([self.tokenizer.encode(caption, self.config.max_tokens) for caption in captions],
                         self.tokenizer.pad_id)
         device = next(self.parameters()).device
@@ -51,11 +50,11 @@ class Diffusion(nn.Module):
 
 
 def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0) -> Tensor:
-    """Image files as (N, 3, H, W) uint8."""
+    """Read image files at the size of `config`: (N, 3, H, W) uint8."""
     read = partial(_read, size=(config.width, config.height))
     images = torch.empty(len(paths), 3, config.height, config.width, dtype=torch.uint8)
     for place, some in zip(images.split(64), DataLoader(paths, 64, num_workers=workers, collate_fn=read)):
-        place.copy_(some)           # the loading process can then free its shared memory
+        place.copy_(some)           # frees the shared memory of the loading process
     return images
 
 
@@ -82,7 +81,7 @@ def to_bytes(images: Tensor) -> Tensor:
 def encode(autoencoder: nn.Module, images: Tensor, mirrored: bool = False) -> Tensor:
     """uint8 images (N, 3, H, W), or their mirror images, -> latents (N, C, h, w)."""
     device, latents = next(autoencoder.parameters()).device, []
-    for some in images.split(at_once(*images.shape[2:])):
+    for some in images.split(batch_size(*images.shape[2:])):
         if mirrored:
             some = some.flip(-1)
         latents.append(autoencoder.encode(to_float(some.to(device))))
@@ -91,14 +90,14 @@ def encode(autoencoder: nn.Module, images: Tensor, mirrored: bool = False) -> Te
 
 @torch.no_grad()
 def decode(autoencoder: nn.Module, latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W), with their grain."""
+    """Latents (N, C, h, w) -> uint8 images (N, 3, H, W) with grain."""
     size, images = [n * autoencoder.factor for n in latents.shape[2:]], []
-    for some in latents.split(at_once(*size)):
+    for some in latents.split(batch_size(*size)):
         noise = torch.randn(len(some), 3, *size, generator=generator, device=some.device)
         images.append(to_bytes(autoencoder.decode(some, noise)))
     return torch.cat(images)
 
 
-def at_once(height: int, width: int) -> int:
-    """How many images the autoencoder computes at once."""
+def batch_size(height: int, width: int) -> int:
+    """Images in a batch of the autoencoder."""
     return max(1, min(256, PIXELS // (height * width)))

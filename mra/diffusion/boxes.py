@@ -1,9 +1,9 @@
 """A box for every phrase of a made image, from the denoiser's cross-attention (MRA section 2, annotation).
 
-The paper runs an open-set detector on its images. The denoiser that made an image knows already where it put a phrase:
-the image is noised to three levels around half-way, and the cross-attention maps of the phrase's words are read.
-Adjectives attend all over the person, so the last word of a phrase, its noun, counts most. Where the source set has
-boxes, they tell where in an image that noun usually is. Read next: making.py.
+The paper runs an open-set detector on its images. Here the denoiser's cross-attention maps tell where it put a phrase:
+they are read while it denoises the image from three levels around half-way. Adjectives attend to the whole person, so
+the last word of a phrase, its noun, counts most. The map is weighted by where the source's boxes usually have the noun.
+Read next: making.py.
 """
 
 import math
@@ -18,19 +18,19 @@ from torch import Tensor
 from mra.data import Box
 from mra.data.records import Record
 from mra.data.tokenizer import Tokenizer
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, SpatialTransformer
+from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, SpatialTransformer, controlled
 from mra.diffusion.noising import Schedule, q_sample
 
-LEVELS = (0.35, 0.5, 0.65)      # of the schedule, at which the attention is read
-ADJECTIVE = 0.2                 # weight of a phrase's other words beside its noun's
-SHARE = 0.45                    # of a map's peak: the pixels above it are the phrase's
-FINE = 4                        # pixels of such a map along one of the latents
+LEVELS = (0.35, 0.5, 0.65)      # noise levels of the attention maps, as shares of the schedule
+ADJECTIVE = 0.2                 # weight of a word before the noun; the noun has 1
+SHARE = 0.45                    # a box holds the pixels of a map above this share of its peak
+FINE = 4                        # the map of a phrase has this times the resolution of the latents
 
 
 @torch.no_grad()
 def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt: Prompt, schedule: Schedule,
               generator: torch.Generator) -> Tensor:
-    """How much each pixel of the latents attends to each word: (B, T, h, w), the mean over levels and layers."""
+    """Each word's share of the attention of each pixel of latents (B, C, h, w): (B, T, h, w), a mean over all maps."""
     total, layers, thread = 0, 0, threading.get_ident()
 
     def add_map(module, args, output) -> None:
@@ -51,8 +51,7 @@ def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt:
         for share in LEVELS:
             t = torch.full((len(latents),), int(share * len(schedule.alpha)), device=latents.device)
             noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-            z = q_sample(latents, noise, t, schedule)
-            denoiser(z, t, prompt, branch(z, t, prompt))
+            controlled(denoiser, branch, q_sample(latents, noise, t, schedule), t, prompt)
     finally:
         for hook in hooks:
             hook.remove()
@@ -60,10 +59,7 @@ def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt:
 
 
 def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str, Tensor]:
-    """For the last word of every phrase with a box, how often its box covers each place, 0..1.
-
-    Maps (FINE rows, FINE columns), for latents of (rows, columns).
-    """
+    """For the last word of each phrase, how often its boxes cover each place, 0..1: (FINE * rows, FINE * columns)."""
     y, x = (torch.arange(FINE * n).add(0.5) / (FINE * n) for n in (rows, columns))
     covered, seen = defaultdict(lambda: torch.zeros(len(y), len(x))), defaultdict(int)
     for record in records:
@@ -76,9 +72,9 @@ def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str
 
 def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer,
                places: dict[str, Tensor]) -> tuple[Box, float] | None:
-    """The box of a phrase and how sure it is, 0..1, from the maps (T, h, w) of its caption's word pieces.
+    """The box of a phrase and its confidence 0..1, from the maps (T, h, w) of its caption's word pieces.
 
-    None where the caption lacks the phrase.
+    None if the caption lacks the phrase.
     """
     ids, pieces = tokenizer.encode(caption, len(maps)), tokenizer.encode(phrase)[1:-1]
     starts = [i for i in range(len(ids) - len(pieces) + 1) if ids[i:i + len(pieces)] == pieces]
@@ -87,14 +83,14 @@ def phrase_box(maps: Tensor, caption: str, phrase: str, tokenizer: Tokenizer,
     noun = max(i for i, piece in enumerate(pieces) if tokenizer.starts_word[piece] or i == 0)
     weights = torch.tensor([ADJECTIVE if i < noun else 1.0 for i in range(len(pieces))])
     own = (maps[starts[0]:starts[0] + len(pieces)] * weights[:, None, None]).sum(0)                    # (h, w)
-    every = maps[1:len(ids) - 1].mean(0)                            # what every word looks at is no sign of this one
+    every = maps[1:len(ids) - 1].mean(0)                            # where any word attends says nothing about this one
     heat = (own / own.sum() / (every / every.sum())).clamp(max=20)[None, None]
     heat = F.avg_pool2d(F.pad(heat, (1, 1, 1, 1), mode="replicate"), 3, 1)
     heat = F.interpolate(heat, scale_factor=FINE, mode="bicubic")[0, 0].clamp(min=0)       # (FINE h, FINE w)
-    usual = places.get(phrase.split()[-1])                                                 # where its noun usually is
+    usual = places.get(phrase.split()[-1])
     heat = heat - heat.min() if usual is None else heat.sqrt() * usual
     inside = heat >= SHARE * heat.max()
-    if not inside.any():        # attention of broken weights, which is not a number
+    if not inside.any():        # NaN, from broken weights
         return None
     rows, columns = (inside.any(axis).nonzero()[:, 0] for axis in (1, 0))
     top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))

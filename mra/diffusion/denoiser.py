@@ -1,10 +1,11 @@
 """The denoiser and the domain branch beside it: DaD's two networks (MRA section 2).
 
-The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level has two residual blocks on the way down
-and three on the way up. A transformer follows each of them, except at the lowest resolution: its pixels attend to each
-other and to the caption. The middle is block, transformer, block. The domain branch is a trainable copy of the way
-down, the middle and the embedding of the noise level (ControlNet, Zhang et al. 2023). Its outputs are added to the
-skips and to the middle of the frozen denoiser through convolutions that start at zero, so that an untrained branch
+The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level has two residual blocks in the encoder
+and three in the decoder. A transformer follows each block, except at the lowest resolution: pixels attend to each
+other and to the caption. The middle is block, transformer, block.
+
+The domain branch is a trainable copy of encoder and middle (ControlNet, Zhang et al. 2023). Its outputs are added to
+the skips and to the middle of the frozen denoiser through convolutions that start at zero, so that an untrained branch
 changes nothing. Read next: base.py.
 """
 
@@ -26,7 +27,7 @@ STABLE_EPS = 1e-5       # of the norms of Stable Diffusion's denoiser, except th
 
 @dataclass(frozen=True)
 class Prompt:
-    """Encoded captions: states (B, T, D) and keep (B, T), True = a word."""
+    """Encoded captions: states (B, T, D) and keep (B, T), True = attend to it."""
 
     states: Tensor
     keep: Tensor
@@ -36,7 +37,7 @@ class Prompt:
 
 
 class SpatialTransformer(nn.Module):
-    """Pixels (B, C, h, w) attend to each other, then to the caption, then an MLP; added to what came in."""
+    """Pixels (B, C, h, w) attend to each other, then to the caption; then an MLP; a skip around all of it."""
 
     def __init__(self, dim: int, config: DiffusionConfig):
         super().__init__()
@@ -55,9 +56,9 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, where the resolution is not the lowest, a transformer.
+    """A residual block and, if it `attends`, a transformer.
 
-    With `recompute` the backward pass computes the activations again in place of keeping them (Chen et al. 2016).
+    With `recompute` activations are computed again in the backward pass: gradient checkpointing (Chen et al. 2016).
     """
 
     recompute = False
@@ -66,7 +67,7 @@ class Stage(nn.Module):
         super().__init__()
         if config.stable:
             norms = group_norm(dim_in, eps=STABLE_EPS), group_norm(dim_out, eps=STABLE_EPS)
-        else:   # the second norm has wide groups: over few channels it would take away what the embedding adds
+        else:   # the second norm has wide groups: over few channels it would remove the embedding again
             norms = group_norm(dim_in), group_norm(dim_out, least=8)
         self.block = ResBlock(dim_in, dim_out, embedding, *norms)
         self.transformer = SpatialTransformer(dim_out, config) if attends else None
@@ -82,7 +83,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The way down and the middle, with the embedding of the noise level."""
+    """The U-Net's encoder and middle, with the embedding of the noise level."""
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
@@ -102,13 +103,13 @@ class Encoder(nn.Module):
         self.middle = nn.ModuleList(Stage(dim, dim, embedding, config, attends) for attends in (True, False))
 
     def embed(self, t: Tensor) -> Tensor:
-        """Noise levels t (B,) -> embedding (B, 4 C): sines and cosines of wavelengths up to 10,000, and an MLP."""
+        """Noise levels t (B,) -> embedding (B, D): sines and cosines of wavelengths up to 10,000, then an MLP."""
         half = self.level[0].in_features // 2
         angle = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
         return self.level(torch.cat([angle.cos(), angle.sin()], 1))
 
     def forward(self, z: Tensor, embedding: Tensor, prompt: Prompt, hint: Tensor | None = None) -> list[Tensor]:
-        """The skips, from the first to the lowest, and last the middle; `hint` (B, C, h, w) is added to the first."""
+        """The skips from the first to the lowest, then the middle; `hint` (B, C, h, w) is added to the first."""
         x = self.first(z.contiguous(memory_format=torch.channels_last))
         if hint is not None:
             x = x + hint
@@ -145,31 +146,31 @@ class Denoiser(nn.Module):
         zero(self.last[-1])
 
     def read(self, ids: Tensor, keep: Tensor) -> Prompt:
-        """Word pieces (B, T) -> an encoded prompt. Stable Diffusion also attends to the padding's states."""
+        """Encode word pieces (B, T). Stable Diffusion also attends to the padding."""
         states = self.text_encoder(ids, keep)
         if self.config.stable:
             keep = keep.new_ones(states.shape[:2])
         return Prompt(states, keep)
 
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt, control: list[Tensor] | None = None) -> Tensor:
-        """`control`, from a branch, is added to the skips and the middle."""
-        embedding = self.encoder.embed(t)                                                     # (B, 4 C)
+        """`control`, the output of a branch, is added to the skips and the middle."""
+        embedding = self.encoder.embed(t)                                                     # (B, D)
         outputs = self.encoder(z, embedding, prompt)
         if control is not None:
             outputs = [own + added for own, added in zip(outputs, control)]
         *skips, x = outputs
         for i, stage in enumerate(self.stages):
             x = stage(torch.cat([x, skips.pop()], 1), embedding, prompt)
-            if i % 3 == 2:                      # the last of a level
+            if i % 3 == 2:                      # the last stage of a level
                 x = self.ups[i // 3](x)
         return self.last(x)                                                                   # (B, C, h, w)
 
 
 class DomainBranch(nn.Module):
-    """The trainable copy of a denoiser's encoder, its domain embedding and its zero convolutions.
+    """A trainable copy of a denoiser's encoder, with a domain embedding and zero convolutions.
 
-    The condition (B, 1, H, W) enters through a zero convolution of its own. As in the paper it is a white image, all
-    ones, so the branch learns the target's look alone.
+    As in the paper the condition is a white image, so the branch learns the target's look alone. Folded to the
+    resolution of the latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
     """
 
     def __init__(self, base: Denoiser):
@@ -177,21 +178,24 @@ class DomainBranch(nn.Module):
         self.encoder = copy.deepcopy(base.encoder).requires_grad_(True)
         dims = [*base.encoder.skip_dims, base.config.widths[-1]]
         self.domain = nn.Parameter(torch.zeros(4 * base.config.widths[0]))
-        self.fold = nn.PixelUnshuffle(base.config.factor)
         self.condition = zero(nn.Conv2d(base.config.factor**2, dims[0], 1))
         self.outputs = nn.ModuleList(zero(nn.Conv2d(dim, dim, 1)) for dim in dims)
 
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt) -> list[Tensor]:
-        """What to add to the base's skips and middle."""
-        rows, columns = (self.fold.downscale_factor * n for n in z.shape[2:])
-        condition = z.new_ones(len(z), 1, rows, columns)
+        """The control that a denoiser adds to its skips and middle."""
+        white = z.new_ones(len(z), self.condition.in_channels, *z.shape[2:])
         embedding = self.encoder.embed(t) + self.domain
-        outputs = self.encoder(z, embedding, prompt, self.condition(self.fold(condition)))
+        outputs = self.encoder(z, embedding, prompt, self.condition(white))
         return [convolution(x) for convolution, x in zip(self.outputs, outputs)]
 
 
+def controlled(denoiser: Denoiser, branch: DomainBranch | None, z: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
+    """What a denoiser predicts (B, C, h, w) with a branch beside it, or alone."""
+    return denoiser(z, t, prompt, None if branch is None else branch(z, t, prompt))
+
+
 def round_weights(network: nn.Module) -> None:
-    """Store in bf16 the weights that autocast would round at every use: half the memory, the same results."""
+    """Store weights in bf16 that autocast would round at every use: half the memory, the same results."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(torch.bfloat16)

@@ -1,8 +1,8 @@
 """Quality assessment: which made images are worth training on (MRA section 2).
 
-The paper drops near-greyscale images and, by a pose estimator, distorted people: 10.63 % in all. Here a small network
-finds distorted people: it learns the target's photographs against what cutting and pasting makes of them. Each filter
-maps images to a score, and a threshold in AdaptConfig decides. Read next: boxes.py, making.py.
+The paper drops near-greyscale images and, by a pose estimator, malformed people: 10.63 % in all. Here a small network
+finds malformed people. It learns to tell the target's images from damaged copies of them. A filter gives each image a
+score, and a threshold in AdaptConfig decides. Read next: boxes.py, making.py.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from mra.diffusion.autoencoder import group_norm
 from mra.diffusion.base import to_float
 
-DETAIL = 4.0        # how much a judge's view of detail is amplified
+DETAIL = 4.0        # amplification of the detail that a judge sees
 
 
 class Judge(nn.Module):
     """A small convolutional network: images (B, 3, H, W) in -1..1 -> features (B, 128) -> scores (B, outputs).
 
-    Its input is the image and, so that grain and blur count, the difference to its 3x3 mean, at full resolution. It
-    pools four strips from head to foot separately.
+    It sees the image and, so that grain and blur count, the difference to its 3x3 mean. Four strips from head to foot
+    are pooled separately.
     """
 
     def __init__(self, outputs: int):
@@ -42,16 +42,13 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def score(self, images: Tensor, features: bool = False) -> Tensor:
-        """Scores (N, outputs), or features (N, 128), of uint8 images (N, 3, H, W), on the CPU."""
+        """Scores (N, outputs), or features (N, 128), of uint8 images (N, 3, H, W); on the CPU."""
         device, network = next(self.parameters()).device, self.features if features else self
         return torch.cat([network(to_float(some.to(device))).float().cpu() for some in images.split(256)])
 
 
 def judge_loss(judge: Judge, good: Tensor, bad: Tensor, draw: torch.Generator, count: int) -> Tensor:
-    """Cross-entropy of `count` random uint8 images (N, 3, H, W), half of them good with a negative score; a scalar.
-
-    They are mirrored at random.
-    """
+    """Cross-entropy of `count` random uint8 images (N, 3, H, W), half good (low score), half bad; a scalar."""
     device, some = draw.device, []
     for images in (good, bad):
         chosen = torch.randint(len(images), (count // 2,), generator=draw, device=device)
@@ -64,14 +61,14 @@ def judge_loss(judge: Judge, good: Tensor, bad: Tensor, draw: torch.Generator, c
 
 
 def colourfulness(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (N,) over an image's pixels of the differences between its channels, 0..1."""
+    """Mean and variance (N,) of the differences 0..1 between the channels of uint8 images (N, 3, H, W)."""
     x = images.float() / 255
     apart = (x - x.roll(-1, 1)).abs().flatten(1)
     return apart.mean(1), apart.var(1)
 
 
 def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:
-    """Images (N, 3, H, W), each with a malformed person made by one of `kinds` in turn; another image is the donor."""
+    """Damage uint8 images (N, 3, H, W) by the functions `kinds` in turn; each gets a random image as its donor."""
     generator = torch.Generator().manual_seed(seed)
     donors, made = torch.randperm(len(images), generator=generator), torch.empty_like(images)
     for i, donor in enumerate(donors):
@@ -80,14 +77,14 @@ def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:
 
 
 def shuffle_bands(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """Head, trunk and legs in a wrong order."""
+    """Four bands of the body in a wrong order."""
     bands = image.chunk(4, 1)
     order = torch.randperm(4, generator=generator).tolist()
     return torch.cat([bands[i] for i in (order if order != [0, 1, 2, 3] else order[::-1])], 1)
 
 
 def replace_block(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """A block of the body is another place of another picture."""
+    """A block of the body is replaced by another place of the donor."""
     _, height, width = image.shape
     y, x = (int(torch.randint(n // 2, (1,), generator=generator)) for n in (height, width))
     left = x // 2 + width // 8
@@ -98,13 +95,13 @@ def replace_block(image: Tensor, donor: Tensor, generator: torch.Generator) -> T
 
 
 def overlay(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """Two people at the same place, each half transparent."""
+    """Two people in one place, each half transparent."""
     shift = image.shape[2] // 8 + int(torch.randint(image.shape[2] // 4, (1,), generator=generator))
     return ((image.float() + donor.roll(shift, 2).float()) / 2).round().to(torch.uint8)
 
 
 def repeat_band(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """A quarter of the body twice, below each other or stretched to twice its length."""
+    """A quarter of the body is repeated below itself, or stretched to twice its length."""
     quarter, top = image.shape[1] // 4, int(torch.randint(image.shape[1] // 2, (1,), generator=generator))
     band = image[:, top:top + quarter]
     twice = band.repeat_interleave(2, 1) if torch.rand((), generator=generator) < 0.5 else band.repeat(1, 2, 1)

@@ -1,14 +1,15 @@
-"""Making a set of images: what to make, a part of it made from beginning to end, and the finished set in SDA format.
+"""Making a set: the plan of what to make, the making of one part of it, and the finished set in SDA format.
 
-`Maker.part` is the way of DaD through sample, calibration, decoder, boxes and scores for the filters; adapt.py calls it
-part by part. Read next: adapt.py.
+`Maker.part` is DaD from beginning to end: sample, calibration, decoder, boxes, scores of the filters.
+Read next: adapt.py.
 """
 
 import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,9 +27,9 @@ from mra.diffusion.filters import Judge, colourfulness
 from mra.diffusion.prompts import prompts_of
 from mra.diffusion.sampling import Painter
 
-PART = 64           # images that are made and written together
-PROBES = 256        # images that are sampled for the calibration
-MOVERS = 1000       # source images whose moments are moved to the target's, when images are restyled
+PART = 64           # images of a part, which are made and written together
+PROBES = 256        # samples that the calibration is computed from
+MOVERS = 1000       # source images that `match_moments` takes the source's mean and variance from
 FILE = 5000         # records of an annotation file
 FILTERS = ("greyscale", "malformed")
 WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
@@ -41,22 +42,22 @@ class Plan:
     """What one run makes. A draft is a record to make: its caption is the prompt, its path the image it comes from."""
 
     drafts: list[Record]
-    probes: list[Record]        # drafts whose samples are the calibration's
-    movers: list[Record]        # source images that stand for all of them in `match_moments`
+    probes: list[Record]        # drafts from which the calibration's are chosen; empty: no calibration
+    movers: list[Record]        # see MOVERS; empty unless images are restyled
     places: dict[str, Tensor]   # where in an image a noun usually is, see boxes.usual_places
 
     @property
     def parts(self) -> int:
-        """How many parts of PART drafts there are."""
+        """The number of parts."""
         return math.ceil(len(self.drafts) / PART)
 
     def chosen_probes(self, seed: int) -> list[list[Record]]:
-        """PROBES probes, drawn with replacement, in parts of PART; in their order, so that lengths stay together."""
+        """PROBES random probes, with replacement, in parts of PART; sorted, so that lengths stay together."""
         chosen = sorted(random.Random(seed).choices(range(len(self.probes)), k=PROBES))
         return [[self.probes[i] for i in chosen[start:start + PART]] for start in range(0, PROBES, PART)]
 
     def digest(self) -> str:
-        """A short name for this plan; it depends on the pixels of the source images that are restyled."""
+        """A hash of this plan; when images are restyled, also of their files."""
         found = hashlib.sha256()
         for draft in [*self.drafts, *self.probes, *self.movers]:
             found.update(str(draft).encode())
@@ -69,43 +70,41 @@ class Plan:
 
 def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], target: Sequence[Record],
               places: dict[str, Tensor]) -> Plan:
-    """What to make, from the records of the source and of the target.
+    """Plan a run from the records of the source and of the target.
 
-    The probes are typical of the set as a whole: always drafts of the target's captions, or source images when
-    restyling, and at least PROBES of them.
+    The calibration compares samples of the probes with the target's latents. So probes are drafts of the target's
+    captions even with --captions source, and there are at least PROBES of them.
     """
-    restyles = config.mode == "restyle"
-    drafts = drafts_of(config, base.tokenizer, source if config.from_source else target)
-    if base.config.stable:          # not calibrated, as in the paper
-        probes = []
-    else:
-        many = replace(config, images=max(config.images, PROBES))
-        probes = drafts_of(many, base.tokenizer, source if restyles else target)
-    movers = [source[i] for i in range(min(MOVERS, len(source)))] if restyles else []
+    restyles, tokenizer = config.mode == "restyle", base.tokenizer
+    drafts = drafts_of(config, config.images, source if config.from_source else target, tokenizer)
+    probes = []
+    if not base.config.stable:      # which is not calibrated, as in the paper
+        probes = drafts_of(config, max(config.images, PROBES), source if restyles else target, tokenizer)
+    movers = list(islice(source, MOVERS)) if restyles else []
     return Plan(drafts, probes, movers, places)
 
 
-def drafts_of(config: AdaptConfig, tokenizer: Tokenizer, records: Sequence[Record]) -> list[Record]:
-    """Drafts of `config.images` images: some of these records, to be restyled, or one for each prompt.
+def drafts_of(config: AdaptConfig, count: int, records: Sequence[Record], tokenizer: Tokenizer) -> list[Record]:
+    """`count` drafts, or as many as there are: records to restyle, or records of new prompts.
 
-    A prompt's draft has the prompt's phrases, no boxes yet, and its caption's number as identity: the prompts of one
-    caption describe one person. Drafts are sorted by length, so that few prompts need padding.
+    The draft of a prompt has the prompt's phrases and no boxes yet. Its identity is the number of its caption, since
+    the prompts of one caption describe one person. Drafts are sorted by length, so that few prompts need padding.
     """
     if config.mode == "restyle":
-        chosen = random.Random(config.seed).sample(range(len(records)), min(config.images, len(records)))
+        chosen = random.Random(config.seed).sample(range(len(records)), min(count, len(records)))
         return [records[i] for i in chosen]
     pairs = [(caption, record.path) for record in records for caption in record.captions]
-    prompts = prompts_of([caption for caption, _ in pairs], config.images, config.seed)
+    prompts = prompts_of([caption for caption, _ in pairs], count, config.seed)
     drafts = [Record(pairs[i][1], (prompt,), i, (), tuple(dict.fromkeys(noun_phrases(prompt))))
               for i, prompt in prompts]
     return sorted(drafts, key=lambda draft: len(tokenizer.encode(draft.captions[0])))
 
 
-# ---- a part of the set, from the drafts to the files
+# ---- one part of the set
 
 @dataclass(frozen=True)
 class Maker:
-    """All that makes the images of a plan."""
+    """Makes the images and records of a plan, part by part."""
 
     config: AdaptConfig
     painter: Painter
@@ -114,19 +113,16 @@ class Maker:
     out: Path
 
     def file(self, number: int) -> Path:
-        """The records of a part; it is written after the part's images."""
+        """The path of a part's records, which are written after its images."""
         return self.out / "parts" / f"{number:06d}.json"
 
     def probe(self, probes: list[Record], draw: torch.Generator, autocast: torch.autocast) -> Tensor:
-        """Latents (B, C, h, w) of some probes, not calibrated."""
+        """Sampled latents (B, C, h, w) of some probes."""
         with torch.no_grad(), autocast:
             return self.painter.sample(probes, draw)[0]
 
     def part(self, number: int, moments: tuple, draw: torch.Generator, autocast: torch.autocast) -> None:
-        """Make PART images: sample, calibrate, decode, find the phrases' boxes, score for the filters, write.
-
-        `moments` are the calibration's scale and shift, (C, h, w) each.
-        """
+        """Make and write one part; `moments` are the scale and shift of sampling.calibration."""
         scale, shift = moments
         drafts = self.plan.drafts[number * PART:(number + 1) * PART]
         base = self.painter.base
@@ -135,15 +131,17 @@ class Maker:
             latents = scale * latents + shift
             images = decode(base.autoencoder, latents, draw)                             # (B, 3, H, W) uint8
             maps = [None] * len(drafts)
-            if self.config.mode == "generate":          # else the source's boxes stay
+            if self.config.mode == "generate":          # restyled images keep the source's boxes
                 maps = word_maps(base.denoiser, self.painter.branch, latents, prompt, base.schedule, draw).float().cpu()
             rows = [self.annotate(draft, own) for draft, own in zip(drafts, maps)]
-        write_part(self.file(number), images, rows, self.scores(images))
+        mean, variance = colourfulness(images)
+        scores = {"colour_mean": mean, "colour_variance": variance, "malformed": self.judge.score(images)[:, 0]}
+        write_part(self.file(number), images, rows, scores)
 
     def annotate(self, draft: Record, maps: Tensor | None) -> dict:
-        """An SDA record without its image. The word maps (T, h, w) give each phrase its box; None keeps the draft's.
+        """An SDA record without its image; boxes are found in the maps (T, h, w) of words, or are those of the draft.
 
-        Without any phrase the region is the whole image and the phrase is the caption (MRA section 2).
+        If no phrase has a box, the whole image is the region and the caption its phrase (MRA section 2).
         """
         caption, found = draft.captions[0], []
         if maps is None:
@@ -160,22 +158,18 @@ class Maker:
                 "phrases": [phrase for phrase, _, _ in found], "caption": caption, "image_id": draft.identity,
                 "origin": draft.path}
 
-    def scores(self, images: Tensor) -> dict[str, Tensor]:
-        """What the filters decide by (B,), of uint8 images (B, 3, H, W)."""
-        mean, variance = colourfulness(images)
-        return {"colour_mean": mean, "colour_variance": variance, "malformed": self.judge.score(images)[:, 0]}
-
 
 def write_part(file: Path, images: Tensor, rows: list[dict], scores: dict[str, Tensor]) -> None:
-    """Write the images (B, 3, H, W) of a part, and then its records with all scores."""
+    """Write the uint8 images (B, 3, H, W) of a part, then its records with the scores (B,)."""
     folder = file.parent.parent / "imgs" / file.stem
     folder.mkdir(parents=True, exist_ok=True)
     file.parent.mkdir(exist_ok=True)
-    suffix = "png" if images.shape[2] < 128 else "jpg"      # compression would show on small images
+    suffix = "png" if images.shape[2] < 128 else "jpg"      # JPEG artefacts would show on small images
     for i, (row, image) in enumerate(zip(rows, images.cpu())):
         path = folder / f"{i:02d}.{suffix}"
-        row |= {"image": f"{file.stem}/{path.name}"} | {name: round(float(values[i]), 5)
-                                                        for name, values in scores.items()}
+        row["image"] = f"{file.stem}/{path.name}"
+        for name, values in scores.items():
+            row[name] = round(float(values[i]), 5)
         save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), path, quality=95, subsampling=0)
     write_json(file, rows, indent=None)
 
@@ -185,19 +179,17 @@ def write_part(file: Path, images: Tensor, rows: list[dict], scores: dict[str, T
 def filters_of(config: AdaptConfig, row: dict) -> list[str]:
     """Names of the filters that drop a record."""
     grey = row["colour_mean"] < config.grey_mean and row["colour_variance"] < config.grey_variance
-    drops = (grey, row["malformed"] > config.malformed)
-    return [name for name, drop in zip(FILTERS, drops) if drop]
+    drops = {"greyscale": grey, "malformed": row["malformed"] > config.malformed}
+    return [name for name in FILTERS if drops[name]]
 
 
 def collect(config: AdaptConfig, parts: list[Path], out: Path) -> tuple[list[dict], list[dict]]:
-    """Write the annotation files of what passes the filters; returns the records kept and those dropped."""
-    kept, dropped = [], []
-    for row in (row for part in parts for row in read_json(part, list)):
+    """Write annotation files of the records that pass the filters; returns these records and the dropped ones."""
+    rows = [row for part in parts for row in read_json(part, list)]
+    for row in rows:
         row["dropped_by"] = filters_of(config, row)
-        if row["dropped_by"]:
-            dropped.append(row)
-        else:
-            kept.append(row)
+    kept = [row for row in rows if not row["dropped_by"]]
+    dropped = [row for row in rows if row["dropped_by"]]
     for start in range(0, len(kept), FILE):
         write_json(out / f"sda_{start}_{start + FILE}.json", kept[start:start + FILE], indent=None)
     return kept, dropped

@@ -1,9 +1,9 @@
-"""Noise in, noise out: the schedule, the loss and two samplers side by side.
+"""The noise schedule, the diffusion loss and two samplers side by side.
 
 Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1. The denoiser learns
-v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). Our schedule ends in pure noise, alpha_(K-1) = 0 exactly (Lin et al.
-2024): one that leaves some signal at its end cannot make very dark or very bright images, which an illumination gap
-consists of. A sampler takes any `denoise(latents, t)` that returns v, or with Stable Diffusion's schedule the noise e.
+v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). Our schedule ends in pure noise: alpha is exactly 0 (Lin et al. 2024).
+If some signal were left, very dark and very bright images could not be made, and a change of light needs those.
+A sampler takes any `denoise(latents, t)` that returns v, or the noise e on Stable Diffusion's schedule.
 Read next: autoencoder.py, denoiser.py.
 """
 
@@ -20,7 +20,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]    # latents (B, C, h, w), t (B,) -
 class Schedule:
     """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise, or nearly).
 
-    The denoiser learns v on it, or the noise e where `predicts_noise`.
+    With `predicts_noise` the denoiser learns the noise e in place of v.
     """
 
     alpha: Tensor
@@ -37,23 +37,20 @@ class Schedule:
 
     @staticmethod
     def scaled_linear() -> "Schedule":
-        """Stable Diffusion's: alpha_t^2 = product of 1 - beta, the roots of beta evenly from 0.00085 to 0.012.
-
-        Its denoiser predicts the noise.
-        """
+        """Stable Diffusion's: alpha_t^2 = product of 1 - beta; sqrt(beta) rises linearly, to beta = 0.012."""
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
         alpha = (1 - betas).cumprod(0).sqrt()
         return Schedule(alpha.float(), (1 - alpha**2).sqrt().float(), predicts_noise=True)
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t of t (B,), shaped to multiply `like` (B, ...)."""
+        """alpha_t and sigma_t of t (B,), in a shape that multiplies `like` (B, ...)."""
         shape = -1, *[1] * (like.ndim - 1)
         return tuple(x.to(like.device)[t].view(shape) for x in (self.alpha, self.sigma))
 
-    def draw(self, count: int, generator: torch.Generator, middle: bool = False) -> Tensor:
-        """`count` random levels, evenly spread so that the loss varies less (Kingma et al. 2021, appendix I.1).
+    def random_levels(self, count: int, generator: torch.Generator, middle: bool = False) -> Tensor:
+        """Random levels t (count,), evenly spread so that the loss varies less (Kingma et al. 2021, appendix I.1).
 
-        With `middle` they are spread logit-normally: more in the middle, where shapes are decided (Esser et al. 2024).
+        With `middle` they are logit-normal: more of them in the middle, where shapes are decided (Esser et al. 2024).
         """
         device = generator.device
         spread = (torch.rand(1, generator=generator, device=device) + torch.arange(count, device=device) / count) % 1
@@ -62,10 +59,9 @@ class Schedule:
         return (spread * len(self.alpha)).long().clamp(max=len(self.alpha) - 1)
 
     def trailing(self, steps: int, strength: float = 1.0) -> list[int]:
-        """The levels that a sampler of `steps` steps visits, from the noisiest down.
+        """The levels that a sampler visits, from K - 1 down in `steps` even steps (Lin et al. 2024, "trailing").
 
-        They are spaced evenly from the last level, which is pure noise (Lin et al. 2024, "trailing"). With strength
-        s < 1 only the last s * steps of them are visited: none at 0.
+        With strength s < 1 only the last s * steps of them are visited: none at 0.
         """
         levels = [round(len(self.alpha) * (steps - i) / steps) - 1 for i in range(steps)]
         return levels[steps - round(strength * steps):]
@@ -85,10 +81,10 @@ def diffusion_loss(denoise: Denoise, latents: Tensor, noise: Tensor, t: Tensor, 
 
 
 def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
-    """DDIM (Song et al. 2021), deterministic: from latents at the first visited level to clean ones (B, C, h, w).
+    """DDIM (Song et al. 2021), deterministic: from noise to clean latents (B, C, h, w).
 
-    At strength 1 the first level is pure noise. Below 1, `noise` is an image's latents noised to
-    schedule.trailing(steps, strength)[0] by `q_sample`; at 0 they are returned as they are.
+    With strength < 1, `noise` must be latents at the level schedule.trailing(steps, strength)[0] (see `q_sample`). At
+    strength 0 it is returned unchanged.
     """
     z = noise
     visited = schedule.trailing(steps, strength)
@@ -99,10 +95,10 @@ def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, streng
 
 
 def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): as `ddim`, but the clean image is extrapolated over two steps.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): as `ddim`, but clean latents are extrapolated from two steps.
 
-    z_s = sigma_s/sigma_t z + (alpha_s - alpha_t sigma_s/sigma_t) D,  D = D_t + (D_t - D_before) h / (2 h_before),
-    h the step in log(alpha/sigma). From pure noise and to no noise h is infinite: those steps are first-order.
+    z_s = sigma_s/sigma_t z + (alpha_s - alpha_t sigma_s/sigma_t) D,  D = D_t + (D_t - D_before) h / (2 h_before);
+    h is the step in log(alpha/sigma). From pure noise h is infinite, so that the second step is first-order too.
     """
     z, before = noise, None
     visited = schedule.trailing(steps, strength)
@@ -122,14 +118,9 @@ def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, 
 
 
 def predict(denoise: Denoise, z: Tensor, level: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise of which z at `level` consists, according to the denoiser's v or e."""
+    """Split z at `level` into clean latents and noise, by what the denoiser predicts."""
     v = denoise(z, torch.full((len(z),), level, device=z.device)).float()
     alpha, sigma = schedule.alpha[level], schedule.sigma[level]
     if schedule.predicts_noise:
         return (z - sigma * v) / alpha, v
     return alpha * z - sigma * v, sigma * z + alpha * v
-
-
-def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): v = unconditional + g (conditional - unconditional)."""
-    return unconditional + guidance * (conditional - unconditional)

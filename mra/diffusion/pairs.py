@@ -1,7 +1,4 @@
-"""What the denoiser and the branch learn from: images as latents, captions as word pieces, both cached.
-
-Read next: sampling.py.
-"""
+"""The training pairs of the denoiser and the branch: cached latents and captions. Read next: sampling.py."""
 
 import torch
 from torch import Tensor
@@ -9,17 +6,17 @@ from torch import Tensor
 from mra.data.tokenizer import pad
 from mra.data.words import swap_left_right
 from mra.diffusion.base import Diffusion, encode
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt
+from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, controlled
 from mra.diffusion.noising import Schedule, diffusion_loss
 
-NO_WORDS = 0.1      # chance that a sample has no caption, so that guidance knows the model without one
+NO_WORDS = 0.1      # chance of an empty caption, which guidance needs
 
 
 class LatentPairs:
-    """The latents of N images and of their mirror images, and M captions of them.
+    """Pairs of a caption and an image's latents, each also mirrored: left and right are exchanged in the caption.
 
-    images (N, 3, H, W) uint8; captions: (index of the image, words). Equal captions are stored once. A mirrored image
-    has left and right exchanged in its words. After `encode_captions` their states are cached too, in host memory.
+    Made from uint8 images (N, 3, H, W) and captions, L tuples (index of the image, words). Equal captions are stored
+    once. `encode_captions` also caches the captions' states, in host memory.
     """
 
     def __init__(self, base: Diffusion, images: Tensor, captions: list[tuple[int, str]]):
@@ -29,14 +26,14 @@ class LatentPairs:
         words += [swap_left_right(caption) for caption in words] + [""]
         numbers = {caption: i for i, caption in enumerate(dict.fromkeys(words))}
         ids = [base.tokenizer.encode(caption, base.config.max_tokens) for caption in numbers]
-        self.ids, self.keep = (x.to(device) for x in pad(ids, base.tokenizer.pad_id))           # of distinct captions
-        self.caption_of = torch.tensor([numbers[caption] for caption in words], device=device)  # (2M + 1,), "" last
+        self.ids, self.keep = (x.to(device) for x in pad(ids, base.tokenizer.pad_id))           # distinct captions
+        self.caption_of = torch.tensor([numbers[caption] for caption in words], device=device)  # (2L + 1,), "" last
         index = torch.tensor([i for i, _ in captions], device=device)
-        self.image_of = torch.cat([index, index + len(images)])                                 # (2M,)
+        self.image_of = torch.cat([index, index + len(images)])                                 # (2L,)
 
     @torch.no_grad()
     def encode_captions(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
-        """Encode all captions once, by a text encoder that is not trained."""
+        """Encode all captions once, by a frozen text encoder."""
         self.states, kept = [], []
         for ids, keep in zip(self.ids.split(256), self.keep.split(256)):
             prompt = denoiser.read(ids, keep)
@@ -45,7 +42,7 @@ class LatentPairs:
         self.keep = torch.cat(kept)
 
     def prompt(self, denoiser: Denoiser, caption: Tensor) -> Prompt:
-        """The encoded captions of these numbers (B,)."""
+        """Encoded captions, by their numbers (B,) among the distinct ones."""
         keep = self.keep[caption]
         keep = keep[:, :int(keep.sum(1).max())]                                                 # (B, T)
         if self.states is None:
@@ -55,20 +52,12 @@ class LatentPairs:
 
     def loss(self, denoiser: Denoiser, branch: DomainBranch | None, schedule: Schedule, generator: torch.Generator,
              count: int, middle: bool = False) -> Tensor:
-        """The diffusion loss of `count` random samples, of the base alone or with its branch; a scalar.
-
-        `middle`: see Schedule.draw.
-        """
+        """The diffusion loss of `count` random pairs, a scalar; `branch` is optional, `middle`: see `random_levels`."""
         device = self.latents.device
         pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
         latents = self.latents[self.image_of[pair]]                                             # (B, C, h, w)
         pair[torch.rand(count, generator=generator, device=device) < NO_WORDS] = len(self.caption_of) - 1
         prompt = self.prompt(denoiser, self.caption_of[pair])
-        t = schedule.draw(count, generator, middle)                                             # (B,)
+        t = schedule.random_levels(count, generator, middle)                                    # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-
-        def denoise(z: Tensor, t: Tensor) -> Tensor:
-            control = None if branch is None else branch(z, t, prompt)
-            return denoiser(z, t, prompt, control)
-
-        return diffusion_loss(denoise, latents, noise, t, schedule)
+        return diffusion_loss(lambda z, t: controlled(denoiser, branch, z, t, prompt), latents, noise, t, schedule)

@@ -1,10 +1,9 @@
-"""Prompts: what an image is made from, which is also its caption afterwards.
+"""Prompts: the captions that images are made from and then have.
 
 The paper augments every training caption by EDA (alpha 0.5; 19 variants and the caption itself) and samples an image
-for each. On whole captions, insertion, swap and deletion tear colours from their garments: "a red jacket and blue
-jeans" becomes "a red jeans", and the image no longer shows its caption. Here synonyms replace single words, and the
-other three operations move, drop or rephrase whole phrases. So every prompt stays true of the person in its caption.
-Read next: making.py.
+for each. EDA inserts, swaps and deletes words, so "a red jacket and blue jeans" may become "a red jeans". Here synonyms
+replace single words, and the other operations repeat, move or drop whole phrases. So a prompt stays true of the
+person in its caption. Read next: making.py.
 """
 
 import random
@@ -12,16 +11,15 @@ import re
 
 from mra.data.words import PERSON, noun_phrases, replace_synonyms
 
-VARIANTS = 19       # of each caption, beside itself (paper section 2)
-ANYBODY = re.compile(rf"(?:an?|the|this)?\s*{PERSON.pattern}", re.IGNORECASE)       # and nothing about them
-ALPHA = 0.5         # the share of the phrases that deletion drops; synonyms replace up to this share of the words
+VARIANTS = 19       # variants of a caption, beside itself (MRA section 2)
+ANYBODY = re.compile(rf"(?:an?|the|this)?\s*{PERSON.pattern}", re.IGNORECASE)       # a person without description
+ALPHA = 0.5         # chance that deletion drops a phrase; largest share of the words that synonyms replace
 
 
 def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, str]]:
     """`count` pairs (index of the caption, prompt), or as many as there are: VARIANTS + 1 of each caption.
 
-    The captions themselves come first, then variant after variant. Captions are visited in random order, every caption
-    once before any is visited again.
+    First come all captions themselves in random order, then the first variant of each, and so on.
     """
     rng, made = random.Random(seed), []
     order = rng.sample(range(len(captions)), len(captions))
@@ -31,7 +29,7 @@ def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, st
 
 
 def variant(caption: str, number: int, rng: random.Random) -> str:
-    """Variant `number` of a caption: 0 is the caption itself, else one of four operations; the person stays first."""
+    """Variant `number` of a caption: 0 is the caption itself, the others are made by four operations in turn."""
     phrases = noun_phrases(caption)
     if number == 0 or len(phrases) < 2:
         return caption
@@ -48,7 +46,7 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
 
 
 def who(caption: str) -> str:
-    """The person of a caption that has pronouns alone."""
+    """The person of a caption with no noun for them, by its pronouns."""
     she = re.search(r"\b(?:she|her)\b", caption, re.IGNORECASE)
     he = re.search(r"\b(?:he|his|him)\b", caption, re.IGNORECASE)
     if she and not he:

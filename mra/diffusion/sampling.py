@@ -1,4 +1,4 @@
-"""From captions to latents in the target's look: guidance, samples of a list of records, calibration.
+"""From captions to latents in the target's look: guidance, samples and their calibration.
 
 Read next: prompts.py, filters.py, boxes.py; making.py puts them together.
 """
@@ -12,49 +12,47 @@ from torch import Tensor, nn
 from mra.config import AdaptConfig
 from mra.data.records import Record
 from mra.diffusion.base import Diffusion, encode, read_images
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt
-from mra.diffusion.noising import Denoise, ddim, dpm_solver, guided, q_sample
+from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, controlled
+from mra.diffusion.noising import Denoise, ddim, dpm_solver, q_sample
 
 SAMPLERS = {"ddim": ddim, "dpm": dpm_solver}
 
 
 def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidance: float,
           span: tuple[float, float] = (0, 1000)) -> Denoise:
-    """A `denoise` for the samplers, with guidance on the text.
+    """A `denoise` for the samplers with classifier-free guidance on the text (Ho & Salimans 2022).
 
-    v = v(nothing) + guidance (v(words) - v(nothing));    `both` holds B captions and then the empty one, B times.
+    v = v(empty) + guidance (v(words) - v(empty));    `both` holds B captions and then the empty caption B times.
 
-    Guidance of 1 costs no second pass. Guidance holds for levels t within `span` = (lowest, highest). Outside it there
-    is none: at high noise it takes the variety, at low noise it changes nothing (Kynkaanniemi et al. 2024).
+    Levels t outside `span` = (lowest, highest) are not guided: guidance reduces the variety at high noise and changes
+    nothing at low noise (Kynkaanniemi et al. 2024).
     """
     count = len(both.keep) // 2
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
-        steered = guidance != 1 and span[0] <= t[0] <= span[1]
-        prompt = both if steered else both[:count]
-        if steered:
-            z, t = z.repeat(2, 1, 1, 1), t.repeat(2)
-        control = None if branch is None else branch(z, t, prompt)
-        v = denoiser(z, t, prompt, control).float()
-        return guided(v[:count], v[count:], guidance) if steered else v
+        if guidance == 1 or not span[0] <= t[0] <= span[1]:
+            return controlled(denoiser, branch, z, t, both[:count]).float()
+        v = controlled(denoiser, branch, z.repeat(2, 1, 1, 1), t.repeat(2), both).float()
+        words, empty = v.chunk(2)
+        return empty + guidance * (words - empty)
 
     return denoise
 
 
 @dataclass(frozen=True)
 class Painter:
-    """What makes latents of records: the base and its branch, and latents of both sets, where they are needed."""
+    """Makes latents from records: the base and its branch, and the latents of the two sets."""
 
     config: AdaptConfig
     base: Diffusion
     branch: DomainBranch
-    fast_denoiser: nn.Module        # the base's denoiser, compiled if the flags ask for it ...
-    fast_branch: nn.Module          # ... and the branch
-    target: Tensor | None = None    # (M, C, h, w)
-    source: Tensor | None = None    # (N, C, h, w), when the source's images are restyled
+    fast_denoiser: nn.Module                # denoiser and branch, compiled with --compile
+    fast_branch: nn.Module
+    target_latents: Tensor | None           # (N, C, h, w); None: images are generated beside Stable Diffusion
+    source_latents: Tensor | None           # (N, C, h, w); None: images are not restyled
 
     def sample(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, Prompt]:
-        """Latents (B, C, h, w) of the records' first captions, and the prompt they were made with."""
+        """Latents (B, C, h, w) made from the records' first captions, and the encoded captions."""
         config, schedule = self.config, self.base.schedule
         start, strength = self.start(records, draw)
         captions = [record.captions[0] for record in records]
@@ -66,13 +64,13 @@ class Painter:
         return latents, both[:len(captions)]
 
     def start(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, float]:
-        """What sampling starts from (B, C, h, w) and its strength: pure noise, or the records' images, noised."""
+        """Latents (B, C, h, w) and strength that sampling starts with: pure noise, or the records' noised images."""
         base, device = self.base, draw.device
         noise = torch.randn(len(records), *base.config.shape, generator=draw, device=device)
         if self.config.mode == "generate":
             return noise, 1.0
         images = read_images([record.path for record in records], base.config)
-        moved = match_moments(encode(base.autoencoder, images), self.source, self.target)
+        moved = match_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
         visited = base.schedule.trailing(self.config.sampling_steps, self.config.strength)
         if not visited:
             return moved, self.config.strength
@@ -80,35 +78,36 @@ class Painter:
         return q_sample(moved, noise, t, base.schedule), self.config.strength
 
 
-def calibration(samples: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C, h, w), that give samples (N, C, h, w) the target's mean and variance at every place.
+def calibration(samples: Tensor, target_latents: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C, h, w): all sampled latents are replaced by scale * latents + shift. Not in the paper.
 
-    Not in the paper. A branch of few steps gets the commonest pose and background a little wrong on average. That is
-    measured on samples, which must be many and typical of the whole set, and undone.
+    A branch that was trained for few steps gets the mean and variance at a place a little wrong, for example the usual
+    background. Scale and shift give `samples` (N, C, h, w) the target's mean and variance at every place. The samples
+    must be many and typical of the whole set.
     """
     std, mean = torch.std_mean(samples, 0)
-    target_std, target_mean = torch.std_mean(target, 0)
+    target_std, target_mean = torch.std_mean(target_latents, 0)
     scale = target_std / std.clamp(min=1e-3)        # 0 is possible: one image, restyled without diffusion
     return scale, target_mean - scale * mean
 
 
-def match_moments(latents: Tensor, own: Tensor, targets: Tensor) -> Tensor:
-    """Latents (B, C, h, w), moved as their set's `own` (N, C, h, w) must move to get the moments of the targets.
+def match_moments(latents: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Move latents (B, C, h, w) by the map that gives the source the mean and variance of the target.
 
-    Mean and variance of each channel become those of `targets` (M, C, h, w), separately for the person, who is taken
-    to be in the middle of the picture, and for the background.
+    Each channel has a map for the person, who is taken to be in the middle of the image, and one for the background.
+    `source` and `target` (N, C, h, w) are latents of the two sets; `latents` belong to the source.
     """
     inside = torch.zeros(latents.shape[2:], dtype=torch.bool, device=latents.device)
     rows, columns = max(1, inside.shape[0] // 16), inside.shape[1] // 4
     inside[rows:-rows, columns:-columns] = True
     moved = torch.empty_like(latents)
     for part in (inside, ~inside):
-        moved[:, :, part] = moved_moments(latents[:, :, part], own[:, :, part], targets[:, :, part], (0, 2))
+        moved[:, :, part] = moved_moments(latents[:, :, part], source[:, :, part], target[:, :, part], (0, 2))
     return moved
 
 
-def moved_moments(x: Tensor, own: Tensor, targets: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """x, moved as `own` must move to get the mean and standard deviation of the targets over these axes."""
-    std, mean = torch.std_mean(own, axes, keepdim=True)
-    target_std, target_mean = torch.std_mean(targets, axes, keepdim=True)
+def moved_moments(x: Tensor, source: Tensor, target: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Move x by the map that gives the source the target's mean and standard deviation over these axes."""
+    std, mean = torch.std_mean(source, axes, keepdim=True)
+    target_std, target_mean = torch.std_mean(target, axes, keepdim=True)
     return (x - mean) / std.clamp(min=1e-4) * target_std + target_mean

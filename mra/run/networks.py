@@ -192,7 +192,8 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
         pairs = LatentPairs(base, target.images, captions)
         with machine.autocast():
             pairs.encode_captions(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
-        return lambda share: pairs.loss(denoiser, step_branch, base.schedule, share.draw, share.count, recipe.middle)
+        return lambda share: pairs.loss(denoiser, step_branch, base.schedule, share.draw, share.count,
+                                        middle=not base.config.stable)
 
     learn("branch", branch, prepare, branch_fit(config, recipe, len(captions)), target.folder / "branch.safetensors",
           target.key, machine)
@@ -220,7 +221,7 @@ def train_decoder(config: AdaptConfig, base: Diffusion, target: Target, latents:
     def loss_of(share: Share) -> Tensor:
         chosen = torch.randint(len(latents), (share.count,), generator=share.draw, device=machine.device)
         own = to_float(target.images[chosen.cpu()].to(machine.device))
-        return autoencoder.decoder_loss(own, autoencoder.unscaled(latents[chosen]))
+        return autoencoder.decoder_loss(own, latents[chosen])
 
     learn("decoder", autoencoder, lambda: loss_of, DAD_RECIPES[config.size].decoder,
           target.folder / "decoder.safetensors", target.key, machine)

@@ -95,7 +95,7 @@ def calibrate(maker: Maker, machine: Machine) -> tuple[Tensor, Tensor]:
     chosen = maker.plan.chosen_probes(seed)
     samples = machine.map(lambda i: maker.probe(chosen[i], machine.generator(seed, PROBE_SEED + i), machine.autocast()),
                           range(len(chosen)))
-    return calibration(torch.cat(samples), maker.painter.target)
+    return calibration(torch.cat(samples), maker.painter.target_latents)
 
 
 def finish(maker: Maker, target: Tensor, key: dict, machine: Machine) -> None:
