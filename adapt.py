@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError, check_values
-from mra.data.records import RecordSet, load, share_of
+from mra.data.records import RecordSet, share_of
 from mra.diffusion.base import Diffusion, encode
 from mra.diffusion.boxes import usual_places
 from mra.diffusion.making import Maker, make_plan
 from mra.diffusion.sampling import Painter
+from mra.formats.read import load
 from mra.run import checkpoint, networks, parts
 from mra.run.command import parse, run
 from mra.run.kept import is_kept

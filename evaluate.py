@@ -22,10 +22,12 @@ from torch import Tensor
 
 from mra import ranking
 from mra.config import EvalConfig, UserError, check_values
-from mra.data import records
 from mra.data.files import harmless, write_json
+from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
+from mra.formats import read
+from mra.formats.layouts import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import parse, run
@@ -47,7 +49,7 @@ def main() -> None:
     trained_on = facts["train"]["dataset"]
     # a folder that a file names is read only if it lies below this one
     inside = bool(trained_on) and Path(trained_on).resolve().is_relative_to(Path.cwd())
-    if not (config.dataset or config.gallery or trained_on in records.DATASETS or inside):
+    if not (config.dataset or config.gallery or trained_on in DATASETS or inside):
         raise UserError(f"{path} does not say what it was trained on, or names a folder elsewhere; give --dataset.")
     machine.say(harmless(f"{path}: trained on {trained_on or 'an unnamed set'}, pretrained on "
                          f"{facts['pretrained_on']}, seed {facts['train'].get('seed')}; evaluating on "
@@ -153,16 +155,16 @@ def weight_of(config: EvalConfig, facts: dict) -> float:
     return 0.002 if config.fusion == "published" else facts["val"].get("weight", 0.0)
 
 
-def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> records.RecordSet:
+def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> RecordSet:
     """The split to evaluate on, of the folder given or of the demo town, drawn where it is missing."""
-    if dataset in records.DATASETS and not config.data_root and facts["train"]["data_root"]:
+    if dataset in DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
     root = Path(config.data_root)
     if not config.data_root:
         tiny = facts["train"]["preset"] == "tiny"
         machine.first(lambda: sets.ready(dataset, tiny, machine.say))
         root = sets.root(tiny)
-    return records.load(dataset, config.split, root, config.allow_missing, machine.say)
+    return read.load(dataset, config.split, root, config.allow_missing, machine.say)
 
 
 def newest() -> Path:
@@ -182,8 +184,8 @@ def check(config: EvalConfig) -> None:
     if asked and len(config.dataset) > 1:
         raise UserError("--query and --queries rank one gallery: give one --dataset.")
     for dataset in config.dataset:
-        if dataset not in records.DATASETS and not Path(dataset).is_dir():
-            raise UserError(f"--dataset {dataset}: choose from {', '.join(records.DATASETS)}, or give a set's folder.")
+        if dataset not in DATASETS and not Path(dataset).is_dir():
+            raise UserError(f"--dataset {dataset}: choose from {', '.join(DATASETS)}, or give a set's folder.")
     if config.gallery and not asked:
         raise UserError("--gallery needs --query or --queries: the sentences to rank its images for.")
 

@@ -28,7 +28,9 @@ from mra import losses, ranking
 from mra.config import TrainConfig, check_values, pretrains, recipe
 from mra.data.batches import PairDataset, loader, order
 from mra.data.files import open_image
-from mra.data.records import load_splits, share_of
+from mra.data.records import share_of
+from mra.formats.check import check_set
+from mra.formats.read import load_splits
 from mra.retriever import Objective
 from mra.run import checkpoint, stages
 from mra.run.command import parse, run
@@ -36,7 +38,6 @@ from mra.run.loop import Loop, Share, Task, write_line
 from mra.run.machine import Machine, claimed, drawn, make_folder
 from mra.scale import contrastive
 from mra.scale.search import sharded_top_k
-from mra.show.check import check_set
 from mra.weights.retrievers import model_facts
 
 

@@ -3,7 +3,7 @@
 The method, in reading order; each file's docstring says what to read next:
 
     config.py             presets of the models, recipes of training, the flags of the scripts
-    data/                 files and images, one record type, views, words, tokens, batches
+    data/                 images, one record type, views, words, tokens, batches
     layers.py             the one attention, the MLPs, one block for each norm order
     encoders.py           image, text and fusion encoder
     losses.py             contrastive, matching and masked-word losses as pure functions
@@ -14,11 +14,12 @@ The method, in reading order; each file's docstring says what to read next:
 
 Beside the method, which imports none of it:
 
+    formats/              annotation files of the real sets, --check
     town/                 drawn people in the real sets' formats, for a demo and for exact answers
     weights/              weights from elsewhere: BERT, ViT, the released MRA models, Stable Diffusion
     run/                  command line, machine, checkpoints, the one training loop, what is kept on disk
     scale/                the contrastive loss in chunks, top-k of large galleries
-    show/                 pictures, a folder of photographs, answers to sentences, --check
+    show/                 pictures, a folder of photographs, answers to sentences
     train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
 
 Shape letters; a docstring explains any other. Masks end in `_keep`, True = use it:

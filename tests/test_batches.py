@@ -177,7 +177,7 @@ def test_labels_agree_with_what_was_masked(pairs):
     batch = dataset.collate(samples)
     assert batch.masked_at.shape == batch.masked_labels.shape == (50, MAX_MASKED)
     for row, sample in enumerate(samples):
-        predicted = [(at, label) for at, label in enumerate(sample.labels) if label != -100]
+        predicted = [(at, sample.caption[at]) for at in sample.masked_at]
         fill = [(0, -100)] * (MAX_MASKED - len(predicted))
         found = list(zip(batch.masked_at[row].tolist(), batch.masked_labels[row].tolist()))
         assert predicted and found == predicted + fill

@@ -18,7 +18,7 @@ from test_commands import command, succeed
 
 from adapt import main as adapt_main
 from mra.config import DAD_RECIPES, AdaptConfig
-from mra.data.records import Record, load
+from mra.data.records import Record
 from mra.data.words import noun_phrases
 from mra.diffusion import making
 from mra.diffusion.boxes import phrase_box, usual_places
@@ -26,6 +26,7 @@ from mra.diffusion.filters import DAMAGE, Judge, colourfulness, distort, judge_l
 from mra.diffusion.making import filters_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, variant
 from mra.diffusion.sampling import Painter, calibration, match_moments
+from mra.formats.read import load
 from mra.run import networks, parts
 from mra.run.loop import Loop, Task
 from mra.run.machine import Machine

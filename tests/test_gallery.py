@@ -13,10 +13,11 @@ import evaluate
 from mra import ranking
 from mra.config import UserError
 from mra.data import words
+from mra.formats import check
 from mra.ranking import Plan
 from mra.run import checkpoint
 from mra.run.command import run
-from mra.show import check, gallery
+from mra.show import gallery
 from mra.weights.retrievers import model_facts
 from tests.test_ranking import pair_by_hand
 from tests.test_released import small, write  # noqa: F401 (fixtures: a small released checkpoint)

@@ -11,9 +11,9 @@ from PIL import Image
 from test_commands import ROOT, command, succeed
 
 from mra.config import Fit
-from mra.data.records import load
 from mra.diffusion.filters import DAMAGE, Judge, distort
 from mra.diffusion.sampling import match_moments
+from mra.formats.read import load
 from mra.run.machine import Machine
 from mra.town.people import COLOURS, sample_person
 from tests.study import gap, gap_table, transfers

@@ -10,10 +10,10 @@ from torch import nn
 
 from mra import losses
 from mra.config import PRESETS, TrainConfig
-from mra.data import records
 from mra.data.augment import box_to_patches
 from mra.data.batches import Batch, PairDataset
 from mra.data.tokenizer import MAX_MASKED
+from mra.formats.read import load
 from mra.layers import Attention, PostNormBlock, PreNormBlock
 from mra.retriever import Objective, Retriever, pool_region
 from mra.run import stages
@@ -329,14 +329,14 @@ def test_walks_the_shapes_from_disk_to_loss(tmp_path, paint, config, tokenizer, 
         paint(f"SDA/c/{i}.png", seed=i)
     (tmp_path / "SDA/sda_0_3.json").write_text(json.dumps(items))
 
-    source = records.load("sda", "train", tmp_path, say=lambda line: None)
+    source = load("sda", "train", tmp_path, say=lambda line: None)
     assert len(source.records) == 2                       # one identity of the three is held out as val
     dataset = PairDataset(source, tokenizer, config, TrainConfig(eda=0.8))
     samples = [dataset[0, i] for i in range(2)]
     for sample in samples:
         assert sample.image.shape == (3, H, W) and sample.image.dtype == torch.float32
         assert sample.region_keep.shape == (N,) and sample.region_keep.dtype == torch.bool
-        assert len(sample.caption) == len(sample.masked) == len(sample.labels)
+        assert len(sample.caption) == len(sample.masked) and sample.masked_at
 
     batch, B, M = dataset.collate(samples), 2, MAX_MASKED
     T, P = (max(len(getattr(sample, name)) for sample in samples) for name in ("caption", "phrase"))

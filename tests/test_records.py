@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mra import data
 from mra.config import TrainConfig, UserError
-from mra.data import files, records
+from mra.data import files
 from mra.data.batches import PairDataset
 from mra.data.files import open_image, shown
-from mra.data.records import SPLITS, Packed, Record, RecordSet, load, load_splits, share_of
+from mra.data.records import Packed, Record, RecordSet, share_of
+from mra.formats import read
+from mra.formats.layouts import SPLITS, locate
+from mra.formats.read import load, load_splits
 
 RAW = {"cuhk": ("CUHK-PEDES", "reid_raw.json", "file_path"),
        "icfg": ("ICFG-PEDES", "ICFG-PEDES.json", "file_path"),
@@ -104,7 +106,7 @@ def test_chinese_captions_and_code_reach_the_model(tmp_path, tokenizer, config, 
     source = load("rstp", "train", tmp_path, say=quiet)
     assert source.records[1].captions == tuple(captions)
     pairs = PairDataset(source, tokenizer, config, TrainConfig(eda=0.8))
-    assert pairs[0, 0].caption == [2, 3] and pairs[0, 0].labels == [-100, -100]
+    assert pairs[0, 0].caption == [2, 3] and pairs[0, 0].masked_at == []
     assert pairs[0, 1].caption == pairs.encode("a man if x return")
     assert pairs.collate([pairs[0, i] for i in range(4)]).eda_keep[:, 0].all()
 
@@ -327,10 +329,10 @@ def test_what_two_splits_share_is_read_once(tmp_path, monkeypatch, dataset, time
             write(tmp_path / f"finetune/rstp_{split}.json", [{"image": f"{i}.jpg", "caption": "a", "image_id": 7}])
         touch(tmp_path / "RSTPReid", "0.jpg", "1.jpg")
     apart = [load(dataset, split, tmp_path, say=quiet) for split in ("train", "val")]
-    read, real = [], records.read_rows
-    monkeypatch.setattr(records, "read_rows", lambda source: read.append(source) or real(source))
+    seen, real = [], read.read_rows
+    monkeypatch.setattr(read, "read_rows", lambda source: seen.append(source) or real(source))
     together = load_splits(dataset, ("train", "val"), tmp_path, say=quiet)
-    assert len(read) == times
+    assert len(seen) == times
     for one, other in zip(apart, together, strict=True):
         assert list(one.records) == list(other.records) and one.split == other.split and len(one.records) > 0
 
@@ -341,16 +343,16 @@ def test_several_processes_read_what_one_does(tmp_path, monkeypatch):
             {"image": f"{part}.jpg", "caption": f"a {part}", "image_id": part, "boxes": [[0.5, 0.5, 1, 1]],
              "phrases": ["a"]}] * 2)
     touch(tmp_path / "SDA", *(f"{part}.jpg" for part in range(17)))
-    sets, starts, real = [], [], data.ProcessPoolExecutor
-    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda count, how: starts.append(count) or real(count, how))
+    sets, starts, real = [], [], files.ProcessPoolExecutor
+    monkeypatch.setattr(files, "ProcessPoolExecutor", lambda count, how: starts.append(count) or real(count, how))
     for cores in (1, 64):
-        monkeypatch.setattr(records.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(read.os, "cpu_count", lambda cores=cores: cores)
         sets.append(list(load("sda", "train", tmp_path, say=quiet).records))
     assert sets[0] == sets[1] and len(sets[0]) > 20 and starts == [2]
     away = {"image": "../9.jpg", "caption": "a", "image_id": 9, "boxes": [], "phrases": []}
     write(tmp_path / "SDA/sda_9_10.json", [away, {"image": "9.jpg"}])
     write(tmp_path / "SDA/sda_12_13.json", {"no": "list"})
-    _, found = records.read_rows(records.locate("sda", "train", tmp_path))
+    _, found = read.read_rows(locate("sda", "train", tmp_path))
     assert ["leads out" in found[0], "record 1" in found[1], "must hold a list" in found[2]] == [True] * 3 == [
         "sda_9_10" in found[0], "sda_9_10" in found[1], "sda_12_13" in found[2]]
 

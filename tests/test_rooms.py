@@ -14,8 +14,9 @@ from mra.diffusion.noising import Schedule
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = {"mra", "mra.data", "mra.diffusion"}
 MAY_IMPORT = {      # rooms beside the method, and what they may import besides it
-    "mra.scale": set(), "mra.town": set(), "mra.run": {"mra.weights", "mra.show", "mra.town"},
-    "mra.weights": {"mra.run"}, "mra.show": {"mra.run", "mra.weights"}}
+    "mra.scale": set(), "mra.town": set(), "mra.formats": set(), "mra.weights": {"mra.run"},
+    "mra.run": {"mra.weights", "mra.show", "mra.town", "mra.formats"},
+    "mra.show": {"mra.run", "mra.weights", "mra.formats"}}
 PACKAGES = {"torch", "torchvision", "tokenizers", "safetensors", "numpy", "PIL"}
 
 

@@ -22,12 +22,12 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 from mra.config import DIFFUSION_PRESETS, UserError
-from mra.data.records import load
 from mra.diffusion import pairs
 from mra.diffusion.base import Diffusion
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Stage, round_weights
 from mra.diffusion.noising import ddim
 from mra.diffusion.sampling import guide
+from mra.formats.read import load
 from mra.run import checkpoint
 from mra.weights import files
 from mra.weights.stable import CLIP_RULES, UNET_RULES, VAE_RULES, CausalTextEncoder, StableAutoencoder, read_stable

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_commands import ROOT, command, succeed
 
-from mra.data.records import load
+from mra.formats.read import load
 from mra.run import machine
 from tests.study import charts, comparisons, study, study_table
 

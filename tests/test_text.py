@@ -161,27 +161,25 @@ def test_masking_takes_whole_words_never_specials_and_never_too_many(tokenizer):
     rng = random.Random(1)
     for _ in range(3000):
         ids = random_ids(tokenizer, rng, rng.randint(1, 30))
-        masked, labels = mask_words(ids, tokenizer, rng)
-        at = [i for i, label in enumerate(labels) if label != -100]
-        assert 1 <= len(at) <= 10 and len(masked) == len(labels) == len(ids)
-        assert all(labels[i] == ids[i] and ids[i] > 4 for i in at)
+        masked, at = mask_words(ids, tokenizer, rng)
+        assert 1 <= len(at) <= 10 and len(masked) == len(ids) and at == sorted(set(at))
+        assert all(ids[i] > 4 for i in at)
         assert all(masked[i] == ids[i] for i in range(len(ids)) if i not in at)
         assert not {masked[i] for i in at} & {0, 1, 2, 3}
         for i in range(2, len(ids)):
             if not tokenizer.starts_word[ids[i]]:
-                assert (labels[i] == -100) == (labels[i - 1] == -100)
+                assert (i in at) == (i - 1 in at)
 
 
 def test_masking_rates(tokenizer):
     rng, fates, picked, total = random.Random(2), Counter(), 0, 0
     for _ in range(6000):
         ids = random_ids(tokenizer, rng, 18)[:-4]
-        masked, labels = mask_words(ids, tokenizer, rng)
+        masked, at = mask_words(ids, tokenizer, rng)
         total += min(len(ids) - 1, 40)
-        for before, after, label in zip(ids, masked, labels):
-            if label != -100:
-                picked += 1
-                fates["mask" if after == tokenizer.mask_id else "same" if after == before else "random"] += 1
+        picked += len(at)
+        for i in at:
+            fates["mask" if masked[i] == tokenizer.mask_id else "same" if masked[i] == ids[i] else "random"] += 1
     assert picked / total == pytest.approx(0.25, abs=0.02)
     for fate, share in (("mask", 0.8), ("random", 0.1), ("same", 0.1)):
         assert fates[fate] / picked == pytest.approx(share, abs=0.01)
@@ -192,7 +190,7 @@ def test_every_word_is_picked_equally_often(tokenizer):
     ids = [2, *range(150, 170), 3]
     ids = [i for i in ids if tokenizer.starts_word[i]]
     for _ in range(8000):
-        counts.update(i for i, label in enumerate(mask_words(ids, tokenizer, rng)[1]) if label != -100)
+        counts.update(mask_words(ids, tokenizer, rng)[1])
     inner = [counts[i] for i in range(3, len(ids) - 1)]
     assert max(inner) < 1.15 * min(inner)
 
@@ -201,7 +199,8 @@ def test_a_fifth_of_the_picks_grow_to_two_or_three_words(tokenizer):
     word = tokenizer.encode("red")[1]
     ids, rng, runs = [2, *[word] * 300, 3], random.Random(4), Counter()
     for _ in range(2500):                              # so many words that two picks seldom touch
-        picked = "".join("x" if label != -100 else " " for label in mask_words(ids, tokenizer, rng)[1])
+        at = set(mask_words(ids, tokenizer, rng)[1])
+        picked = "".join("x" if i in at else " " for i in range(len(ids)))
         runs.update(map(len, picked.split()))
     share = {length: runs[length] / sum(runs.values()) for length in (1, 2, 3)}
     assert share[1] == pytest.approx(0.8, abs=0.04) and share[2] == pytest.approx(0.1, abs=0.035)
@@ -210,9 +209,9 @@ def test_a_fifth_of_the_picks_grow_to_two_or_three_words(tokenizer):
 
 def test_masking_edges(tokenizer):
     rng, (start, rest) = random.Random(5), tokenizer.encode("aq")[1:-1]
-    assert mask_words([2, 3], tokenizer, rng) == ([2, 3], [-100, -100])
-    assert mask_words([2, start, *[rest] * 9, 3], tokenizer, rng)[1] == [-100, start, *[rest] * 9, -100]
-    assert set(mask_words([2, start, *[rest] * 10, 3], tokenizer, rng)[1]) == {-100}
+    assert mask_words([2, 3], tokenizer, rng) == ([2, 3], [])
+    assert mask_words([2, start, *[rest] * 9, 3], tokenizer, rng)[1] == list(range(1, 11))
+    assert mask_words([2, start, *[rest] * 10, 3], tokenizer, rng)[1] == []
     assert mask_words(tokenizer.encode(CAPTION), tokenizer, random.Random(6)) == mask_words(
         tokenizer.encode(CAPTION), tokenizer, random.Random(6))
 

@@ -23,8 +23,8 @@ from test_commands import ROOT, TINY, command, log_of, refused, succeed
 from mra import losses, ranking
 from mra.config import PRESETS, Fit, TrainConfig, UserError
 from mra.data.batches import Batch
-from mra.data.records import load
 from mra.data.tokenizer import Tokenizer
+from mra.formats.read import load
 from mra.ranking import Plan
 from mra.retriever import Objective, Retriever
 from mra.run import checkpoint, stages

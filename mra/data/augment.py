@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mra.data import Box
+from mra.data.records import Box
 
 MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)    # of CLIP, for RGB in 0 .. 1
 STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
@@ -48,16 +48,22 @@ def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random,
     """The whole image, mirrored half of the time, a rectangle set to 0, the mean colour, with probability `erase`."""
     mirrored, erased = rng.random() < 0.5, rng.random() < erase
     pixels = tensor_of(image, size, None, mirrored)                 # (3, H, W)
-    rows, columns = size
-    for _ in range(10 if erased else 0):                            # draws until one fits
+    if erased:
+        _erase(pixels, rng)
+    return View(pixels, None, mirrored)
+
+
+def _erase(pixels: Tensor, rng: random.Random) -> None:
+    """Set a rectangle of `pixels` (3, H, W) to 0, the first of ten draws that fits."""
+    rows, columns = pixels.shape[1:]
+    for _ in range(10):
         area = rng.uniform(*ERASE_AREA) * rows * columns
         aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < height < rows and 0 < width < columns:
             top, left = rng.randrange(rows - height + 1), rng.randrange(columns - width + 1)
             pixels[:, top:top + height, left:left + width] = 0
-            break
-    return View(pixels, None, mirrored)
+            return
 
 
 def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:
@@ -83,7 +89,11 @@ def _interval(extent: float, centre: float, length: float, rng: random.Random) -
 
 def tensor_of(image: Image.Image, size: tuple[int, int], crop=None, mirrored: bool = False) -> Tensor:
     """Crop (left, top, right, bottom as fractions), resize bicubic, mirror, normalise: (3, H, W)."""
-    window = crop and [min(part, 1) * full for part, full in zip(crop, (*image.size, *image.size))]
+    window = None
+    if crop is not None:
+        window = [min(part, 1) * full for part, full in zip(crop, (*image.size, *image.size))]
     pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, window))     # (H, W, 3)
-    scaled = pixels[:, ::-1 if mirrored else 1] * (1 / (255 * STD)) - MEAN / STD        # (H, W, 3)
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    scaled = pixels * (1 / (255 * STD)) - MEAN / STD                                    # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))            # (3, H, W)

@@ -1,7 +1,7 @@
 """From records to a Batch: the last stop before the model.
 
-All randomness of a sample comes from (seed, epoch, index), and the order of the samples depends on the seed alone. So
-neither the number of loading processes nor a restart changes anything. Read next: layers.py, or retriever.py.
+All randomness of a sample comes from (seed, epoch, index), and the order of the samples depends on the seed alone.
+Neither the number of loading processes nor a restart changes anything. Read next: layers.py, or retriever.py.
 """
 
 import random
@@ -30,7 +30,7 @@ class Sample:
     identity: int
     caption: list[int]                  # (T,) ids
     masked: list[int]                   # (T,) ids, some replaced
-    labels: list[int]                   # (T,) -100 where not predicted
+    masked_at: list[int]                # the positions to predict
     eda: list[int] | None = None        # (T',) ids of an augmented caption
     region_keep: Tensor | None = None   # (N,)
     phrase: list[int] | None = None     # (P,) ids
@@ -96,12 +96,12 @@ class PairDataset(torch.utils.data.Dataset):
         if view.mirrored:
             caption, phrase = swap_left_right(caption), swap_left_right(phrase)
         ids = self.encode(caption)
-        masked, labels = mask_words(ids, self.tokenizer, rng)
+        masked, masked_at = mask_words(ids, self.tokenizer, rng)
         augmented = self.encode(eda(caption, rng)) if self.train.eda else None
         region = ()
         if self.with_regions:
             region = box_to_patches(view.box, self.model.grid), self.encode(phrase)
-        return Sample(view.image, record.identity, ids, masked, labels, augmented, *region)
+        return Sample(view.image, record.identity, ids, masked, masked_at, augmented, *region)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, self.model.max_tokens)
@@ -119,19 +119,13 @@ class PairDataset(torch.utils.data.Dataset):
             if every[name][0] is not None:
                 fields[f"{name}_ids"], fields[f"{name}_keep"] = pad(every[name], self.tokenizer.pad_id)
         fields["masked_ids"], _ = pad(every["masked"], self.tokenizer.pad_id)
-        at, labels = zip(*map(_positions, every["labels"]))
-        fields |= {"masked_at": torch.tensor(at), "masked_labels": torch.tensor(labels)}
+        fields["masked_at"], _ = pad(every["masked_at"], 0, MAX_MASKED)
+        labels = [[sample.caption[i] for i in sample.masked_at] for sample in samples]
+        fields["masked_labels"], _ = pad(labels, -100, MAX_MASKED)
         if "phrase_ids" in fields:
             classes = [hash(tuple(phrase)) for phrase in every["phrase"]]       # equal in any process
             fields |= {"region_keep": torch.stack(every["region_keep"]), "phrase_class": torch.tensor(classes)}
         return Batch(**fields)
-
-
-def _positions(labels: list[int]) -> tuple[list[int], list[int]]:
-    """Where labels (T,) are set and what they are, filled up to MAX_MASKED with position 0 and -100."""
-    at = [i for i, label in enumerate(labels) if label != -100][:MAX_MASKED]
-    fill = MAX_MASKED - len(at)
-    return at + [0] * fill, [labels[i] for i in at] + [-100] * fill
 
 
 def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.utils.data.DataLoader:

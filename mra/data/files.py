@@ -1,14 +1,16 @@
-"""Files: images read and written, JSON, and writing that is complete or does not happen at all.
+"""Files: images read and written, JSON, work on many files, and writing that is complete or does not happen at all.
 
 Read next: records.py.
 """
 
 import io
 import json
+import multiprocessing
 import os
 import reprlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +37,15 @@ def harmless(text) -> str:
     text = str(text)
     safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:2000])
     return safe if len(text) <= 2000 else safe + "..."
+
+
+def in_processes(function: Callable, items: Sequence, workers: int, chunk: int = 1, start: str = "spawn") -> Iterator:
+    """`function` of each item, in their order, computed in `workers` processes; with fewer than two, in this one."""
+    if workers < 2:
+        yield from map(function, items)
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context(start)) as pool:
+            yield from pool.map(function, items, chunksize=chunk)
 
 
 @contextmanager

@@ -68,33 +68,32 @@ class Tokenizer:
         return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
 
 
-def pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B id lists -> ids (B, T) int64 and keep (B, T) bool, True = a real token; T = the longest list."""
+def pad(sequences: list[list[int]], pad_id: int, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """B id lists -> ids (B, T) int64 and keep (B, T) bool, True = a real token; T = the longest list, or `width`."""
     lengths = torch.tensor([len(ids) for ids in sequences])
-    width = int(lengths.max())
+    width = max(width, int(lengths.max()))
     padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in sequences])
     return padded, torch.arange(width) < lengths[:, None]
 
 
 def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Masked ids and labels, -100 where nothing is predicted (paper section 3). Special ids are never picked.
+    """Masked ids (T,) and the positions to predict, 10 at most (MRA section 3). Special ids are never picked.
 
-    Whole words, a fifth of which grow to 2 or 3; 25 % of the pieces and 10 at most; at least one word, unless all have
-    more than 10 pieces. As in BERT's whole-word masking each piece draws for itself: 80 % [MASK], 10 % a random piece,
-    10 % kept.
+    Whole words are picked, and a fifth of them grow to 2 or 3 words, up to 25 % of the pieces. At least one word is
+    picked, unless all have more than 10 pieces. As in BERT's whole-word masking each piece draws for itself: 80 %
+    become [MASK], 10 % a random piece, 10 % stay.
     """
-    words = words_of(ids, tokenizer)
-    masked, labels = list(ids), [-100] * len(ids)
-    for i in _pick(words, rng):
-        labels[i], fate = ids[i], rng.random()
+    masked, at = list(ids), _pick(_words_of(ids, tokenizer), rng)
+    for i in at:
+        fate = rng.random()
         if fate < 0.8:
             masked[i] = tokenizer.mask_id
         elif fate < 0.9:
             masked[i] = rng.choice(tokenizer.ordinary_ids)
-    return masked, labels
+    return masked, at
 
 
-def words_of(ids: list[int], tokenizer: Tokenizer) -> list[list[int]]:
+def _words_of(ids: list[int], tokenizer: Tokenizer) -> list[list[int]]:
     """The positions of each word's pieces, without special ids."""
     words = []
     for position, piece in enumerate(ids):

@@ -33,7 +33,7 @@ OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"
 
 
 def clean(caption: str, dataset: str) -> str:
-    """ICFG-PEDES, RSTPReid: lower case, and each run of other characters than a-z and 0-9 is one space."""
+    """For ICFG-PEDES and RSTPReid: lower case, and one space for each run of characters other than a-z and 0-9."""
     if dataset not in ("icfg", "rstp"):
         return caption
     return re.sub(r"[^a-z0-9]+", " ", caption.lower()).strip()
@@ -45,25 +45,25 @@ def swap_left_right(text: str) -> str:
 
 
 def noun_phrases(caption: str) -> list[str]:
-    """A caption's pieces between commas and small words that name a person or, in two words or more, a thing or colour.
+    """The noun phrases of a caption: what is left between commas and small words, such as "with" or "wearing".
 
-    "A red jacket" is one, and so is "a black and white top": an "and" between two colours holds them together.
+    A phrase names a person or, in two words or more, a thing or a colour. "A red jacket" is one, and so is "a black and
+    white top": an "and" between two colours does not part them.
     """
-    joined = TWO_COLOURS.sub("\\1\0", caption)              # by a sign that no caption holds
+    joined = TWO_COLOURS.sub("\\1\0", caption)      # \0 stands for such an "and": no caption holds it
     pieces = [piece.strip().replace("\0", " and ") for piece in BETWEEN.split(joined)]
     return [piece for piece in pieces if PERSON.search(piece) or (len(piece.split()) > 1 and THING.search(piece))]
 
 
 def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
-    """One variant of a caption by one of the four operations; alpha = share of words changed. Never empty."""
+    """A variant of a caption by one of the four operations; alpha = share of words changed. Never empty."""
     if not text.strip():
         return text
-    operation = rng.choice(OPERATIONS)
-    return operation(text, rng, alpha)
+    return rng.choice(OPERATIONS)(text, rng, alpha)
 
 
 def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """Up to alpha x words terms of the lexicon are replaced by a synonym; letter case and punctuation stay."""
+    """Replace terms of the lexicon, up to alpha x words of them; letter case and punctuation stay."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
     for term in sorted(chosen, key=re.Match.start, reverse=True):
@@ -72,7 +72,7 @@ def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
 
 
 def insert_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """alpha x words times, a synonym of a random term of the text is inserted at a random place."""
+    """Insert a synonym of a random term of the text at a random place, alpha x words times."""
     found, words = list(TERM.finditer(text)), text.split()
     for _ in range(_changes(text, alpha) if found else 0):
         words.insert(rng.randint(0, len(words)), _synonym(rng.choice(found), rng))
@@ -80,7 +80,7 @@ def insert_synonyms(text: str, rng: random.Random, alpha: float) -> str:
 
 
 def swap_words(text: str, rng: random.Random, alpha: float) -> str:
-    """alpha x words times, two random words change places."""
+    """Exchange two random words, alpha x words times."""
     words = text.split()
     for _ in range(_changes(text, alpha) if len(words) > 1 else 0):
         i, j = rng.sample(range(len(words)), 2)
@@ -89,7 +89,7 @@ def swap_words(text: str, rng: random.Random, alpha: float) -> str:
 
 
 def delete_words(text: str, rng: random.Random, alpha: float) -> str:
-    """Each word is deleted with probability alpha; if all would be, one at random stays."""
+    """Delete each word with probability alpha; if none is left, one at random stays."""
     words = text.split()
     return " ".join(word for word in words if rng.random() >= alpha) or rng.choice(words)
 

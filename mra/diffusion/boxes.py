@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mra.data import Box
-from mra.data.records import Record
+from mra.data.records import Box, Record
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, SpatialTransformer, controlled
 from mra.diffusion.noising import Schedule, q_sample

@@ -19,10 +19,10 @@ from mra.config import EvalConfig, UserError
 from mra.data.files import IMAGE_FORMATS, shown
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
+from mra.formats.check import trouble
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.show import pictures
-from mra.show.check import trouble
 
 PART = 2000     # photographs encoded between two writings of the cache
 PICTURED = 20   # sentences shown in query.png

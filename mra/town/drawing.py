@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from mra.data import Box
+from mra.data.records import Box
 from mra.town.figure import Pose, Stroke, strokes
 from mra.town.people import Person
 

@@ -20,7 +20,7 @@ import random
 import re
 from dataclasses import dataclass, replace
 
-from mra.data import Box
+from mra.data.records import Box
 
 # A value and the names that annotators have for it; no name stands for two values.
 COLOURS = {"black": ("black",), "white": ("white",), "grey": ("grey", "gray"), "blue": ("blue",),

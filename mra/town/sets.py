@@ -1,6 +1,6 @@
 """Whole sets: one source (SDA) and three targets (CUHK-PEDES, ICFG-PEDES, RSTPReid), written as the real ones are.
 
-The seed alone decides who lives in a set and what each image shows. data/records.py reads the sets back.
+The seed alone decides who lives in a set and what each image shows. formats/read.py reads the sets back.
 """
 
 import fcntl
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mra.config import UserError
-from mra.data import in_processes
-from mra.data.files import save_image, write_text
+from mra.data.files import in_processes, save_image, write_text
 from mra.town.drawing import DOMAINS, VERSION, Pose, render
 from mra.town.people import Person, Words, describe, sample_person, twin_of
 

@@ -31,8 +31,9 @@ from PIL import Image
 
 from mra.config import PRESETS, TrainConfig, recipe
 from mra.data.batches import PairDataset
-from mra.data.records import RecordSet, load, load_splits
+from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
+from mra.formats.read import load, load_splits
 from mra.town.drawing import Pose, render
 from mra.town.people import describe, sample_person
 

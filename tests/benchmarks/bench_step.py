@@ -31,8 +31,8 @@ import torch
 from mra import losses
 from mra.config import PRESETS, TrainConfig, recipe
 from mra.data.batches import Batch, PairDataset, loader, order
-from mra.data.records import load
 from mra.data.tokenizer import Tokenizer
+from mra.formats.read import load
 from mra.retriever import Objective, Retriever
 from mra.run import loop as loops
 from mra.run import stages

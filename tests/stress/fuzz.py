@@ -55,11 +55,13 @@ from mra.config import (  # noqa: E402
     check_values,
     recipe,
 )
-from mra.data import augment, records, words  # noqa: E402
+from mra.data import augment, words  # noqa: E402
 from mra.data.batches import PairDataset  # noqa: E402
-from mra.data.files import open_image  # noqa: E402
+from mra.data.files import open_image, shown  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
 from mra.diffusion.base import Diffusion, read_images  # noqa: E402
+from mra.formats.check import check_set, troubles  # noqa: E402
+from mra.formats.read import load  # noqa: E402
 from mra.ranking import Plan, queries_of, search  # noqa: E402
 from mra.retriever import Retriever  # noqa: E402
 from mra.run import checkpoint, stages  # noqa: E402
@@ -68,7 +70,6 @@ from mra.run.loop import Loop, Task  # noqa: E402
 from mra.run.machine import Machine  # noqa: E402
 from mra.run.networks import read_base  # noqa: E402
 from mra.show import gallery, pictures  # noqa: E402
-from mra.show.check import check_set, troubles  # noqa: E402
 from mra.weights import retrievers  # noqa: E402
 from tests.study import study, town  # noqa: E402
 from tests.test_weights import Bert  # noqa: E402
@@ -127,7 +128,7 @@ def spoil(value, rng: random.Random) -> tuple[object, str]:
         around[odd if isinstance(odd, str) else "other"] = around.pop(key)
     else:
         deed, around[key] = "replace", odd
-    return whole[0], f"{deed} {'.'.join(map(str, place[1:]))} {records.shown(odd) if deed == 'replace' else ''}"
+    return whole[0], f"{deed} {'.'.join(map(str, place[1:]))} {shown(odd) if deed == 'replace' else ''}"
 
 
 def spoil_bytes(content: bytes, rng: random.Random, within: int = 0) -> tuple[bytes, str]:
@@ -231,7 +232,7 @@ def annotations(folder: Path) -> Maker:
             if rng.random() < 0.1:
                 check_set(name, folder, 1, lambda line: None)
                 return
-            found = records.load(name, split, folder, rng.random() < 0.5, lambda line: None)
+            found = load(name, split, folder, rng.random() < 0.5, lambda line: None)
             pairs = PairDataset(found, tokenizer, size, settings)
             pairs.collate([pairs[0, index] for index in range(min(3, len(pairs)))])
             captions, _, paths, _ = queries_of(found)

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mra.show.check import PUBLISHED  # noqa: E402
+from mra.formats.check import PUBLISHED  # noqa: E402
 from mra.town import sets  # noqa: E402
 
 SIZES = sets.TownSizes(**{f"target_{split}": (people, images / people)

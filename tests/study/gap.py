@@ -23,18 +23,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tests.study.portraits import Portrait, portraits
 from torch import Tensor
 
 from adapt import PLACED, THRESHOLDS, drawn, source_records
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
-from mra.data import Box
 from mra.data.files import read_json, write_json
-from mra.data.records import Record, load, share_of
+from mra.data.records import Box, Record, share_of
 from mra.diffusion.base import Diffusion, encode, read_images, stacked, to_float
 from mra.diffusion.boxes import phrase_box, usual_places, word_maps
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.filters import Judge, distort, judge_loss
+from mra.formats.read import load
 from mra.run import checkpoint, networks
 from mra.run.command import run
 from mra.run.kept import changes
@@ -45,6 +44,7 @@ from mra.town import sets
 from mra.town.drawing import DOMAINS, Pose
 from mra.town.people import COLOURS, LOWERS, PATTERNS, SHOES, UPPERS, Person, sample_person
 from tests.study import comparisons
+from tests.study.portraits import Portrait, portraits
 from tests.study.transfers import transferred
 
 ROWS = 1000         # images of each row of the table

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from mra.data import in_processes
+from mra.data.files import in_processes
 from mra.town.drawing import Pose, render
 from mra.town.people import Person, Words, describe
 from mra.town.sets import shots_of

@@ -34,14 +34,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tests.study.portraits import portraits
 from torch import Tensor
 
 from mra import ranking
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError, flag
 from mra.data.files import read_json, replacing, save_image, write_json
-from mra.data.records import Record, RecordSet, load, load_splits, share_of
+from mra.data.records import Record, RecordSet, share_of
 from mra.diffusion.base import read_images, stacked
+from mra.formats.read import load, load_splits
 from mra.run import checkpoint
 from mra.run.command import parse
 from mra.run.kept import is_kept, remember
@@ -50,6 +50,7 @@ from mra.town import sets
 from mra.weights.retrievers import load_retriever
 from tests.study import charts, comparisons
 from tests.study.gap import TARGETS, trained_base
+from tests.study.portraits import portraits
 from tests.study.transfers import transferred
 
 ROOT = Path(__file__).parents[2]        # of train.py and adapt.py

@@ -9,10 +9,10 @@ from itertools import combinations
 from pathlib import Path
 
 from mra.config import UserError
-from mra.data import in_processes
-from mra.data.files import open_image, shown
-from mra.data.records import SPLITS, Row, locate, read_rows
+from mra.data.files import in_processes, open_image, shown
 from mra.data.words import clean
+from mra.formats.layouts import SPLITS, locate
+from mra.formats.read import read_rows
 
 PUBLISHED = {   # identities, images and captions of each split, from the benchmark table of the MRA paper
     "cuhk": {"train": (11_003, 34_054, 68_126), "val": (1_000, 3_078, 6_158), "test": (1_000, 3_074, 6_156)},
@@ -20,14 +20,14 @@ PUBLISHED = {   # identities, images and captions of each split, from the benchm
     "rstp": {"train": (3_701, 18_505, 37_010), "val": (200, 1_000, 2_000), "test": (200, 1_000, 2_000)},
 }
 COLUMNS = ("identities", "images", "captions")
-LISTED = 20     # of a kind of trouble; the others are counted
+LISTED = 20     # sentences of one kind of trouble; the others are counted
 CHUNK = 64      # images that a process decodes before it is given others
 
 
 def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print) -> bool:
     """Print what a set holds and all that is wrong with it; True if nothing is. Raises UserError if there is no set."""
     published, rows_of, rows = PUBLISHED.get(dataset, {}), {}, {}
-    wrong, absent = defaultdict(list), []
+    wrong, absent = defaultdict(list), []       # wrong: sentences by kind of trouble
     for split in SPLITS:
         try:
             source = locate(dataset, split, Path(data_root))
@@ -57,18 +57,20 @@ def check_set(dataset: str, data_root: Path, workers: int, say: Callable = print
     every = [row for some in rows.values() for row in some]
     wrong["missing image"] = [row.place for row in every if row.missing]
     first = {}      # an image of two splits: a model that trains on it has seen the answer
-    wrong["image that has two records"] = [
-        f"{row.place}: also in {first[row.path].split}, {first[row.path].place}" for row in every
-        if first.setdefault(row.path, row) is not row]
+    for row in every:
+        before = first.setdefault(row.path, row)
+        if before is not row:
+            wrong["image that has two records"].append(f"{row.place}: also in {before.split}, {before.place}")
     for one, other in combinations(rows if source.split is None else (), 2):        # else each file may count from 0
         if shared := {row.identity for row in rows[one]} & {row.identity for row in rows[other]}:
             say(f"Note: {len(shared):,} identities of {one} stand in {other}, too, as {shown(min(shared))}")
-    wordless = [row.place for row in every for caption in row.said["captions"] if not clean(caption, dataset)]
+    wordless = [row.place for row in every for caption in row.record().captions if not clean(caption, dataset)]
     if wordless:        # such as Chinese alone: used in training and search like any other
         say(f"Note: {len(wordless):,} captions have no word left after cleaning, the first in {wordless[0]}")
     present = list(dict.fromkeys(row.path for row in every if not row.missing))
-    wrong["image that does not decode"] = list(troubles(present, workers, say).values())
-    return tell(wrong, every, say)
+    wrong["image that does not decode"] = troubles(present, workers, say)
+    _tell(wrong, [row.path.rpartition("/")[0] for row in every if row.missing], say)
+    return not any(wrong.values())
 
 
 def trouble(path: str) -> str | None:
@@ -79,28 +81,26 @@ def trouble(path: str) -> str | None:
         return str(error)
 
 
-def troubles(paths: list[str], workers: int, say: Callable = print) -> dict[str, str]:
-    """Decode every image in `workers` processes; {path: sentence} of those that do not decode."""
-    found = {}
+def troubles(paths: list[str], workers: int, say: Callable = print) -> list[str]:
+    """Decode every image in `workers` processes; a sentence for each that does not decode."""
+    found = []
     results = in_processes(trouble, paths, workers if len(paths) > CHUNK else 1, CHUNK)
-    for number, (path, sentence) in enumerate(zip(paths, results), 1):
+    for number, sentence in enumerate(results, 1):
         if sentence:
-            found[path] = sentence
+            found.append(sentence)
         if number % 2000 == 0 or number == len(paths) > CHUNK:
             say(f"  {number:,} of {len(paths):,} images decoded")
     return found
 
 
-def tell(wrong: dict[str, list[str]], every: list[Row], say: Callable) -> bool:
-    """Print the first of each kind of trouble, and the missing images by folder; True if there is no trouble."""
+def _tell(wrong: dict[str, list[str]], missing: list[str], say: Callable) -> None:
+    """Print the first sentences of each kind of trouble, and how many images are missing in which folder."""
     for kind, sentences in wrong.items():
         if sentences:
             say("\n  ".join([f"{len(sentences):,} x {kind}:", *sentences[:LISTED]]))
         if len(sentences) > LISTED:
             say(f"  ... and {len(sentences) - LISTED:,} more")
-    folders = Counter(row.path.rpartition("/")[0] for row in every if row.missing).most_common(LISTED)
-    if folders:
+    if missing:
+        folders = Counter(missing).most_common(LISTED)
         say("missing in the folders " + ", ".join(f"{shown(name)} {n:,}" for name, n in folders))
-    well = not any(wrong.values())
-    say("All is well." if well else "Not all is well: see above.")
-    return well
+    say("Not all is well: see above." if any(wrong.values()) else "All is well.")
