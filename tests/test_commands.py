@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from mra import ranking
-from mra.config import PRESETS, TrainConfig
+from mra.config import PRESETS, TrainConfig, pretrains, recipe
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
 from mra.run import checkpoint, machine, stages
@@ -301,6 +301,14 @@ def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):
         (tmp_path / "out/sda" / name / "report.json").write_text("{}")
     for preset, name in (("demo", "icfg"), ("small", "icfg-small"), ("base", None)):
         assert stages.adapted_set(TrainConfig(preset=preset)) == (name and Path("out/sda", name))
+
+
+def test_a_known_name_is_never_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "icfg").mkdir()
+    (tmp_path / "icfg/sda_0.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    assert not pretrains("icfg") and recipe("icfg", "tiny") == recipe("cuhk", "tiny")
+    assert pretrains("./icfg")
 
 
 # ---- evaluate.py

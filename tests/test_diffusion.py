@@ -56,6 +56,7 @@ def test_the_schedule_ends_in_pure_noise():
     assert SCHEDULE.alpha[-1] == 0 and SCHEDULE.sigma[-1] == 1 and SCHEDULE.alpha[0] > 0.999
     assert torch.allclose(SCHEDULE.alpha**2 + SCHEDULE.sigma**2, torch.ones(1000))
     assert SCHEDULE.trailing(4) == [999, 749, 499, 249] and SCHEDULE.trailing(4, 0.5) == [499, 249]
+    assert SCHEDULE.trailing(4, 0.01) == [249]             # some noise is at least one level
     assert SCHEDULE.trailing(4, 0.0) == [] and len(SCHEDULE.trailing(1000)) == 1000
 
 

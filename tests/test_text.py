@@ -225,8 +225,8 @@ def test_clean():
 
 
 def test_swap_left_right():
-    text = "Left-hand bag, RIGHT shoe; copyright, lefty, the leftmost, right-handed, éleft. On her left"
-    swapped = "Right-hand bag, LEFT shoe; copyright, lefty, the rightmost, left-handed, éleft. On her right"
+    text = "Left-hand bag, RIGHT shoe; copyright, lefty, the leftmost, right-handed, LEFTHAND, éleft. On her left"
+    swapped = "Right-hand bag, LEFT shoe; copyright, lefty, the rightmost, left-handed, RIGHTHAND, éleft. On her right"
     assert words.swap_left_right(text) == swapped and words.swap_left_right(swapped) == text
 
 

@@ -17,7 +17,7 @@ SYNONYMS = {term: tuple(other for other in group if other != term) for group in 
 # The longest term wins, so "dark blue" is never read as "blue", nor "t-shirt" as "shirt".
 TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
-SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?:hand|handed|wards?|most)?\b)")
+SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?i:hand|handed|wards?|most)?\b)")
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
                      r"dressed|holding|holds|feet|that|above|below|he|she|her|his|the|from)\b", re.IGNORECASE)
 COLOUR = ("black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige|cream|ivory|"

@@ -61,10 +61,11 @@ class Schedule:
     def trailing(self, steps: int, strength: float = 1.0) -> list[int]:
         """The levels that a sampler visits, from K - 1 down in `steps` even steps (Lin et al. 2024, "trailing").
 
-        With strength s < 1 only the last s * steps of them are visited: none at 0.
+        With strength s < 1 only the last s * steps of them are visited: at least one, but none at 0.
         """
         levels = [round(len(self.alpha) * (steps - i) / steps) - 1 for i in range(steps)]
-        return levels[steps - round(strength * steps):]
+        visited = max(1, round(strength * steps)) if strength else 0
+        return levels[steps - visited:]
 
 
 def q_sample(latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
