@@ -9,9 +9,9 @@
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages and writes results.json and
-ranking.png, whose names also say what differs from the usual question, as in results-cuhk-val.json. For sentences it
-writes query.json and query.png and, with --gallery, the gallery's embeddings for the next time. mra/weights/README.md
-explains --fusion, and --weight for a released checkpoint.
+ranking.png, whose names also say what differs from the usual question, as in results-cuhk-split-val.json. For sentences
+it writes query.json and query.png and, with --gallery, the gallery's embeddings for the next time.
+mra/weights/README.md explains --fusion, and --weight for a released checkpoint.
 """
 
 import time
@@ -31,10 +31,9 @@ from mra.formats.layouts import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import parse, run
-from mra.run.machine import Machine, choose_device, make_folder
+from mra.run.machine import Machine, choose_device, drawn, make_folder
 from mra.scale.search import sharded_top_k
 from mra.show import gallery, pictures
-from mra.town import sets
 from mra.weights.retrievers import load_retriever
 
 
@@ -44,7 +43,7 @@ def main() -> None:
     check(config)
     usual = "" if choose_device(config.device).type == "cuda" else "float32"       # bf16 on a GPU alone
     machine = Machine.of(config.device, config.precision or usual)
-    path = Path(config.checkpoint) if config.checkpoint else newest()
+    path = Path(config.checkpoint) if config.checkpoint else checkpoint.newest()
     model, tokenizer, facts = load_retriever(path, machine.device, config.vocab)
     trained_on = facts["train"]["dataset"]
     # a folder that a file names is read only if it lies below this one
@@ -127,16 +126,10 @@ def plan_of(config: EvalConfig, model: Retriever, facts: dict, machine: Machine)
 def ending_of(config: EvalConfig, trained_on: str) -> str:
     """Ends the names of the results: what differs from the usual question, so that no answer replaces another's."""
     parts = [Path(name).resolve().name for name in config.dataset if config.dataset != (trained_on,)]
-    if config.split != "test":
-        parts.append(config.split)
-    if config.k >= 0:
-        parts.append(f"k{config.k}")
-    if config.fusion != "clean":
-        parts.append(config.fusion)
-    if config.weight >= 0:
-        parts.append(f"weight{config.weight:g}")
-    if not config.mirror:
-        parts.append("unmirrored")
+    for name in ("split", "k", "mirror", "fusion", "weight"):
+        value = getattr(config, name)
+        if value != getattr(EvalConfig(), name):
+            parts.append(f"{name}-{value}")
     return "".join(f"-{part}" for part in parts)
 
 
@@ -159,20 +152,9 @@ def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> Rec
     """The split to evaluate on, of the folder given or of the demo town, drawn where it is missing."""
     if dataset in DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
-    root = Path(config.data_root)
-    if not config.data_root:
-        tiny = facts["train"]["preset"] == "tiny"
-        machine.first(lambda: sets.ready(dataset, tiny, machine.say))
-        root = sets.root(tiny)
+    tiny = facts["train"]["preset"] == "tiny"
+    root = Path(config.data_root) if config.data_root else drawn(dataset, tiny, machine)
     return read.load(dataset, config.split, root, config.allow_missing, machine.say)
-
-
-def newest() -> Path:
-    """The last written checkpoint under out/."""
-    found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("There is no checkpoint under out/ yet; `python train.py --dataset icfg` makes one.")
-    return found[-1]
 
 
 def check(config: EvalConfig) -> None:

@@ -347,11 +347,11 @@ def test_flags_of_evaluation(work):
     published = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--fusion", "published"))
     assert published["icfg embeddings"] == alone["icfg embeddings"] and published.keys() == alone.keys() == plain.keys()
     results = work / "out/icfg-tiny-s0"
-    assert json.loads((results / "results-published-unmirrored.json").read_text())["weight"] == 0.002
+    assert json.loads((results / "results-mirror-False-fusion-published.json").read_text())["weight"] == 0.002
     assert json.loads((results / "results.json").read_text())["evaluation"]["mirror"]       # not replaced by the others
     assert {path.name for path in results.glob("results*")} == {
-        "results.json", "results-k0.json", "results-k10000.json", "results-k18.json", "results-weight1-unmirrored.json",
-        "results-published-unmirrored.json"}
+        "results.json", "results-k-0.json", "results-k-10000.json", "results-k-18.json",
+        "results-mirror-False-weight-1.0.json", "results-mirror-False-fusion-published.json"}
     assert "'icfg' val: 3 images" in succeed(work, "evaluate.py", "--split", "val")
 
 

@@ -52,6 +52,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, facts
 
 
+def newest() -> Path:
+    """The last written checkpoint under out/."""
+    found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("There is no checkpoint under out/ yet; `python train.py --dataset icfg` makes one.")
+    return found[-1]
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors by name, a shared one (the tied word decoder) once; without a Swin's table of indices."""
     return {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())
