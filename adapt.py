@@ -55,10 +55,10 @@ def main() -> None:
 
 
 def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
-    """The whole way: base, branch, decoder, samples, filters, boxes, set."""
+    """The whole way: base, branch, decoder, samples, boxes, filters, set."""
     flags = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
              "precision": machine.precision}
-    parts.refuse_others(out, flags, config.resume)
+    parts.refuse_others(out, flags, config.resume)      # before hours of training
     # ---- the frozen base, and the pairs of target and source
     base = load_base(config, machine)
     root = Path(config.data_root) if config.data_root else drawn(config.target, config.size == "tiny", machine)

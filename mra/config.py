@@ -158,7 +158,7 @@ DAD_RECIPES = {
         ("sampling_steps", 2), ("guidance_from", 0.0), ("guidance_to", 1.0))),
 }
 
-# What a stage of train.py sets: the paper's values (section 3) and, for the small presets, ours.
+# What a stage of train.py sets: the paper's values (section 3) and, for tiny and demo, ours.
 PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
     "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
@@ -223,7 +223,7 @@ class TrainConfig:
     epochs: float = flag(30, "passes over the image-caption pairs", 1e-6, 1e6)
     steps: int = flag(0, "training steps, in place of --epochs; 0: --epochs decides", 0, 1e9)
     batch: int = flag(40, "pairs in a batch of one process", 1, 1e6)
-    accumulate: int = flag(1, "batches of a step, whose gradients are added up", 1, 1e6)
+    accumulate: int = flag(1, "batches of a step, whose gradients are averaged", 1, 1e6)
     lr: float = flag(1e-4, "peak learning rate of the encoders", 0, 10)
     head_lr: float = flag(5.0, "learning rate of the new heads, as a multiple of --lr", 0, 1e3)
     warmup: float = flag(0.1, "share of the steps with a rising learning rate; it then falls linearly to 0", 0, 1)

@@ -127,7 +127,7 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Normal weights with a standard deviation of 0.02 at width 768, as BERT and ViT; variance ~ 1 / width; no bias."""
+    """Normal weights with standard deviation 0.02 sqrt(768 / fan-in), that of BERT and ViT at width 768; zero bias."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02 * (768 / module.weight[0].numel()) ** 0.5)
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:

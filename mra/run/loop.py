@@ -242,7 +242,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 class Log:
     """Loss terms of the steps since the last line; `flush` makes a line of progress of them, and one of the file.
 
-    `images` are of one step, all processes. Where a run goes on after step `first`, later lines of the file go.
+    `images` are of one step, all processes. Where a run goes on after step `first`, the lines after it are removed.
     """
 
     def __init__(self, task: Task, images: int, machine: Machine, first: float):

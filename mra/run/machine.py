@@ -1,8 +1,9 @@
 """Where a run computes: its device and precision, the processes of torchrun, and the threads of one process.
 
-On the CPU two threads compute the two halves of every step side by side, which is faster than sharing out every single
-operation. They exchange tensors as two processes do, so a run's results depend on neither the number of cores nor on
-whether the halves are threads or processes. Read next: loop.py.
+Where one process on the CPU has the whole step, two threads compute its two halves side by side, which is faster than
+sharing out every single operation. They exchange tensors as two processes do. So what is drawn, and what is computed
+but for rounding, depends neither on the number of cores nor on whether the halves are threads or processes.
+Read next: loop.py.
 """
 
 import fcntl

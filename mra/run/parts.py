@@ -28,8 +28,10 @@ PROBE_SEED = 2**32     # the calibration's samples have the seeds from this numb
 def refuse_others(out: Path, key: dict, resume: bool) -> bool:
     """Whether `out` holds parts that were made under another key, of which `key` may be a part.
 
-    With `resume` raises UserError instead, so that they stay.
+    With `resume` raises UserError instead, so that they stay. Also raises it for records that adapt.py did not make.
     """
+    if any(out.glob("*.json")) and not (out / "parts").is_dir():
+        raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
     if not key_file(out / "parts").exists():
         return False
     made = read_json(key_file(out / "parts"))
@@ -43,11 +45,8 @@ def refuse_others(out: Path, key: dict, resume: bool) -> bool:
 def begin(out: Path, key: dict, resume: bool) -> None:
     """Remove the report and annotation files, so that `out` no longer counts as finished.
 
-    Without `resume`, parts that were made under another key are removed with their images; with it raises UserError.
-    Also raises it where the folder holds records that adapt.py did not make.
+    Without `resume`, parts that were made under another key are removed with their images; see `refuse_others`.
     """
-    if any(out.glob("*.json")) and not (out / "parts").is_dir():
-        raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
     others = refuse_others(out, key, resume)
     for file in (out / "report.json", key_file(out / "report.json"), *out.glob("sda_*.json")):
         file.unlink(missing_ok=True)

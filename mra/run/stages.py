@@ -22,11 +22,11 @@ from mra.run.machine import Machine
 from mra.weights import retrievers
 
 NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
-# flags that may differ when a run goes on. The key has the number of pairs a step in place of --batch, and the content
-# of weights, vocabulary and records in place of their paths.
-MAY_DIFFER = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
+# flags that are not compared as they are when a run goes on. In place of --batch the key has the pairs of a step, in
+# place of paths the content of weights, vocabulary and records; the loop adds the precision that was chosen.
+NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "vocab"}
-ADVICE = ("give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it")
+ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
 ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
@@ -144,7 +144,7 @@ def groups(model: Retriever, config: TrainConfig) -> list[dict]:
 def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: Tokenizer,
            sets_used: list[RecordSet]) -> dict:
     """All that must be the same for a run to go on, by the name to tell the user."""
-    key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in MAY_DIFFER}
+    key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in NOT_AS_GIVEN}
     key["--dataset"] = config.dataset if config.dataset in DATASETS else "a folder"
     key["--batch x processes"] = config.batch * machine.world
     key["content of the first weights (--init, --bert, --vit)"] = checkpoint.digest(model)
