@@ -41,7 +41,7 @@ class Compiled:
 
 def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor, smoothing: float = 0.0,
                 workers: Workers = Workers()) -> Tensor:
-    """`losses.contrastive` of the pairs of all workers, from this worker's own, in memory of O(N E) and one chunk; a scalar.
+    """`losses.contrastive` of all workers' pairs, from this worker's own, in memory of O(N E) and one chunk; a scalar.
 
     L = 1/N sum_i [(lse_j l_ij + lse_j l_ji) / 2 - sum_j target_ij l_ij],    l_ij = image_i . text_j / temperature
     which is losses.contrastive because the targets are symmetric and each row sums to one.
