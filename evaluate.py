@@ -94,6 +94,9 @@ def answer(config: EvalConfig, machine: Machine, model: Retriever, tokenizer: To
     """Rank a folder of photographs, or the test images, for every sentence asked."""
     if machine.world > 1:
         raise UserError("--query and --queries are answered by one process: start it without torchrun.")
+    if not dataset:
+        machine.say("This checkpoint names no set, so sentences are not cleaned. If it was trained on ICFG-PEDES or "
+                    "RSTPReid, give that as --dataset.")
     asked = gallery.sentences(config, dataset, tokenizer)
     cleaned = [clean(sentence, dataset) for sentence in asked]
     plan = plan_of(config, model, facts, machine)
