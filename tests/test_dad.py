@@ -408,7 +408,7 @@ def test_sets_of_ones_own_and_two_processes(made):
 
 def test_a_base_of_another_size_and_a_single_image_are_refused(made):
     folder, _ = made
-    small = ("adapt.py", "--size", "tiny", "--images", "8")
+    small = ("adapt.py", "--size", "tiny", "--images", "8", "--out", "out/refused")
     status, _, err = command(folder, *small, "--base", str(ROOT / "mra/diffusion/base-demo.safetensors"))
     assert status == 2 and "base-demo.safetensors was trained with another --size than tiny" in err
     root = folder / "single/CUHK-PEDES"
@@ -431,8 +431,8 @@ def test_train_pretrains_on_the_adapted_set(made):
     status, _, err = command(folder, "train.py", "--dataset", "out/sda/icfg-tiny", "--preset", "tiny", "--steps", "2")
     assert status == 2 and "out/sda/icfg-tiny is an adapted set that is not finished" in err
     (folder / "report.json").rename(report)
-    assert "pretraining on out/sda/icfg-tiny first" in succeed(folder, "train.py", "--dataset", "icfg", "--preset",
-                                                               "tiny", "--steps", "2")
+    said = succeed(folder, "train.py", "--dataset", "icfg", "--preset", "tiny", "--steps", "2")
+    assert "Stage 2 of 3: training on out/sda/icfg-tiny." in said
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -420,7 +420,8 @@ def test_evaluate_recognises_a_released_file(write, root, monkeypatch, fusion):
     path, _ = write("swin")
     run(monkeypatch, evaluate, "--checkpoint", path, "--dataset", "cuhk", "--data-root", root, "--fusion", fusion,
         "--out", root / "out", "--device", "cpu")
-    results = json.loads((root / "out" / "results.json").read_text())
+    ending = {"clean": "", "published": "-fusion-published"}[fusion]
+    results = json.loads((root / "out" / f"results-cuhk{ending}.json").read_text())
     assert results["weight"] == {"clean": 0.0, "published": 0.002}[fusion]
     assert results["results"]["cuhk"]["queries"] == 12 and "re-ranked" in results["results"]["cuhk"]
 
