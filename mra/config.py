@@ -135,6 +135,7 @@ class DadRecipe:
     denoiser: Fit | None = None
     decoder: Fit | None = None
     epochs: int = 0                     # passes of the branch over the target's pairs, in place of its steps
+    probes: int = 256                   # samples that the calibration is computed from
     flags: tuple[tuple[str, float], ...] = ()           # other defaults of adapt.py's flags
 
 
@@ -144,7 +145,7 @@ def _judge(steps: int) -> Fit:
 
 DAD_RECIPES = {
     "tiny":  DadRecipe(Fit(5, 16, 1e-3), _judge(5), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
-                       flags=(("sampling_steps", 4),)),
+                       probes=16, flags=(("sampling_steps", 4),)),
     "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), judge=_judge(200), autoencoder=Fit(2000, 32, 1e-3),
                        denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3)),
     "small": DadRecipe(branch=Fit(4000, 64, 2e-4), judge=_judge(1000), autoencoder=Fit(20_000, 64, 3e-4),

@@ -105,6 +105,7 @@ def test_latents_are_calibrated_before_they_are_decoded(monkeypatch, tmp_path):
     captions, or images to restyle, each with noise of its own."""
     real, seen, probed, draws = making.decode, [], [], []
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=4 * making.PART))
 
     def calibrate(samples, target):
         probed.append(samples)
@@ -123,7 +124,7 @@ def test_latents_are_calibrated_before_they_are_decoded(monkeypatch, tmp_path):
         draws.clear()
         adapt_main()
         probes = [(seed, paths) for seed, paths in draws if len(paths) == making.PART]
-        assert len(probes) == 4 == len({seed for seed, _ in draws}) - 1 and len(probed[-1]) == making.PROBES
+        assert len(probes) == 4 == len({seed for seed, _ in draws}) - 1 and len(probed[-1]) == 4 * making.PART
         assert all(folder in path for _, paths in probes for path in paths)
     assert len(seen) == 2 and all(torch.equal(latents, torch.full_like(latents, 3.0)) for latents in seen)
 

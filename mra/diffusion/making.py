@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mra.config import AdaptConfig
+from mra.config import DAD_RECIPES, AdaptConfig
 from mra.data.files import read_json, save_image, write_json
 from mra.data.records import Record
 from mra.data.tokenizer import Tokenizer
@@ -28,7 +28,6 @@ from mra.diffusion.prompts import prompts_of
 from mra.diffusion.sampling import Painter
 
 PART = 64           # images of a part, which are made and written together
-PROBES = 256        # samples that the calibration is computed from
 MOVERS = 1000       # source images that `match_moments` takes the source's mean and variance from
 FILE = 5000         # records of an annotation file
 FILTERS = ("greyscale", "malformed")
@@ -51,10 +50,10 @@ class Plan:
         """The number of parts."""
         return math.ceil(len(self.drafts) / PART)
 
-    def chosen_probes(self, seed: int) -> list[list[Record]]:
-        """PROBES random probes, with replacement, in parts of PART; sorted, so that lengths stay together."""
-        chosen = sorted(random.Random(seed).choices(range(len(self.probes)), k=PROBES))
-        return [[self.probes[i] for i in chosen[start:start + PART]] for start in range(0, PROBES, PART)]
+    def chosen_probes(self, seed: int, count: int) -> list[list[Record]]:
+        """`count` random probes, with replacement, in parts of PART; sorted, so that lengths stay together."""
+        chosen = sorted(random.Random(seed).choices(range(len(self.probes)), k=count))
+        return [[self.probes[i] for i in chosen[start:start + PART]] for start in range(0, count, PART)]
 
     def digest(self) -> str:
         """A hash of this plan; when images are restyled, also of their files."""
@@ -73,13 +72,13 @@ def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], ta
     """Plan a run from the records of the source and of the target.
 
     The calibration compares samples of the probes with the target's latents. So probes are drafts of the target's
-    captions even with --captions source, and there are at least PROBES of them.
+    captions even with --captions source, and there are at least as many as the recipe asks for.
     """
     restyles, tokenizer = config.mode == "restyle", base.tokenizer
     drafts = drafts_of(config, config.images, source if config.from_source else target, tokenizer)
     probes = []
     if not base.config.stable:      # which is not calibrated, as in the paper
-        probes = drafts_of(config, max(config.images, PROBES), source if restyles else target, tokenizer)
+        probes = drafts_of(config, max(config.images, DAD_RECIPES[config.size].probes), source if restyles else target, tokenizer)
     movers = list(islice(source, MOVERS)) if restyles else []
     return Plan(drafts, probes, movers, places)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mra.config import UserError
+from mra.config import DAD_RECIPES, UserError
 from mra.data.files import read_json, write_json
 from mra.diffusion.base import Diffusion, encode, read_images
 from mra.diffusion.making import FILTERS, PART, Maker, Plan, collect
@@ -91,7 +91,7 @@ def make_parts(maker: Maker, machine: Machine) -> None:
 def calibrate(maker: Maker, machine: Machine) -> tuple[Tensor, Tensor]:
     """The calibration's scale and shift, (C, h, w) each, from samples of the plan's probes."""
     seed = maker.config.seed
-    chosen = maker.plan.chosen_probes(seed)
+    chosen = maker.plan.chosen_probes(seed, DAD_RECIPES[maker.config.size].probes)
     samples = machine.map(lambda i: maker.probe(chosen[i], machine.generator(seed, PROBE_SEED + i), machine.autocast()),
                           range(len(chosen)))
     return calibration(torch.cat(samples), maker.painter.target_latents)
