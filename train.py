@@ -7,7 +7,7 @@
     python train.py --dataset sda --preset base --data-root DIR --bert bert-base-uncased --vit vit_b_16.pth
     python train.py --dataset cuhk --preset swin --data-root DIR --init pretrain.pth        from the released model
     torchrun --nproc_per_node=2 train.py ...           data-parallel
-    python train.py --check --dataset cuhk --data-root DIR     is the set complete? reads and decodes all of it
+    python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
 Every field of mra.config.TrainConfig is a flag; a recipe there sets some by dataset and preset. The checkpoint that is
 best on val lies in `out` as best.safetensors. mra/run/loop.py has the loop.
@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from mra import losses, ranking
-from mra.config import TrainConfig, check_values, pretrains, recipe
+from mra.config import PRESETS, TrainConfig, check_values, pretrains, recipe
 from mra.data.batches import PairDataset, loader, order
 from mra.data.files import open_image
 from mra.data.records import share_of
+from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.formats.check import check_set
 from mra.formats.read import load_splits
 from mra.retriever import Objective
@@ -47,7 +48,9 @@ def main() -> None:
     stages.check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     if config.check:
-        well = check_set(config.dataset, root_of(config, machine), config.workers or machine.cores, machine.say)
+        tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
+        well = check_set(config.dataset, root_of(config, machine), tokenizer, PRESETS[config.preset].max_tokens,
+                         config.workers or machine.cores, machine.say)
         sys.exit(0 if well else 1)
     plan = [config]
     if not config.init and not pretrains(config.dataset):

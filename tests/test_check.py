@@ -31,6 +31,17 @@ def checked(root, monkeypatch, capsys):
     return go
 
 
+@pytest.fixture
+def note(root, tokenizer):
+    """Check the fixture's CUHK-PEDES: the one line of output that holds `words`; a note does not make a set unwell."""
+    def go(words: str) -> str:
+        lines = []
+        assert check.check_set("cuhk", root, tokenizer, 56, 1, lines.append) and lines[-1] == "All is well."
+        line, = (line for line in lines if words in line)
+        return line
+    return go
+
+
 def records_of(root: Path, change) -> None:
     """Change the records of the annotation file in place, by a function of the list."""
     file = root / "CUHK-PEDES/reid_raw.json"
@@ -46,7 +57,11 @@ def test_published_counts():
                       "rstp": [4_101, 20_505, 41_010]}
 
 
-def test_a_whole_set(checked):
+def test_a_whole_set(checked, root):
+    def tell_apart(items):
+        for item in items:
+            item["captions"][1] += f" with {item['id']} pens"
+    records_of(root, tell_apart)
     status, out = checked()
     assert status == 0 and out.endswith("All is well.\n") and "Note" not in out
     assert out.count("3 (3)") == 3 and out.count("6 (6)") == 3 and out.count("12 (12)") == 3
@@ -76,16 +91,71 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
                           (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train, "),
                           (12, "record 1 ("), (17, "also in test, "), (17, "record 16 (")):
         assert any(f"record {number} (" in line and words in line for line in out.splitlines()), words
-    assert "train: 5 images, published 6" in out and "train: 11 captions, published 12" in out
-    assert "test: 4 images, published 6" in out and "test: 8 captions, published 12" in out
+    assert "Note: 4 x count that is not the published one, such as train: 5 images, published 6\n" in out
+    rows = {row[0]: row[1:] for row in (line.split() for line in out.splitlines()) if row and row[0] in COUNTS}
+    assert rows["train"] == ["3", "(3)", "5", "(6)", "11", "(12)"]
+    assert rows["test"] == ["3", "(3)", "4", "(6)", "8", "(12)"]
 
 
-def test_an_identity_of_two_splits_is_noted(checked, root):
+def test_a_part_of_a_benchmark_is_well(checked, root):
+    records_of(root, lambda items: items.__delitem__(slice(1, 6)))          # train keeps one image
+    status, out = checked()
+    assert status == 0 and out.endswith("All is well.\n")
+    assert "Note: 3 x count that is not the published one, such as train: 1 identities, published 3\n" in out
+
+
+def test_an_identity_of_two_splits_is_noted(root, note):
     def spoil(items):
         items[6]["id"] = items[0]["id"]                     # val 0_0
     records_of(root, spoil)
-    _, out = checked()
-    assert "Note: 1 identities of train stand in val, too, as '" in out
+    assert note("identity of") == "Note: 1 x identity of two splits, such as '1' in train and val"
+
+
+@pytest.mark.parametrize("size, odd", [((15, 40), True), ((40, 15), True), ((16, 16), False), ((16, 96), False),
+                                       ((16, 97), True), ((97, 16), True)])
+def test_tiny_and_narrow_images_are_noted(root, note, size, odd):
+    Image.new("RGB", size).save(root / "CUHK-PEDES/imgs/val/0_0.png")
+    if not odd:
+        with pytest.raises(ValueError):
+            note("image under")
+        return
+    assert note("image under") == ("Note: 1 x image under 16 pixels a side or of an aspect beyond 1:6, such as "
+                                   f"'{root}/CUHK-PEDES/imgs/val/0_0.png', {size[0]} x {size[1]}")
+
+
+def test_captions_that_the_model_cuts_are_noted(root, note):
+    """Of 56 ids two are [CLS] and [SEP]; "xq" is two pieces of the packaged vocabulary."""
+    def spoil(items):
+        items[7]["captions"] = ["a " * 54, "a " * 53 + "xq", "a " * 300]
+    records_of(root, spoil)
+    line = note("model cuts")
+    assert line.startswith("Note: 2 x caption of more than 54 word pieces, which the model cuts, such as ")
+    assert "record 7 (" in line and "'a a a" in line
+
+
+def test_words_that_the_vocabulary_lacks_are_noted(checked, root, note):
+    def spoil(items):
+        items[2]["captions"] = ["a man 穿 in a [UNK] café", "a man 红 and ☂, 穿"]
+    records_of(root, spoil)
+    line = note("vocabulary lacks")
+    assert line.startswith("Note: 2 x caption with words that the vocabulary lacks, such as '") and "record 2 (" in line
+    assert line.endswith("'a man 穿 in a [UNK] café' has '穿'")
+    (root / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "woman")))
+    status, out = checked("--dataset", "cuhk", "--data-root", ".", "--vocab", "vocab.txt")
+    assert status == 0 and "Note: 36 x caption with words" in out and "'with 0 bags on his left'" in out
+
+
+def test_a_caption_of_several_people_is_noted(root, note):
+    """Within one split: elsewhere nothing compares the two people. Letter case makes no difference to the model."""
+    def spoil(items):
+        for item in items:
+            item["captions"] = [f"number {item['id']}"]
+        items[0]["captions"] = items[1]["captions"] = items[6]["captions"] = ["the same"]       # two people
+        items[4]["captions"] = ["THE same", "another"]
+    records_of(root, spoil)
+    line = note("several people")
+    assert line.startswith("Note: 1 x caption of several people, such as ")
+    assert "record 4 (" in line and "'THE same' and " in line and "record 0 (" in line
 
 
 def test_images_that_do_not_decode(checked, root):
@@ -98,13 +168,21 @@ def test_images_that_do_not_decode(checked, root):
     assert all(f"{name}' cannot be read" in out for name in ("train/0_0.png", "train/2_0.png", "test/0_0.png"))
 
 
-def test_many_images_are_decoded_by_several_processes(tmp_path, paint):
-    paths = [paint(f"{number}.png") for number in range(2)] * 40 + [str(tmp_path / "gone.png"), paint("cut.png")]
-    Path(paths[-1]).write_bytes(Path(paths[0]).read_bytes()[:100])
-    lines = []
-    found = check.troubles(paths, 2, lines.append)
-    assert len(found) == 2 and "gone.png" in found[0] and "cut.png" in found[1]
-    assert lines == ["  82 of 82 images decoded"] and found == check.troubles(paths, 1, lines.append)
+def test_many_images_are_decoded_by_several_processes(tmp_path, paint, tokenizer):
+    items = [{"image": f"{number}.png", "caption": f"a {number}", "image_id": number} for number in range(82)]
+    paths = [Path(paint(item["image"])) for item in items]
+    for path in (paths[3], paths[81]):
+        path.write_bytes(path.read_bytes()[:100])
+    Image.new("RGB", (9, 9)).save(paths[80])
+    (tmp_path / "train.json").write_text(json.dumps(items))
+    told = {}
+    for workers in (1, 2):
+        lines = told[workers] = []
+        assert not check.check_set(str(tmp_path), tmp_path, tokenizer, 56, workers, lines.append)
+        assert "  82 of 82 images decoded" in lines and f"'{paths[80]}', 9 x 9" in "".join(lines)
+        line, = (line for line in lines if line.startswith("2 x image that does not decode"))
+        assert line.index("/3.png") < line.index("/81.png")
+    assert told[1] == told[2]
 
 
 def test_a_cut_file_a_lost_split_and_a_lost_set(checked, root):
@@ -118,6 +196,9 @@ def test_a_cut_file_a_lost_split_and_a_lost_set(checked, root):
     file.rename(file.with_name("caption_all.json"))
     status, out = checked()
     assert status == 2 and "caption_all.json is there" in out
+    file.with_name("caption_all.json").rename(file.with_name("CUHK-PEDES.json"))
+    status, out = checked()
+    assert status == 2 and "'CUHK-PEDES/CUHK-PEDES.json' is there: if it is that file, rename it" in out
     assert "'elsewhere/CUHK-PEDES'" in checked("--dataset", "cuhk", "--data-root", "elsewhere")[1]
 
 
@@ -128,7 +209,8 @@ def test_a_set_of_ones_own_needs_no_val_and_no_test(checked, root):
     items = [{"image": f"{n}.png", "caption": "穿红衣", "image_id": n} for n in range(70)]
     (root / "mine/train.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
     status, out = checked("--dataset", "mine")
-    assert status == 0 and "Note: 'mine' has no test split" in out and "published" not in out
+    assert status == 0 and "Note: 1 x split without a file, such as 'mine' has no test split" in out
+    assert "Note: 70 x image under 16 pixels a side" in out and "published" not in out
     (root / "mine/test.json").write_text("[")
     assert checked("--dataset", "mine")[0] == 1
 
@@ -140,13 +222,13 @@ def test_drawn_data_is_not_held_against_the_published_counts(checked, root):
     assert status == 0 and "drawn data, not photographs" in out and "5 (6)" in out
 
 
-def test_wordless_captions_are_noted(root):
+def test_wordless_captions_are_noted(root, tokenizer):
     lines = []
     file = (root / "CUHK-PEDES").rename(root / "RSTPReid") / "reid_raw.json"
     items = json.loads(file.read_text().replace("file_path", "img_path"))
     items[2]["captions"] = ["穿红衣", "a man"]
     file.with_name("data_captions.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
-    assert not check.check_set("rstp", root, 1, lines.append)        # its counts are not the published ones
-    assert any("Note: 1 captions have no word left" in line and "record 2 (" in line for line in lines)
+    assert check.check_set("rstp", root, tokenizer, 56, 1, lines.append)
+    assert any("Note: 1 x caption without a word after cleaning" in line and "record 2 (" in line for line in lines)
     with pytest.raises(UserError, match="no folder"):
-        check.check_set("icfg", root, 1)
+        check.check_set("icfg", root, tokenizer, 56, 1)

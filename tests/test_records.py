@@ -421,6 +421,14 @@ def test_missing_files_and_folders(tmp_path):
     assert "caption_all" not in message
     write(tmp_path / "CUHK-PEDES/caption_all.json", [])
     assert "caption_all.json" in refusal("cuhk", "test", tmp_path)
+    write(tmp_path / "CUHK-PEDES/CUHK-PEDES.json", [])
+    message = refusal("cuhk", "test", tmp_path)
+    assert "caption_all.json is there but names no splits" in message and "CUHK-PEDES.json" not in message
+    (tmp_path / "CUHK-PEDES/caption_all.json").unlink()
+    message = refusal("cuhk", "test", tmp_path)
+    assert f"'{tmp_path}/CUHK-PEDES/CUHK-PEDES.json' is there: if it is that file, rename it" in message
+    write(tmp_path / "CUHK-PEDES/notes.json", [])              # which of two is meant?
+    assert "rename" not in refusal("cuhk", "test", tmp_path)
     write(tmp_path / "finetune/cuhk_train.json", [{"image": "1.jpg", "caption": "a", "image_id": 1}])
     assert "cuhk_val.json" in refusal("cuhk", "val", tmp_path)                 # never made from train
     benchmark(tmp_path, "cuhk", [raw_item("cuhk", "1.jpg", 1, "train")])

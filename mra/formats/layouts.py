@@ -70,8 +70,11 @@ def locate(dataset: str, split: str, root: Path) -> Source:
             return Source(found, images, wanted, hold_out, boxed=dataset != "mals")
     sought = " or ".join(filter(None, (layout.all_splits, *layout.of_split, parts))).replace("{}", wanted)
     hint = ""
+    others = set(_files(images, "*.json")) - set(_files(base, layout.parts))
     if (images / "caption_all.json").is_file():
         hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
+    elif len(others) == 1:
+        hint = f"; {shown(others.pop())} is there: if it is that file, rename it"
     raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no {sought or 'file of it'}{hint}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mra.config import UserError
-from mra.data.files import in_processes, shown
+from mra.data.files import in_processes, open_image, shown
 from mra.data.records import Box, Packed, Record, RecordSet, pack, unpack
 from mra.formats.layouts import SPLITS, Source, locate
 
@@ -240,3 +240,11 @@ def _held_out(train: list[Row]) -> set[str]:
             held.add(identity)
             count += images[identity]
     return held
+
+
+def examined(path: str) -> tuple[str, int, int]:
+    """Why an image does not decode ("" if it does), its width and height in pixels (0 if it does not)."""
+    try:        # in this file, since check.py loads torch, which the processes that decode images do without
+        return "", *open_image(path).size
+    except UserError as error:
+        return str(error), 0, 0

@@ -19,7 +19,7 @@ from mra.config import EvalConfig, UserError
 from mra.data.files import IMAGE_FORMATS, shown
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
-from mra.formats.check import trouble
+from mra.formats.read import examined
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.show import pictures
@@ -97,7 +97,8 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
             if fine:
                 files.append(stamps[path])
                 continue
-            broken.append(trouble(path) or f"the image {shown(Path(path))}: the model's features of it are not finite")
+            trouble, _, _ = examined(path)
+            broken.append(trouble or f"the image {shown(Path(path))}: the model's features of it are not finite")
             say(f"Left out: {broken[-1]}")
             del stamps[path]
         if well.any():

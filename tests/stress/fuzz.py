@@ -60,8 +60,8 @@ from mra.data.batches import PairDataset  # noqa: E402
 from mra.data.files import open_image, shown  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
 from mra.diffusion.base import Diffusion, read_images  # noqa: E402
-from mra.formats.check import check_set, troubles  # noqa: E402
-from mra.formats.read import load  # noqa: E402
+from mra.formats.check import check_set  # noqa: E402
+from mra.formats.read import examined, load  # noqa: E402
 from mra.ranking import Plan, queries_of, search  # noqa: E402
 from mra.retriever import Retriever  # noqa: E402
 from mra.run import checkpoint, stages  # noqa: E402
@@ -230,7 +230,7 @@ def annotations(folder: Path) -> Maker:
 
         def read() -> None:
             if rng.random() < 0.1:
-                check_set(name, folder, 1, lambda line: None)
+                check_set(name, folder, tokenizer, size.max_tokens, 1, lambda line: None)
                 return
             found = load(name, split, folder, rng.random() < 0.5, lambda line: None)
             pairs = PairDataset(found, tokenizer, size, settings)
@@ -327,8 +327,8 @@ def images(folder: Path) -> Maker:
 
         def read() -> None:
             if rng.random() < 0.2:
-                found = gallery.photographs(target, lambda line: None)
-                troubles(found, 1, lambda line: None)
+                for photograph in gallery.photographs(target, lambda line: None):
+                    examined(photograph)
                 return
             image = open_image(str(path))
             augment.tensor_of(image, (32, 16))
