@@ -78,7 +78,8 @@ def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], ta
     drafts = drafts_of(config, config.images, source if config.from_source else target, tokenizer)
     probes = []
     if not base.config.stable:      # which is not calibrated, as in the paper
-        probes = drafts_of(config, max(config.images, DAD_RECIPES[config.size].probes), source if restyles else target, tokenizer)
+        count = max(config.images, DAD_RECIPES[config.size].probes)
+        probes = drafts_of(config, count, source if restyles else target, tokenizer)
     movers = list(islice(source, MOVERS)) if restyles else []
     return Plan(drafts, probes, movers, places)
 
