@@ -43,7 +43,7 @@ def main() -> None:
     check(config)
     usual = "" if choose_device(config.device).type == "cuda" else "float32"       # bf16 on a GPU alone
     machine = Machine.of(config.device, config.precision or usual)
-    path = Path(config.checkpoint) if config.checkpoint else checkpoint.newest()
+    path = Path(config.checkpoint) if config.checkpoint else checkpoint.newest(machine.say)
     model, tokenizer, facts = load_retriever(path, machine.device, config.vocab)
     trained_on = facts["train"]["dataset"]
     # a folder that a file names is read only if it lies below this one

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mra import ranking
+from mra import losses, ranking
 from mra.config import PRESETS, TrainConfig, pretrains, recipe
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
@@ -328,6 +329,23 @@ def test_evaluate_finds_the_newest_checkpoint(work):
     with Image.open(work / "out/icfg-tiny-s0/ranking.png") as picture:
         picture.load()
         assert picture.width > 900 and picture.height > 1000 and len(set(picture.convert("L").tobytes())) > 50
+
+
+def test_a_run_that_has_not_ended_is_told(work, monkeypatch):
+    """Its best checkpoint may be that of the run before."""
+    real, calls = losses.total, []
+
+    def kill(terms, beta):
+        calls.append(beta)
+        if len(calls) == 2 * 2 + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(terms, beta)
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "total", kill)
+        flags = (*QUICK, "--steps", "9", "--no-resume", "--out", "out/icfg-tiny-s0")
+        status, _, _ = command(work, "train.py", "--dataset", "icfg", *flags)
+    assert status == 130
+    assert "last.safetensors is of a run that has not ended" in succeed(work, "evaluate.py", "--k", "0")
 
 
 def test_cross_domain_rows(work):

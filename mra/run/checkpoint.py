@@ -52,12 +52,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, facts
 
 
-def newest() -> Path:
-    """The last written checkpoint under out/."""
+def newest(say: Callable = print) -> Path:
+    """The last written checkpoint under out/; says where a run beside it has not ended."""
     found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("There is no checkpoint under out/ yet; `python train.py --dataset icfg` makes one.")
-    return found[-1]
+    best = found[-1]
+    last = best.with_name("last.safetensors")
+    if last.exists() and last.stat().st_mtime > best.stat().st_mtime:       # train.py ends by touching the best one
+        say(f"{last} is of a run that has not ended: {best.name} is its best so far, or of the run before.")
+    return best
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
