@@ -135,7 +135,7 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
     batches = loader(dataset, config.workers, batch_sampler=keys, collate_fn=collate,
                      pin_memory=machine.device.type == "cuda")
     loop.run(lambda: iter(batches))
-    return loop.found["best"]
+    return loop.results["best"]
 
 
 if __name__ == "__main__":

@@ -224,22 +224,22 @@ def going_on(folder, model, train: TrainConfig, where: Machine = machine(), capt
 def saved_by(loop: Loop, step: int = 5, tensors: dict | None = None, **more) -> None:
     """Write the state that the loop would write after a step, or one with other tensors or facts."""
     tensors = tensors or checkpoint.state(loop.task.network, loop.optimizer)
-    facts = {"key": loop.key, "step": step, "judged": False, "found": {}} | more
+    facts = {"key": loop.key, "step": step, "evaluated": False, "results": {}} | more
     checkpoint.save(loop.task.state, tensors, facts)
 
 
 def test_a_run_goes_on_from_its_own_state_alone(tmp_path, model, batch):
     train, path = TrainConfig(lr=1e-3), tmp_path / "last.safetensors"
     loop = going_on(tmp_path, model, train)
-    assert (loop.first, loop.judged, loop.found) == (0, False, {})
+    assert (loop.first, loop.evaluated, loop.results) == (0, False, {})
     step(model, loop.optimizer, batch, 0)
     found = {"val": {}, "best": {"quality": [False, 50.0]}}
-    saved_by(loop, found=found)
+    saved_by(loop, results=found)
     assert "best.safetensors that is gone" in refusal(going_on, tmp_path, model, train)
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
     other = Retriever(model.config)
     again = going_on(tmp_path, other, dataclasses.replace(train, workers=3, out="there", device="cpu"))
-    assert (again.first, again.judged, again.found) == (5, False, found)
+    assert (again.first, again.evaluated, again.results) == (5, False, found)
     assert same(checkpoint.state(model, loop.optimizer), checkpoint.state(other, again.optimizer))
     changed = dataclasses.replace(train, weight_decay=0.5)
     message = refusal(going_on, tmp_path, other, changed)
@@ -255,9 +255,9 @@ def test_a_finished_run_serves_any_precision(tmp_path, model, batch):
     step(model, loop.optimizer, batch, 0)
     saved_by(loop)
     assert "precision was float32 and is bf16;" in refusal(going_on, tmp_path, model, train, machine(1, "bf16"))
-    saved_by(loop, step=7, judged=True)
+    saved_by(loop, step=7, evaluated=True)
     again = going_on(tmp_path, model, train, machine(1, "bf16"))
-    assert (again.first, again.judged) == (7, True)
+    assert (again.first, again.evaluated) == (7, True)
 
 
 def test_without_advice_a_training_begins_anew(tmp_path, model, batch, capsys):
@@ -278,9 +278,9 @@ def test_a_damaged_state_is_refused(tmp_path, model, batch):
     without = {name: {n: t for n, t in whole.items() if not n.startswith(name)} for name in (moment, "optimizer.")}
     spoilt = {name: tensor * float("nan") if name == "temperature" else tensor for name, tensor in whole.items()}
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
-    for tensors, more in ((without[moment], {}), (without["optimizer."], {}), (whole, {"found": {"best": {}}}),
+    for tensors, more in ((without[moment], {}), (without["optimizer."], {}), (whole, {"results": {"best": {}}}),
                           (whole | {"optimizer.step.nothing": torch.ones(())}, {}), (whole, {"key": 5}),
-                          (whole, {"found": {"best": {"quality": "good"}}}), (whole, {"step": "all"}), (spoilt, {})):
+                          (whole, {"results": {"best": {"quality": "good"}}}), (whole, {"step": "all"}), (spoilt, {})):
         saved_by(loop, tensors=tensors, **more)
         assert str(tmp_path / "last.safetensors") in refusal(going_on, tmp_path, model, TrainConfig())
 
@@ -306,10 +306,11 @@ def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokeniz
     step(model, loop.optimizer, batch, 0)
     result = validate(model, tokenizer, val, True, plan)
     assert {"embeddings", "reranked", "weight"} <= result.keys()
-    saved_by(loop, judged=True, found={"val": result, "best": result})
+    saved_by(loop, evaluated=True, results={"val": result, "best": result})
     checkpoint.save(tmp_path / "best.safetensors", {}, {})
     again = going_on(tmp_path, model, TrainConfig())
-    assert again.judged and validate(model, tokenizer, val, True, plan)["quality"] >= again.found["best"]["quality"]
+    quality = validate(model, tokenizer, val, True, plan)["quality"]
+    assert again.evaluated and quality >= again.results["best"]["quality"]
 
 
 def test_a_name_of_an_older_file_is_read(tmp_path):

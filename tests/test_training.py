@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, 
         patch.setattr(checkpoint, "save", kill)
         assert command(town, "train.py", *flags, "--out", str(cut)).status == 130
     state = checkpoint.load(cut / "last.safetensors")[1]
-    assert state["step"] == 3 and saves == saved and state["judged"] == (len(saved) == 3)
+    assert state["step"] == 3 and saves == saved and state["evaluated"] == (len(saved) == 3)
     with (cut / "log.jsonl").open("ab") as file:                 # what a power cut may leave
         file.write(b'\0\xff\n[]\n{"itc": 1}\n{"step": ')
     torch.manual_seed(12345)                                     # the state of the new process is another one
@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, 
     assert untimed(log_of(whole)) == untimed(log_of(cut))
     assert [line["step"] for line in log_of(cut)] == [1, 2, 3, 3, 4, 5, 6, 6]
     facts = [checkpoint.load(out / "last.safetensors")[1] for out in (whole, cut)]
-    assert facts[0]["found"] == facts[1]["found"] and facts[0]["found"]["best"]
+    assert facts[0]["results"] == facts[1]["results"] and facts[0]["results"]["best"]
     assert len(tensors_of(cut)) == 4 * len(tensors_of(cut, "best"))     # weight, two moments, step: of all parameters
 
 
@@ -600,7 +600,7 @@ def test_the_best_checkpoint_is_kept(town, tmp_path, monkeypatch):
     succeed(town, "train.py", *SIX, "--dataset", "cuhk", "--evals", "3", "--out", str(tmp_path / "run"))
     (_, best), (_, last) = (checkpoint.load(tmp_path / f"run/{name}.safetensors") for name in ("best", "last"))
     assert best["step"] == 4 and best["val"]["quality"] == [True, 30.0]
-    assert last["step"] == 6 and last["found"]["best"]["quality"] == [True, 30.0]
+    assert last["step"] == 6 and last["results"]["best"]["quality"] == [True, 30.0]
     assert [line["val"]["quality"][1] for line in log_of(tmp_path / "run") if "val" in line] == [10.0, 30.0, 20.0]
 
 

@@ -39,9 +39,9 @@ class Task:
     log: Path | None = None             # file of a JSON line for each line of progress; None: nothing is told
     key: dict = field(default_factory=dict)             # all that must be the same to go on
     groups: list[dict] | None = None    # of the optimiser, each with its "peak" learning rate; None: a single one
-    log_every: int = 0                  # steps between two lines of progress; 0: at stops alone
-    stops: frozenset[int] = frozenset()                 # steps after which the state is saved
-    then: Callable[[int, dict], dict] = lambda step, found: {}      # called after a stop with what it returned before
+    log_every: int = 0                  # steps between two lines of progress; 0: at saves alone
+    save_after: frozenset[int] = frozenset()            # steps after which the state is saved
+    evaluate: Callable[[int, dict], dict] = lambda step, results: {}    # after a save, with its results before
     after_step: Callable[[], None] = lambda: None
     advice: str = ""                    # what to do where the state has another key; empty: the training begins anew
     resume: bool = True                 # False: it begins anew
@@ -78,8 +78,8 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, fit.lr, betas=fit.betas, fused=True)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if fit.average else {}
         self.key = task.key | {"precision": machine.precision}
-        self.found = {}                     # what `then` returned last
-        self.first, self.judged = self.go_back() if task.resume else (0, False)
+        self.results = {}                   # what `evaluate` returned last
+        self.first, self.evaluated = self.go_back() if task.resume else (0, False)
         if not self.first and task.state:
             machine.first(lambda: task.state.unlink(missing_ok=True))       # after all processes have looked
 
@@ -89,9 +89,9 @@ class Loop:
         It is called where signals are already heeded, so that loading processes, too, leave them to the loop.
         """
         task, fit, machine = self.task, self.task.fit, self.machine
-        log = Log(task, fit.batch * fit.accumulate, machine, self.first + self.judged / 2)
-        if self.first in task.stops and not self.judged:
-            self.stop_at(self.first)
+        log = Log(task, fit.batch * fit.accumulate, machine, self.first + self.evaluated / 2)
+        if self.first in task.save_after and not self.evaluated:
+            self.save_and_evaluate(self.first)
         with stoppable() as asked:
             batches = make_batches()
             for step in range(self.first, fit.steps):
@@ -109,10 +109,11 @@ class Loop:
                 self.update_average(step)
                 log.terms.append(terms)
                 done, stop = step + 1, machine.any(asked.is_set())
-                if done in task.stops or stop or done == fit.steps or (task.log_every and done % task.log_every == 0):
+                saves = done in task.save_after
+                if saves or stop or done == fit.steps or (task.log_every and done % task.log_every == 0):
                     log.flush(done, fit.lr * rate)
-                if done in task.stops:
-                    self.stop_at(done)
+                if saves:
+                    self.save_and_evaluate(done)
                     log.restart()
                 elif stop:
                     self.save(done)
@@ -185,16 +186,16 @@ class Loop:
 
     # ---- the saved state
 
-    def stop_at(self, step: int) -> None:
-        """Save first, so that nothing is lost in what follows; then call `then`, and save what it has found."""
+    def save_and_evaluate(self, step: int) -> None:
+        """Save first, so that nothing is lost in what follows; then call `evaluate`, and save its results."""
         self.save(step)
-        found = self.task.then(step, self.found)
-        if found:
-            self.found = found
-            self.save(step, judged=True)
+        results = self.task.evaluate(step, self.results)
+        if results:
+            self.results = results
+            self.save(step, evaluated=True)
 
-    def save(self, step: int, judged: bool = False) -> None:
-        """Write weights, optimiser and average. `judged`: `then` has been called after this step."""
+    def save(self, step: int, evaluated: bool = False) -> None:
+        """Write weights, optimiser and average. `evaluated`: `evaluate` was called after this step."""
         if self.task.state is None:
             return
         if self.machine.world > 1:
@@ -203,10 +204,10 @@ class Loop:
         if self.machine.rank == 0:
             averages = {f"average.{name}": value for name, value in self.average.items()}
             checkpoint.save(self.task.state, checkpoint.state(self.task.network, self.optimizer) | averages,
-                            {"key": self.key, "step": step, "judged": judged, "found": self.found})
+                            {"key": self.key, "step": step, "evaluated": evaluated, "results": self.results})
 
     def go_back(self) -> tuple[int, bool]:
-        """Go back to the saved state, if there is one for this key: the steps done, and whether `then` was called.
+        """Go back to the saved state, if there is one for this key: the steps done, and whether `evaluate` was called.
 
         Raises UserError where the state has another key and the task has advice.
         """
@@ -215,7 +216,7 @@ class Loop:
             return 0, False
         tensors, saved = checkpoint.load(task.state)
         with checkpoint.trusting(task.state):
-            first, judged = int(saved["step"]), bool(saved["judged"])
+            first = int(saved["step"])
             before, now = saved["key"], self.key
             if first == task.fit.steps:         # nothing is computed any more
                 before = before | {"precision": now["precision"]}
@@ -228,9 +229,9 @@ class Loop:
             checkpoint.restore(task.network, self.optimizer, tensors, task.state)
             for name, average in self.average.items():
                 average.copy_(tensors[f"average.{name}"])
-            self.found = dict(saved["found"])
+            evaluated, self.results = bool(saved["evaluated"]), dict(saved["results"])
         self.machine.say(f"Found {task.state}: going on after step {first} of {task.fit.steps}.")
-        return first, judged
+        return first, evaluated
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -48,8 +48,8 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Callable[[Share],
             value = loss(share)
             return value, {"loss": value}
 
-        stops = frozenset(range(fit.save_every, fit.steps, fit.save_every))
-        task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, stops=stops)
+        save_after = frozenset(range(fit.save_every, fit.steps, fit.save_every))
+        task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=save_after)
         Loop(task, loss_of, machine).run()
         machine.first(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
         machine.first(lambda: state.unlink(missing_ok=True))

@@ -208,11 +208,11 @@ def check(config: TrainConfig) -> None:
 
 def check_best(loop: Loop, best: Path) -> None:
     """Raise UserError where a run would go on without its best checkpoint, or its quality is damaged."""
-    if not loop.found:
+    if not loop.results:
         return
     with checkpoint.trusting(loop.task.state):
-        if not all(isinstance(part, bool | float) for part in loop.found["best"]["quality"]):
-            raise ValueError(f"quality is {loop.found['best']['quality']!r}")
+        if not all(isinstance(part, bool | float) for part in loop.results["best"]["quality"]):
+            raise ValueError(f"quality is {loop.results['best']['quality']!r}")
     if not best.exists():
         raise UserError(f"{loop.task.state} goes on from a {best.name} that is gone: put it back, or give --no-resume "
                         "to start over.")
