@@ -205,9 +205,9 @@ def test_the_digest_of_a_plan_knows_pixels_of_what_is_restyled(tmp_path):
     draft, digests = Record(str(tmp_path / "a.bmp"), ("a man",), 0), []
     for colour in ("red", "blue"):                      # two files of as many bytes
         Image.new("RGB", (8, 8), colour).save(draft.path)
-        digests += [making.Plan([draft], [], movers, {}).digest() for movers in ([draft], [])]
+        digests += [making.SetPlan([draft], [], movers, {}).digest() for movers in ([draft], [])]
     assert digests[0] != digests[2] and digests[1] == digests[3]
-    assert making.Plan([draft], [], [draft], {"man": torch.ones(2)}).digest() != digests[2]
+    assert making.SetPlan([draft], [], [draft], {"man": torch.ones(2)}).digest() != digests[2]
 
 
 # ---- adapt.py, at tiny size

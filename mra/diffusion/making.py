@@ -37,7 +37,7 @@ WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
 # ---- what to make
 
 @dataclass(frozen=True)
-class Plan:
+class SetPlan:
     """What one run makes. A draft is a record to make: its caption is the prompt, its path the image it comes from."""
 
     drafts: list[Record]
@@ -68,8 +68,8 @@ class Plan:
 
 
 def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], target: Sequence[Record],
-              places: dict[str, Tensor]) -> Plan:
-    """Plan a run from the records of the source and of the target.
+              places: dict[str, Tensor]) -> SetPlan:
+    """Plan a set from the records of the source and of the target.
 
     The calibration compares samples of the probes with the target's latents. So probes are drafts of the target's
     captions even with --captions source, and there are at least as many as the recipe asks for.
@@ -81,7 +81,7 @@ def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], ta
         count = max(config.images, DAD_RECIPES[config.size].probes)
         probes = drafts_of(config, count, source if restyles else target, tokenizer)
     movers = list(islice(source, MOVERS)) if restyles else []
-    return Plan(drafts, probes, movers, places)
+    return SetPlan(drafts, probes, movers, places)
 
 
 def drafts_of(config: AdaptConfig, count: int, records: Sequence[Record], tokenizer: Tokenizer) -> list[Record]:
@@ -109,7 +109,7 @@ class Maker:
     config: AdaptConfig
     painter: Painter
     judge: Judge
-    plan: Plan
+    plan: SetPlan
     out: Path
 
     def file(self, number: int) -> Path:

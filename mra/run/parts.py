@@ -14,7 +14,7 @@ from torch import Tensor
 from mra.config import DAD_RECIPES, UserError
 from mra.data.files import read_json, write_json
 from mra.diffusion.base import Diffusion, encode, read_images
-from mra.diffusion.making import FILTERS, PART, Maker, Plan, collect
+from mra.diffusion.making import FILTERS, PART, Maker, SetPlan, collect
 from mra.diffusion.sampling import calibration
 from mra.run import checkpoint
 from mra.run.kept import changes, key_file, remember
@@ -57,7 +57,7 @@ def begin(out: Path, key: dict, resume: bool) -> None:
         remember(out / "parts", key)
 
 
-def source_latents(plan: Plan, base: Diffusion, workers: int) -> Tensor | None:
+def source_latents(plan: SetPlan, base: Diffusion, workers: int) -> Tensor | None:
     """Latents (N, C, h, w) of the source images whose moments stand for all, when images are restyled."""
     if not plan.movers:
         return None
