@@ -24,7 +24,7 @@ from mra.diffusion import making
 from mra.diffusion.boxes import phrase_box, usual_places
 from mra.diffusion.filters import DAMAGE, Judge, colourfulness, distort, judge_loss
 from mra.diffusion.making import filters_of
-from mra.diffusion.prompts import VARIANTS, prompts_of, variant
+from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import Painter, calibration, match_moments
 from mra.formats.read import load
 from mra.run import networks, parts
@@ -69,6 +69,34 @@ def test_a_prompt_of_phrases_names_the_person_once_and_tears_no_colour_off():
                "hair. The man is carrying a bag.")
     assert sorted(variant(caption, 2, random.Random(0)).split(", ")) == ["a bag", "a long coat", "black pants", "man",
                                                                           "short hair"]
+
+
+def test_two_people_keep_their_clothes():
+    caption = "A man in a red hat and a woman with a black and white dress and an umbrella."
+    right = {f"A {man} in a red hat and a lady with a black and white dress and an umbrella."
+             for man in ("guy", "gentleman")}
+    assert {variant(caption, number, random.Random(number)) for number in range(1, VARIANTS + 1)} == right
+
+
+@pytest.mark.parametrize("caption", [
+    "The man in the red hat walks, and the woman has a green dress.", "She wears a man's coat and blue jeans.",
+    "A man with a boy on his shoulders wears a green top.", "The person in blue walks behind the person in grey.",
+    "A lady and the child beside her, in white shoes.", "A man (left) in blue; a man (right) in red, a black bag.",
+    "Two men in dark suits.", "A women in a pink dress.", "A woman walks with another, both in skirts.",
+    "A guy with his girlfriend, in a grey top.", "One wears a yellow coat, the other wears a grey hoodie.",
+    "A lady pushes a baby carriage.", "the kid s father wears a black coat", "An elderly couple in coats.",
+    "The boy is not wearing a hat.", "A man without a bag.", "the guy doesn t have a backpack", "He isnt in a coat."])
+def test_a_caption_of_two_people_or_of_what_is_missing_is_not_taken_apart(caption):
+    assert stays_whole(caption)
+
+
+@pytest.mark.parametrize("caption", [
+    CAPTION, "The man has short hair. The man wears a black coat, and the man carries a bag in the other hand.",
+    "A left-handed man in his 20s with the number 23 on a white t shirt.", "A lady in women's shoes, women s jeans.",
+    "This is a young male pedestrian. He has a couple of bags.", "A girl in a baby blue top, wearing one black boot.",
+    "A man ina blue shrit and balck pants, carying a bagpack.", "A woman with a brown bag and a hat that is red."])
+def test_a_caption_of_one_person_is_taken_apart(caption):
+    assert not stays_whole(caption)
 
 
 def test_prompts_visit_every_caption_before_any_twice():

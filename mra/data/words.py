@@ -3,28 +3,37 @@
 EDA (Wei & Zou, EMNLP 2019) makes the second, augmented caption of fine-tuning (MRA section 3). Its synonyms and the
 noun phrases make the prompts of the diffusion (section 2). The synonyms come from lexicon.txt, a small lexicon of
 clothing and appearance without stop words, not from WordNet. A colour is only replaced by another name of the same
-colour. Read next: tokenizer.py.
+colour. A word with a second sense has no synonym: "old" is "elderly" for a man, but not for a bag. Read next:
+tokenizer.py.
 """
 
 import random
 import re
 from pathlib import Path
 
-# lexicon.txt: a group of interchangeable terms between semicolons; a term stands in one group only.
+# lexicon.txt: a group of interchangeable terms between semicolons; a term stands in one group only. A term alone in its
+# group has no synonym; like all terms it is one of the texts that vocab.txt is learned from.
 LEXICON = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
 GROUPS = [tuple(" ".join(term.split()) for term in group.split(",")) for group in LEXICON.split(";")]
-SYNONYMS = {term: tuple(other for other in group if other != term) for group in GROUPS for term in group}
-# The longest term wins, so "dark blue" is never read as "blue", nor "t-shirt" as "shirt".
-TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w-])" % "|".join(
+SYNONYMS = {term: tuple(other for other in group if other != term)
+            for group in GROUPS if len(group) > 1 for term in group}
+# The longest term wins, so "dark gray" is never read as "gray". A genitive is no term, neither "man's" nor the "man s"
+# that clean makes of it.
+TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w'\u2019-]| s\b)" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
+ARTICLE = re.compile(r"(?<![\w'\u2019-])(a)n?(?=\s*$)", re.IGNORECASE)
+VOWEL = re.compile(r"(?!uni|use|one|eu)[aeiou]|hour|honest|heir", re.IGNORECASE)   # how a word after "an" begins
 SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?i:hand|handed|wards?|most)?\b)")
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
-                     r"dressed|holding|holds|feet|that|above|below|he|she|her|his|the|from)\b", re.IGNORECASE)
+                     r"dressed|holding|holds|feet|that|which|whose|while|was|were|above|below|he|she|her|his|the|from)\b",
+                     re.IGNORECASE)
 COLOUR = ("black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige|cream|ivory|"
           "gold|golden|silver|maroon|burgundy|charcoal|lavender|lilac|fuchsia|khaki|sand|tan")
-PERSON = re.compile(r"\b(?:(?:wo|gentle)?m[ae]n|lad(?:y|ies)|children|people|passers?-by|(?:boy|girl|guy|fellow|lad|"
-                    r"lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|pedestrian|"
-                    r"individual|male|female)s?)\b(?!['\u2019]| s\b)", re.IGNORECASE)
+# Nouns for a person: ONE for one of them, MANY for several.
+ONE = ("boy|girl|guy|fellow|lad|lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|"
+       "pedestrian|individual|male|female")
+MANY = rf"(?:wo|gentle)?men|ladies|children|people|passers-by|(?:{ONE})s"
+PERSON = re.compile(rf"\b(?:(?:wo|gentle)?man|lady|passer-by|{ONE}|{MANY})\b(?!['\u2019]| s\b)", re.IGNORECASE)
 # things.txt: what a person wears, carries and shows; not all have synonyms.
 THINGS = Path(__file__).with_name("things.txt").read_text(encoding="utf-8").split()
 THING = re.compile(rf"\b(?:{'|'.join(THINGS)}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
@@ -63,11 +72,12 @@ def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
 
 
 def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """Replace terms of the lexicon, up to alpha x words of them; letter case and punctuation stay."""
+    """Replace terms of the lexicon, up to alpha x words of them; case and punctuation stay, "a" or "an" agrees."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
     for term in sorted(chosen, key=re.Match.start, reverse=True):
-        text = text[:term.start()] + _cased(_synonym(term, rng), term[0]) + text[term.end():]
+        synonym = _cased(_synonym(term, rng), term[0])
+        text = _agreeing(text[:term.start()], synonym) + synonym + text[term.end():]
     return text
 
 
@@ -75,7 +85,10 @@ def insert_synonyms(text: str, rng: random.Random, alpha: float) -> str:
     """Insert a synonym of a random term of the text at a random place, alpha x words times."""
     found, words = list(TERM.finditer(text)), text.split()
     for _ in range(_changes(text, alpha) if found else 0):
-        words.insert(rng.randint(0, len(words)), _synonym(rng.choice(found), rng))
+        at, synonym = rng.randint(0, len(words)), _synonym(rng.choice(found), rng)
+        if at:
+            words[at - 1] = _agreeing(words[at - 1], synonym)
+        words.insert(at, synonym)
     return " ".join(words)
 
 
@@ -110,3 +123,9 @@ def _cased(word: str, like: str) -> str:
     if like.isupper():
         return word.upper()
     return word[0].upper() + word[1:] if like[0].isupper() else word
+
+
+def _agreeing(before: str, word: str) -> str:
+    """`before`, where an "a" or "an" at its end agrees with the `word` to come."""
+    n = "n" if VOWEL.match(word) else ""
+    return ARTICLE.sub(rf"\1{n.upper() if word.isupper() else n}", before)

@@ -3,16 +3,28 @@
 The paper augments every training caption by EDA (alpha 0.5; 19 variants and the caption itself) and samples an image
 for each. EDA inserts, swaps and deletes words, so "a red jacket and blue jeans" may become "a red jeans". Here synonyms
 replace single words, and the other operations repeat, move or drop whole phrases. So a prompt stays true of the
-person in its caption. Read next: making.py.
+person in its caption. A caption of two people is not taken apart: its phrases would change hands. Read next: making.py.
 """
 
 import random
 import re
 
-from mra.data.words import PERSON, noun_phrases, replace_synonyms
+from mra.data.words import BETWEEN, MANY, PERSON, noun_phrases, replace_synonyms
 
 VARIANTS = 19       # variants of a caption, beside itself (MRA section 2)
 ANYBODY = re.compile(rf"(?:an?|the|this)?\s*{PERSON.pattern}", re.IGNORECASE)       # a person without description
+HE = re.compile(r"\b(?:he|his|him|(?:gentle)?man|guy|fellow|boy|lad|male)\b", re.IGNORECASE)
+SHE = re.compile(r"\b(?:she|hers?|woman|lady|girl|lass|female)\b", re.IGNORECASE)
+GROWN = re.compile(r"\b(?:(?:wo|gentle)?man|lady|guy|adult)\b", re.IGNORECASE)
+CHILD = re.compile(r"\b(?:boy|girl|child|kid)\b", re.IGNORECASE)
+# "a" and a noun for a person, without a small word or a comma between them.
+A_PERSON = re.compile(rf"\ban?\s+(?:(?!an?\b|{BETWEEN.pattern})[\w-]+\s+){{0,4}}?{PERSON.pattern}", re.IGNORECASE)
+OTHERS = re.compile(
+    rf"\b(?:(?:{MANY})\b(?!['\u2019]| s\b)|(?:with|beside|behind|near|past|to)\s+(?:the|this)\s+{PERSON.pattern}|"
+    r"(?:another|others?(?!\s+(?:hand|arm|shoulder|side))|someone|somebody|couple(?!\s+of)|crowd|group|family|friends?|"
+    r"companion|partner|husband|wife|boyfriend|girlfriend|parents?|mother|father|mom|dad|son|daughter|brother|sister|"
+    r"baby(?!\s+(?:blue|pink))|toddler|infant)\b)", re.IGNORECASE)
+NOT = re.compile(r"\b(?:not|never|neither|nor|without|(?:is|does|has|do|are)n['\u2019 ]?t)\b", re.IGNORECASE)
 ALPHA = 0.5         # chance that deletion drops a phrase; largest share of the words that synonyms replace
 
 
@@ -36,7 +48,7 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
     first = next(filter(PERSON.search, phrases), None)
     others = [phrase for phrase in phrases if phrase is not first and not ANYBODY.fullmatch(phrase)]
     first = first or who(caption)
-    if number % 4 == 0:                 # synonyms for some terms
+    if number % 4 == 0 or stays_whole(caption):     # synonyms for some terms
         return replace_synonyms(caption, rng, ALPHA)
     if number % 4 == 1:                 # a phrase again at the end, in other words
         return f"{caption.rstrip(' .')}. {replace_synonyms(rng.choice(phrases), rng, 1.0)}"
@@ -45,10 +57,15 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
     return ", ".join([first, *(phrase for phrase in others if rng.random() >= ALPHA)])
 
 
+def stays_whole(caption: str) -> bool:
+    """Whether a caption speaks of a second person or of what the person lacks. In doubt, it does."""
+    if OTHERS.search(caption) or NOT.search(caption) or len(A_PERSON.findall(caption)) > 1:
+        return True
+    return any(one.search(caption) and other.search(caption) for one, other in ((HE, SHE), (GROWN, CHILD)))
+
+
 def who(caption: str) -> str:
     """The person of a caption with no noun for them, by its pronouns."""
-    she = re.search(r"\b(?:she|her)\b", caption, re.IGNORECASE)
-    he = re.search(r"\b(?:he|his|him)\b", caption, re.IGNORECASE)
-    if she and not he:
+    if SHE.search(caption):
         return "a woman"
-    return "a man" if he and not she else "a person"
+    return "a man" if HE.search(caption) else "a person"
