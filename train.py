@@ -108,8 +108,8 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
     def keep_best(done: int, found: dict) -> dict:
         """Evaluate on val after `done` steps, and write the best checkpoint; returns this result and the best one."""
         fused = done > lengths.fusion_from
-        plan = ranking.Plan(model.config.rerank if fused else 0, mirror=False, loading=config.workers,
-                            workers=machine.workers, nearest=sharded_top_k)
+        plan = ranking.Plan(model.config.rerank if fused else 0, loading=config.workers, workers=machine.workers,
+                            nearest=sharded_top_k)
         autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py
         result = ranking.validate(model, tokenizer, val_set, fused, plan, autocast)
         write_line(out / "log.jsonl", {"step": done, "val": result}, machine)

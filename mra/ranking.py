@@ -5,8 +5,8 @@ similarity the cosine of the embeddings. The weight says how much the similarity
 the candidates, with a large weight they keep the first stage's order. `choose_weight` takes the best one on val, and
 the checkpoint keeps it. A score depends on its pair alone; in MRA section 3, and in `Found.published_scores`, scores
 are normalised over all pairs, so a query's order depends on the other queries. With `Plan.mirror` both stages average
-over an image and its mirror image, with left and right exchanged in the words, as the released code does not; val is
-ranked without. Read next: workers.py, evaluate.py.
+over an image and its mirror image, with left and right exchanged in the words, as the released code does not.
+Read next: workers.py, evaluate.py.
 """
 
 import math

@@ -331,6 +331,19 @@ def test_evaluate_finds_the_newest_checkpoint(work):
         assert picture.width > 900 and picture.height > 1000 and len(set(picture.convert("L").tobytes())) > 50
 
 
+def test_val_is_ranked_as_the_test_split_is(work, monkeypatch):
+    """With mirror images: the weight of the similarity is chosen where it is used."""
+    real, plans = ranking.search, []
+
+    def search(model, tokenizer, captions, paths, plan, *more):
+        plans.append(plan)
+        return real(model, tokenizer, captions, paths, plan, *more)
+    monkeypatch.setattr(ranking, "search", search)
+    succeed(work, "train.py", "--dataset", "icfg", *QUICK, "--out", "out/new")
+    succeed(work, "evaluate.py")
+    assert len(plans) == 2 and all(plan.mirror and plan.swap for plan in plans)
+
+
 def test_a_run_that_has_not_ended_is_told(work, monkeypatch):
     """Its best checkpoint may be that of the run before."""
     real, calls = losses.total, []
