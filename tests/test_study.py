@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,10 +127,17 @@ def test_the_main_arms_come_with_five_seeds_on_three_targets_and_the_others_with
     assert len(list(study.plan(study.StudyConfig(arms=("moments",), seeds=("2",))))) == 1
 
 
+def in_process(script: str, *flags: str) -> None:
+    """In place of `study.call`, whose processes take seconds to start: the study starts a dozen."""
+    succeed(Path.cwd(), script, *flags)
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    return folder, succeed(folder, MAIN, "--quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "call", in_process)
+        return folder, succeed(folder, MAIN, "--quick")
 
 
 def test_quick_runs_from_start_to_table(quick):
@@ -183,6 +191,7 @@ def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
 @pytest.mark.parametrize("arm", ("source", "reinhard", "exact", "shuffled", "dad 50%"))
 def test_every_arm_has_as_many_images_of_one_resolution(quick, arm, monkeypatch):
     folder, _ = quick
+    monkeypatch.setattr(study, "call", in_process)
     monkeypatch.chdir(folder)
     made = study.image_set(study.Run(arm, "regions", "icfg", 0, 12, "tiny"), folder / "out/sets", 1.0)
     rows = json.loads((made / "sda_0_5000.json").read_text())
