@@ -1,5 +1,6 @@
 """The benchmarks run, at their smallest; what they measure is not looked at."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
      ("loss 64x8                   ours", "top 2 of 64x8               ours"))])
 def test_benchmarks_run(command, lines):
     ran = subprocess.run([sys.executable, "-m", *f"tests.benchmarks.{command}".split()], capture_output=True, text=True,
-                         cwd=Path(__file__).parent.parent)
+                         cwd=Path(__file__).parent.parent,
+                         env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})      # test_similarity.py compiles
     assert ran.returncode == 0, ran.stderr
     for line in lines:
         assert line in ran.stdout
