@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError, check_values
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError
 from mra.data.records import RecordSet, share_of
 from mra.diffusion.base import Diffusion, encode
 from mra.diffusion.boxes import usual_places
@@ -145,7 +145,6 @@ def default_out(config: AdaptConfig) -> str:
 
 def check(config: AdaptConfig) -> None:
     """Raise UserError for values that no run can use."""
-    check_values(config)
     if config.guidance_from > config.guidance_to:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
     stable = DIFFUSION_PRESETS[config.size].stable

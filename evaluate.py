@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mra import ranking
-from mra.config import EvalConfig, UserError, check_values
+from mra.config import EvalConfig, UserError
 from mra.data.files import harmless, write_json
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
@@ -162,7 +162,6 @@ def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> Rec
 
 def check(config: EvalConfig) -> None:
     """Raise UserError for values that no run can use."""
-    check_values(config)
     if -1 < config.weight < 0:
         raise UserError(f"--weight {config.weight}: give 0 or more, or leave it out.")
     asked = config.query or config.queries

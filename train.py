@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mra import losses, ranking
-from mra.config import PRESETS, TrainConfig, check_values, pretrains, recipe
+from mra.config import PRESETS, TrainConfig, pretrains, recipe
 from mra.data.batches import PairDataset, loader, order
 from mra.data.files import open_image
 from mra.data.records import share_of
@@ -44,7 +44,6 @@ from mra.weights.retrievers import model_facts
 
 def main() -> None:
     config = parse(TrainConfig, __doc__, recipe_of=lambda given: recipe(given.dataset, given.preset))
-    check_values(config)
     stages.check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     if config.check:

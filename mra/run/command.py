@@ -10,7 +10,7 @@ from concurrent.futures import BrokenExecutor
 from dataclasses import fields
 from typing import TypeVar
 
-from mra.config import UserError
+from mra.config import UserError, check_values
 from mra.data.files import harmless
 
 Config = TypeVar("Config")
@@ -20,7 +20,8 @@ def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
           recipe_of: Callable[[Config], dict] = lambda config: {}) -> Config:
     """Make a configuration from flags: `kind`'s defaults, then `recipe_of` the result, then the flags given.
 
-    Raises UserError for an unknown flag or a value of the wrong type; prints help and exits for --help.
+    Raises UserError for an unknown flag, or a value of the wrong type or out of its range; prints help and exits for
+    --help.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -44,7 +45,9 @@ def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
         parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **takes)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    return kind(**{**recipe_of(kind(**given)), **given})
+    config = kind(**{**recipe_of(kind(**given)), **given})
+    check_values(config)
+    return config
 
 
 def run(main: Callable[[], None]) -> None:

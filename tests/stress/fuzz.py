@@ -52,7 +52,6 @@ from mra.config import (  # noqa: E402
     EvalConfig,
     Fit,
     TrainConfig,
-    check_values,
     recipe,
 )
 from mra.data import augment, words  # noqa: E402
@@ -555,19 +554,14 @@ def vocab(folder: Path) -> Maker:
 
 # ---- flags
 
-def check_training(config: TrainConfig) -> None:
-    check_values(config)
-    stages.check(config)
-
-
 SCRIPTS = {     # configuration, the check of its values, a command that is quick
-    "train.py": (TrainConfig, check_training, ("--preset", "tiny", "--init", "none", "--steps", "1", "--device",
-                                               "cpu")),
+    "train.py": (TrainConfig, stages.check, ("--preset", "tiny", "--init", "none", "--steps", "1", "--device",
+                                             "cpu")),
     "evaluate.py": (EvalConfig, evaluate.check, ("--device", "cpu", "--checkpoint", "none.safetensors")),
     "adapt.py": (AdaptConfig, adapt.check, ("--size", "tiny", "--steps", "1", "--images", "2", "--device", "cpu",
                                             "--malformed", "1000")),
     "-m tests.study": (study.StudyConfig, None, ("--table",)),
-    "-m tests.study.town": (town.TownConfig, check_values, ("--people", "0.001", "--workers", "1", "--sets", "icfg")),
+    "-m tests.study.town": (town.TownConfig, None, ("--people", "0.001", "--workers", "1", "--sets", "icfg")),
 }
 SLOW = {"--steps", "--epochs", "--images", "--people", "--train-base", "--sampling-steps", "--preset", "--size",
         "--workers", "--batch", "--accumulate", "--evals", "--no-table", "--sets", "--check", "--quick"}

@@ -4,7 +4,7 @@ import os
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from mra.config import UserError, check_values, flag
+from mra.config import UserError, flag
 from mra.run.command import parse, run
 from mra.town.sets import DEFAULT, FOLDERS, TownSizes, build
 
@@ -22,7 +22,6 @@ class TownConfig:
 
 def main() -> None:
     config = parse(TownConfig, __doc__)
-    check_values(config)
     unknown = set(config.sets) - set(FOLDERS)
     if unknown:
         raise UserError(f"--sets {unknown.pop()}: choose from {', '.join(FOLDERS)}.")
