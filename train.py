@@ -51,12 +51,12 @@ def main() -> None:
         well = check_set(config.dataset, root_of(config, machine), tokenizer, PRESETS[config.preset].max_tokens,
                          config.workers or machine.cores, machine.say)
         sys.exit(0 if well else 1)
-    plan = [config]
-    if not config.init and not pretrains(config.dataset):
+    best, plan = None, [config]
+    if config.init in stages.PRETRAINED and not pretrains(config.dataset):
         config = replace(config, out=config.out or stages.default_out(config))
         make_folder(Path(config.out))       # before the long pretraining
-        plan = [*stages.pretrainings(config, machine), config]
-    best = None
+        best = stages.shipped(config)
+        plan = [*stages.pretrainings(config, machine, on_source=best is None), config]
     for number, stage in enumerate(plan, 1):
         if len(plan) > 1:
             machine.say(f"Stage {number} of {len(plan)}: training on {stage.dataset}.")
@@ -117,7 +117,8 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
         if best is None or result["quality"] >= best["quality"]:
             best = result
             facts = model_facts(model, tokenizer) | stages.facts_of(config, machine, pretrained_on, len(dataset))
-            machine.first(lambda: checkpoint.save(out / "best.safetensors", checkpoint.weights(model),
+            weights = checkpoint.halves(model) if config.half else checkpoint.weights(model)
+            machine.first(lambda: checkpoint.save(out / "best.safetensors", weights,
                                                   facts | {"step": done, "val": result}))
         return {"val": result, "best": best}
 

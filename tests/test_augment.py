@@ -165,3 +165,17 @@ def test_box_to_patches_is_never_empty():
             assert box_to_patches((centre, centre, length, length), (8, 4)).sum() == 1
     assert box_to_patches((0.5, 0.5, 1.0, 1.0), (12, 8)).all()
     assert box_to_patches((0.5, 0.5, 1.2, 1.2), (12, 8)).all()
+
+
+def test_random_light_keeps_the_box_and_the_share():
+    """Light changes what is seen, not where; the share decides how often, the generator all else."""
+    view = pretrain_view(noise(), None, SIZE, random.Random(0)).image
+    assert torch.allclose(augment.relit(view, 0.0, random.Random(1)), view, atol=1e-5)
+    assert torch.equal(augment.relit(view, 1.0, random.Random(1)), augment.relit(view, 1.0, random.Random(1)))
+    lit = [not torch.allclose(augment.relit(view, 0.75, random.Random(seed)), view, atol=1e-3) for seed in range(200)]
+    assert 130 <= sum(lit) <= 170
+    images = torch.rand(64, 3, 16, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    made = augment.random_light(images, 1.0, torch.Generator().manual_seed(1))
+    assert made.shape == images.shape and -1 <= made.min() and made.max() <= 1
+    means = made.mean((1, 2, 3))
+    assert means.std() > 3 * images.mean((1, 2, 3)).std()

@@ -259,6 +259,29 @@ def test_adapted_pairs_come_before_the_plain_source(work):
     assert log_of(work / "out/direct")[0].keys() >= {"rpc", "rpm"}
 
 
+def test_a_fine_tuning_starts_from_the_shipped_retriever(work, tmp_path, monkeypatch):
+    """Unless another pretraining is asked for; an adapted set comes in between."""
+    succeed(work, "train.py", "--dataset", "sda", *TINY, "--steps", "2", "--out", "out/made", "--half", "--light", "1")
+    made = work / "out/made/best.safetensors"
+    assert {tensor.dtype for tensor in checkpoint.load(made)[0].values()} == {torch.float16}
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    shutil.copy(made, shipped / "tiny.safetensors")
+    monkeypatch.setattr(stages, "SHIPPED", shipped)
+    one = (*TINY, "--steps", "1", "--dataset", "icfg")
+    out = succeed(work, "train.py", *one, "--seed", "5")
+    assert "Stage" not in out and re.search(r"^Starting from \S*shipped/tiny.safetensors, trained on sda", out, re.M)
+    facts = checkpoint.load(work / "out/icfg-tiny-s5/best.safetensors")[1]
+    assert facts["train"]["init"].endswith("shipped/tiny.safetensors") and facts["pretrained_on"] == "sda"
+    for flags in (("--init", "scratch"), ("--no-regions",), ("--beta", "0.5", "--seed", "7")):
+        out = succeed(work, "train.py", *one, *flags, "--out", f"out/anew{flags[0]}")
+        assert "Stage 1 of 2: training on sda." in out
+    adapted_pairs(work)
+    out = succeed(work, "train.py", *one)
+    assert "Stage 1 of 2: training on out/sda/icfg-tiny." in out and "shipped/tiny.safetensors, trained on sda" in out
+    assert "out/icfg-tiny-s0-adapted/best.safetensors is ready" in out
+
+
 def test_a_run_goes_on_with_the_same_content_alone(work):
     """Changed weights or records are told, by whatever path they are named; moved ones go on."""
     flags = (*TINY, "--steps", "2", "--out", "out/fine")

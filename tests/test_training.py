@@ -243,7 +243,7 @@ def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
 def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for world in (1, 2, 4):
-        assert stages.pretrainings(TrainConfig(), machine_of(0, world))[0].batch * world == 32
+        assert stages.pretrainings(TrainConfig(), machine_of(0, world), on_source=True)[0].batch * world == 32
 
 
 def machine_of(rank: int, world: int) -> Machine:

@@ -97,3 +97,31 @@ def tensor_of(image: Image.Image, size: tuple[int, int], crop=None, mirrored: bo
         pixels = pixels[:, ::-1]
     scaled = pixels * (1 / (255 * STD)) - MEAN / STD                                    # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))            # (3, H, W)
+
+
+def random_light(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W) in -1..1; a `share` of them gets a random exposure, colour cast, haze and grain.
+
+    Not in the paper. The autoencoder of DaD is trained on these, so that it can decode the look of a target that it has
+    not seen. A retriever that is pretrained on them depends less on the source's light (--light).
+    """
+    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
+        return low + (high - low) * torch.rand(len(image), channels, 1, 1, generator=generator, device=image.device)
+
+    x = (image + 1) / 2
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * 2 ** uniform(-1.5, 0.3)
+    x = (x * 2 ** (uniform(-2.2, 0.8) + uniform(-0.6, 0.6, 3))).clamp(0, 1) ** 2 ** uniform(-0.5, 0.5)
+    haze = uniform(-0.1, 0.2).clamp(min=0)
+    grain = torch.randn(x.shape, generator=generator, device=x.device) * uniform(-0.02, 0.05).clamp(min=0)
+    lit = ((haze + (1 - haze) * x + grain) * 2 - 1).clamp(-1, 1)
+    return torch.where(uniform(0, 1) < share, lit, image)
+
+
+def relit(pixels: Tensor, share: float, rng: random.Random) -> Tensor:
+    """A normalised image (3, H, W) under `random_light`, with probability `share`."""
+    mean, std = torch.from_numpy(MEAN)[:, None, None], torch.from_numpy(STD)[:, None, None]
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    image = 2 * (pixels * std + mean) - 1                                   # -1..1
+    lit = random_light(image[None], share, generator)[0]
+    return ((lit + 1) / 2 - mean) / std

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mra.config import ModelConfig, TrainConfig, pretrains
-from mra.data.augment import box_to_patches, finetune_view, pretrain_view
+from mra.data.augment import box_to_patches, finetune_view, pretrain_view, relit
 from mra.data.files import open_image
 from mra.data.records import RecordSet
 from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad
@@ -91,6 +91,8 @@ class PairDataset(torch.utils.data.Dataset):
         image, size = open_image(record.path), (self.model.height, self.model.width)
         if self.pretraining:
             view = pretrain_view(image, box if self.with_regions else None, size, rng)
+            if self.train.light:
+                view = view._replace(image=relit(view.image, self.train.light, rng))
         else:
             view = finetune_view(image, size, rng, self.train.erase)
         if view.mirrored:

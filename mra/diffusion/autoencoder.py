@@ -152,21 +152,3 @@ class Autoencoder(nn.Module):
         std, mean = torch.std_mean(latents.float(), (0, 2, 3))
         self.mean += self.std * mean
         self.std *= std
-
-
-def random_light(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W) in -1..1; three in four get a random exposure, colour cast, haze and grain.
-
-    The autoencoder is trained on these, so that it can decode the look of a target that it has not seen.
-    """
-    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
-        return low + (high - low) * torch.rand(len(image), channels, 1, 1, generator=generator, device=image.device)
-
-    x = (image + 1) / 2
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * 2 ** uniform(-1.5, 0.3)
-    x = (x * 2 ** (uniform(-2.2, 0.8) + uniform(-0.6, 0.6, 3))).clamp(0, 1) ** 2 ** uniform(-0.5, 0.5)
-    haze = uniform(-0.1, 0.2).clamp(min=0)
-    grain = torch.randn(x.shape, generator=generator, device=x.device) * uniform(-0.02, 0.05).clamp(min=0)
-    lit = ((haze + (1 - haze) * x + grain) * 2 - 1).clamp(-1, 1)
-    return torch.where(uniform(0, 1) < 0.75, lit, image)

@@ -70,6 +70,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
             if not name.endswith("relative_position_index")}
 
 
+def halves(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by name, in half precision."""
+    return {name: tensor.half() for name, tensor in weights(model).items()}
+
+
 def digest(model: nn.Module) -> str:
     """A short name for these very weights."""
     found = hashlib.sha256()

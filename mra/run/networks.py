@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, DadRecipe, DiffusionConfig, Fit, UserError
+from mra.data.augment import random_light
 from mra.data.files import harmless
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
-from mra.diffusion.autoencoder import Autoencoder, random_light
+from mra.diffusion.autoencoder import Autoencoder
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
 from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss
@@ -30,6 +31,7 @@ from mra.weights.stable import read_stable
 
 SHIPPED = Path(__file__).parents[1] / "diffusion"      # base-demo.safetensors
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
+LIT = 0.75              # share of the autoencoder's images under random light
 
 
 def learn(name: str, network: nn.Module, prepare: Callable[[], Callable[[Share], Tensor]], fit: Fit, path: Path,
@@ -84,8 +86,7 @@ def train_base(config: AdaptConfig, records: RecordSet, root: str, machine: Mach
     facts = {"size": asdict(base.config), "source": records.name, "root": root, "images": len(images),
              "captions": len(captions), "seed": config.seed, "vocab": tokenizer.pieces,
              "versions": checkpoint.VERSIONS}
-    halves = {name: value.half() for name, value in checkpoint.weights(base).items()}
-    machine.first(lambda: checkpoint.save(path, halves, facts))
+    machine.first(lambda: checkpoint.save(path, checkpoint.halves(base), facts))
     return path
 
 
@@ -93,12 +94,12 @@ def train_autoencoder(base: Diffusion, images: Tensor, fit: Fit, path: Path, key
     """Train the base's autoencoder on uint8 images (N, 3, H, W) under random light, which no domain has."""
     def prepare() -> Callable[[Share], Tensor]:
         some = to_float(images[:SCALE_IMAGES])
-        base.autoencoder.start(random_light(some, torch.Generator().manual_seed(0)).to(machine.device))
+        base.autoencoder.start(random_light(some, LIT, torch.Generator().manual_seed(0)).to(machine.device))
         return loss_of
 
     def loss_of(share: Share) -> Tensor:
         chosen = torch.randint(len(images), (share.count,), generator=share.draw, device=machine.device).cpu()
-        lit = random_light(to_float(images[chosen].to(machine.device)), share.draw)
+        lit = random_light(to_float(images[chosen].to(machine.device)), LIT, share.draw)
         noise = torch.randn(share.count, *base.config.shape, generator=share.draw, device=machine.device)
         return base.autoencoder.loss(lit, noise, kl_weight=1e-4)
 

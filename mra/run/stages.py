@@ -27,23 +27,38 @@ NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head"
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
+SHIPPED = Path(__file__).parents[1] / "weights/shipped"
+OF_PRETRAINING = "bert", "vit", "vocab", "regions", "beta", "released_regions"      # flags that only matter before
+PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
+FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
 ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
 # ---- where a stage starts from
 
-def pretrainings(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
+def shipped(config: TrainConfig) -> Path | None:
+    """The shipped retriever, pretrained on the drawn source, where a fine-tuning may start from it.
+
+    --init scratch, a flag that shapes the pretraining, and a preset that none is shipped for ask for another one.
+    """
+    path = Path(os.path.relpath(SHIPPED / f"{config.preset}.safetensors"))
+    shaped = any(getattr(config, name) != getattr(TrainConfig(), name) for name in OF_PRETRAINING)
+    return None if config.init or shaped or not path.exists() else path
+
+
+def pretrainings(config: TrainConfig, machine: Machine, on_source: bool) -> list[TrainConfig]:
     """The stages before a fine-tuning on the demo town: on the source, then on the adapted set where there is one."""
     shared = {name: getattr(config, name) for name in (
-        "preset", "seed", "device", "resume", "compile", "precision", "bert", "vit", "vocab", "regions", "beta",
-        "released_regions", "workers")}
+        "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING)}
     usual = recipe("sda", config.preset)
     batch = max(2, usual["batch"] // machine.world)         # as many pairs in all processes together
     source = TrainConfig(**usual | shared | {"dataset": "sda", "batch": batch})
-    adapted = adapted_set(config)
-    if adapted is None:
-        return [source]
-    return [source, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0)]
+    found, adapted = [], adapted_set(config)
+    if on_source:
+        found.append(source)
+    if adapted is not None:
+        found.append(replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
+    return found
 
 
 def going_on(config: TrainConfig, best: Path) -> TrainConfig:
@@ -69,7 +84,7 @@ def check_whole(folder: Path) -> None:
 def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokenizer, str]:
     """The model to start from, its tokenizer, and what it was pretrained on."""
     torch.manual_seed(config.seed)
-    if config.init in ("", "none"):
+    if config.init in FROM_NOTHING:
         machine.say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
         size = replace(PRESETS[config.preset], released_regions=config.released_regions)
         model, tokenizer = retrievers.start(size, config.bert, config.vit, config.vocab)
@@ -95,11 +110,11 @@ def default_out(config: TrainConfig) -> str:
         parts.append("noregions")
     if config.released_regions:
         parts.append("released")
-    if config.init not in ("", "none"):
+    if config.init not in FROM_NOTHING:
         parts += ["from", Path(config.init).resolve().parent.name]
-    elif not pretrains(config.dataset) and config.init:
-        parts.append("scratch")
-    elif not pretrains(config.dataset) and adapted_set(config):
+    elif config.init and not pretrains(config.dataset):
+        parts.append(config.init)
+    if config.init in PRETRAINED and not pretrains(config.dataset) and adapted_set(config):
         parts.append("adapted")
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
@@ -192,7 +207,7 @@ def describe(result: dict) -> str:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for flags that do not go together, or files that are not there."""
-    fresh = config.init in ("", "none")
+    fresh = config.init in FROM_NOTHING
     if PRESETS[config.preset].bins and config.batch < 2:
         raise UserError(f"--batch {config.batch}: the swin presets normalise over the batch; give 2 or more.")
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
@@ -202,7 +217,7 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if (config.bert or config.vit or config.released_regions) and not fresh:
         raise UserError("--bert, --vit and --released-regions start a new model, --init goes on with one as it is.")
-    if config.data_root and not (config.init or config.check or pretrains(config.dataset)):
+    if config.data_root and config.init in PRETRAINED and not (config.check or pretrains(config.dataset)):
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
 
 
