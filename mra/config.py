@@ -37,7 +37,6 @@ class ModelConfig:
     window: int = 0       # patches along a window of a Swin, whose last stage has patches of `patch` pixels; 0: a ViT
     class_token: bool = False       # the ViT also has a class token, as pretrained ones have
     bins: int = 0         # released models: bins of tokens that the projections read; 0: token 0 alone
-    released_regions: bool = False  # as in the released code: RPC ignores the box, RPM does not see the region's mean
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -232,7 +231,6 @@ class TrainConfig:
     clip: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
     beta: float = flag(0.8, "weight of the region losses", 0, 1e3)
     regions: bool = flag(True, "use the region losses for records with boxes")
-    released_regions: bool = flag(False, "as in the released code: RPC ignores the box, RPM hides the region's mean")
     smoothing: float = flag(0.0, "label smoothing of the contrastive targets", 0, 1)
     eda: float = flag(0.0, "weight of ITC and ITM on an augmented copy of the caption; 0: none", 0, 1e3)
     erase: float = flag(0.0, "chance of random erasing in fine-tuning", 0, 1)

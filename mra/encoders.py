@@ -1,8 +1,7 @@
 """The three encoders of MRA (section 3): image E_V, text E_T and fusion E_F.
 
 E_V is a vision transformer on rectangular images. E_T and E_F are the two halves of one BERT: the first layers read the
-words alone, the last ones also attend to the image, whose tokens are their keys and values. weights/released.py has
-the image encoder of the released models. Read next: losses.py, retriever.py.
+words alone, the last ones also attend to the image. Read next: losses.py, retriever.py.
 """
 
 import torch
@@ -15,9 +14,8 @@ from mra.layers import PostNormBlock, PreNormBlock, pick
 class ImageEncoder(nn.Module):
     """Image (B, 3, H, W), normalised -> tokens (B, 1+N, D); token 0, the whole image, is the mean of the patches.
 
-    The feature of a region is the mean of its patches too. So the image feature gains from what the region losses
-    teach the patches, which a learned class token in its place does not. With `class_token` the patches also attend
-    to the class token of a pretrained transformer; token 0 stays the mean.
+    The feature of a region is the mean of its patches too, so the region losses also teach the image feature. With
+    `class_token` the patches also attend to the class token of a pretrained transformer; token 0 stays the mean.
     """
 
     def __init__(self, config: ModelConfig):
@@ -52,11 +50,10 @@ class TextEncoder(nn.Module):
                                     for _ in range(config.text_depth))
 
     def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
-        x = self.words(ids) + self.positions.weight[: ids.shape[1]]          # (B, T, D)
-        x = self.dropout(self.norm(x))
+        x = self.dropout(self.norm(self.words(ids) + self.positions.weight[:ids.shape[1]]))          # (B, T, D)
         for block in self.blocks:
             x = block(x, keep)
-        return x                                                             # (B, T, D)
+        return x
 
 
 class FusionEncoder(nn.Module):
@@ -73,22 +70,17 @@ class FusionEncoder(nn.Module):
         return [block.cross.keys_values(image) for block in self.blocks]
 
     def start(self, text: Tensor, keep: Tensor) -> Tensor:
-        """What the first block does before it sees an image, (B, T, D): computed once for all images."""
+        """What the first block does before it sees an image, (B, T, D), computed once for all images."""
         return self.blocks[0].attend_self(text, keep)
 
-    def forward(self, text: Tensor, keep: Tensor, at: Tensor, keys_values: list[Tensor],
-                image_keep: Tensor | None = None, started: bool = False) -> Tensor:
-        """Fused tokens (B, M, D) at the positions `at` (B, M).
-
-        `keys_values` are those of the image tokens; image_keep (B, S). With `started`, text is from `start`. The last
-        block computes only the positions in `at`.
-        """
-        x, last = text, len(self.blocks) - 1
+    def forward(self, started: Tensor, keep: Tensor, at: Tensor, keys_values: list[Tensor],
+                image_keep: Tensor | None = None) -> Tensor:
+        """Text tokens from `start` -> fused tokens at the positions `at` (B, M), all that the last block computes."""
+        x, last = started, len(self.blocks) - 1
         for i, (block, context) in enumerate(zip(self.blocks, keys_values)):
-            wanted = at if i == last else None
-            if started and i == 0:
-                x = x if wanted is None else pick(x, wanted)
-                x = block.attend_context(x, context, image_keep)
-            else:
-                x = block(x, keep, context, image_keep, wanted)
+            if i > 0:
+                x = block.attend_self(x, keep, at if i == last else None)
+            elif last == 0:
+                x = pick(x, at)
+            x = block.attend_context(x, context, image_keep)
         return x                                                             # (B, M, D)

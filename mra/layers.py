@@ -26,7 +26,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys_values: Tensor | None = None, keep: Tensor | None = None,
                 causal: bool = False) -> Tensor:
-        """Attend from x (B, T, D) to itself, or to `keys_values`; keep (B, S), True = may be attended to.
+        """Attend from x (B, T, D) to itself, or to `keys_values` of S tokens; keep (B, S).
 
         With `causal`, and without `keep`, each token attends to itself and to the tokens before it.
         """
@@ -90,32 +90,28 @@ class PreNormBlock(nn.Module):
 
 
 class PostNormBlock(nn.Module):
-    """norm(x + self-attention), with `context_dim` norm(x + cross-attention), norm(x + mlp(x)): BERT's block.
+    """norm(x + self-attention), with `context_dim` norm(x + cross-attention), norm(x + mlp(x)): BERT's block."""
 
-    With `at` (B, M) only these positions are computed and returned, (B, M, D).
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None, eps: float = 1e-12):
+    def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None):
         super().__init__()
-        self.attention, self.attention_norm = Attention(dim, heads), nn.LayerNorm(dim, eps)
+        self.attention, self.attention_norm = Attention(dim, heads), nn.LayerNorm(dim, 1e-12)
         if context_dim:
-            self.cross, self.cross_norm = Attention(dim, heads, context_dim), nn.LayerNorm(dim, eps)
-        self.mlp, self.mlp_norm = MLP(dim, 4 * dim), nn.LayerNorm(dim, eps)
+            self.cross, self.cross_norm = Attention(dim, heads, context_dim), nn.LayerNorm(dim, 1e-12)
+        self.mlp, self.mlp_norm = MLP(dim, 4 * dim), nn.LayerNorm(dim, 1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, keep: Tensor, context: Tensor | None = None, context_keep: Tensor | None = None,
-                at: Tensor | None = None) -> Tensor:
-        """Tokens x (B, T, D), keep (B, T); `context`: keys and values of S tokens, context_keep (B, S)."""
-        return self.attend_context(self.attend_self(x, keep, at), context, context_keep)
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Tokens x (B, T, D), keep (B, T) -> (B, T, D), without a context."""
+        return self.attend_context(self.attend_self(x, keep))
 
     def attend_self(self, x: Tensor, keep: Tensor, at: Tensor | None = None) -> Tensor:
-        """The first third of the block, (B, T, D) or (B, M, D): the words attend to each other."""
+        """The first third of the block: the words attend to each other. With `at` (B, M) only for these positions."""
         keys_values = self.attention.keys_values(x)
         x = x if at is None else pick(x, at)
         return self.attention_norm(x + self.dropout(self.attention(x, keys_values, keep)))
 
     def attend_context(self, x: Tensor, context: Tensor | None = None, context_keep: Tensor | None = None) -> Tensor:
-        """The rest of the block: the words attend to the context, where there is one; then the MLP."""
+        """The rest: the words attend to the keys and values of a context, where there is one; then the MLP."""
         if context is not None:
             x = self.cross_norm(x + self.dropout(self.cross(x, context, context_keep)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))

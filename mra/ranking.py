@@ -208,7 +208,7 @@ def match_candidates(model: Retriever, images: Dataset, queries: tuple[Tensor, .
             query, column = some // places.shape[1], places.flatten()[some] - start
             longest = 8 * math.ceil(int(lengths[query].max()) / 8)                 # slicing stops at T
             logits[some] = model.match(text[query, :longest], keep[query, :longest],
-                                       [one[column] for one in keys_values], started=True).float()
+                                       [one[column] for one in keys_values]).float()
     return plan.workers.summed(logits).view(*places.shape, 2)
 
 

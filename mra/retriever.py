@@ -3,7 +3,7 @@
 `Retriever.forward` names the stages of the paper's figure. Whole images with captions, and regions with phrases, go
 through the same `align`. A region is the mean of the tokens whose patches its box touches, followed by these tokens;
 the others stay in place and are masked. The region-phrase contrastive loss compares that mean with the phrase, and the
-fusion encoder sees it too. weights/released.py has the released models, which differ in both. Read next: ranking.py.
+fusion encoder sees it too. Read next: ranking.py.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from mra.layers import initialise
 class Objective:
     """Which loss terms a step has, and how they are taken over a batch that several workers may share."""
 
-    fuse: bool = True           # with ITM and MLM; RPM does not wait for them: phrases are short, so it is cheap
+    fuse: bool = True           # with ITM and MLM; RPM, whose phrases are short, is cheap enough to have always
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
     contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all workers' pairs
@@ -92,11 +92,11 @@ class Retriever(nn.Module):
         region, keep = pool_region(tokens, region_keep)
         return region, keep, self.image_feature(region)
 
-    def match(self, text: Tensor, keep: Tensor, keys_values: list[Tensor], image_keep: Tensor | None = None,
-              started: bool = False) -> Tensor:
-        """Matching logits (B, 2) of text tokens (B, T, D) with the keys and values of images; see FusionEncoder."""
-        first = torch.zeros(len(text), 1, dtype=torch.long, device=text.device)          # position of [CLS]
-        fused = self.fusion_encoder(text, keep, first, keys_values, image_keep, started)[:, 0]        # (B, D)
+    def match(self, started: Tensor, keep: Tensor, keys_values: list[Tensor],
+              image_keep: Tensor | None = None) -> Tensor:
+        """Matching logits (B, 2) of texts from `fusion_encoder.start` (B, T, D) with the keys and values of images."""
+        first = torch.zeros(len(started), 1, dtype=torch.long, device=started.device)    # position of [CLS]
+        fused = self.fusion_encoder(started, keep, first, keys_values, image_keep)[:, 0]              # (B, D)
         with torch.autocast(fused.device.type, enabled=False):      # bf16 would round the scores that rank candidates
             return self.matching_head(fused.float())
 
@@ -134,11 +134,9 @@ class Retriever(nn.Module):
                              classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
-        With several workers (workers.py) each matches its own B pairs and draws the negatives among these alone: half
-        of the batch where two threads share a step. The contrastive loss compares the pairs of all workers.
-        Each negative is drawn by similarity, `losses.hard_negatives`, from another class: for captions another person,
-        for phrases another phrase, perhaps of the same person. Also returns which pairs match, and which exist (3B,):
-        the B pairs may all be of one class.
+        Each negative is drawn by similarity from another class: for captions another person, for phrases another
+        phrase. With several workers (workers.py) each draws among its own B pairs alone. Also returns which pairs match
+        and which exist (3B,), since the B pairs may all be of one class.
         """
         wrong_text, text_exists = losses.hard_negatives(scores, classes)                 # (B,), (B,)
         wrong_image, image_exists = losses.hard_negatives(scores.T, classes)
@@ -150,13 +148,13 @@ class Retriever(nn.Module):
         started = self.fusion_encoder.start(text, keep).index_select(0, texts)                        # (3B, T, D)
         keys_values = [one.index_select(0, images) for one in seen.keys_values]
         image_keep = None if seen.keep is None else seen.keep[images]
-        logits = self.match(started, keep[texts], keys_values, image_keep, started=True)              # (3B, 2)
-        return logits, matched, exists
+        return self.match(started, keep[texts], keys_values, image_keep), matched, exists
 
     def predict_words(self, batch: Batch, seen: Seen, objective: Objective) -> Tensor:
         """Masked-word loss: the masked caption, fused with its image, predicts its masked words."""
-        text = self.text_encoder(batch.masked_ids, batch.caption_keep)                               # (B, T, D)
-        fused = self.fusion_encoder(text, batch.caption_keep, batch.masked_at, seen.keys_values)     # (B, M, D)
+        text, keep = self.text_encoder(batch.masked_ids, batch.caption_keep), batch.caption_keep     # (B, T, D), (B, T)
+        started = self.fusion_encoder.start(text, keep)                                              # (B, T, D)
+        fused = self.fusion_encoder(started, keep, batch.masked_at, seen.keys_values)                # (B, M, D)
         logits = self.word_head(fused)                                                               # (B, M, V)
         return objective.mean(losses.masked_words(logits, batch.masked_labels), batch.masked_labels >= 0)
 

@@ -139,7 +139,6 @@ def test_no_resume_trains_again(work):
 @pytest.mark.parametrize("flags, terms", [
     (("--dataset", "sda"), {"itc", "itm", "mlm", "rpc", "rpm"}),
     (("--dataset", "sda", "--no-regions"), {"itc", "itm", "mlm"}),
-    (("--dataset", "sda", "--released-regions"), {"itc", "itm", "mlm", "rpc", "rpm"}),
     (("--dataset", "sda", "--fusion-from", "1"), {"itc", "rpc", "rpm"}),
     (("--dataset", "icfg", "--share", "0.5"), {"itc", "itm", "mlm"}),
     (("--dataset", "icfg", "--accumulate", "2"), {"itc", "itm", "mlm"}),
@@ -152,7 +151,6 @@ def test_flags_of_training(work, flags, terms):
     assert lines[-2].keys() - {"step", "lr", "images_per_second", "gradient"} == terms and lines[-1]["step"] == 2
     assert "out/new/best.safetensors is ready" in out
     facts = checkpoint.load(work / "out/new/best.safetensors")[1]
-    assert facts["model"]["released_regions"] == ("--released-regions" in flags)
     whole = {"sda": 10, "icfg": 13, "cuhk": 24, "rstp": 24}[flags[1]]
     assert 1 < facts["pairs"] < 10 if "--share" in flags else facts["pairs"] == whole
     assert "embeddings" in succeed(work, "evaluate.py") and (work / "out/new/results.json").exists()

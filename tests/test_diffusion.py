@@ -376,7 +376,7 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
     assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())
     for lost in ("average.weight", "optimizer.exp_avg.weight"):
         checkpoint.save(tmp_path / "y.part", {name: value for name, value in tensors.items() if name != lost}, facts)
-        with pytest.raises(UserError, match="y.part: its facts are incomplete"):
+        with pytest.raises(UserError, match="y.part: its content is incomplete"):
             train("y")
     train("x")
     logged = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]

@@ -293,7 +293,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_trained(measured,
         report.write_text(json.dumps(content | {"key": content["key"] | {name: value}}))
         assert told in refused(OUT)
     report.write_text(json.dumps({"made": 1}))
-    assert "report.json: its facts are incomplete" in refused(OUT)
+    assert "report.json: its content is incomplete" in refused(OUT)
     report.write_text(json.dumps(content))
     file, = (tmp_path / OUT).glob("sda_*.json")
     rows = json.loads(file.read_text())

@@ -142,7 +142,8 @@ def matching_loss(model, similarity, seen: Seen, text, keep, classes) -> torch.T
 
 def pair_loss(model, text, keep, keys_values, i: int, j: int, matched: bool) -> torch.Tensor:
     """-log of the share that image i and text j get for what they are."""
-    logits = model.match(text[j:j + 1], keep[j:j + 1], [one[i:i + 1] for one in keys_values])
+    started = model.fusion_encoder.start(text[j:j + 1], keep[j:j + 1])
+    logits = model.match(started, keep[j:j + 1], [one[i:i + 1] for one in keys_values])
     return -logits[0].softmax(0)[int(matched)].log()
 
 
@@ -173,7 +174,8 @@ def test_the_negatives_of_a_region_bring_their_own_mask(model, batch):
     for i in range(2):
         for j in range(2):
             own = [one[i:i + 1] for one in keys_values]
-            logits = model.match(text[j:j + 1], keep[j:j + 1], own, image_keep[i:i + 1])
+            started = model.fusion_encoder.start(text[j:j + 1], keep[j:j + 1])
+            logits = model.match(started, keep[j:j + 1], own, image_keep[i:i + 1])
             expected = expected - logits[0].log_softmax(0)[int(i == j)] * (1 if i == j else 2) / 6
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 

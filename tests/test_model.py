@@ -17,7 +17,6 @@ from mra.formats.read import load
 from mra.layers import Attention, PostNormBlock, PreNormBlock
 from mra.retriever import Objective, Retriever, pool_region
 from mra.run import stages
-from mra.weights.released import ReleasedRetriever
 from mra.weights.retrievers import make_retriever
 
 CLOSE = dict(atol=1e-6, rtol=1e-6)
@@ -99,7 +98,8 @@ def test_post_norm_block_with_cross_attention_is_pytorchs():
     x, keep = torch.randn(3, 5, 16), keep_of(5, 2, 4)
     image, image_keep = torch.randn(3, 7, 16), keep_of(3, 7, 1)
     expected = theirs(x, image, tgt_key_padding_mask=~keep, memory_key_padding_mask=~image_keep)
-    torch.testing.assert_close(ours(x, keep, ours.cross.keys_values(image), image_keep), expected, **CLOSE)
+    found = ours.attend_context(ours.attend_self(x, keep), ours.cross.keys_values(image), image_keep)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 # ---- encoders
@@ -108,11 +108,12 @@ def test_fusion_at_some_positions_is_all_positions_then_selecting(model, batch):
     image = model.image_encoder(batch.image)
     text = model.text_encoder(batch.caption_ids, batch.caption_keep)
     keys_values = model.fusion_encoder.keys_values(image)
+    started = model.fusion_encoder.start(text, batch.caption_keep)
     everywhere = torch.arange(12).expand(4, -1)
     at = torch.tensor([[3, 0], [5, 5], [1, 2], [0, 4]])
     for image_keep in (None, keep_of(9, 3, 1, 5)):
-        all_of_them = model.fusion_encoder(text, batch.caption_keep, everywhere, keys_values, image_keep)
-        some = model.fusion_encoder(text, batch.caption_keep, at, keys_values, image_keep)
+        all_of_them = model.fusion_encoder(started, batch.caption_keep, everywhere, keys_values, image_keep)
+        some = model.fusion_encoder(started, batch.caption_keep, at, keys_values, image_keep)
         expected = torch.stack([all_of_them[row, at[row]] for row in range(4)])
         torch.testing.assert_close(some, expected, atol=1e-5, rtol=1e-5)
 
@@ -120,14 +121,16 @@ def test_fusion_at_some_positions_is_all_positions_then_selecting(model, batch):
 def test_a_caption_alone_is_what_it_is_in_a_padded_batch(model, batch):
     image = model.image_encoder(batch.image)
     tokens, features = model.encode_text(batch.caption_ids, batch.caption_keep)
-    logits = model.match(tokens, batch.caption_keep, model.fusion_encoder.keys_values(image))
+    started = model.fusion_encoder.start(tokens, batch.caption_keep)
+    logits = model.match(started, batch.caption_keep, model.fusion_encoder.keys_values(image))
     for row in range(4):
         length = int(batch.caption_keep[row].sum())
         ids, keep = batch.caption_ids[row:row + 1, :length], torch.ones(1, length, dtype=torch.bool)
         alone, feature = model.encode_text(ids, keep)
         torch.testing.assert_close(alone[0], tokens[row, :length], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(feature[0], features[row], atol=1e-5, rtol=1e-5)
-        logit = model.match(alone, keep, model.fusion_encoder.keys_values(image[row:row + 1]))
+        started = model.fusion_encoder.start(alone, keep)
+        logit = model.match(started, keep, model.fusion_encoder.keys_values(image[row:row + 1]))
         torch.testing.assert_close(logit[0], logits[row], atol=1e-5, rtol=1e-5)
 
 
@@ -183,20 +186,11 @@ def test_region_losses_depend_on_the_box(model, batch):
 @pytest.mark.parametrize("bins", [0, 3])
 def test_a_region_feature_is_made_of_the_region_alone(config, batch, bins):
     torch.manual_seed(0)
-    model = ReleasedRetriever(dataclasses.replace(config, bins=bins)).eval()
+    model = make_retriever(dataclasses.replace(config, bins=bins)).eval()
     keep, tokens = batch.region_keep, torch.randn(4, 1 + config.patch_count, config.image_dim)
     noisy = tokens + torch.randn_like(tokens) * F.pad(~keep, (1, 0), value=True)[..., None]
     one, other = (model.encode_region(x, keep)[2] for x in (tokens, noisy))
     assert torch.allclose(one, other, atol=1e-6) and not torch.allclose(one, model.image_feature(noisy), atol=1e-2)
-
-
-@pytest.mark.parametrize("bins", [0, 3])
-def test_as_released_the_regions_contrastive_loss_ignores_the_box(config, batch, bins):
-    torch.manual_seed(0)
-    model = make_retriever(dataclasses.replace(config, bins=bins, released_regions=True)).eval()
-    here, there = (model(dataclasses.replace(batch, region_keep=keep))
-                   for keep in (batch.region_keep, batch.region_keep.roll(1, 0)))
-    assert here["rpc"] == there["rpc"] and (here["rpm"] - there["rpm"]).abs() > 1e-6
 
 
 def test_rpc_is_the_contrastive_loss_of_mean_patches_and_phrases(model, batch):
@@ -212,13 +206,14 @@ def test_rpc_is_the_contrastive_loss_of_mean_patches_and_phrases(model, batch):
 def test_the_fusion_encoder_sees_the_region_and_nothing_else(model, batch):
     """Changing token 0, the region's mean, or a patch of the box changes the score; other patches do not."""
     text = model.text_encoder(batch.phrase_ids, batch.phrase_keep)
+    started = model.fusion_encoder.start(text, batch.phrase_keep)
     region, keep = pool_region(model.image_encoder(batch.image), batch.region_keep)
 
     def scores(changed: int | None) -> torch.Tensor:
         tokens = region.clone()
         if changed is not None:
             tokens[:, changed] += torch.randn(4, 24)
-        return model.match(text, batch.phrase_keep, model.fusion_encoder.keys_values(tokens), keep)
+        return model.match(started, batch.phrase_keep, model.fusion_encoder.keys_values(tokens), keep)
     for token in range(9):
         moved = (scores(token) - scores(None)).abs().amax(1) > 1e-5
         assert moved.tolist() == keep[:, token].tolist()
@@ -228,7 +223,7 @@ def test_the_region_passes_of_forward_are_masked_and_see_the_mean(model, batch):
     calls = []
     model.fusion_encoder.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
     model(batch)
-    *_, keys_values, image_keep, _ = calls[-1]                # itm, itm of the eda caption, mlm, rpm
+    *_, keys_values, image_keep = calls[-1]                   # itm, itm of the eda caption, mlm, rpm
     region, keep = pool_region(model.image_encoder(batch.image), batch.region_keep)
     assert len(calls) == 4 and torch.equal(image_keep[:8], torch.cat([keep, keep]))
     expected = model.fusion_encoder.keys_values(region)
@@ -274,7 +269,8 @@ def test_masked_words_are_predicted_from_the_masked_caption_and_the_image(model,
         keep = batch.caption_keep[row:row + 1]
         text = model.text_encoder(batch.masked_ids[row:row + 1], keep)
         keys_values = model.fusion_encoder.keys_values(image[row:row + 1])
-        fused = model.fusion_encoder(text, keep, torch.arange(12)[None], keys_values)
+        started = model.fusion_encoder.start(text, keep)
+        fused = model.fusion_encoder(started, keep, torch.arange(12)[None], keys_values)
         for at, label in zip(batch.masked_at[row], batch.masked_labels[row]):
             if label != -100:
                 expected.append(-model.word_head(fused[0, at]).log_softmax(0)[label])
@@ -361,10 +357,11 @@ def test_walks_the_shapes_from_disk_to_loss(tmp_path, paint, config, tokenizer, 
     keys_values = model.fusion_encoder.keys_values(image)
     head = config.text_dim // config.text_heads
     assert [m.shape for m in keys_values] == [(B, 2, config.text_heads, 1 + N, head)] * config.fusion_depth
-    everywhere = torch.arange(T).expand(B, T)
-    assert model.fusion_encoder(text, batch.caption_keep, everywhere, keys_values).shape == (B, T, D)
-    fused = model.fusion_encoder(text, batch.caption_keep, batch.masked_at, keys_values)
-    logits = model.match(text, batch.caption_keep, keys_values)
+    everywhere, started = torch.arange(T).expand(B, T), model.fusion_encoder.start(text, batch.caption_keep)
+    assert started.shape == (B, T, D)
+    assert model.fusion_encoder(started, batch.caption_keep, everywhere, keys_values).shape == (B, T, D)
+    fused = model.fusion_encoder(started, batch.caption_keep, batch.masked_at, keys_values)
+    logits = model.match(started, batch.caption_keep, keys_values)
     assert fused.shape == (B, M, D) and model.word_head(fused).shape == (B, M, V) and logits.shape == (B, 2)
     assert losses.matching(logits, torch.tensor([True, False])).shape == (B,)
     assert losses.masked_words(model.word_head(fused), batch.masked_labels).shape == (B, M)

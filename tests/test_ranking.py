@@ -191,7 +191,8 @@ def pair_by_hand(model, tokenizer, caption: str, path: str, mirrored: bool) -> t
     pixels = tensor_of(open_image(path), (model.config.height, model.config.width))
     text, text_feature = model.encode_text(ids, keep)
     image, image_feature = model.encode_image(pixels.flip(-1)[None] if mirrored else pixels[None])
-    logits = model.match(text, keep, model.fusion_encoder.keys_values(image))[0]
+    started = model.fusion_encoder.start(text, keep)
+    logits = model.match(started, keep, model.fusion_encoder.keys_values(image))[0]
     return (text_feature @ image_feature.T).item(), (logits[1] - logits[0]).item()
 
 

@@ -98,7 +98,7 @@ def trusting(path: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):        # no fault of the file
             raise
-        raise UserError(f"{path}: its facts are incomplete or wrong ({error}).") from error
+        raise UserError(f"{path}: its content is incomplete or wrong ({error}).") from error
 
 
 def config_of(kind: type[Config], values: dict, tokenizer) -> Config:

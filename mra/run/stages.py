@@ -28,7 +28,7 @@ NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "b
               "dataset", "data_root", "init", "bert", "vit", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
 SHIPPED = Path(__file__).parents[1] / "weights/shipped"
-OF_PRETRAINING = "bert", "vit", "vocab", "regions", "beta", "released_regions"      # flags that only matter before
+OF_PRETRAINING = "bert", "vit", "vocab", "regions", "beta"       # flags that only matter before
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
 ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
@@ -63,7 +63,7 @@ def pretrainings(config: TrainConfig, machine: Machine, on_source: bool) -> list
 
 def going_on(config: TrainConfig, best: Path) -> TrainConfig:
     """The configuration of a stage that starts from another one's checkpoint, which has its own vocabulary."""
-    return replace(config, init=str(best), bert="", vit="", vocab="", released_regions=False)
+    return replace(config, init=str(best), bert="", vit="", vocab="")
 
 
 def adapted_set(config: TrainConfig) -> Path | None:
@@ -86,8 +86,7 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokeni
     torch.manual_seed(config.seed)
     if config.init in FROM_NOTHING:
         machine.say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
-        size = replace(PRESETS[config.preset], released_regions=config.released_regions)
-        model, tokenizer = retrievers.start(size, config.bert, config.vit, config.vocab)
+        model, tokenizer = retrievers.start(PRESETS[config.preset], config.bert, config.vit, config.vocab)
         return model.to(machine.device), tokenizer, "nothing"
     model, tokenizer, facts = retrievers.load_retriever(Path(config.init), machine.device, config.vocab)
     was = facts["train"]["preset"]
@@ -108,8 +107,6 @@ def default_out(config: TrainConfig) -> str:
     parts = [name, config.preset, f"s{config.seed}"]
     if not config.regions:
         parts.append("noregions")
-    if config.released_regions:
-        parts.append("released")
     if config.init not in FROM_NOTHING:
         parts += ["from", Path(config.init).resolve().parent.name]
     elif config.init and not pretrains(config.dataset):
@@ -215,8 +212,8 @@ def check(config: TrainConfig) -> None:
     check_whole(Path(config.dataset))
     if not fresh and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
-    if (config.bert or config.vit or config.released_regions) and not fresh:
-        raise UserError("--bert, --vit and --released-regions start a new model, --init goes on with one as it is.")
+    if (config.bert or config.vit) and not fresh:
+        raise UserError("--bert and --vit start a new model, --init goes on with one as it is.")
     if config.data_root and config.init in PRETRAINED and not (config.check or pretrains(config.dataset)):
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
 

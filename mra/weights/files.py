@@ -6,8 +6,8 @@ executed beyond tables of tensors. Read next: retrievers.py, stable.py.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,20 +32,42 @@ BLOCK_RULES = (         # parts of a transformer block in BERT, CLIP, Stable Dif
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights; a .pth or .bin may hold them under "model". Raises UserError for all else."""
+    """The tensors of a file of weights, or of the first of FILES in a folder. Raises UserError for anything else.
+
+    A file may hold them in a table under "model", "state_dict" or "model_state_dict". A "module." before all names,
+    which DataParallel adds, is dropped.
+    """
+    path = next((path / name for name in FILES if (path / name).is_file()), path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file of weights.")
+        raise UserError(f"{path}: no such file of weights, and no folder with one of {', '.join(FILES)}.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        found = found.get("model", found)
+            found = load_file(path)
+        elif is_torchscript(path):
+            raise UserError(f"{path} is a TorchScript archive, which holds code. Give the model's Hugging Face folder, "
+                            "or an open_clip safetensors file, in its place.")
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("model", "state_dict", "model_state_dict"):
+            found = found.get(name, found)
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
             raise TypeError("not all of it are named tensors")
-        return found
+    except UserError:
+        raise
     except Exception as error:      # broken files raise almost every type
         raise UserError(f"{path} cannot be read as weights: it is broken, or is no table of tensors "
                         f"({type(error).__name__}).") from error
+    if all(name.startswith("module.") for name in found):
+        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return found
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether torch.jit.save wrote this file; torch.save writes no constants.pkl."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def named(path: Path, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
@@ -56,21 +78,20 @@ def named(path: Path, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
     """
     found = {}
     for name, tensor in read(path).items():
-        ours = name
         for pattern, put in (*rules, *BLOCK_RULES):
-            ours = re.sub(pattern, put, ours)
-        if ours and found.setdefault(ours, tensor) is not tensor:
-            raise UserError(f"{path}: {name} is there twice, once under another name.")
-    with fitting(path):
-        for name in list(found):
-            if ".to_all." in name:      # torchvision's
-                query, key, value = found.pop(name).chunk(3)
-                found[name.replace("to_all", "to_query")] = query
-                found[name.replace("to_all", "to_keys_values")] = torch.cat([key, value])
+            name = re.sub(pattern, put, name)
+        if name in found:
+            raise UserError(f"{path}: {name} is there twice, under two names.")
+        if name:
+            found[name] = tensor
+    with checkpoint.trusting(path):
+        for name in [name for name in found if ".to_all." in name]:         # torchvision's
+            parts = zip(("to_query", "to_key", "to_value"), found.pop(name).chunk(3))
+            found |= {name.replace("to_all", part): tensor for part, tensor in parts}
+        for name in [name for name in found if ".to_key." in name]:
             value = name.replace("to_key", "to_value")
-            if ".to_key." in name and value in found:
-                both = torch.stack([found.pop(name), found.pop(value)]).flatten(0, 1)
-                found[name.replace("to_key", "to_keys_values")] = both
+            if value in found:
+                found[name.replace("to_key", "to_keys_values")] = torch.cat([found.pop(name), found.pop(value)])
     return found
 
 
@@ -80,36 +101,17 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, parts: Iterab
     `parts` are patterns of the beginnings of names. The file has all tensors of a part, or none. Raises UserError for a
     tensor that is missing, unknown, of another shape or not finite.
     """
-    own = checkpoint.weights(model)
-    there = [part for part in parts if any(re.match(part, name) for name in tensors)]
-    wanted = {name for name in own if re.match("|".join(there), name)}
-    missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
-    if missing:
-        raise UserError(f"{path}: {missing[0]} is missing, so these are not the weights they should be.")
-    if unknown:
-        raise UserError(f"{path}: there is no place for {unknown[0]}, one of {len(unknown)} unknown tensors.")
-    checkpoint.restore_weights(model, own | tensors, path)
-
-
-@contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Raises UserError where the tensors of a file are put together and one is missing or has an odd shape."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} is missing, so these are not the weights they should be.") from error
-    except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
-        raise UserError(f"{path}: the shapes of its tensors do not fit together.") from error
+    there = "|".join(part for part in parts if any(re.match(part, name) for name in tensors))
+    stays = {name: tensor for name, tensor in checkpoint.weights(model).items() if not re.match(there, name)}
+    checkpoint.restore_weights(model, stays | tensors, path)
 
 
 def heads_of(path: Path, dim: int) -> int:
     """Attention heads, which no tensor shows: as config.json beside the weights says, or those usual for the width."""
-    beside, said = path.with_name("config.json"), {}
+    beside, said = folder_of(path) / "config.json", {}
     with checkpoint.trusting(beside):
         if beside.is_file():
             said = json.loads(beside.read_text())
-        if said.get("hidden_size") != dim:      # it belongs to other weights
-            said = {}
         heads = int(said.get("num_attention_heads", USUAL_HEADS.get(dim, 0)))
     if said.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: its activation is {said['hidden_act']}; only gelu will do.")
@@ -118,9 +120,6 @@ def heads_of(path: Path, dim: int) -> int:
     return heads
 
 
-def in_folder(path: Path) -> Path:
-    """`path`, or the first of FILES in the folder `path`. Raises UserError for a folder without any."""
-    found = next((path / name for name in FILES if (path / name).is_file()), path)
-    if found.is_dir():
-        raise UserError(f"{path} holds no weights: none of {', '.join(FILES)}.")
-    return found
+def folder_of(path: Path) -> Path:
+    """The folder that a path to weights names, or that the file lies in."""
+    return path if path.is_dir() else path.parent

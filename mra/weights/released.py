@@ -14,44 +14,34 @@ from mra.layers import initialise
 from mra.retriever import Retriever, pool_region
 
 
-class ReleasedRetriever(Retriever):
-    """A retriever as in the released code, where its configuration asks for that.
+class BinnedRetriever(Retriever):
+    """A retriever whose projections read the means of `bins` equal stretches of tokens, not token 0 alone.
 
-    window: the image encoder is a Swin transformer. bins: the projections read the means of equal stretches of tokens,
-    padding of captions included, in place of token 0 alone. released_regions: the region's feature ignores its box,
-    and the fusion encoder does not see the region's mean.
+    Captions are padded to full length for it. The released model for RSTPReid has no bins.
     """
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config, SwinEncoder(config) if config.window else None)
-        if config.bins:
-            self.image_projection = binned_projection(config.bins * config.image_dim, config)
-            self.text_projection = binned_projection((1 + config.bins) * config.text_dim, config)
-            self.text_encoder.words.padding_idx = 0     # padding is pooled, but gives its embedding no gradient
+    def __init__(self, config: ModelConfig, image_encoder: nn.Module | None):
+        super().__init__(config, image_encoder)
+        self.image_projection = binned_projection(config.bins * config.image_dim, config)
+        self.text_projection = binned_projection((1 + config.bins) * config.text_dim, config)
+        self.text_encoder.words.padding_idx = 0         # padding is pooled, but gives its embedding no gradient
 
     def image_feature(self, tokens: Tensor) -> Tensor:
-        """Unit features (B, E) of tokens (B, 1+N, D)."""
-        if not self.config.bins:
-            return super().image_feature(tokens)
+        """Unit features (B, E) of tokens (B, 1+N, D); token 0 is not read."""
         return F.normalize(self.image_projection(binned(tokens[:, 1:], self.config.bins)), dim=-1)
 
     def encode_text(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Word pieces (B, T) -> tokens (B, T, D) and unit features (B, E)."""
-        if not self.config.bins:
-            return super().encode_text(ids, keep)
         length = ids.shape[1]
         missing = self.config.max_tokens - length
         tokens = self.text_encoder(F.pad(ids, (0, missing)), F.pad(keep, (0, missing)))              # (B, 56, D)
         x = torch.cat([tokens[:, 0], binned(tokens[:, 1:], self.config.bins)], 1)                    # (B, (1+bins) D)
         return tokens[:, :length], F.normalize(self.text_projection(x), dim=-1)
 
-    def encode_region(self, image: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D), keep (B, 1+N), (B, E)."""
-        region, keep = pool_region(image, region_keep)
-        if self.config.released_regions:
-            keep[:, 0] = False
-            return region, keep, self.image_feature(image)
-        inside = torch.where(keep[..., None], region, region[:, :1])        # the mean, so that no patch outside counts
+    def encode_region(self, tokens: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Retriever`; for the feature, the region's mean takes the place of the patches outside it."""
+        region, keep = pool_region(tokens, region_keep)
+        inside = torch.where(keep[..., None], region, region[:, :1])
         return region, keep, self.image_feature(inside)
 
 
@@ -99,10 +89,10 @@ class SwinEncoder(nn.Module):
 
 
 def resized_table(table: Tensor, to: int) -> Tensor:
-    """Relative position biases ((2w-1)^2, heads) of windows of w patches -> (to^2, heads), as the released code does.
+    """Relative position biases (side^2, heads) -> (to^2, heads), as the released code resizes them.
 
-    Positions of the old table are spaced geometrically, near ones densely, so that both tables reach equally far
-    (Swin's released fine-tuning code). Between them a cubic spline with not-a-knot ends interpolates, both ways.
+    The old positions are spaced geometrically, near ones densely, so that both tables reach equally far. Between them a
+    cubic spline with not-a-knot ends interpolates, both ways.
     """
     side = math.isqrt(len(table))
     if side == to:
@@ -116,13 +106,13 @@ def resized_table(table: Tensor, to: int) -> Tensor:
             low = ratio
     steps = torch.tensor([ratio ** i for i in range(side // 2)], dtype=torch.float64).cumsum(0)
     x = torch.cat([-steps.flip(0), steps.new_zeros(1), steps])               # (side,)
-    at = torch.arange(-(to // 2), to // 2 + 1, dtype=torch.float64)          # (to,)
-
-    def basis(points: Tensor) -> Tensor:
-        """A basis of piecewise cubics with a knot at every x but the outer two at each end."""
-        powers = [points ** power for power in range(4)]
-        return torch.stack(powers + [(points - knot).clamp(min=0) ** 3 for knot in x[2:-2]], 1)
-
-    spline = basis(at.clamp(x[0], x[-1])) @ torch.linalg.inv(basis(x))       # (to, side)
+    at = torch.arange(-(to // 2), to // 2 + 1, dtype=torch.float64).clamp(x[0], x[-1])       # (to,)
+    spline = cubics(at, x) @ torch.linalg.inv(cubics(x, x))                  # (to, side)
     square = table.detach().cpu().double().view(side, side, -1)
     return torch.einsum("ai,bj,ijh->abh", spline, spline, square).flatten(0, 1).to(table.dtype)
+
+
+def cubics(points: Tensor, x: Tensor) -> Tensor:
+    """A basis, at these points, of the piecewise cubics with a knot at every x but the outer two at each end."""
+    powers = [points ** power for power in range(4)]
+    return torch.stack(powers + [(points - knot).clamp(min=0) ** 3 for knot in x[2:-2]], 1)

@@ -1,34 +1,26 @@
-"""Stable Diffusion 1.5 as the base of DaD: its weights in the folder layout of diffusers, its autoencoder, and CLIP.
+"""Stable Diffusion 1.5 as the base of DaD: its weights in the folder layout of diffusers, and its autoencoder.
 
-The denoiser is ours, built with `stable` in its configuration. Prompts are read by CLIP's text side (Radford et al.
-2021): a byte-level BPE, and a causal text transformer. Read next: run/networks.py.
+The denoiser is ours, built with `stable` in its configuration. CLIP's text side (clip.py) reads the prompts. Read next:
+run/networks.py.
 """
 
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from tokenizers import Regex, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Engine
 from torch import Tensor, nn
 
-from mra.config import DiffusionConfig, UserError
+from mra.config import DiffusionConfig
 from mra.diffusion.autoencoder import ResBlock, group_norm, upsample
 from mra.diffusion.base import Diffusion
 from mra.diffusion.denoiser import Denoiser
 from mra.diffusion.noising import Schedule
-from mra.layers import Attention, PreNormBlock, QuickGELU
-from mra.weights.files import fill, in_folder, named
+from mra.layers import Attention
+from mra.weights.clip import CLIP_RULES, CausalTextEncoder, ClipTokenizer
+from mra.weights.files import fill, named
 
 STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
-CLIP_FILES = "vocab.json", "merges.txt"
-CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-CLIP_RULES = (
-    (r"^text_model\.", ""), (r"^embeddings\.position_ids$", ""), (r"^embeddings\.token_embedding\.", "words."),
-    (r"^embeddings\.position_embedding\.", "positions."), (r"^final_layer_norm\.", "norm."),
-    (r"^encoder\.layers\.", "blocks."))
 UNET_RULES = (
     (r"^time_embedding\.linear_1\.", "encoder.level.0."), (r"^time_embedding\.linear_2\.", "encoder.level.2."),
     (r"^conv_in\.", "encoder.first."), (r"^conv_norm_out\.", "last.0."), (r"^conv_out\.", "last.2."),
@@ -62,8 +54,7 @@ def read_stable(folder: Path, size: DiffusionConfig) -> Diffusion:
     text_encoder = unet.pop("text_encoder")
     for part, model, rules in (("unet", unet, UNET_RULES), ("vae", base.autoencoder, VAE_RULES),
                                ("text_encoder", text_encoder, CLIP_RULES)):
-        path = in_folder(folder / part)
-        fill(model, named(path, rules), path)
+        fill(model, named(folder / part, rules), folder / part)
     return base
 
 
@@ -120,59 +111,3 @@ class StableAutoencoder(nn.Module):
     def decode(self, latents: Tensor, _: Tensor | None = None) -> Tensor:
         """The image of scaled latents. The second argument, from which `Autoencoder` makes grain, is not used."""
         return self.decoder(latents / STABLE_SCALE)
-
-
-class ClipTokenizer:
-    """The BPE of a folder with vocab.json and merges.txt, with the interface of data/tokenizer.py's `Tokenizer`.
-
-    CLIP marks the last piece of a word. In a causal encoder that piece has seen the others of its word, so
-    `starts_word` is True there.
-    """
-
-    def __init__(self, folder: Path):
-        try:
-            self.engine = Engine(models.BPE.from_file(*(str(Path(folder) / name) for name in CLIP_FILES),
-                                                      end_of_word_suffix="</w>"))
-            ids = self.engine.get_vocab()
-            self.start_id, self.pad_id = (ids[piece] for piece in ("<|startoftext|>", "<|endoftext|>"))
-            if sorted(ids.values()) != list(range(len(ids))):
-                raise ValueError("some ids are missing")
-        except Exception as error:      # the engine raises nothing more special
-            raise UserError(f"{folder}: no readable {' and '.join(CLIP_FILES)} of CLIP ({error}).") from None
-        self.engine.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-        self.engine.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(CLIP_WORD), "removed", invert=True),
-             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        self.starts_word = np.array([piece.endswith("</w>") for piece in sorted(ids, key=ids.get)])     # (V,)
-
-    def __len__(self) -> int:
-        return len(self.starts_word)
-
-    def encode(self, text: str, max_tokens: int = 77) -> list[int]:
-        """<|startoftext|> pieces <|endoftext|>, at most `max_tokens` >= 2 ids."""
-        text = text.encode("utf-8", "ignore").decode()
-        return [self.start_id, *self.engine.encode(text).ids[:max_tokens - 2], self.pad_id]
-
-
-class CausalTextEncoder(nn.Module):
-    """Ids (B, T) and keep (B, T) -> states (B, 77, D) of a transformer whose tokens attend to those before them.
-
-    Every sequence ends with the id that pads, so its last id is repeated up to 77 positions; keep is not used.
-    """
-
-    def __init__(self, config: DiffusionConfig):
-        super().__init__()
-        dim = config.text_dim
-        self.words, self.positions = nn.Embedding(config.vocab, dim), nn.Embedding(config.positions, dim)
-        self.blocks = nn.ModuleList(PreNormBlock(dim, config.text_heads, config.dropout, 1e-5, True, QuickGELU)
-                                    for _ in range(config.text_depth))
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
-        missing = self.positions.num_embeddings - ids.shape[1]
-        ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)           # (B, 77)
-        x = self.words(ids) + self.positions.weight                          # (B, 77, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)

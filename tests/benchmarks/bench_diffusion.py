@@ -29,7 +29,8 @@ from mra.diffusion.base import Diffusion
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, round_weights
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss
 from mra.diffusion.sampling import guide
-from mra.weights.stable import CausalTextEncoder, StableAutoencoder
+from mra.weights.clip import CausalTextEncoder
+from mra.weights.stable import StableAutoencoder
 
 MODES = "eager", "compiled"
 CAPTION = "a slim woman with long blond hair wears a red jacket over a white top, black jeans and white sneakers"

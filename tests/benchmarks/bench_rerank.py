@@ -37,7 +37,7 @@ def plain_loop(model: Retriever, encoded: Tensor, tokens: Tensor, keep: Tensor, 
     for own, own_keep, chosen in zip(tokens, keep, candidates):
         x, its_keep = own.expand(len(chosen), -1, -1), own_keep.expand(len(chosen), -1)
         for block in model.fusion_encoder.blocks:
-            x = block(x, its_keep, block.cross.keys_values(encoded[chosen]))
+            x = block.attend_context(block.attend_self(x, its_keep), block.cross.keys_values(encoded[chosen]))
         rows.append(model.matching_head(x[:, 0]))
     return torch.stack(rows)
 

@@ -483,7 +483,11 @@ def checkpoints(folder: Path) -> Maker:
         pickled = deed == "pickle" or kind in ("bert", "vit") and rng.random() < 0.5
         suffix = rng.choice((".bin", ".pth")) if pickled else ".safetensors"
         path, tensors = run_folder / f"{kind}{suffix}", {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-        if deed == "facts":
+        if deed == "facts" and kind == "best":      # what says how to make the model; the scripts trust the rest
+            name = rng.choice(("model", "vocab"))
+            value, how = spoil(said[name], rng)
+            said, deed = said | {name: value}, f"facts: {name}: {how}"
+        elif deed == "facts":
             for _ in range(rng.choice((1, 1, 2))):
                 said, how = spoil(said, rng)
             deed = f"facts: {how}"

@@ -55,7 +55,7 @@ from tests.study.transfers import transferred
 
 ROOT = Path(__file__).parents[2]        # of train.py and adapt.py
 
-LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ("--released-regions",)}
+LOSSES = {"regions": (), "pairs": ("--no-regions",), "released": ()}      # the last had a flag, which is gone
 TITLES = {"regions": "With region losses", "pairs": "Without region losses",
           "released": "With regions that ignore their box"}
 
@@ -189,7 +189,6 @@ def plan(config: StudyConfig) -> Iterator[Run]:
             yield Run(arm, "regions", "icfg", 0, min(config.images, 60), "tiny")
         return
     others = [(arm, "regions") for arm in MADE if (arm, "regions") not in MAIN]
-    others += [("source", "released"), ("exact", "released")]
     asked_for = config.arms and config.seeds
     for seed in map(int, config.seeds or "01234"):
         for target in config.targets or TARGETS:
@@ -273,10 +272,9 @@ def fine_tune(one: Run, folder: Path, stage: str, share: float, start: str) -> s
 def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: str) -> str:
     """Call train.py, whose recipes are those of pretraining and fine-tuning; the checkpoint that is best on val."""
     fresh = start == "none"
-    losses = LOSSES[one.losses] if fresh or one.losses == "pairs" else ()       # `released` stays with a model
     fusion_from = "0.15" if fresh else "0"      # weights that have learned already match from the first step
     call("train.py", "--dataset", dataset, "--preset", one.size, "--seed", str(one.seed), "--out", str(folder),
-         "--init", start, "--steps", str(steps), "--fusion-from", fusion_from, *losses, *flags)
+         "--init", start, "--steps", str(steps), "--fusion-from", fusion_from, *LOSSES[one.losses], *flags)
     return str(folder / "best.safetensors")
 
 
