@@ -36,6 +36,7 @@ class ModelConfig:
     vocab: int = 0        # word pieces; set from the vocabulary when the model is made
     window: int = 0       # patches along a window of a Swin, whose last stage has patches of `patch` pixels; 0: a ViT
     class_token: bool = False       # the ViT also has a class token, as pretrained ones have
+    clip: bool = False    # CLIP's ViT and causal text encoder
     bins: int = 0         # released models: bins of tokens that the projections read; 0: token 0 alone
 
     @property
@@ -58,6 +59,8 @@ PRESETS = {
     # the released models: a Swin-B, at the sizes of fine-tuning and of pretraining
     "swin":     ModelConfig(384, 256, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=8, bins=3),
     "swin-224": ModelConfig(224, 224, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=7, bins=3),
+    # CLIP ViT-B/16 with the images of IRRA, and a new fusion encoder of its depth
+    "clip":     ModelConfig(384, 128, 16, 768, 12, 12, 512, 12, 4, 8, 512, 512, 0.0, 77, 77, clip=True),
 }
 
 
@@ -164,6 +167,13 @@ PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
     "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
+# IRRA's (arXiv 2303.12501) epochs, batch, learning rates, warmup and weight decay; theirs falls as a cosine, ours
+# linearly. Pretraining with them is ours.
+CLIP = {
+    "pretrain": dict(epochs=32, batch=64, lr=1e-5, head_lr=5.0, warmup=0.0107, weight_decay=4e-5, evals=16, workers=8),
+    "finetune": dict(epochs=60, batch=64, lr=1e-5, head_lr=5.0, warmup=5 / 60, weight_decay=4e-5, erase=0.5, evals=60,
+                     workers=8),
+}
 DEMO = {
     "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100,
                      workers=1),
@@ -180,10 +190,13 @@ def pretrains(dataset: str) -> bool:
 
 def recipe(dataset: str, preset: str) -> dict:
     """The fields of TrainConfig that `dataset` sets at `preset`; a flag overrides them."""
-    table, usual = (DEMO, "finetune") if preset in ("tiny", "demo") else (PAPER, "cuhk")
+    tables = {"tiny": DEMO, "demo": DEMO, "clip": CLIP}
+    table = tables.get(preset, PAPER)
     if pretrains(dataset):
         return table["pretrain"]
-    return table.get(dataset, table[usual])
+    if table is PAPER:
+        return PAPER["rstp" if dataset == "rstp" else "cuhk"]
+    return table["finetune"]
 
 
 # ---- flags of the scripts

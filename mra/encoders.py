@@ -8,33 +8,42 @@ import torch
 from torch import Tensor, nn
 
 from mra.config import ModelConfig
-from mra.layers import PostNormBlock, PreNormBlock, pick
+from mra.layers import PostNormBlock, PreNormBlock, QuickGELU, pick
 
 
 class ImageEncoder(nn.Module):
     """Image (B, 3, H, W), normalised -> tokens (B, 1+N, D); token 0, the whole image, is the mean of the patches.
 
     The feature of a region is the mean of its patches too, so the region losses also teach the image feature. With
-    `class_token` the patches also attend to the class token of a pretrained transformer; token 0 stays the mean.
+    `class_token` the patches also attend to the class token of a pretrained transformer; token 0 stays the mean. With
+    `clip` token 0 is the class token, as CLIP was trained: a region that covers the image is not the whole image then.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        dim = config.image_dim
-        self.patches = nn.Conv2d(3, dim, config.patch, config.patch)
+        dim, self.clip = config.image_dim, config.clip
+        eps, activation = (1e-5, QuickGELU) if self.clip else (1e-6, nn.GELU)
+        self.patches = nn.Conv2d(3, dim, config.patch, config.patch, bias=not self.clip)
         self.positions = nn.Parameter(torch.zeros(1, config.patch_count, dim))
-        self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
-        self.blocks = nn.ModuleList(PreNormBlock(dim, config.image_heads, config.dropout)
+        has_class = config.class_token or self.clip
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if has_class else None
+        self.first_norm = nn.LayerNorm(dim, eps) if self.clip else nn.Identity()
+        self.blocks = nn.ModuleList(PreNormBlock(dim, config.image_heads, config.dropout, eps, activation=activation)
                                     for _ in range(config.image_depth))
-        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.norm = nn.LayerNorm(dim, eps)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.patches(image).flatten(2).transpose(1, 2) + self.positions  # (B, N, D), row by row
         if self.class_token is not None:
             x = torch.cat([x, self.class_token.expand(len(x), 1, -1)], 1)    # (B, N+1, D)
+        x = self.first_norm(x)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x[:, :self.positions.shape[1]])
+        count = self.positions.shape[1]
+        if self.clip:
+            x = self.norm(x)
+            return torch.cat([x[:, count:], x[:, :count]], 1)                # (B, 1+N, D)
+        x = self.norm(x[:, :count])
         return torch.cat([x.mean(1, keepdim=True), x], 1)                    # (B, 1+N, D)
 
 

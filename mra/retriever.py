@@ -56,11 +56,14 @@ class WordHead(nn.Module):
 class Retriever(nn.Module):
     """Image and text encoders with a shared contrastive space, and a fusion encoder that judges pairs."""
 
-    def __init__(self, config: ModelConfig, image_encoder: nn.Module | None = None):
+    new_parts = "image_projection", "text_projection", "matching_head", "word_head"     # their rate is --head-lr
+
+    def __init__(self, config: ModelConfig, image_encoder: nn.Module | None = None,
+                 text_encoder: nn.Module | None = None):
         super().__init__()
         self.config, dim = config, config.text_dim
         self.image_encoder = image_encoder or ImageEncoder(config)
-        self.text_encoder = TextEncoder(config)
+        self.text_encoder = text_encoder or TextEncoder(config)
         self.fusion_encoder = FusionEncoder(config)
         self.image_projection = nn.Linear(config.image_dim, config.embed)
         self.text_projection = nn.Linear(dim, config.embed)

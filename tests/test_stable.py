@@ -30,8 +30,8 @@ from mra.diffusion.sampling import guide
 from mra.formats.read import load
 from mra.run import checkpoint
 from mra.weights import files
-from mra.weights.clip import CLIP_RULES, CausalTextEncoder
-from mra.weights.stable import UNET_RULES, VAE_RULES, StableAutoencoder, read_stable
+from mra.weights.clip import CausalTextEncoder
+from mra.weights.stable import PROMPT_RULES, UNET_RULES, VAE_RULES, StableAutoencoder, read_stable
 
 GOLDEN = np.load(Path(__file__).with_name("assets") / "stable.npz")
 MERGES = ["r e", "re d</w>", "c o", "co a", "coa t</w>", "j e", "a n", "je an", "jean s</w>", "b l", "bl a", "c k</w>",
@@ -129,10 +129,10 @@ def test_names_shapes_and_counts_in_full(monkeypatch):
     del denoiser.text_encoder
     for part, model, rules, count in (("unet", denoiser, UNET_RULES, 859_520_964),
                                       ("vae", autoencoder, VAE_RULES, 83_653_863),
-                                      ("text_encoder", text, CLIP_RULES, 123_060_480)):
+                                      ("text_encoder", text, PROMPT_RULES, 123_060_480)):
         theirs = {name: torch.empty(shape, device="meta") for name, shape in shapes("full_keys")[part].items()}
         monkeypatch.setattr(files, "read", lambda path: theirs)
-        found = {name: tensor.shape for name, tensor in files.named(Path(part), rules).items()}
+        found = {name: tensor.shape for name, tensor in files.named(files.read(Path(part)), rules, Path(part)).items()}
         assert found == {name: tensor.shape for name, tensor in checkpoint.weights(model).items()}
         assert sum(math.prod(shape) for shape in found.values()) == count
     assert len(branch.outputs) == 13 and sum(p.numel() for p in branch.parameters()) == 360_214_720

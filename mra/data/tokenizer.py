@@ -59,6 +59,15 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self.pieces)
 
+    def words_of(self, ids: list[int]) -> list[list[int]]:
+        """The positions of each word's pieces, without special ids."""
+        words = []
+        for position, piece in enumerate(ids):
+            if self.starts_word[piece] or not words:
+                words.append([])
+            words[-1].append(position)
+        return [word for word in words if not self.is_special[ids[word[0]]]]
+
     def encode(self, text: str, max_tokens: int = 56) -> list[int]:
         """[CLS] pieces [SEP] of the first 56 words, at most `max_tokens` >= 2 ids. "[SEP]" is plain text."""
         text = text.encode("utf-8", "ignore").decode()                   # lone surrogates go, as in BERT
@@ -83,7 +92,7 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
     picked, unless all have more than 10 pieces. As in BERT's whole-word masking each piece draws for itself: 80 %
     become [MASK], 10 % a random piece, 10 % stay.
     """
-    masked, at = list(ids), _pick(_words_of(ids, tokenizer), rng)
+    masked, at = list(ids), _pick(tokenizer.words_of(ids), rng)
     for i in at:
         fate = rng.random()
         if fate < 0.8:
@@ -91,16 +100,6 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
         elif fate < 0.9:
             masked[i] = rng.choice(tokenizer.ordinary_ids)
     return masked, at
-
-
-def _words_of(ids: list[int], tokenizer: Tokenizer) -> list[list[int]]:
-    """The positions of each word's pieces, without special ids."""
-    words = []
-    for position, piece in enumerate(ids):
-        if tokenizer.starts_word[piece] or not words:
-            words.append([])
-        words[-1].append(position)
-    return [word for word in words if not tokenizer.is_special[ids[word[0]]]]
 
 
 def _pick(words: list[list[int]], rng: random.Random) -> list[int]:

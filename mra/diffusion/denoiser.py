@@ -146,11 +146,12 @@ class Denoiser(nn.Module):
         zero(self.last[-1])
 
     def read(self, ids: Tensor, keep: Tensor) -> Prompt:
-        """Encode word pieces (B, T). Stable Diffusion also attends to the padding."""
-        states = self.text_encoder(ids, keep)
+        """Encode word pieces (B, T). Stable Diffusion takes 77 of them, and also attends to the padding."""
         if self.config.stable:
-            keep = keep.new_ones(states.shape[:2])
-        return Prompt(states, keep)
+            missing = self.config.positions - ids.shape[1]
+            ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)       # each text ends with the id that pads
+            keep = keep.new_ones(ids.shape)
+        return Prompt(self.text_encoder(ids, keep), keep)
 
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt, control: list[Tensor] | None = None) -> Tensor:
         """`control`, the output of a branch, is added to the skips and the middle."""

@@ -52,6 +52,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, facts
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a safetensors file was written by `save`; also for one that is missing or damaged, which `load` tells."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return "mra" in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return True
+
+
 def newest(say: Callable = print) -> Path:
     """The last written checkpoint under out/; says where a run beside it has not ended."""
     found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)

@@ -21,7 +21,6 @@ from mra.run.loop import Loop
 from mra.run.machine import Machine
 from mra.weights import retrievers
 
-NEW_HEADS = ("image_projection", "text_projection", "matching_head", "word_head")
 # flags that are not compared as they are when a run goes on. In place of --batch the key has the pairs of a step, in
 # place of paths the content of weights, vocabulary and records; the loop adds the precision that was chosen.
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
@@ -143,7 +142,7 @@ def groups(model: Retriever, config: TrainConfig) -> list[dict]:
     """Four groups of parameters: encoders and new heads, each with weight decay (matrices) and without (the rest)."""
     members = {(head, decay): [] for head in (False, True) for decay in (False, True)}
     for name, parameter in model.named_parameters():
-        members[name.startswith(NEW_HEADS), parameter.ndim >= 2].append(parameter)
+        members[name.startswith(model.new_parts), parameter.ndim >= 2].append(parameter)
     found = []
     for (head, decay), parameters in members.items():
         found.append({"params": parameters, "peak": config.lr * (config.head_lr if head else 1),

@@ -70,14 +70,14 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def named(path: Path, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """The tensors of a file under our names.
+def named(given: dict[str, Tensor], rules: Iterable[tuple[str, str]], path: Path) -> dict[str, Tensor]:
+    """The tensors of the file `path` under our names.
 
     `rules`, then BLOCK_RULES, are patterns in a name and what takes their place, one after another. A name that becomes
     empty is dropped. The keys and values of an attention become one tensor, as ours are.
     """
     found = {}
-    for name, tensor in read(path).items():
+    for name, tensor in given.items():
         for pattern, put in (*rules, *BLOCK_RULES):
             name = re.sub(pattern, put, name)
         if name in found:

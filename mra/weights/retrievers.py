@@ -15,7 +15,8 @@ from mra.config import PRESETS, ModelConfig, UserError
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever
 from mra.run import checkpoint
-from mra.weights.files import fill, folder_of, heads_of, named
+from mra.weights.clip import CLIP_SIGNS, ClipRetriever, ClipTokenizer, clip_facts, read_clip, read_clip_vocabulary
+from mra.weights.files import fill, folder_of, heads_of, named, read
 from mra.weights.released import BinnedRetriever, SwinEncoder, resized_table
 
 BERT_RULES = (
@@ -44,10 +45,13 @@ RELEASED_RULES = (
 # parts of a retriever that the files of BERT and ViT have or do not have; what neither has stays random
 PARTS = (r"image_encoder\.", r"text_encoder\.|fusion_encoder\..*\.(attention|mlp)", r"fusion_encoder\..*\.cross",
          r"word_head\.")
+CLIP_PARTS = r"(image|text)_(encoder|projection)\.|temperature$"
 
 
 def make_retriever(config: ModelConfig) -> Retriever:
     """A retriever with random weights, with the parts of the released ones that its configuration asks for."""
+    if config.clip:
+        return ClipRetriever(config)
     image_encoder = SwinEncoder(config) if config.window else None
     kind = BinnedRetriever if config.bins else Retriever
     return kind(config, image_encoder)
@@ -55,16 +59,22 @@ def make_retriever(config: ModelConfig) -> Retriever:
 
 def model_facts(model: Retriever, tokenizer: Tokenizer) -> dict:
     """The part of a checkpoint's facts that `load_retriever` needs."""
-    return {"model": asdict(model.config), "vocab": tokenizer.pieces}
+    facts = {"model": asdict(model.config), "vocab": tokenizer.pieces}
+    if model.config.clip:
+        facts["merges"] = tokenizer.merges
+    return facts
 
 
-# ---- weights of BERT and of a vision transformer
+# ---- weights of BERT and a vision transformer, or of CLIP
 
-def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str) -> tuple[Retriever, Tokenizer]:
-    """A new retriever that starts from BERT, a vision transformer or both; what they lack is random.
+def start(config: ModelConfig, bert_path: str, vit_path: str, clip_path: str,
+          vocab: str) -> tuple[Retriever, Tokenizer | ClipTokenizer]:
+    """A new retriever that starts from BERT, a vision transformer or both, or from CLIP; what they lack is random.
 
-    The vocabulary is `vocab`, else the vocab.txt beside BERT, else the packaged one.
+    The vocabulary is `vocab`, else the one beside BERT or CLIP, else the packaged one.
     """
+    if clip_path:
+        return start_clip(config, Path(clip_path), vocab)
     found, tokenizer = {}, None
     if bert_path:
         found[bert_path], config = read_bert(Path(bert_path), config)
@@ -78,12 +88,20 @@ def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str) -> tup
     return model, tokenizer
 
 
+def start_clip(config: ModelConfig, path: Path, vocab: str) -> tuple[ClipRetriever, ClipTokenizer]:
+    """A retriever of CLIP's encoders for images of the size of `config`; its fusion encoder is random."""
+    tensors, config = read_clip(path, config)
+    model = ClipRetriever(config)
+    fill(model, tensors, path, [CLIP_PARTS])
+    return model, read_clip_vocabulary(vocab, path, config.vocab)
+
+
 def read_bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
     """A Hugging Face BERT's tensors under our names, and the configuration with its sizes.
 
     Its layers, however many, are divided between text and fusion encoder as `config`'s are.
     """
-    tensors = named(path, BERT_RULES)
+    tensors = named(read(path), BERT_RULES, path)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
     text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)
     if not 0 < text_depth < depth:
@@ -119,7 +137,7 @@ def read_vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelC
 
     Position embeddings are interpolated to `config`'s image; the class token becomes one that the patches look at.
     """
-    tensors = named(path, VIT_RULES)
+    tensors = named(read(path), VIT_RULES, path)
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     with checkpoint.trusting(path):
         dim, _, patch, _ = tensors["patches.weight"].shape
@@ -149,30 +167,41 @@ def read_vocabulary(vocab: str, weights: Path, size: int) -> Tokenizer:
 # ---- checkpoints
 
 def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[Retriever, Tokenizer, dict]:
-    """The model, the tokenizer and the facts of a checkpoint, ours (.safetensors) or a released one.
+    """The model, the tokenizer and the facts of a checkpoint: ours, a released one, a CLIP or one of IRRA's family.
 
-    A released model's vocabulary is `vocab`, or the vocab.txt beside the file.
+    It is told by its content. All but ours have their vocabulary in `vocab`, or beside the file.
     """
-    if path.suffix != ".safetensors":
-        model, facts = read_released(path)
-        return model.to(device).eval(), read_vocabulary(vocab, path, model.config.vocab), facts
+    if path.is_dir() or path.suffix != ".safetensors" or not checkpoint.is_ours(path):
+        tensors = read(path)
+        if any(name.endswith(CLIP_SIGNS) for name in tensors):
+            model, tokenizer = start_clip(PRESETS["clip"], path, vocab)
+            facts = clip_facts(tensors, model.config)
+        elif any(name.startswith("vision_encoder.") for name in tensors):
+            model, facts = read_released(tensors, path)
+            tokenizer = read_vocabulary(vocab, path, model.config.vocab)
+        else:
+            raise UserError(f"{path} holds no checkpoint of train.py, no released MRA model and no CLIP.")
+        return model.to(device).eval(), tokenizer, facts
     if vocab:
         raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
     tensors, facts = checkpoint.load(path)
     with checkpoint.trusting(path):
-        tokenizer = Tokenizer(facts["vocab"], path)
+        if facts["model"].get("clip"):
+            tokenizer = ClipTokenizer(facts["vocab"], facts["merges"], path)
+        else:
+            tokenizer = Tokenizer(facts["vocab"], path)
         facts["model"].pop("released_regions", None)        # a field of older files, which only training read
         config = checkpoint.config_of(ModelConfig, facts["model"], tokenizer)
         model = checkpoint.build(lambda: make_retriever(config), tensors, path)
     return model.to(device).eval(), tokenizer, facts
 
 
-def read_released(path: Path) -> tuple[Retriever, dict]:
-    """The model of a released checkpoint, and the facts of a checkpoint of ours: its clean score is the matching logit.
+def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, dict]:
+    """The model of a released checkpoint's tensors, and the facts of a checkpoint of ours.
 
-    The file holds a Swin, BERT's layers as text and fusion encoder, and the heads. Raises UserError for other files.
+    They are a Swin, BERT's layers as text and fusion encoder, and the heads. The clean score is the matching logit.
     """
-    tensors = named(path, RELEASED_RULES)
+    tensors = named(tensors, RELEASED_RULES, path)
     with checkpoint.trusting(path):
         table = tensors["image_encoder.stages.0.0.attn.relative_position_bias_table"]
         preset = "swin" if len(table) == 15 ** 2 else "swin-224"             # windows of 8 or of 7 patches

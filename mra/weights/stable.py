@@ -17,10 +17,11 @@ from mra.diffusion.base import Diffusion
 from mra.diffusion.denoiser import Denoiser
 from mra.diffusion.noising import Schedule
 from mra.layers import Attention
-from mra.weights.clip import CLIP_RULES, CausalTextEncoder, ClipTokenizer
-from mra.weights.files import fill, named
+from mra.weights.clip import TEXT_RULES, CausalTextEncoder, ClipTokenizer
+from mra.weights.files import fill, named, read
 
 STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
+PROMPT_RULES = *TEXT_RULES, (r"^text_encoder\.", "")
 UNET_RULES = (
     (r"^time_embedding\.linear_1\.", "encoder.level.0."), (r"^time_embedding\.linear_2\.", "encoder.level.2."),
     (r"^conv_in\.", "encoder.first."), (r"^conv_norm_out\.", "last.0."), (r"^conv_out\.", "last.2."),
@@ -45,7 +46,7 @@ VAE_RULES = (
 
 def read_stable(folder: Path, size: DiffusionConfig) -> Diffusion:
     """The base in a folder with unet/, vae/, text_encoder/ and tokenizer/. Raises UserError where it does not fit."""
-    tokenizer = ClipTokenizer(folder / "tokenizer")
+    tokenizer = ClipTokenizer.read(folder / "tokenizer")
     size, schedule = replace(size, vocab=len(tokenizer)), Schedule.scaled_linear()
     with torch.device("meta"):      # without the time for random weights
         base = Diffusion(size, tokenizer, StableAutoencoder(size), Denoiser(size, CausalTextEncoder(size)), schedule)
@@ -53,8 +54,8 @@ def read_stable(folder: Path, size: DiffusionConfig) -> Diffusion:
     unet = nn.ModuleDict(base.denoiser.named_children())
     text_encoder = unet.pop("text_encoder")
     for part, model, rules in (("unet", unet, UNET_RULES), ("vae", base.autoencoder, VAE_RULES),
-                               ("text_encoder", text_encoder, CLIP_RULES)):
-        fill(model, named(folder / part, rules), folder / part)
+                               ("text_encoder", text_encoder, PROMPT_RULES)):
+        fill(model, named(read(folder / part), rules, folder / part), folder / part)
     return base
 
 
