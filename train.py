@@ -31,7 +31,7 @@ from mra.data.files import open_image
 from mra.data.records import share_of
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.formats.check import check_set
-from mra.formats.read import load_splits
+from mra.formats.read import load
 from mra.retriever import Objective
 from mra.run import checkpoint, stages
 from mra.run.command import parse, run
@@ -85,8 +85,9 @@ def train(config: TrainConfig, machine: Machine) -> Path:
 def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
     """From records to the best checkpoint; returns its result on val."""
     # ---- data and model
-    train_set, val_set = load_splits(config.dataset, ("train", "val"), root_of(config, machine), config.allow_missing,
-                                     machine.say)
+    root = root_of(config, machine)
+    train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
+                          for split in ("train", "val"))
     model, tokenizer, pretrained_on = stages.load_model(config, machine)
     for record in val_set.records:          # a broken image is told now, not after an epoch
         open_image(record.path)

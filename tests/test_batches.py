@@ -32,8 +32,7 @@ def pairs(paint, tokenizer, config):
 
 def equal(one, other) -> bool:
     """Whether two Samples or Batches hold the same."""
-    values = [[getattr(x, field.name) for field in dataclasses.fields(x)] for x in (one, other)]
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*values))
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(one, other, strict=True))
 
 
 def keys(steps: int, **changes) -> list[list[tuple[int, int]]]:
@@ -200,14 +199,14 @@ def test_captions_are_cleaned_as_their_set_asks_and_cut(pairs):
 
 
 def test_a_batch_moves_as_a_whole(batch):
-    moved = dataclasses.replace(batch, eda_ids=None).to(torch.device("meta"))
+    moved = batch._replace(eda_ids=None).to(torch.device("meta"))
     assert isinstance(moved, Batch) and moved.eda_ids is None
-    tensors = [x for x in vars(moved).values() if x is not None]
+    tensors = [x for x in moved if x is not None]
     assert len(tensors) == 12 and all(x.device.type == "meta" for x in tensors)
 
 
 def test_a_batch_is_pinned_by_the_loader(batch, monkeypatch):
     """All of it, by what DataLoader calls for `pin_memory=True`; a GPU is what really pins."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.to("meta"))
-    pinned = torch.utils.data._utils.pin_memory.pin_memory(dataclasses.replace(batch, eda_ids=None))
-    assert pinned.eda_ids is None and {x.device.type for x in vars(pinned).values() if x is not None} == {"meta"}
+    pinned = torch.utils.data._utils.pin_memory.pin_memory([batch._replace(eda_ids=None)])[0]
+    assert pinned.eda_ids is None and {x.device.type for x in pinned if x is not None} == {"meta"}

@@ -64,7 +64,8 @@ def test_a_whole_set(checked, root):
     records_of(root, tell_apart)
     status, out = checked()
     assert status == 0 and out.endswith("All is well.\n") and "Note" not in out
-    assert out.count("3 (3)") == 3 and out.count("6 (6)") == 3 and out.count("12 (12)") == 3
+    for split in ("train", "val", "test"):
+        assert f"{split}: 3 identities, 6 images, 12 captions; published 3, 6 and 12\n" in out
 
 
 def test_everything_that_is_wrong_is_listed_at_once(checked, root):
@@ -84,43 +85,34 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
     records_of(root, spoil)
     status, out = checked()
     assert status == 1 and out.endswith("Not all is well: see above.\n")
-    for line in ("3 x unusable:", "7 x missing image:", "2 x image that has two records:",
-                 "missing in the folders 'val' 6, 'train' 1\n"):
-        assert line in out
+    for line in ("3 x unusable,", "7 x missing image,", "2 x image that has two records,"):
+        assert f"Fault: {line} such as\n  " in out
     for number, words in ((3, "a caption is empty or not text: ' '"), (13, "the field 'id' has the wrong type"),
                           (15, "unknown split 'query'"), (0, "image 'train/0_0.png'"), (12, "also in train, "),
                           (12, "record 1 ("), (17, "also in test, "), (17, "record 16 (")):
         assert any(f"record {number} (" in line and words in line for line in out.splitlines()), words
-    assert "Note: 4 x count that is not the published one, such as train: 5 images, published 6\n" in out
-    rows = {row[0]: row[1:] for row in (line.split() for line in out.splitlines()) if row and row[0] in COUNTS}
-    assert rows["train"] == ["3", "(3)", "5", "(6)", "11", "(12)"]
-    assert rows["test"] == ["3", "(3)", "4", "(6)", "8", "(12)"]
+    train_counts = "train: 3 identities, 5 images, 11 captions; published 3, 6 and 12\n"
+    assert f"Note: 2 x split without the published counts, such as\n  {train_counts}" in out
+    assert out.count(train_counts) == 2 and "\ntest: 3 identities, 4 images, 8 captions; published 3, 6 and 12\n" in out
 
 
 def test_a_part_of_a_benchmark_is_well(checked, root):
     records_of(root, lambda items: items.__delitem__(slice(1, 6)))          # train keeps one image
     status, out = checked()
     assert status == 0 and out.endswith("All is well.\n")
-    assert "Note: 3 x count that is not the published one, such as train: 1 identities, published 3\n" in out
+    assert ("Note: 1 x split without the published counts, such as\n  "
+            "train: 1 identities, 1 images, 2 captions; published 3, 6 and 12\n") in out
 
 
-def test_an_identity_of_two_splits_is_noted(root, note):
-    def spoil(items):
-        items[6]["id"] = items[0]["id"]                     # val 0_0
-    records_of(root, spoil)
-    assert note("identity of") == "Note: 1 x identity of two splits, such as '1' in train and val"
-
-
-@pytest.mark.parametrize("size, odd", [((15, 40), True), ((40, 15), True), ((16, 16), False), ((16, 96), False),
-                                       ((16, 97), True), ((97, 16), True)])
-def test_tiny_and_narrow_images_are_noted(root, note, size, odd):
+@pytest.mark.parametrize("size, odd", [((15, 40), True), ((40, 15), True), ((16, 16), False), ((16, 97), False)])
+def test_tiny_images_are_noted(root, note, size, odd):
     Image.new("RGB", size).save(root / "CUHK-PEDES/imgs/val/0_0.png")
     if not odd:
         with pytest.raises(ValueError):
             note("image under")
         return
-    assert note("image under") == ("Note: 1 x image under 16 pixels a side or of an aspect beyond 1:6, such as "
-                                   f"'{root}/CUHK-PEDES/imgs/val/0_0.png', {size[0]} x {size[1]}")
+    assert note("image under") == ("Note: 1 x image under 16 pixels a side, such as\n"
+                                   f"  '{root}/CUHK-PEDES/imgs/val/0_0.png', {size[0]} x {size[1]}")
 
 
 def test_captions_that_the_model_cuts_are_noted(root, note):
@@ -129,7 +121,7 @@ def test_captions_that_the_model_cuts_are_noted(root, note):
         items[7]["captions"] = ["a " * 54, "a " * 53 + "xq", "a " * 300]
     records_of(root, spoil)
     line = note("model cuts")
-    assert line.startswith("Note: 2 x caption of more than 54 word pieces, which the model cuts, such as ")
+    assert line.startswith("Note: 2 x caption of more than 54 word pieces, which the model cuts, such as\n")
     assert "record 7 (" in line and "'a a a" in line
 
 
@@ -138,7 +130,8 @@ def test_words_that_the_vocabulary_lacks_are_noted(checked, root, note):
         items[2]["captions"] = ["a man 穿 in a [UNK] café", "a man 红 and ☂, 穿"]
     records_of(root, spoil)
     line = note("vocabulary lacks")
-    assert line.startswith("Note: 2 x caption with words that the vocabulary lacks, such as '") and "record 2 (" in line
+    assert line.startswith("Note: 2 x caption with words that the vocabulary lacks, such as\n  '")
+    assert "record 2 (" in line
     assert line.endswith("'a man 穿 in a [UNK] café' has '穿'")
     (root / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "woman")))
     status, out = checked("--dataset", "cuhk", "--data-root", ".", "--vocab", "vocab.txt")
@@ -154,7 +147,7 @@ def test_a_caption_of_several_people_is_noted(root, note):
         items[4]["captions"] = ["THE same", "another"]
     records_of(root, spoil)
     line = note("several people")
-    assert line.startswith("Note: 1 x caption of several people, such as ")
+    assert line.startswith("Note: 1 x caption of several people, such as\n")
     assert "record 4 (" in line and "'THE same' and " in line and "record 0 (" in line
 
 
@@ -164,7 +157,7 @@ def test_images_that_do_not_decode(checked, root):
         (imgs / f"train/{number}_0.png").write_bytes((imgs / f"train/{number}_0.png").read_bytes()[:200])
     (imgs / "test/0_0.png").write_bytes(b"<html>404</html>")
     status, out = checked()
-    assert status == 1 and "4 x image that does not decode:" in out
+    assert status == 1 and "4 x image that does not decode," in out
     assert all(f"{name}' cannot be read" in out for name in ("train/0_0.png", "train/2_0.png", "test/0_0.png"))
 
 
@@ -180,7 +173,7 @@ def test_many_images_are_decoded_by_several_processes(tmp_path, paint, tokenizer
         lines = told[workers] = []
         assert not check.check_set(str(tmp_path), tmp_path, tokenizer, 56, workers, lines.append)
         assert "  82 of 82 images decoded" in lines and f"'{paths[80]}', 9 x 9" in "".join(lines)
-        line, = (line for line in lines if line.startswith("2 x image that does not decode"))
+        line, = (line for line in lines if line.startswith("Fault: 2 x image that does not decode"))
         assert line.index("/3.png") < line.index("/81.png")
     assert told[1] == told[2]
 
@@ -188,7 +181,7 @@ def test_many_images_are_decoded_by_several_processes(tmp_path, paint, tokenizer
 def test_a_cut_file_a_lost_split_and_a_lost_set(checked, root):
     records_of(root, lambda items: items.__delitem__(slice(6, 12)))
     status, out = checked()
-    assert status == 1 and "val: 0 identities, published 3" in out
+    assert status == 1 and "1 x empty split, such as\n  val: 0 identities, 0 images, " in out
     file = root / "CUHK-PEDES/reid_raw.json"
     file.write_text(file.read_text()[:-20])
     status, out = checked()
@@ -196,9 +189,6 @@ def test_a_cut_file_a_lost_split_and_a_lost_set(checked, root):
     file.rename(file.with_name("caption_all.json"))
     status, out = checked()
     assert status == 2 and "caption_all.json is there" in out
-    file.with_name("caption_all.json").rename(file.with_name("CUHK-PEDES.json"))
-    status, out = checked()
-    assert status == 2 and "'CUHK-PEDES/CUHK-PEDES.json' is there: if it is that file, rename it" in out
     assert "'elsewhere/CUHK-PEDES'" in checked("--dataset", "cuhk", "--data-root", "elsewhere")[1]
 
 
@@ -209,7 +199,7 @@ def test_a_set_of_ones_own_needs_no_val_and_no_test(checked, root):
     items = [{"image": f"{n}.png", "caption": "穿红衣", "image_id": n} for n in range(70)]
     (root / "mine/train.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
     status, out = checked("--dataset", "mine")
-    assert status == 0 and "Note: 1 x split without a file, such as 'mine' has no test split" in out
+    assert status == 0 and "Note: 1 x split without a file, such as\n  'mine' has no test split" in out
     assert "Note: 70 x image under 16 pixels a side" in out and "published" not in out
     (root / "mine/test.json").write_text("[")
     assert checked("--dataset", "mine")[0] == 1
@@ -219,16 +209,9 @@ def test_drawn_data_is_not_held_against_the_published_counts(checked, root):
     (root / "CUHK-PEDES/town.json").write_text("{}")
     records_of(root, lambda items: items.pop())
     status, out = checked()
-    assert status == 0 and "drawn data, not photographs" in out and "5 (6)" in out
+    assert status == 0 and "drawn data, not photographs" in out and "5 images" in out
 
 
-def test_wordless_captions_are_noted(root, tokenizer):
-    lines = []
-    file = (root / "CUHK-PEDES").rename(root / "RSTPReid") / "reid_raw.json"
-    items = json.loads(file.read_text().replace("file_path", "img_path"))
-    items[2]["captions"] = ["穿红衣", "a man"]
-    file.with_name("data_captions.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
-    assert check.check_set("rstp", root, tokenizer, 56, 1, lines.append)
-    assert any("Note: 1 x caption without a word after cleaning" in line and "record 2 (" in line for line in lines)
+def test_a_set_that_is_not_there(root, tokenizer):
     with pytest.raises(UserError, match="no folder"):
         check.check_set("icfg", root, tokenizer, 56, 1)

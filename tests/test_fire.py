@@ -100,7 +100,7 @@ def test_nothing_in_the_package_runs_what_it_reads():
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
                 found += [f"{file.name}:{node.lineno} {name}" for name in names
                           if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill", "joblib", "ctypes")]
-    assert [name.split(":")[0] + name[-8:] for name in found] == ["records.py marshal"]    # its own buffer in memory
+    assert not found
 
 
 def test_what_a_file_says_is_harmless_on_a_terminal(tmp_path, model, tokenizer, paint):

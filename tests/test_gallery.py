@@ -12,8 +12,7 @@ from PIL import Image
 import evaluate
 from mra import ranking
 from mra.config import UserError
-from mra.data import words
-from mra.formats import read as formats_read
+from mra.data import files, words
 from mra.ranking import Plan
 from mra.run import checkpoint
 from mra.run.command import run
@@ -173,7 +172,7 @@ def test_other_weights_or_a_spoilt_cache_encode_everything(ask, ours, folder, mo
 
 def test_a_photograph_is_decoded_once_and_a_broken_one_costs_no_other(folder, model, tmp_path, monkeypatch):
     read, real, lines = [], ranking.open_image, []
-    for module in (ranking, formats_read):
+    for module in (ranking, files):
         monkeypatch.setattr(module, "open_image", lambda path: read.append(Path(path).name) or real(path))
     paths, features, broken = gallery.encode(folder, model, tmp_path / "gallery.safetensors", Plan(0), say=lines.append)
     assert sorted(read) == sorted([*{*read}, "broken.jpg"]) and len(read) == 7      # that one again, to say why

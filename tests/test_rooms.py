@@ -16,7 +16,7 @@ METHOD = {"mra", "mra.data", "mra.diffusion"}
 MAY_IMPORT = {      # rooms beside the method, and what they may import besides it
     "mra.scale": set(), "mra.town": set(), "mra.formats": set(), "mra.weights": {"mra.run"},
     "mra.run": {"mra.weights", "mra.show", "mra.town", "mra.formats"},
-    "mra.show": {"mra.run", "mra.weights", "mra.formats"}}
+    "mra.show": {"mra.run", "mra.weights"}}
 PACKAGES = {"torch", "torchvision", "tokenizers", "safetensors", "numpy", "PIL"}
 
 

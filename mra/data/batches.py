@@ -5,9 +5,9 @@ Neither the number of loading processes nor a restart changes anything. Read nex
 """
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from mra.data.words import clean, eda, swap_left_right
 WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One image-caption pair, and one of its regions, before padding."""
     image: Tensor                       # (3, H, W)
     identity: int
@@ -36,8 +35,7 @@ class Sample:
     phrase: list[int] | None = None     # (P,) ids
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One step's input. Every keep mask: True = use it."""
     image: Tensor                       # (B, 3, H, W) normalised
     identity: Tensor                    # (B,)
@@ -53,15 +51,8 @@ class Batch:
     phrase_keep: Tensor | None = None   # (B, P)
     phrase_class: Tensor | None = None  # (B,) equal phrases are one class
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(*(None if x is None else change(x) for x in vars(self).values()))
-
     def to(self, device: torch.device) -> "Batch":
-        return self.each(lambda x: x.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """Copied to memory that a GPU reads from while it computes; the loader calls this."""
-        return self.each(Tensor.pin_memory)
+        return Batch(*[x if x is None else x.to(device, non_blocking=True) for x in self])
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -70,8 +61,7 @@ class PairDataset(torch.utils.data.Dataset):
     def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
         self.source, self.tokenizer = source, tokenizer
         self.model, self.train = model, train
-        # where each record's pairs end: pair - end counts its captions from behind
-        self.ends = np.cumsum([len(record.captions) for record in source.records])
+        self.ends = np.cumsum([len(record.captions) for record in source.records])    # where a record's pairs end
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
         self.pretraining = has_boxes or pretrains(source.name)
@@ -84,7 +74,8 @@ class PairDataset(torch.utils.data.Dataset):
         rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
         place = int(np.searchsorted(self.ends, index, "right"))
         record = self.source.records[place]
-        caption = clean(record.captions[index - int(self.ends[place])], self.source.name)
+        caption = record.captions[index - int(self.ends[place])]        # counted from the record's last caption
+        caption = clean(caption, self.source.name)
         box, phrase = WHOLE_IMAGE, caption
         if record.boxes:
             box, phrase = rng.choice(list(zip(record.boxes, record.phrases)))
@@ -100,10 +91,11 @@ class PairDataset(torch.utils.data.Dataset):
         ids = self.encode(caption)
         masked, masked_at = mask_words(ids, self.tokenizer, rng)
         augmented = self.encode(eda(caption, rng)) if self.train.eda else None
-        region = ()
+        sample = Sample(view.image, record.identity, ids, masked, masked_at, augmented)
         if self.with_regions:
-            region = box_to_patches(view.box, self.model.grid), self.encode(phrase)
-        return Sample(view.image, record.identity, ids, masked, masked_at, augmented, *region)
+            keep = box_to_patches(view.box, self.model.grid)
+            sample = sample._replace(region_keep=keep, phrase=self.encode(phrase))
+        return sample
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, self.model.max_tokens)
@@ -115,19 +107,22 @@ class PairDataset(torch.utils.data.Dataset):
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Samples -> Batch; words are padded to the longest of the batch."""
-        every = {name: [getattr(sample, name) for sample in samples] for name in vars(samples[0])}
-        fields = {"image": torch.stack(every["image"]), "identity": torch.tensor(every["identity"])}
-        for name in ("caption", "eda", "phrase"):
-            if every[name][0] is not None:
-                fields[f"{name}_ids"], fields[f"{name}_keep"] = pad(every[name], self.tokenizer.pad_id)
-        fields["masked_ids"], _ = pad(every["masked"], self.tokenizer.pad_id)
-        fields["masked_at"], _ = pad(every["masked_at"], 0, MAX_MASKED)
+        every, pad_id = Sample(*zip(*samples)), self.tokenizer.pad_id       # each field holds the values of all samples
+        caption_ids, caption_keep = pad(every.caption, pad_id)
+        masked_ids, _ = pad(every.masked, pad_id)
+        masked_at, _ = pad(every.masked_at, 0, MAX_MASKED)
         labels = [[sample.caption[i] for i in sample.masked_at] for sample in samples]
-        fields["masked_labels"], _ = pad(labels, -100, MAX_MASKED)
-        if "phrase_ids" in fields:
-            classes = [hash(tuple(phrase)) for phrase in every["phrase"]]       # equal in any process
-            fields |= {"region_keep": torch.stack(every["region_keep"]), "phrase_class": torch.tensor(classes)}
-        return Batch(**fields)
+        batch = Batch(torch.stack(every.image), torch.tensor(every.identity), caption_ids, caption_keep, masked_ids,
+                      masked_at, pad(labels, -100, MAX_MASKED)[0])
+        if every.eda[0] is not None:
+            eda_ids, eda_keep = pad(every.eda, pad_id)
+            batch = batch._replace(eda_ids=eda_ids, eda_keep=eda_keep)
+        if every.phrase[0] is not None:
+            phrase_ids, phrase_keep = pad(every.phrase, pad_id)
+            classes = torch.tensor([hash(tuple(phrase)) for phrase in every.phrase])    # the same in every process
+            batch = batch._replace(region_keep=torch.stack(every.region_keep), phrase_ids=phrase_ids,
+                                   phrase_keep=phrase_keep, phrase_class=classes)
+        return batch
 
 
 def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.utils.data.DataLoader:

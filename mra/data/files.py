@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
@@ -39,12 +38,12 @@ def harmless(text) -> str:
     return safe if len(text) <= 2000 else safe + "..."
 
 
-def in_processes(function: Callable, items: Sequence, workers: int, chunk: int = 1, start: str = "spawn") -> Iterator:
-    """`function` of each item, in their order, computed in `workers` processes; with fewer than two, in this one."""
-    if workers < 2:
+def in_processes(function: Callable, items: Sequence, workers: int, chunk: int) -> Iterator:
+    """`function` of each item, in their order. Each of `workers` processes computes `chunk` items at a time."""
+    if workers < 2 or len(items) <= chunk:
         yield from map(function, items)
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context(start)) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             yield from pool.map(function, items, chunksize=chunk)
 
 
@@ -61,13 +60,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, complete or not at all."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None:
-    """Write JSON to `path`, complete or not at all."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
@@ -88,24 +85,25 @@ def open_image(path) -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if image.mode == "F":
-                raise ValueError("its pixels are fractions of an unknown range")
+            if image.mode.startswith(("F", "I")):
+                raise ValueError("its pixels have more than 8 bits a channel")
             image.load()
             with suppress(Exception):       # broken EXIF does not spoil the pixels
                 ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except Exception as error:      # decoders raise almost every type on broken data
         raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):      # 16 bits, which convert() would clip
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+def examined(path: str) -> tuple[str, int, int]:
+    """Why an image does not decode ("" if it does), its width and its height in pixels (0 if it does not)."""
+    try:
+        return "", *open_image(path).size
+    except UserError as error:
+        return str(error), 0, 0
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:

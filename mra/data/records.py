@@ -4,7 +4,7 @@ Boxes and phrases are those of the SDA set (MRA section 2). formats/ reads annot
 them. Read next: augment.py.
 """
 
-import marshal
+import json
 import random
 from array import array
 from collections.abc import Iterable, Sequence
@@ -15,19 +15,19 @@ Box = tuple[float, float, float, float]    # (cx, cy, w, h), fractions of the im
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image; its path is proven to lie inside the image root."""
+    """One image of one person."""
     path: str
     captions: tuple[str, ...]
     identity: int                   # 0 .. K-1 within its RecordSet
     boxes: tuple[Box, ...] = ()
-    phrases: tuple[str, ...] = ()   # parallel to boxes, where there are any
+    phrases: tuple[str, ...] = ()   # parallel to boxes
 
 
 class Packed(Sequence):
-    """Records in one buffer, unpacked on access.
+    """Records as JSON texts in one buffer, unpacked on access.
 
-    A set may have 1.5 million records. As Python objects they would fill gigabytes, and each loading process, which is
-    forked, would soon own a copy: to look at an object changes its reference count, and so its page of memory.
+    SDA has 1.5 million records. As Python objects they would fill gigabytes in every loading process: a forked process
+    shares memory only until it writes there, and reading an object writes its reference count.
     """
 
     def __init__(self, records: Iterable[Record]):
@@ -40,8 +40,8 @@ class Packed(Sequence):
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> Record:
-        place = range(len(self))[index]
-        return unpack(memoryview(self.buffer)[self.ends[place]:self.ends[place + 1]])
+        place = range(len(self))[index]         # as a list: -1 is the last one, and beyond them is an IndexError
+        return unpack(self.buffer[self.ends[place]:self.ends[place + 1]])
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class RecordSet:
 
 
 def pack(record: Record) -> bytes:
-    """The record as bytes, for `unpack` within the same run."""
-    return marshal.dumps((record.path, record.captions, record.identity, record.boxes, record.phrases))
+    return json.dumps([record.path, record.captions, record.identity, record.boxes, record.phrases]).encode()
 
 
-def unpack(packed: bytes | memoryview) -> Record:
-    return Record(*marshal.loads(packed))
+def unpack(packed: bytes | bytearray) -> Record:
+    path, captions, identity, boxes, phrases = json.loads(packed)
+    return Record(path, tuple(captions), identity, tuple(map(tuple, boxes)), tuple(phrases))
 
 
 def share_of(whole: RecordSet, share: float) -> RecordSet:
-    """A share of its identities, at least two: the same ones each time, a smaller share within a larger."""
+    """A share of its identities, at least two. The choice is always the same; a larger share holds the smaller ones."""
     if share == 1:
         return whole
     count = 1 + max(record.identity for record in whole.records)
     chosen = random.Random(0).sample(range(count), count)[:max(2, round(share * count))]
-    place = {identity: i for i, identity in enumerate(sorted(chosen))}
-    return replace(whole, records=Packed(replace(record, identity=place[record.identity])
-                                         for record in whole.records if record.identity in place))
+    number = {identity: i for i, identity in enumerate(sorted(chosen))}
+    kept = (record for record in whole.records if record.identity in number)
+    return replace(whole, records=Packed(replace(record, identity=number[record.identity]) for record in kept))

@@ -31,7 +31,8 @@ class Tokenizer:
         """`source` is the file that the pieces come from. Raises UserError if they make no vocabulary."""
         if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
             raise UserError(f"{source}: its vocabulary is no list of word pieces")
-        if missing := [piece for piece in SPECIAL if piece not in pieces]:
+        missing = [piece for piece in SPECIAL if piece not in pieces]
+        if missing:
             raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
         piece, count = Counter(pieces).most_common(1)[0]
         if count > 1:

@@ -1,18 +1,15 @@
 """What is done to captions alone: cleaning, exchange of left and right, noun phrases, and EDA.
 
-EDA (Wei & Zou, EMNLP 2019) makes the second, augmented caption of fine-tuning (MRA section 3). Its synonyms and the
-noun phrases make the prompts of the diffusion (section 2). The synonyms come from lexicon.txt, a small lexicon of
-clothing and appearance without stop words, not from WordNet. A colour is only replaced by another name of the same
-colour. A word with a second sense has no synonym: "old" is "elderly" for a man, but not for a bag. Read next:
-tokenizer.py.
+EDA (Wei & Zou, EMNLP 2019) makes the second, augmented caption of fine-tuning (MRA section 3). Synonyms and noun
+phrases also make the prompts of the diffusion (section 2). Read next: tokenizer.py.
 """
 
 import random
 import re
 from pathlib import Path
 
-# lexicon.txt: a group of interchangeable terms between semicolons; a term stands in one group only. A term alone in its
-# group has no synonym; like all terms it is one of the texts that vocab.txt is learned from.
+# lexicon.txt replaces WordNet: groups of interchangeable terms for clothing and appearance. A group names at most one
+# colour. A word with a second sense stands alone, without a synonym: "old" is "elderly" for a man, but not for a bag.
 LEXICON = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
 GROUPS = [tuple(" ".join(term.split()) for term in group.split(",")) for group in LEXICON.split(";")]
 SYNONYMS = {term: tuple(other for other in group if other != term)
@@ -84,20 +81,22 @@ def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
 def insert_synonyms(text: str, rng: random.Random, alpha: float) -> str:
     """Insert a synonym of a random term of the text at a random place, alpha x words times."""
     found, words = list(TERM.finditer(text)), text.split()
-    for _ in range(_changes(text, alpha) if found else 0):
-        at, synonym = rng.randint(0, len(words)), _synonym(rng.choice(found), rng)
-        if at:
-            words[at - 1] = _agreeing(words[at - 1], synonym)
-        words.insert(at, synonym)
+    if found:
+        for _ in range(_changes(text, alpha)):
+            at, synonym = rng.randint(0, len(words)), _synonym(rng.choice(found), rng)
+            if at:
+                words[at - 1] = _agreeing(words[at - 1], synonym)
+            words.insert(at, synonym)
     return " ".join(words)
 
 
 def swap_words(text: str, rng: random.Random, alpha: float) -> str:
     """Exchange two random words, alpha x words times."""
     words = text.split()
-    for _ in range(_changes(text, alpha) if len(words) > 1 else 0):
-        i, j = rng.sample(range(len(words)), 2)
-        words[i], words[j] = words[j], words[i]
+    if len(words) > 1:
+        for _ in range(_changes(text, alpha)):
+            i, j = rng.sample(range(len(words)), 2)
+            words[i], words[j] = words[j], words[i]
     return " ".join(words)
 
 

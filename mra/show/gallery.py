@@ -16,10 +16,9 @@ from torch import Tensor
 
 from mra import ranking
 from mra.config import EvalConfig, UserError
-from mra.data.files import IMAGE_FORMATS, shown
+from mra.data.files import IMAGE_FORMATS, examined, shown
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
-from mra.formats.read import examined
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.show import pictures

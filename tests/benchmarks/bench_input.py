@@ -33,7 +33,7 @@ from mra.config import PRESETS, TrainConfig, recipe
 from mra.data.batches import PairDataset
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
-from mra.formats.read import load, load_splits
+from mra.formats.read import load
 from mra.town.drawing import Pose, render
 from mra.town.people import describe, sample_person
 
@@ -66,7 +66,7 @@ def write_set(folder: Path, count: int) -> None:
 
 def start_up(root: Path) -> tuple[PairDataset, RecordSet]:
     """What train.py reads."""
-    train, val = load_splits("sda", ("train", "val"), root)
+    train, val = (load("sda", split, root) for split in ("train", "val"))
     config = TrainConfig(**recipe("sda", "base") | {"dataset": "sda"})
     return PairDataset(train, Tokenizer.read(), PRESETS["base"], config), val
 

@@ -56,11 +56,11 @@ from mra.config import (  # noqa: E402
 )
 from mra.data import augment, words  # noqa: E402
 from mra.data.batches import PairDataset  # noqa: E402
-from mra.data.files import open_image, shown  # noqa: E402
+from mra.data.files import examined, open_image, shown  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
 from mra.diffusion.base import Diffusion, read_images  # noqa: E402
 from mra.formats.check import check_set  # noqa: E402
-from mra.formats.read import examined, load  # noqa: E402
+from mra.formats.read import load  # noqa: E402
 from mra.ranking import Plan, queries_of, search  # noqa: E402
 from mra.retriever import Retriever  # noqa: E402
 from mra.run import checkpoint, stages  # noqa: E402
@@ -186,7 +186,7 @@ LAYOUTS = {    # annotation file, data set, split it may hold
     "finetune/rstp_val.json": ("rstp", "image", "caption", "image_id"),
     "finetune/cuhk_train.json": ("cuhk", "image", "caption", "image_id"),
     "own/train.json": ("own", "image", "caption", "image_id"),
-    "own/part_1.json": ("own", "image", "caption", "image_id"),
+    "own/sda_1.json": ("own", "image", "caption", "image_id"),
 }
 CAPTIONS = ("A woman in a red coat and blue jeans, a black bag in her left hand.", "He walks; 穿红衣.")
 
@@ -212,7 +212,7 @@ def annotations(folder: Path) -> Maker:
         split = "val" if "val" in file else "train"
         rows = [{image: f"a/{number}.png", identity: number // 2, "split": split if number < 3 else "test",
                  caption: list(CAPTIONS) if several else CAPTIONS[number % 2]} for number in range(4)]
-        if dataset == "sda" or "part" in file:
+        if dataset == "sda" or "own/sda" in file:
             rows = [row | {"boxes": [[0.5, 0.5, 0.5, 0.9], [0.5, 0.2, 0.2, 0.2]], "logits": [0.5, 0.7],
                            "phrases": ["a red coat", "a bag"]} for row in rows]
         deeds = []

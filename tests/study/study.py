@@ -41,7 +41,7 @@ from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError, flag
 from mra.data.files import read_json, replacing, save_image, write_json
 from mra.data.records import Record, RecordSet, share_of
 from mra.diffusion.base import read_images, stacked
-from mra.formats.read import load, load_splits
+from mra.formats.read import load
 from mra.run import checkpoint
 from mra.run.command import parse
 from mra.run.kept import is_kept, remember
@@ -242,7 +242,8 @@ def labelled(one: Run) -> dict[str, int]:
     def pairs(some: RecordSet) -> int:
         return sum(len(record.captions) for record in some.records)
 
-    whole, val = load_splits(one.target, ("train", "val"), sets.ready(one.target, one.tiny), say=quiet)
+    root = sets.ready(one.target, one.tiny)
+    whole, val = (load(one.target, split, root, say=quiet) for split in ("train", "val"))
     few, every = pairs(share_of(whole, FEW)), pairs(whole)
     seen = (every, few) if learns(one.arm) else (0, 0)
     return dict(zip(STAGES, (*seen, few + pairs(val), every + pairs(val))))
