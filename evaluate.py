@@ -31,7 +31,7 @@ from mra.formats.layouts import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import parse, run
-from mra.run.machine import Machine, choose_device, drawn, make_folder
+from mra.run.machine import Machine, choose_device, drawn
 from mra.scale.search import sharded_top_k
 from mra.show import gallery, pictures
 from mra.weights.retrievers import load_retriever
@@ -55,7 +55,7 @@ def main() -> None:
                          f"{machine.device}."))
     datasets = config.dataset or (trained_on,)
     out = Path(config.out) if config.out else path.parent
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     if config.query or config.queries:
         answer(config, machine, model, tokenizer, facts, datasets[0], out)
         return

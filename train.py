@@ -36,7 +36,7 @@ from mra.retriever import Objective
 from mra.run import checkpoint, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Share, Task, write_line
-from mra.run.machine import Machine, claimed, drawn, make_folder
+from mra.run.machine import Machine, claimed, drawn
 from mra.scale import contrastive
 from mra.scale.search import sharded_top_k
 from mra.weights.retrievers import model_facts
@@ -54,7 +54,7 @@ def main() -> None:
     best, plan = None, [config]
     if config.init in stages.PRETRAINED and not pretrains(config.dataset):
         config = replace(config, out=config.out or stages.default_out(config))
-        make_folder(Path(config.out))       # before the long pretraining
+        Path(config.out).mkdir(parents=True, exist_ok=True)     # before the long pretraining
         best = stages.shipped(config)
         plan = [*stages.pretrainings(config, machine, on_source=best is None), config]
     for number, stage in enumerate(plan, 1):
@@ -135,7 +135,7 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
     collate = partial(dataset.collate_parts, parts=len(loop.workers))
     batches = loader(dataset, config.workers, batch_sampler=keys, collate_fn=collate,
                      pin_memory=machine.device.type == "cuda")
-    loop.run(lambda: iter(batches))
+    loop.run(batches)
     return loop.results["best"]
 
 

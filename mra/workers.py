@@ -1,10 +1,9 @@
 """How the work of a training step, or of a search, is shared out over workers.
 
-A worker is one process of torchrun, or one of the two threads that share a training step on the CPU. All workers have
-the same weights. Each computes the loss and the gradients of its own samples, its part of the batch, and the mean over
-workers is taken. In a search each computes a part of the images. `Workers` is what the method knows of this: a rank, a
-count, and exchanges of tensors. It stands for one worker alone; run/machine.py has `Processes` and `Threads`, and
-run/loop.py trains with them. Read next: diffusion/, or run/loop.py.
+A worker is a process of torchrun, or one of the two threads that share a training step on the CPU. All workers have the
+same weights. In a step each computes the loss and the gradients of its own samples, and the mean over workers is taken;
+in a search each computes a part of the images. `Workers` stands for one worker alone. run/machine.py has `Processes`
+and `Threads`, and run/loop.py trains with them. Read next: diffusion/, or run/loop.py.
 """
 
 import torch
@@ -24,9 +23,9 @@ class Workers:
     def gathered(self, x: Tensor) -> Tensor:
         """x (B, ...) of all workers, one below the other (count * B, ...), with gradients to this worker's own rows.
 
-        Every worker computes the same joint loss, but differentiates its own rows only. So their gradient is multiplied
-        by `count`: the mean over workers, which run/loop.py takes, is then their sum, the joint gradient. A parameter
-        that is used after gathering, such as the temperature, gets the whole gradient in each worker, as in their mean.
+        Every worker computes the same joint loss, but differentiates its own rows only. Their gradient is multiplied by
+        `count`: the mean over workers is then the joint gradient. A parameter used after gathering, such as the
+        temperature, has the joint gradient in each worker, and so in their mean.
         """
         if self.count == 1:
             return x

@@ -370,7 +370,7 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
         learn("line", model, lambda: loss, Fit(20, 8, 0.1, save_every=5), tmp_path / f"{name}.safetensors",
               {"seed": 0}, MACHINE)
 
-    with pytest.raises(UserError, match="line gradient is nan at step 10; what was saved"):
+    with pytest.raises(UserError, match="line gradient is nan by step 10; what was saved"):
         train("x")
     tensors, facts = checkpoint.load(tmp_path / "x.part")
     assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())

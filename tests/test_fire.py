@@ -9,8 +9,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -224,11 +222,11 @@ def test_a_full_disk_ends_a_command_in_one_sentence(tmp_path, full_disk):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    (lambda: torch.empty(2**50), "error: out of memory \\(.*tried to allocate.*; free some, .*--batch"),
-    (lambda: np.empty(2**50), "error: out of memory \\(Unable to allocate.*; free some"),
-    (lambda: next(iter(DataLoader(Dying(), num_workers=1))), "error: a helping .* killed \\(DataLoader.*--workers"),
-    (lambda: next(iter(DataLoader(Dying(np.empty), num_workers=1))), "error: out of memory \\(.*MemoryError: Unable.*"),
-    (lambda: next(iter(DataLoader(Dying(torch.empty), num_workers=1))), "error: out of memory \\(RuntimeError: .*"),
+    (lambda: torch.empty(2**50), "error: out of memory,.*tried to allocate.*; free some, .*--batch"),
+    (lambda: np.empty(2**50), "error: out of memory,.*Unable to allocate.*; free some"),
+    (lambda: next(iter(DataLoader(Dying(), num_workers=1))), "error: out of memory,.* killed \\(.*DataLoader.*"),
+    (lambda: next(iter(DataLoader(Dying(np.empty), num_workers=1))), "error: out of memory,.*MemoryError: Unable.*"),
+    (lambda: next(iter(DataLoader(Dying(torch.empty), num_workers=1))), "error: out of memory,.*RuntimeError: .*"),
     (lambda: torch.zeros(2) + torch.zeros(3), None)])
 def test_what_a_machine_cannot_hold_is_told_in_one_sentence(capsys, wrong, said):
     """An error of the program's own is not."""
@@ -254,16 +252,12 @@ class Dying(Dataset):
         self.make(2**50)
 
 
-def test_a_killed_helper_and_a_plain_terminal(capsys):
-    """One sentence where a process that draws or decodes was killed; signs that a terminal lacks are escaped."""
+def test_a_killed_helper_is_told_in_one_sentence(capsys):
+    """A process that draws or decodes."""
     def killed() -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             pool.submit(os._exit, 9).result()
     with pytest.raises(SystemExit) as end:
         run(killed)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and re.fullmatch("error: a helping process was killed.*--workers.\n", said)
-    shown = subprocess.run([sys.executable, "-c",
-                            "from mra.run.command import run; run(lambda: print('穿'))"], cwd=ROOT,
-                           env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
-    assert (shown.returncode, shown.stdout) == (0, "\\u7a7f\n")
+    assert end.value.code == 2 and re.fullmatch("error: .* a helping process was killed.*--workers.*\n", said)

@@ -1,28 +1,21 @@
 """The command line of a script, and its errors as one sentence."""
 
 import argparse
-import io
 import os
 import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor
 from dataclasses import fields
-from typing import TypeVar
 
 from mra.config import UserError, check_values
 from mra.data.files import harmless
 
-Config = TypeVar("Config")
+# a part of the error, or its type, where memory was lacking or the system killed a process for it
+MEMORY = "MemoryError", "allocate memory", "out of memory", "DataLoader worker (pid", "BrokenProcessPool"
 
 
-def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
-          recipe_of: Callable[[Config], dict] = lambda config: {}) -> Config:
-    """Make a configuration from flags: `kind`'s defaults, then `recipe_of` the result, then the flags given.
-
-    Raises UserError for an unknown flag, or a value of the wrong type or out of its range; prints help and exits for
-    --help.
-    """
+def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callable = lambda config: {}):
+    """A configuration: `kind`'s defaults, `recipe_of` them, the flags given. Raises UserError for a wrong flag."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
@@ -51,46 +44,26 @@ def parse(kind: type[Config], doc: str, argv: list[str] | None = None,
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main; a UserError becomes one sentence on standard error and exit status 2."""
+    """Call a script's main. A UserError becomes one sentence on standard error, and exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C does
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")           # for a terminal that cannot show every sign
     try:
         main()
-        leave_processes()
+        if "LOCAL_RANK" in os.environ:      # the threads of torchrun's group must end before the interpreter does
+            import torch.distributed  # here, since processes that draw or load images do without it
+            torch.distributed.destroy_process_group()
         return
+    except KeyboardInterrupt:
+        said, status = "Stopped; the same command goes on after what was saved last.", 130
     except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
         said, status = f"error: {harmless(sentence)}", 2
     except (RuntimeError, MemoryError) as error:
-        sentence = lack_of_memory(error)
-        if not sentence:
+        text = f"{type(error).__name__}: {error}".strip()
+        if not any(sign in text for sign in MEMORY):
             raise
-        said, status = f"error: {sentence}", 2
-    except KeyboardInterrupt:
-        said, status = "Stopped; the same command goes on after what was saved last.", 130
+        reason = text.splitlines()[-1]          # the last line of a loading process's traceback
+        said = (f"error: out of memory, or a helping process was killed ({harmless(reason)}); free some, or do less at "
+                "once: a smaller --batch, fewer --workers, or --recompute of adapt.py.")
+        status = 2
     print(said, file=sys.stderr)
     sys.exit(status)
-
-
-def leave_processes() -> None:
-    """Leave torchrun's group: its threads must end before the interpreter does."""
-    if "LOCAL_RANK" in os.environ:
-        import torch.distributed as dist  # here, since processes that draw or load images do without it
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def lack_of_memory(error: Exception) -> str:
-    """A sentence for an error that comes from a lack of memory; empty for others."""
-    told = str(error).strip() or type(error).__name__
-    if "in DataLoader worker process" in told:              # a loading process's traceback, as text
-        told = told.splitlines()[-1]
-    if isinstance(error, BrokenExecutor) or told.startswith("DataLoader worker"):
-        return (f"a helping process was killed ({harmless(told.splitlines()[0])}), perhaps for lack of memory; "
-                "free some, or give fewer --workers.")
-    if any(sign in f"{type(error).__name__} {told}" for sign in ("MemoryError", "allocate memory")):
-        told = ". ".join(told.split(". ")[:2])
-        return (f"out of memory ({harmless(told)}); free some, or do less at once: a smaller --batch, or --recompute "
-                "of adapt.py.")
-    return ""

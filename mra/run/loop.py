@@ -1,18 +1,19 @@
 """The one training loop: of the retriever, and of every network of DaD.
 
-It resumes, accumulates, averages, logs and stops, and it shares a step out over processes and threads in one way: each
-worker computes the loss and the gradients of its own samples, and the mean over workers is taken. All that is random in
-a step depends on (seed, step, part, worker), so a run that was stopped goes on bit for bit on the CPU, and two threads
-compute what two processes do. Read next: train.py, networks.py.
+It resumes, accumulates, averages, logs and stops. Each worker computes the loss and the gradients of its own samples,
+and the mean over workers is taken (workers.py). All that is random in a step depends on (seed, step, part, worker). So
+a run that was stopped goes on bit for bit on the CPU, and two threads compute what two processes do. A run that goes on
+appends to its log: the steps after the last save are there twice. Read next: train.py, networks.py.
 """
 
 import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 from mra.config import Fit, UserError
 from mra.run import checkpoint
 from mra.run.kept import changes
-from mra.run.machine import Machine, OwnRandomness, Threads, stoppable
+from mra.run.machine import Machine, Threads, stoppable
 from mra.workers import Workers
 
 
 @dataclass
 class Task:
-    """A network to train, and all that must be known to go on with it later."""
+    """A network to train, and all that must be known to resume its training."""
 
     name: str                           # begins its lines of progress; empty: the retriever
     network: nn.Module
@@ -37,13 +38,13 @@ class Task:
     seed: int
     state: Path | None = None           # file of the unfinished training; None: it is not saved
     log: Path | None = None             # file of a JSON line for each line of progress; None: nothing is told
-    key: dict = field(default_factory=dict)             # all that must be the same to go on
+    key: dict = field(default_factory=dict)             # all that must be the same to resume
     groups: list[dict] | None = None    # of the optimiser, each with its "peak" learning rate; None: a single one
     log_every: int = 0                  # steps between two lines of progress; 0: at saves alone
     save_after: frozenset[int] = frozenset()            # steps after which the state is saved
-    evaluate: Callable[[int, dict], dict] = lambda step, results: {}    # after a save, with its results before
+    evaluate: Callable[[int, dict], dict] = lambda step, results: {}    # before a save, with its results until then
     after_step: Callable[[], None] = lambda: None
-    advice: str = ""                    # what to do where the state has another key; empty: the training begins anew
+    advice: str = ""                    # what to do if the state has another key; empty: the training begins anew
     resume: bool = True                 # False: it begins anew
 
 
@@ -52,20 +53,17 @@ class Share:
     """One worker's part of one batch of a step."""
 
     step: int
-    batch: Any                  # its samples; None where the loss draws them itself ...
-    count: int                  # ... so many
-    draw: torch.Generator       # random numbers that depend on (seed, step, part, worker)
+    batch: Any                  # its samples; None if the loss draws them itself ...
+    count: int                  # ... this many
+    draw: torch.Generator       # of all its random numbers
     workers: Workers
-
-
-LossOf = Callable[[Share], tuple[Tensor, dict[str, Tensor]]]    # -> the loss, and the terms to tell
 
 
 class Loop:
     """A task, ready to begin or to go on after `first` steps. `run` leaves the network with its averaged weights."""
 
-    def __init__(self, task: Task, loss_of: LossOf, machine: Machine):
-        """Raises UserError where the processes cannot share out the samples of a step evenly; see also `go_back`."""
+    def __init__(self, task: Task, loss_of: Callable[[Share], tuple[Tensor, dict[str, Tensor]]], machine: Machine):
+        """`loss_of` returns the loss and the terms to tell. Raises UserError for a state that does not fit the task."""
         fit = task.fit
         if fit.batch % machine.world:
             raise UserError(f"{task.name}: {machine.world} processes cannot share out the {fit.batch} samples of a "
@@ -78,57 +76,58 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, fit.lr, betas=fit.betas, fused=True)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if fit.average else {}
         self.key = task.key | {"precision": machine.precision}
-        self.results = {}                   # what `evaluate` returned last
-        self.first, self.evaluated = self.go_back() if task.resume else (0, False)
-        if not self.first and task.state:
-            machine.first(lambda: task.state.unlink(missing_ok=True))       # after all processes have looked
+        self.first, self.results = 0, {}        # steps done; what `evaluate` returned last
+        if task.resume and task.state and task.state.exists():
+            self.go_back()
+        if not self.first:
+            for file in filter(None, (task.state, task.log)):
+                machine.first(partial(file.unlink, missing_ok=True))        # after all processes have looked
 
-    def run(self, make_batches: Callable[[], Iterator[list] | None] = lambda: None) -> None:
-        """Train to the last step. `make_batches` gives batches, each as a list of what every worker here gets of it.
-
-        It is called where signals are already heeded, so that loading processes, too, leave them to the loop.
-        """
+    def run(self, batches: Iterable[list] | None = None) -> None:
+        """Train to the last step. Each of the batches is a list of what every worker here gets of it."""
         task, fit, machine = self.task, self.task.fit, self.machine
-        log = Log(task, fit.batch * fit.accumulate, machine, self.first + self.evaluated / 2)
-        if self.first in task.save_after and not self.evaluated:
-            self.save_and_evaluate(self.first)
         with stoppable() as asked:
-            batches = make_batches()
+            # begun here, so that loading processes, too, leave signals to the loop
+            parts = iter(batches) if batches is not None else repeat([None] * len(self.workers))
+            terms, since = [], time.perf_counter()      # of the steps after the last line of progress
             for step in range(self.first, fit.steps):
                 rate = schedule(step, fit.steps, fit.warmup)
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
                 task.network.train()
                 # ----------------------------------------------------------------------------------------------------
-                terms = self.backward(step, batches)
-                terms["gradient"] = nn.utils.clip_grad_norm_(self.parameters.values(), fit.clip)
+                terms.append(self.backward(step, parts))
+                terms[-1]["gradient"] = nn.utils.clip_grad_norm_(self.parameters.values(), fit.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 # ----------------------------------------------------------------------------------------------------
                 task.after_step()
-                self.update_average(step)
-                log.terms.append(terms)
+                if self.average:        # whose decay grows to that of `fit`
+                    decay = min(fit.average, (1 + step) / (10 + step))
+                    current = [p.detach() for p in self.parameters.values()]
+                    torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
                 done, stop = step + 1, machine.any(asked.is_set())
                 saves = done in task.save_after
-                if saves or stop or done == fit.steps or (task.log_every and done % task.log_every == 0):
-                    log.flush(done, fit.lr * rate)
+                tells = saves or stop or done == fit.steps or (task.log_every and done % task.log_every == 0)
+                if tells:
+                    self.tell(done, terms, time.perf_counter() - since)
                 if saves:
-                    self.save_and_evaluate(done)
-                    log.restart()
-                elif stop:
+                    self.results = task.evaluate(done, self.results)
+                if saves or stop:
                     self.save(done)
+                if tells:
+                    terms, since = [], time.perf_counter()
                 if stop:
                     raise KeyboardInterrupt
         with torch.no_grad():
             for name, average in self.average.items():
                 self.parameters[name].copy_(average)
 
-    def backward(self, step: int, batches: Iterator[list] | None) -> dict[str, Tensor]:
+    def backward(self, step: int, batches: Iterator[list]) -> dict[str, Tensor]:
         """Set the gradients of a step, the mean over workers and batches; returns the loss terms, their mean here."""
         fit, seen, total = self.task.fit, {}, {}
         for part in range(fit.accumulate):
-            samples = [None] * len(self.workers) if batches is None else next(batches)
-            for terms, gradients in self.side_by_side(step, part, samples):
+            for terms, gradients in self.side_by_side(step, part, next(batches)):
                 if total:
                     torch._foreach_add_(list(total.values()), list(gradients.values()))
                 else:
@@ -141,61 +140,57 @@ class Loop:
         return {name: term / count for name, term in seen.items()}
 
     def side_by_side(self, step: int, part: int, samples: list) -> list[tuple[dict, dict]]:
-        """`gradients_of` for each worker of this process, in threads where there are several."""
+        """`gradients_of` for each worker of this process, in threads if there are several."""
         if len(self.workers) == 1:
             return [self.gradients_of(self.workers[0], step, part, samples[0])]
-        errors = []
 
         def compute(worker: Threads):
             try:
                 return self.gradients_of(worker, step, part, samples[worker.rank])
-            except threading.BrokenBarrierError:        # another worker has failed, and says why
+            except threading.BrokenBarrierError:        # the other thread has failed, and raises why
                 return None
-            except BaseException as error:
-                errors.append(error)
-                worker.barrier.abort()
+            except BaseException:
+                worker.barrier.abort()                  # the other thread waits for no tensors of this one
+                raise
 
-        results = self.machine.map(compute, self.workers)
-        if errors:
-            raise errors[0]
-        return results
+        return self.machine.map(compute, self.workers)
 
     def gradients_of(self, worker: Workers, step: int, part: int,
                      samples: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss terms of one worker's samples, and the gradient of each parameter that they depend on."""
-        device, count = self.machine.device, self.task.fit.batch // (self.machine.world * len(self.workers))
-        seed = hash((self.task.seed, step, part, worker.rank)) % 2**62
-        share = Share(step, samples, count, torch.Generator(device).manual_seed(seed), worker)
-        if device.type == "cpu" and not self.machine.compiles:
-            randomness = OwnRandomness(seed)
-        else:
-            randomness = nullcontext()
-            torch.manual_seed(seed)
-        with randomness, self.machine.autocast():
-            loss, terms = self.loss_of(share)
+        count = self.task.fit.batch // (self.machine.world * len(self.workers))
+        draw = self.machine.generator(self.task.seed, step, part, worker.rank)
+        with self.machine.randomness(draw), self.machine.autocast():
+            loss, terms = self.loss_of(Share(step, samples, count, draw, worker))
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         # a term that has not begun leaves some parameters without a gradient
         used = {name: gradient for name, gradient in zip(self.parameters, gradients) if gradient is not None}
         return {name: term.detach() for name, term in terms.items()}, used
 
-    def update_average(self, step: int) -> None:
-        """Move the average of the weights; its decay grows to that of `fit`."""
-        if self.average:
-            decay = min(self.task.fit.average, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+    def tell(self, step: int, terms: list[dict[str, Tensor]], seconds: float) -> None:
+        """Write the means of the terms of the steps up to `step`. Raises UserError if one is not finite."""
+        task, fit = self.task, self.task.fit
+        named = f"{task.name} " if task.name else ""
+        means = {name: round(torch.stack([found[name] for found in terms if name in found]).mean().item(), 4)
+                 for name in terms[-1]}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise UserError(f"{named}{name} is {mean} by step {step}; what was saved before it is kept. Try a "
+                                "smaller learning rate (--lr of train.py).")
+        if task.log:
+            rate = fit.lr * schedule(step - 1, fit.steps, fit.warmup)
+            speed = fit.batch * fit.accumulate * len(terms) / seconds       # images of all processes
+            left = seconds / len(terms) * (fit.steps - step) / 60
+            write_line(task.log, {"step": step, **means, "lr": rate, "images_per_second": round(speed, 1)},
+                       self.machine)
+            told = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+            self.machine.say(f"{named}step {step}/{fit.steps}  {told}  lr {rate:.1e}  {speed:.0f} images/s  "
+                             f"{left:.1f} min left")
 
     # ---- the saved state
 
-    def save_and_evaluate(self, step: int) -> None:
-        """Save first, so that nothing is lost in what follows; then call `evaluate`, and save its results."""
-        self.save(step)
-        results = self.task.evaluate(step, self.results)
-        if results:
-            self.results = results
-            self.save(step, evaluated=True)
-
-    def save(self, step: int, evaluated: bool = False) -> None:
-        """Write weights, optimiser and average. `evaluated`: `evaluate` was called after this step."""
+    def save(self, step: int) -> None:
+        """Write weights, optimiser and average."""
         if self.task.state is None:
             return
         if self.machine.world > 1:
@@ -204,34 +199,24 @@ class Loop:
         if self.machine.rank == 0:
             averages = {f"average.{name}": value for name, value in self.average.items()}
             checkpoint.save(self.task.state, checkpoint.state(self.task.network, self.optimizer) | averages,
-                            {"key": self.key, "step": step, "evaluated": evaluated, "results": self.results})
+                            {"key": self.key, "step": step, "results": self.results})
 
-    def go_back(self) -> tuple[int, bool]:
-        """Go back to the saved state, if there is one for this key: the steps done, and whether `evaluate` was called.
-
-        Raises UserError where the state has another key and the task has advice.
-        """
+    def go_back(self) -> None:
+        """Go back to the saved state if it has this key. For another, raises UserError if the task has advice."""
         task = self.task
-        if task.state is None or not task.state.exists():
-            return 0, False
         tensors, saved = checkpoint.load(task.state)
         with checkpoint.trusting(task.state):
-            first = int(saved["step"])
-            before, now = saved["key"], self.key
-            if first == task.fit.steps:         # nothing is computed any more
-                before = before | {"precision": now["precision"]}
-            different = changes(before, now)
+            different = changes(saved["key"], self.key)
             if different and task.advice:
                 raise UserError(f"{task.state} was trained otherwise: {different[0]}; {task.advice}.")
             if different:
                 self.machine.say(f"{task.state} is begun anew: {'; '.join(different)}.")
-                return 0, False
+                return
             checkpoint.restore(task.network, self.optimizer, tensors, task.state)
             for name, average in self.average.items():
                 average.copy_(tensors[f"average.{name}"])
-            evaluated, self.results = bool(saved["evaluated"]), dict(saved["results"])
-        self.machine.say(f"Found {task.state}: going on after step {first} of {task.fit.steps}.")
-        return first, evaluated
+            self.first, self.results = int(saved["step"]), dict(saved["results"])
+        self.machine.say(f"Found {task.state}: going on after step {self.first} of {task.fit.steps}.")
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -240,61 +225,8 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
-class Log:
-    """Loss terms of the steps since the last line; `flush` makes a line of progress of them, and one of the file.
-
-    `images` are of one step, all processes. Where a run goes on after step `first`, the lines after it are removed.
-    """
-
-    def __init__(self, task: Task, images: int, machine: Machine, first: float):
-        self.path, self.steps, self.images, self.machine = task.log, task.fit.steps, images, machine
-        self.name = f"{task.name} " if task.name else ""
-        if self.path and self.path.exists() and machine.rank == 0:
-            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if line.endswith("\n") and step_of(line) <= first))
-        self.restart()
-
-    def flush(self, step: int, rate: float) -> None:
-        """Write the means of the steps up to `step`, if any. Raises UserError if a term of one is not finite."""
-        if not self.terms:
-            return
-        self.check_finite(step)
-        seconds = (time.perf_counter() - self.since) / len(self.terms)      # of one step
-        means = {name: round(torch.stack([terms[name] for terms in self.terms if name in terms]).mean().item(), 4)
-                 for name in self.terms[-1]}
-        if self.path:
-            write_line(self.path, {"step": step, **means, "lr": rate,
-                                   "images_per_second": round(self.images / seconds, 1)}, self.machine)
-            told = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-            self.machine.say(f"{self.name}step {step}/{self.steps}  {told}  lr {rate:.1e}  "
-                             f"{self.images / seconds:.0f} images/s  {seconds * (self.steps - step) / 60:.1f} min left")
-        self.restart()
-
-    def check_finite(self, step: int) -> None:
-        for number, terms in enumerate(self.terms, step - len(self.terms) + 1):
-            for name, term in terms.items():
-                if not term.isfinite():
-                    advice = "" if self.name else " Try a smaller --lr."
-                    raise UserError(f"{self.name}{name} is {term.item()} at step {number}; what was saved before it is "
-                                    f"kept.{advice}")
-
-    def restart(self) -> None:
-        """Forget the steps so far, and the time that something else took."""
-        self.terms, self.since = [], time.perf_counter()
-
-
 def write_line(path: Path, line: dict, machine: Machine) -> None:
     """Add a line to a log."""
     if machine.rank == 0:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def step_of(line: str) -> float:
-    """The step of a line of a log, half a step later for its evaluation; infinite for a damaged line."""
-    try:
-        found = json.loads(line)
-        step = float(found["step"])
-        return step + 0.5 if "val" in found else step
-    except (ValueError, TypeError, KeyError):
-        return math.inf

@@ -1,9 +1,8 @@
 """Where a run computes: its device and precision, the processes of torchrun, and the threads of one process.
 
-Where one process on the CPU has the whole step, two threads compute its two halves side by side, which is faster than
-sharing out every single operation. They exchange tensors as two processes do. So what is drawn, and what is computed
-but for rounding, depends neither on the number of cores nor on whether the halves are threads or processes.
-Read next: loop.py.
+If one process on the CPU has the whole step, two threads compute its two halves side by side. That is faster than
+sharing out every single operation. The threads exchange tensors as two processes do, so results depend neither on the
+number of cores nor, but for rounding, on whether the halves are threads or processes. Read next: loop.py.
 """
 
 import fcntl
@@ -12,8 +11,8 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -58,11 +57,6 @@ class Threads(Workers):
         self.rank, self.count = rank, len(slots)
         self.slots, self.barrier = slots, barrier
 
-    @staticmethod
-    def group(count: int) -> list["Threads"]:
-        slots, barrier = [None] * count, threading.Barrier(count)
-        return [Threads(rank, slots, barrier) for rank in range(count)]
-
     def exchange(self, x: Tensor) -> list[Tensor]:
         self.slots[self.rank] = x
         self.barrier.wait()
@@ -72,15 +66,15 @@ class Threads(Workers):
 
 
 class OwnRandomness(TorchFunctionMode):
-    """Within it dropout and multinomial draw from the seed: all threads share PyTorch's own generator.
+    """Within it, PyTorch's dropout and multinomial draw from `draw` and not from PyTorch's own generator.
 
-    So a thread draws what a process draws. Dropout masks are cut from one long mask at random places: drawing each
-    anew takes a seventh of a training step on the CPU.
+    Dropout masks are cut from one long mask at random places: drawing each anew takes a seventh of a training step on
+    the CPU.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, draw: torch.Generator):
         super().__init__()
-        self.generator, self.places = torch.Generator().manual_seed(seed), random.Random(seed)
+        self.draw, self.places = draw, random.Random(draw.initial_seed())
         self.masks: dict[float, Tensor] = {}        # for each rate a long mask
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -88,7 +82,7 @@ class OwnRandomness(TorchFunctionMode):
         if function is F.dropout:
             return self.dropout(*args, **kwargs)
         if function is torch.multinomial:
-            kwargs = kwargs | {"generator": self.generator}
+            kwargs = kwargs | {"generator": self.draw}
         return function(*args, **kwargs)
 
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -97,7 +91,7 @@ class OwnRandomness(TorchFunctionMode):
             return x
         if p not in self.masks or len(self.masks[p]) < 2 * x.numel():
             draws = torch.empty(max(x.numel() // 2 + 1, 2**18), dtype=torch.int64)      # each for 4 elements
-            bits = draws.random_(-2**63, None, generator=self.generator).view(torch.int16)
+            bits = draws.random_(-2**63, None, generator=self.draw).view(torch.int16)
             self.masks[p] = (bits >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
         start = self.places.randrange(len(self.masks[p]) - x.numel())
         return x * self.masks[p][start:start + x.numel()].view(x.shape)
@@ -117,12 +111,11 @@ class Machine:
 
     @staticmethod
     def of(device: str, precision: str, compiles: bool = False) -> "Machine":
-        """The machine that the flags --device and --precision ask for. Raises UserError where it cannot be had."""
+        """The machine that the flags --device and --precision ask for. Raises UserError if there is none."""
         place, workers = choose_device(device), Workers()
         if "LOCAL_RANK" in os.environ:        # started by torchrun
-            if not dist.is_initialized():
-                dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
-                                        timeout=timedelta(hours=2))    # rank 0 draws sets while the others wait
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=2))        # rank 0 draws sets while the others wait
             workers = Processes()
         return Machine(place, choose_precision(precision, place), workers, compiles)
 
@@ -147,14 +140,26 @@ class Machine:
         """Random numbers on this device that depend on these seeds alone."""
         return torch.Generator(self.device).manual_seed(hash(seeds) % 2**62)
 
+    def randomness(self, draw: torch.Generator) -> AbstractContextManager:
+        """Within it, all that is random in a worker's step depends on `draw`, from which its loss draws.
+
+        PyTorch's dropout and multinomial draw from one generator that threads share. On the CPU they draw from `draw`
+        instead. On a GPU, and in a compiled network, since the compiler would trace `OwnRandomness`, there are no
+        threads, and PyTorch's generator is seeded as `draw` was.
+        """
+        if self.device.type == "cpu" and not self.compiles:
+            return OwnRandomness(draw)
+        torch.manual_seed(draw.initial_seed())
+        return nullcontext()
+
     def first(self, make: Callable[[], object]) -> None:
         """Let the process of rank 0 make something on disk while the others wait."""
         if self.rank == 0:
             make()
-        self.any(False)         # which returns when all processes have come here
+        self.any(False)         # returns once all processes have come here
 
     def any(self, asked: bool) -> bool:
-        """Whether it is true in any process, so that all of them stop after the same step."""
+        """Whether it is true in any process. So all of them stop after the same step."""
         if self.world == 1:
             return asked
         return bool(self.workers.summed(torch.tensor(float(asked), device=self.device)))
@@ -166,26 +171,21 @@ class Machine:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // THREADS))
         try:
-            futures = [pool().submit(function, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            finally:                            # after an error or Ctrl-C: none is left running
-                for future in futures:
-                    future.cancel()
-                wait(futures)
+            return list(pool().map(function, items))
         finally:
             torch.set_num_threads(threads)
 
     def step_workers(self, batch: int, network: nn.Module) -> list[Workers]:
         """Who computes this process's share of a step, `batch` samples: threads on the CPU, else the process itself.
 
-        There are threads where one process has the whole step, its samples can be halved, and no batch norm would have
-        to see all of them. A compiled network has none: the compiler would trace `OwnRandomness`.
+        There are threads if one process has the whole step, its samples can be halved, no batch norm has to see all of
+        them, and the network is not compiled; see `randomness`.
         """
         halves = self.device.type == "cpu" and self.world == 1 and not self.compiles and batch % THREADS == 0
         if not halves or any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
             return [self.workers]
-        return Threads.group(THREADS)
+        slots, barrier = [None] * THREADS, threading.Barrier(THREADS)
+        return [Threads(rank, slots, barrier) for rank in range(THREADS)]
 
 
 @cache
@@ -195,23 +195,22 @@ def pool() -> ThreadPoolExecutor:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that was asked for, or cuda where there is one, else the CPU."""
+    """The device that was asked for; by default cuda if there is one, else the CPU."""
     if name not in ("", "cpu", "cuda"):
         raise UserError(f"--device {name}: give cpu or cuda.")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; leave the flag out to run on the CPU.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise UserError(f"Process {local + 1} of {torch.cuda.device_count()} CUDA devices; start one process a device.")
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
-    return device
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(f"Process {local + 1} of {count} CUDA devices; start one process a device.")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision that was asked for, or bf16 where the device has instructions for it, else float32."""
+    """The precision that was asked for; by default bf16 if the device has instructions for it, else float32."""
     if name not in ("", "float32", "bf16"):
         raise UserError(f"--precision {name}: give float32 or bf16.")
     if name:
@@ -232,21 +231,13 @@ def drawn(dataset: str, tiny: bool, machine: Machine) -> Path:
 
 
 class Busy(UserError):
-    """Another run writes to the folder."""
-
-
-def make_folder(path: Path) -> None:
-    """Make an output folder. Raises UserError where that is impossible."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot make this folder ({error.strerror}).") from error
+    """Another run writes to the folder: the study, of which several processes share out the runs, takes the next."""
 
 
 @contextmanager
 def claimed(folder: Path, machine: Machine) -> Iterator[None]:
-    """Within it no other run writes to this folder. Raises Busy where one does already."""
-    make_folder(folder)
+    """Within it, no other run writes to this folder, which is made. Raises Busy if one does already."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:       # the system releases it, however this process ends
         os.register_at_fork(after_in_child=lock.close)      # a loading process may outlive this one for some seconds
         try:
@@ -262,10 +253,9 @@ def stoppable() -> Iterator[threading.Event]:
     """Within it SIGINT and SIGTERM set the event, for a loop to stop after its step; a second SIGINT stops at once."""
     asked = threading.Event()
 
-    def ask(number: int, _) -> None:
-        if number == signal.SIGINT and asked.is_set():
-            raise KeyboardInterrupt
+    def ask(*_) -> None:
         asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

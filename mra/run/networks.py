@@ -135,7 +135,9 @@ def read_base(path: Path) -> tuple[Diffusion, dict]:
         for name in ("images", "source"):       # what is said of it
             facts[name]
         size = checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer)
-        return checkpoint.build(lambda: Diffusion.new(size, tokenizer), tensors, path), facts
+        base = Diffusion.new(size, tokenizer)
+        checkpoint.restore_weights(base, tensors, path)
+    return base, facts
 
 
 # ---- what learns the target

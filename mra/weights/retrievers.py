@@ -192,7 +192,8 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
             tokenizer = Tokenizer(facts["vocab"], path)
         facts["model"].pop("released_regions", None)        # a field of older files, which only training read
         config = checkpoint.config_of(ModelConfig, facts["model"], tokenizer)
-        model = checkpoint.build(lambda: make_retriever(config), tensors, path)
+        model = make_retriever(config)
+        checkpoint.restore_weights(model, tensors, path)
     return model.to(device).eval(), tokenizer, facts
 
 

@@ -35,6 +35,7 @@ from mra.data.tokenizer import Tokenizer
 from mra.formats.read import load
 from mra.retriever import Objective, Retriever
 from mra.run import loop as loops
+from mra.run import machine as machine_module
 from mra.run import stages
 from mra.run.machine import Machine
 from mra.scale import contrastive
@@ -100,10 +101,10 @@ def training(preset: str, now: bool):
     keys = order(len(dataset), fit.batch, 0, 0, 10**6)
     batches = iter(loader(dataset, config.workers if now else 0, batch_sampler=keys,
                           collate_fn=partial(dataset.collate_parts, parts=len(own.workers))))
-    masks = loops.OwnRandomness
+    masks = machine_module.OwnRandomness
 
     def step(number: int) -> float:
-        loops.OwnRandomness = masks if now else lambda seed: nullcontext()
+        machine_module.OwnRandomness = masks if now else lambda draw: nullcontext()
         started = time.perf_counter()
         model.train()
         own.backward(number, batches)

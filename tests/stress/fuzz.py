@@ -414,7 +414,7 @@ def whole_files(folder: Path) -> Whole:
     gallery.encode(folder / "photos", model.eval(), folder / "valid.gallery", Plan(0, batch=4), say=lambda line: None)
     whole.files.update({
         "best": (own, facts),
-        "last": (checkpoint.state(model, loop.optimizer), {"key": loop.key, "step": 3, "evaluated": True,
+        "last": (checkpoint.state(model, loop.optimizer), {"key": loop.key, "step": 3,
                                                            "results": {"val": result, "best": result}}),
         "gallery": checkpoint.load(folder / "valid.gallery"),
         "base": (checkpoint.weights(base), {"size": dataclasses.asdict(base.config), "vocab": tokenizer.pieces,

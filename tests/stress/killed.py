@@ -56,7 +56,8 @@ def outcome(folder: Path) -> dict[str, object]:
         elif path.suffix == ".json":
             found[name] = untimed(json.loads(path.read_text()))
         elif path.suffix == ".jsonl":
-            found[name] = [untimed(json.loads(line)) for line in path.read_text().splitlines()]
+            lines = [untimed(json.loads(line)) for line in path.read_text().splitlines()]
+            found[name] = {(line["step"], "val" in line): line for line in lines}   # a step done again is there twice
         else:
             found[name] = path.read_bytes()
     return found

@@ -30,14 +30,14 @@ def main() -> None:
     parser.add_argument("--evals", type=int, default=20)
     parser.add_argument("--workers", type=int, default=1, help="data loading processes")
     given = parser.parse_args()
-    memory, handles, flush = [], [], loop.Log.flush
+    memory, handles, tell = [], [], loop.Loop.tell
 
-    def measured(log: loop.Log, step: int, rate: float) -> None:
+    def measured(*given) -> None:
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
         handles.append(len(os.listdir("/proc/self/fd")))
-        flush(log, step, rate)
+        tell(*given)
 
-    loop.Log.flush = measured
+    loop.Loop.tell = measured
     sys.argv = ["train.py", "--dataset", "sda", "--preset", "tiny", "--init", "none", "--device", "cpu", "--batch", "8",
                 "--steps", str(given.steps), "--evals", str(given.evals), "--workers", str(given.workers),
                 "--log-every", str(EVERY), "--eda", "0.8", "--erase", "0.6", "--out", "out"]

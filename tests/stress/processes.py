@@ -175,7 +175,7 @@ def dying(place: Path, ends: float = ENDS) -> str:
     flags = (*ITC, "--steps", "12", "--evals", "4", "--out", "out")
     succeed(place / "whole", 1, "train.py", *flags, "--batch", "8")
     took = []
-    for die, reason in (("killed 2 5", "Signal 9"), ("fails 1 8", "the reason of it all"), ("nan 0 8", "is nan at")):
+    for die, reason in (("killed 2 5", "Signal 9"), ("fails 1 8", "the reason of it all"), ("nan 0 8", "is nan by")):
         shutil.rmtree(place / "cut", ignore_errors=True)
         ran = start(place / "cut", 4, "train.py", *flags, "--batch", "2", die=die)
         took.append(time.time() - float((place / "cut/died").read_text()))

@@ -45,7 +45,7 @@ from mra.formats.read import load
 from mra.run import checkpoint
 from mra.run.command import parse
 from mra.run.kept import is_kept, remember
-from mra.run.machine import Busy, Machine, choose_device, claimed, make_folder
+from mra.run.machine import Busy, Machine, choose_device, claimed
 from mra.town import sets
 from mra.weights.retrievers import load_retriever
 from tests.study import charts, comparisons
@@ -157,7 +157,7 @@ def main() -> None:
     runs, out, machine = list(plan(config)), Path(config.out), Machine.of("", "")
     if not runs:
         raise UserError("There is no such run: the arms beside the main ones have icfg as their only target.")
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     if not config.table:
         for number, one in enumerate(runs, 1):
             told = f"{number}/{len(runs)}: {one.name}"
