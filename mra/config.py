@@ -138,7 +138,7 @@ class DadRecipe:
     decoder: Fit | None = None
     epochs: int = 0                     # passes of the branch over the target's pairs, in place of its steps
     probes: int = 256                   # samples that the calibration is computed from
-    flags: tuple[tuple[str, float], ...] = ()           # other defaults of adapt.py's flags
+    flags: dict[str, float] = field(default_factory=dict)       # defaults of adapt.py's flags at this size
 
 
 def _judge(steps: int) -> Fit:
@@ -147,7 +147,7 @@ def _judge(steps: int) -> Fit:
 
 DAD_RECIPES = {
     "tiny":  DadRecipe(Fit(5, 16, 1e-3), _judge(5), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
-                       probes=16, flags=(("sampling_steps", 4),)),
+                       probes=16, flags=dict(sampling_steps=4)),
     "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), judge=_judge(200), autoencoder=Fit(2000, 32, 1e-3),
                        denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3)),
     "small": DadRecipe(branch=Fit(4000, 64, 2e-4), judge=_judge(1000), autoencoder=Fit(20_000, 64, 3e-4),
@@ -155,10 +155,10 @@ DAD_RECIPES = {
     "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), judge=_judge(2000), autoencoder=Fit(50_000, 32, 2e-4),
                        denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4)),
     # three epochs of the target's pairs, as in the paper
-    "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), judge=_judge(2000), epochs=3, flags=(
-        ("sampling_steps", 20), ("guidance", 7.5), ("guidance_from", 0.0), ("guidance_to", 1.0))),
-    "sd15-tiny": DadRecipe(branch=Fit(0, 4, 1e-3), judge=_judge(1), epochs=1, flags=(
-        ("sampling_steps", 2), ("guidance_from", 0.0), ("guidance_to", 1.0))),
+    "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), judge=_judge(2000), epochs=3,
+                       flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
+    "sd15-tiny": DadRecipe(branch=Fit(0, 4, 1e-3), judge=_judge(1), epochs=1,
+                            flags=dict(sampling_steps=2, guidance_from=0.0, guidance_to=1.0)),
 }
 
 # What a stage of train.py sets: the paper's values (section 3) and, for tiny and demo, ours.
@@ -278,8 +278,7 @@ class AdaptConfig:
     resume: bool = flag(True, "go on with the set in --out; --no-resume removes one that was made otherwise")
     steps: int = flag(0, "training steps of the branch; 0: those of the recipe", 0, 1e9)
     recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
-    sampler: str = flag("dpm", "sampler; dpm is DPM-Solver++(2M)", choices=("ddim", "dpm"))
-    sampling_steps: int = flag(12, "denoising steps of an image", 1, 1000)
+    sampling_steps: int = flag(12, "denoising steps of an image, by DPM-Solver++(2M)", 1, 1000)
     guidance: float = flag(3.5, "scale of the guidance on the text; 1: none", 0, 100)
     guidance_from: float = flag(0.2, "lowest noise level with guidance; 0: clean", 0, 1)
     guidance_to: float = flag(0.8, "highest noise level with guidance; 1: pure noise", 0, 1)

@@ -22,8 +22,7 @@ from mra.data.records import Record
 from mra.data.words import noun_phrases
 from mra.diffusion import making
 from mra.diffusion.boxes import phrase_box, usual_places
-from mra.diffusion.filters import DAMAGE, Judge, colourfulness, distort, judge_loss
-from mra.diffusion.making import filters_of
+from mra.diffusion.filters import DAMAGE, Judge, colourfulness, distort, filters_of, judge_loss
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import Painter, calibration, match_moments
 from mra.formats.read import load
@@ -133,7 +132,7 @@ def test_latents_are_calibrated_before_they_are_decoded(monkeypatch, tmp_path):
     captions, or images to restyle, each with noise of its own."""
     real, seen, probed, draws = making.decode, [], [], []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=4 * making.PART))
+    monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=4 * parts.PART))
 
     def calibrate(samples, target):
         probed.append(samples)
@@ -151,8 +150,8 @@ def test_latents_are_calibrated_before_they_are_decoded(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--malformed", "99", *flags])
         draws.clear()
         adapt_main()
-        probes = [(seed, paths) for seed, paths in draws if len(paths) == making.PART]
-        assert len(probes) == 4 == len({seed for seed, _ in draws}) - 1 and len(probed[-1]) == 4 * making.PART
+        probes = [(seed, paths) for seed, paths in draws if len(paths) == parts.PART]
+        assert len(probes) == 4 == len({seed for seed, _ in draws}) - 1 and len(probed[-1]) == 4 * parts.PART
         assert all(folder in path for _, paths in probes for path in paths)
     assert len(seen) == 2 and all(torch.equal(latents, torch.full_like(latents, 3.0)) for latents in seen)
 
@@ -185,7 +184,7 @@ def test_damage_is_damage_and_the_judge_learns_it():
         assert damaged.shape == images[:20].shape and damaged.dtype == torch.uint8
         assert (damaged != images[:20]).float().mean((1, 2, 3)).min() > 0.1
         assert torch.equal(damaged, distort(images[:20], [kind], 0))
-    judge, damaged = Judge(1), distort(images[:100], DAMAGE, 0)
+    judge, damaged = Judge(), distort(images[:100], DAMAGE, 0)
 
     def loss_of(share):
         loss = judge_loss(judge, images[:100], damaged, share.draw, share.count)
@@ -261,8 +260,9 @@ def test_adapt_makes_a_set_that_is_read_as_sda(made):
         assert image.size == (16, 32)
     report = json.loads((folder / "out/sda/icfg-tiny/report.json").read_text())
     assert report["made"] == report["kept"] == 70 and report["dropped"] == {"greyscale": 0, "malformed": 0}
-    key = json.loads((folder / "out/sda/icfg-tiny/report.key.json").read_text())
-    assert key == report["key"] and key["flags"]["images"] == 70 and key["malformed"] == 100
+    key, thresholds = report["key"], {"grey_mean": 0.02, "grey_variance": 0.0005, "malformed": 100}
+    assert key == json.loads((folder / "out/sda/icfg-tiny/parts.key.json").read_text()) | thresholds
+    assert key["flags"]["images"] == 70 and key["recipe"]["probes"] == 16
     with Image.open(folder / "out/sda/icfg-tiny/adaptation.png") as picture:
         assert picture.width > 500
 
@@ -272,12 +272,13 @@ def test_nothing_is_made_twice(made):
     images = sorted((folder / "out/sda/icfg-tiny/imgs").rglob("*.png"))
     before = {path: path.stat().st_mtime_ns for path in images}
     again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
-    assert "branch.safetensors is there" in again and "out/sda/icfg-tiny is complete" in again
+    assert "out/sda/icfg-tiny is complete" in again
     report = folder / "out/sda/icfg-tiny/report.json"
     measured = json.loads(report.read_text())
     report.unlink()
     again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
-    assert "parts made" not in again and json.loads(report.read_text()) == measured
+    assert "branch.safetensors is there" in again and "parts made" not in again
+    assert json.loads(report.read_text()) == measured
     assert {path: path.stat().st_mtime_ns for path in images} == before and len(images) == 70
 
 
@@ -286,22 +287,23 @@ def test_a_finished_set_outlives_mistakes(made):
     folder, _ = made
     before = {path: path.read_bytes() for path in (folder / "out/sda/icfg-tiny").glob("*.json")}
     same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "100", "--box-threshold", "0")
-    assert {path.name for path in before} == {"report.json", "report.key.json", "parts.key.json", "sda_0_5000.json"}
+    assert {path.name for path in before} == {"report.json", "parts.key.json", "sda_0_5000.json"}
     for flags, named in ((("--base", "nowhere.safetensors"), "nowhere.safetensors"),
                          (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds a set")):
         status, _, err = command(folder, "adapt.py", *same, *flags)
         assert status == 2 and named in err
     assert {path: path.read_bytes() for path in before} == before
-    key = folder / "out/sda/icfg-tiny/report.key.json"
-    for spoilt in ("{", "[]"):
-        key.write_text(spoilt)
-        status, _, err = command(folder, "adapt.py", *same)
-        assert status == 2 and "report.key.json cannot be read" in err
-    key.write_bytes(before[key])
+    for name in ("report.json", "parts.key.json"):
+        file = folder / "out/sda/icfg-tiny" / name
+        for spoilt in ("{", "[]"):
+            file.write_text(spoilt)
+            status, _, err = command(folder, "adapt.py", *same)
+            assert status == 2 and f"{name} cannot be read" in err
+        file.write_bytes(before[file])
 
 
 def test_what_is_made_anew_says_what_has_changed(made):
-    """A network for another recipe, a set for another threshold; a set without a key, as older versions left it."""
+    """A network for another recipe, a set for other flags; for another threshold only what it decides."""
     folder, _ = made
     flags = ("--images", "8", "--malformed", "100", "--out", "out/anew", "--seed", "3")
     adapt(folder, *flags)
@@ -312,13 +314,14 @@ def test_what_is_made_anew_says_what_has_changed(made):
     assert {path: path.read_bytes() for path in (folder / "out/anew/imgs").rglob("*.png")} == images
     said = adapt(folder, *flags, "--steps", "7", "--images", "3", "--no-resume")
     assert "branch.safetensors is made anew: fit.steps was 5 and is 7." in said
-    assert "report.json is made anew: flags.images was 8 and is 3; flags.steps was 0 and is 7; branch was" in said
+    assert "out/anew is made anew: flags.images was 8 and is 3; flags.steps was 0 and is 7; plan was" in said
     assert len(list((folder / "out/anew/imgs").rglob("*.png"))) == 3      # what no longer belongs has gone
     flags = (*flags, "--images", "3")
+    (folder / "out/anew/sda_5000_10000.json").write_text("[]")
     said = adapt(folder, *flags, "--steps", "7", "--grey-mean", "0")
-    assert "report.json is made anew: grey_mean was 0.02 and is 0.0." in said and "parts made" not in said
-    (folder / "out/anew/report.key.json").unlink()
-    assert "it has no report.key.json" in adapt(folder, *flags, "--steps", "7", "--grey-mean", "0")
+    assert "Kept 3 of 3" in said and "parts made" not in said
+    assert json.loads((folder / "out/anew/report.json").read_text())["key"]["grey_mean"] == 0
+    assert not (folder / "out/anew/sda_5000_10000.json").exists()           # nothing of the set before stays
 
 
 def test_another_source_makes_another_set(made):
@@ -469,7 +472,7 @@ def test_train_pretrains_on_the_adapted_set(made):
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
     (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
     (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),
-    (("--sampler", "euler"), "--sampler euler"), (("--colour", "red"), "--colour")])
+    (("--mode", "edges"), "--mode edges"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):
     status, _, err = command(tmp_path, "adapt.py", *flags)
     assert status == 2 and named in err and err.count("\n") == 1
@@ -478,6 +481,6 @@ def test_a_mistake_is_one_sentence(tmp_path, flags, named):
 def test_the_shipped_base_loads_and_is_small():
     files = list((ROOT / "mra/diffusion").glob("*.safetensors"))
     assert len(files) == 1 and files[0].stat().st_size < 16e6
-    base = networks.load_base(AdaptConfig(), "", Machine.of("cpu", "float32"))
+    base = networks.load_base(AdaptConfig(), Machine.of("cpu", "float32"))
     assert base.config.height == 64 and not any(parameter.requires_grad for parameter in base.parameters())
     assert all(parameter.isfinite().all() for parameter in base.parameters())

@@ -21,7 +21,7 @@ from mra.diffusion.pairs import LatentPairs
 from mra.diffusion.sampling import guide
 from mra.run import checkpoint
 from mra.run.machine import Machine
-from mra.run.networks import Target, learn, train_decoder, with_scale
+from mra.run.networks import Target, adapt_autoencoder, learn
 from mra.workers import Workers
 
 CAPTIONS = ["a woman in a red coat with a black bag", "a man", "a lady in blue jeans and a white top"]
@@ -219,36 +219,29 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
     assert not still
 
 
-def test_the_decoder_learns_the_target_and_latents_stay(base, images, tmp_path):
-    dark = images // 3
-    base = base.requires_grad_(False)
-    latents = encode(base.autoencoder, dark)
+def test_the_autoencoder_gets_the_targets_scale_and_decoder(base, images, tmp_path):
+    """The base keeps its own; latents stay those of the new scale."""
+    dark = torch.cat([images // 3 + shift for shift in range(10)])
+    records = RecordSet("icfg", "train", [Record("", ("a man",), i) for i in range(50)])
+    base.requires_grad_(False)
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    records = RecordSet("icfg", "train", [Record("", ("a man",), i) for i in range(5)])
-    target = Target(records, dark, tmp_path, {"seed": 0})
-    learned = train_decoder(AdaptConfig(size="tiny"), base, target, latents, MACHINE)
+    scaled = copy.deepcopy(base.autoencoder)
+    scaled.learn_scale(encode(scaled, dark))
+    adapted = adapt_autoencoder(AdaptConfig(size="tiny"), base, Target(records, dark, tmp_path, {"seed": 0}), MACHINE)
+    learned, latents = adapted.autoencoder, encode(adapted.autoencoder, dark)
 
     def loss(autoencoder) -> float:
         with torch.no_grad():
             return float(autoencoder.decoder_loss(to_float(dark), latents))
 
-    assert loss(learned) < loss(base.autoencoder) and not any(p.requires_grad for p in learned.parameters())
-    assert torch.equal(encode(learned, dark), latents)
+    assert loss(learned) < loss(scaled) and not any(p.requires_grad for p in learned.parameters())
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert torch.equal(latents, encode(scaled, dark)) and adapted.denoiser is base.denoiser
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
-    changed = {name for name, value in learned.state_dict().items()
-               if not torch.equal(before[f"autoencoder.{name}"], value)}
+    first = scaled.state_dict()
+    changed = {name for name, value in learned.state_dict().items() if not torch.equal(first[name], value)}
     assert changed and all(name.startswith(("decoder", "linear_out")) for name in changed)
     assert {path.name for path in tmp_path.iterdir()} >= {"decoder.safetensors", "decoder.key.json", "decoder.jsonl"}
-
-
-def test_a_base_gets_the_targets_scale_and_keeps_its_own(base, images):
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    many = torch.cat([images // 3 + shift for shift in range(10)])
-    scaled = with_scale(base, many)
-    latents = encode(scaled.autoencoder, many)
-    assert latents.mean((0, 2, 3)).abs().max() < 1e-4 and (latents.std((0, 2, 3)) - 1).abs().max() < 1e-3
-    assert scaled.denoiser is base.denoiser
-    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
 
 
 def test_guidance_of_one_costs_and_changes_nothing(base):

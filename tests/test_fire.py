@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from mra.config import UserError
 from mra.data.files import harmless, write_json
 from mra.data.tokenizer import Tokenizer
-from mra.diffusion.making import write_part
 from mra.ranking import Plan
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import run
 from mra.run.loop import write_line
 from mra.run.machine import Machine
+from mra.run.parts import write_part
 from mra.show import gallery, pictures
 from mra.town import sets
 from mra.weights.retrievers import load_retriever, model_facts
@@ -164,6 +164,7 @@ def in_gallery(folder: Path, model) -> None:
 
 
 def in_part(folder: Path, _) -> None:
+    (folder / "parts").mkdir(exist_ok=True)
     images = torch.randint(0, 256, (2, 3, 64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     write_part(folder / "parts/000000.json", images, [{"caption": "x" * 9000}, {"caption": "y"}], {})
 

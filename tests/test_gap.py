@@ -11,7 +11,7 @@ from PIL import Image
 from test_commands import ROOT, command, succeed
 
 from mra.config import Fit
-from mra.diffusion.filters import DAMAGE, Judge, distort
+from mra.diffusion.filters import DAMAGE, distort
 from mra.diffusion.sampling import match_moments
 from mra.formats.read import load
 from mra.run.machine import Machine
@@ -193,7 +193,7 @@ def test_the_reader_is_asked_for_what_the_caption_names():
 
 def test_the_loss_of_reading_is_the_mean_cross_entropy_of_all_answers():
     torch.manual_seed(0)
-    reader, images = Judge(sum(gap.SIZES)), torch.randint(0, 256, (2, 3, 16, 8), dtype=torch.uint8)
+    reader, images = gap.Reader(), torch.randint(0, 256, (2, 3, 16, 8), dtype=torch.uint8)
     labels = torch.tensor([[size - 1 for size in gap.SIZES], [0] * len(gap.SIZES)])
     scores, first, by_hand = reader.score(images), 0, []
     for number, size in enumerate(gap.SIZES):
@@ -289,7 +289,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_trained(measured,
     report = tmp_path / OUT / "report.json"
     content = json.loads(report.read_text())
     for name, value, told in (("contents", "other", "contents was other"), ("base", "other", "base was other"),
-                              ("branch", "other", "branch was other"), ("judge", "other", "judge was other")):
+                              ("recipe", {"probes": 7}, "recipe.probes was 7")):
         report.write_text(json.dumps(content | {"key": content["key"] | {name: value}}))
         assert told in refused(OUT)
     report.write_text(json.dumps({"made": 1}))

@@ -12,7 +12,6 @@ from mra.config import DiffusionConfig
 
 # RGB -> orthonormal axes: lightness, yellow-blue, red-green (Ruderman et al. 1998)
 OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0.5, -(2**-0.5), 0.0]])
-START_LOG_VARIANCE = -6.0       # of the latents: little noise at the start of training
 
 
 class ResBlock(nn.Module):
@@ -101,7 +100,7 @@ class Autoencoder(nn.Module):
         to_patch.bias.copy_(middle)
         for last in [self.encoder[-1], self.decoder[-2], *(m.conv2 for m in self.modules() if isinstance(m, ResBlock))]:
             zero(last)
-        self.encoder[-1].bias[count:] = START_LOG_VARIANCE
+        self.encoder[-1].bias[count:] = -6.0        # the latents' log-variance: little noise at first
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, C, h, w) of an image's latents before scaling."""
@@ -130,7 +129,7 @@ class Autoencoder(nn.Module):
             return image
         return image + torch.einsum("ij,bihw->bjhw", OPPONENT.to(image), noise * grain.exp())
 
-    def loss(self, image: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+    def loss(self, image: Tensor, noise: Tensor, kl_weight: float = 1e-4) -> Tensor:
         """L = L_decoder(x, z) + w KL(q(z | x) || N(0, 1)), z = mean + std * noise (B, C, h, w); a scalar."""
         mean, log_variance = (x.float() for x in self.posterior(image))     # the scale is learned after training
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2

@@ -99,5 +99,4 @@ def decode(autoencoder: nn.Module, latents: Tensor, generator: torch.Generator) 
 
 
 def batch_size(height: int, width: int) -> int:
-    """Images in a batch of the autoencoder."""
     return max(1, min(256, PIXELS // (height * width)))

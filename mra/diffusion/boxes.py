@@ -10,6 +10,7 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from mra.diffusion.noising import Schedule, q_sample
 LEVELS = (0.35, 0.5, 0.65)      # noise levels of the attention maps, as shares of the schedule
 ADJECTIVE = 0.2                 # weight of a word before the noun; the noun has 1
 SHARE = 0.45                    # a box holds the pixels of a map above this share of its peak
+PLACED = 50_000                 # records whose boxes tell where in an image a noun usually is
 FINE = 4                        # the map of a phrase has this times the resolution of the latents
 
 
@@ -58,10 +60,13 @@ def word_maps(denoiser: Denoiser, branch: DomainBranch, latents: Tensor, prompt:
 
 
 def usual_places(records: Iterable[Record], rows: int, columns: int) -> dict[str, Tensor]:
-    """For the last word of each phrase, how often its boxes cover each place, 0..1: (FINE * rows, FINE * columns)."""
+    """For the last word of each phrase, how often its boxes cover each place, 0..1: (FINE * rows, FINE * columns).
+
+    The first PLACED records are read.
+    """
     y, x = (torch.arange(FINE * n).add(0.5) / (FINE * n) for n in (rows, columns))
     covered, seen = defaultdict(lambda: torch.zeros(len(y), len(x))), defaultdict(int)
-    for record in records:
+    for record in islice(records, PLACED):
         for phrase, (cx, cy, w, h) in zip(record.phrases, record.boxes):
             noun = phrase.split()[-1]
             covered[noun] += ((y - cy).abs() < h / 2)[:, None] & ((x - cx).abs() < w / 2)

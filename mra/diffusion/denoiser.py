@@ -22,7 +22,7 @@ from mra.diffusion.autoencoder import ResBlock, group_norm, upsample, zero
 from mra.encoders import TextEncoder
 from mra.layers import GEGLU, Attention, initialise
 
-STABLE_EPS = 1e-5       # of the norms of Stable Diffusion's denoiser, except those before a transformer
+STABLE_EPS = 1e-5       # in the norms of Stable Diffusion's denoiser, except those before a transformer
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def controlled(denoiser: Denoiser, branch: DomainBranch | None, z: Tensor, t: Te
 
 
 def round_weights(network: nn.Module) -> None:
-    """Store weights in bf16 that autocast would round at every use: half the memory, the same results."""
+    """Store the weights that autocast rounds at every use in bf16: half the memory, the same results."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(torch.bfloat16)

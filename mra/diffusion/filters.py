@@ -11,10 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mra.config import AdaptConfig
 from mra.diffusion.autoencoder import group_norm
 from mra.diffusion.base import to_float
 
 DETAIL = 4.0        # amplification of the detail that a judge sees
+FILTERS = ("greyscale", "malformed")
+
+
+def scores_of(images: Tensor, judge: "Judge") -> dict[str, Tensor]:
+    """The scores (N,) that the filters compare, of uint8 images (N, 3, H, W)."""
+    mean, variance = colourfulness(images)
+    return {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
+
+
+def filters_of(config: AdaptConfig, scores: dict) -> list[str]:
+    """Names of the filters that drop an image with these scores."""
+    grey = scores["colour_mean"] < config.grey_mean and scores["colour_variance"] < config.grey_variance
+    drops = {"greyscale": grey, "malformed": scores["malformed"] > config.malformed}
+    return [name for name in FILTERS if drops[name]]
 
 
 class Judge(nn.Module):
@@ -24,14 +39,16 @@ class Judge(nn.Module):
     are pooled separately.
     """
 
-    def __init__(self, outputs: int):
+    outputs = 1
+
+    def __init__(self):
         super().__init__()
         layers, dim = [], 6
         for width, stride in ((24, 1), (48, 2), (96, 2), (128, 2)):
             layers += [nn.Conv2d(dim, width, 3, stride, 1), group_norm(width), nn.SiLU()]
             dim = width
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(4 * dim, 128))
-        self.head = nn.Sequential(nn.SiLU(), nn.Linear(128, outputs))
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(128, self.outputs))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.features(image))
@@ -41,10 +58,10 @@ class Judge(nn.Module):
         return self.trunk(torch.cat([image, DETAIL * detail], 1))
 
     @torch.inference_mode()
-    def score(self, images: Tensor, features: bool = False) -> Tensor:
-        """Scores (N, outputs), or features (N, 128), of uint8 images (N, 3, H, W); on the CPU."""
-        device, network = next(self.parameters()).device, self.features if features else self
-        return torch.cat([network(to_float(some.to(device))).float().cpu() for some in images.split(256)])
+    def score(self, images: Tensor) -> Tensor:
+        """Scores (N, outputs) of uint8 images (N, 3, H, W); on the CPU."""
+        device = next(self.parameters()).device
+        return torch.cat([self(to_float(some.to(device))).float().cpu() for some in images.split(256)])
 
 
 def judge_loss(judge: Judge, good: Tensor, bad: Tensor, draw: torch.Generator, count: int) -> Tensor:

@@ -1,7 +1,4 @@
-"""From captions to latents in the target's look: guidance, samples and their calibration.
-
-Read next: prompts.py, filters.py, boxes.py; making.py puts them together.
-"""
+"""From captions to latents in the target's look: guidance, samples, calibration. Read next: prompts.py, making.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +10,7 @@ from mra.config import AdaptConfig
 from mra.data.records import Record
 from mra.diffusion.base import Diffusion, encode, read_images
 from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, controlled
-from mra.diffusion.noising import Denoise, ddim, dpm_solver, q_sample
-
-SAMPLERS = {"ddim": ddim, "dpm": dpm_solver}
+from mra.diffusion.noising import Denoise, dpm_solver, q_sample
 
 
 def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidance: float,
@@ -41,41 +36,53 @@ def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidanc
 
 @dataclass(frozen=True)
 class Painter:
-    """Makes latents from records: the base and its branch, and the latents of the two sets."""
+    """Samples latents for records, by the base and its branch."""
 
     config: AdaptConfig
     base: Diffusion
-    branch: DomainBranch
-    fast_denoiser: nn.Module                # denoiser and branch, compiled with --compile
-    fast_branch: nn.Module
-    target_latents: Tensor | None           # (N, C, h, w); None: images are generated beside Stable Diffusion
-    source_latents: Tensor | None           # (N, C, h, w); None: images are not restyled
+    denoiser: nn.Module                     # the base's; compiled with --compile, as the branch is
+    branch: nn.Module
+    target_latents: Tensor | None           # (N, C, h, w); None where Stable Diffusion generates
+    source_latents: Tensor | None           # (N, C, h, w) of some source images; None where images are generated
 
+    @staticmethod
+    def of(config: AdaptConfig, base: Diffusion, branch: DomainBranch, target: Tensor,
+           movers: Sequence[Record]) -> "Painter":
+        """With the target's images (N, 3, H, W), and records whose images stand for the source's."""
+        networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
+        target_latents = source_latents = None
+        if movers:
+            images = read_images([record.path for record in movers], base.config, config.workers)
+            source_latents = encode(base.autoencoder, images)
+        if movers or not base.config.stable:
+            target_latents = encode(base.autoencoder, target)
+        return Painter(config, base, *networks, target_latents, source_latents)
+
+    @torch.no_grad()
     def sample(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, Prompt]:
-        """Latents (B, C, h, w) made from the records' first captions, and the encoded captions."""
+        """Latents (B, C, h, w) for the records' first captions, and the encoded captions."""
         config, schedule = self.config, self.base.schedule
         start, strength = self.start(records, draw)
         captions = [record.captions[0] for record in records]
         both = self.base.read(captions + [""] * len(captions))
         levels = len(schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
-        denoise = guide(self.fast_denoiser, self.fast_branch, both, config.guidance, span)
-        latents = SAMPLERS[config.sampler](denoise, start, schedule, config.sampling_steps, strength)
-        return latents, both[:len(captions)]
+        denoise = guide(self.denoiser, self.branch, both, config.guidance, span)
+        return dpm_solver(denoise, start, schedule, config.sampling_steps, strength), both[:len(captions)]
 
     def start(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, float]:
         """Latents (B, C, h, w) and strength that sampling starts with: pure noise, or the records' noised images."""
-        base, device = self.base, draw.device
+        base, device, strength = self.base, draw.device, self.config.strength
         noise = torch.randn(len(records), *base.config.shape, generator=draw, device=device)
         if self.config.mode == "generate":
             return noise, 1.0
         images = read_images([record.path for record in records], base.config)
         moved = match_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
-        visited = base.schedule.trailing(self.config.sampling_steps, self.config.strength)
+        visited = base.schedule.trailing(self.config.sampling_steps, strength)
         if not visited:
-            return moved, self.config.strength
+            return moved, strength
         t = torch.full((len(records),), visited[0], device=device)
-        return q_sample(moved, noise, t, base.schedule), self.config.strength
+        return q_sample(moved, noise, t, base.schedule), strength
 
 
 def calibration(samples: Tensor, target_latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +109,7 @@ def match_moments(latents: Tensor, source: Tensor, target: Tensor) -> Tensor:
     inside[rows:-rows, columns:-columns] = True
     moved = torch.empty_like(latents)
     for part in (inside, ~inside):
-        moved[:, :, part] = moved_moments(latents[:, :, part], source[:, :, part], target[:, :, part], (0, 2))
+        std, mean = torch.std_mean(source[:, :, part], (0, 2), keepdim=True)                      # (1, C, 1)
+        target_std, target_mean = torch.std_mean(target[:, :, part], (0, 2), keepdim=True)
+        moved[:, :, part] = (latents[:, :, part] - mean) / std.clamp(min=1e-4) * target_std + target_mean
     return moved
-
-
-def moved_moments(x: Tensor, source: Tensor, target: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Move x by the map that gives the source the target's mean and standard deviation over these axes."""
-    std, mean = torch.std_mean(source, axes, keepdim=True)
-    target_std, target_mean = torch.std_mean(target, axes, keepdim=True)
-    return (x - mean) / std.clamp(min=1e-4) * target_std + target_mean

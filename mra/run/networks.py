@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, DadRecipe, DiffusionConfig, Fit, UserError
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, DiffusionConfig, Fit, UserError
 from mra.data.augment import random_light
 from mra.data.files import harmless
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
-from mra.diffusion.autoencoder import Autoencoder
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
 from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss
@@ -29,7 +28,7 @@ from mra.run.loop import Loop, Share, Task
 from mra.run.machine import Machine
 from mra.weights.stable import read_stable
 
-SHIPPED = Path(__file__).parents[1] / "diffusion"      # base-demo.safetensors
+SHIPPED = Path(__file__).parents[1] / "diffusion"      # folder of base-demo.safetensors
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
 LIT = 0.75              # share of the autoencoder's images under random light
 
@@ -62,14 +61,31 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Callable[[Share],
 
 # ---- the base
 
-def train_base(config: AdaptConfig, records: RecordSet, root: str, machine: Machine) -> Path:
-    """Autoencoder, then denoiser, on the source alone, which comes from `root`; returns the file that holds both."""
-    out, recipe, size = Path("out") / f"base-{config.size}", DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
-    path = out / "base.safetensors"
+def base_file(config: AdaptConfig) -> Path:
+    """The file of the base: that of --base, else the shipped one of this size, else the one that is trained."""
+    shipped = SHIPPED / f"base-{config.size}.safetensors"
+    if config.base or shipped.exists():
+        return Path(config.base or shipped)
+    return base_folder(config) / "base.safetensors"
+
+
+def base_folder(config: AdaptConfig) -> Path:
+    """Where `train_base` writes."""
+    return Path("out") / f"base-{config.size}"
+
+
+def source_root(config: AdaptConfig) -> str:
+    """The folder of the source set; empty for the drawn one."""
+    return str(Path(config.source).resolve()) if config.source else ""
+
+
+def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> None:
+    """Autoencoder, then denoiser, on the source's records alone; one file holds both."""
+    out, recipe, size = base_folder(config), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
     images = read_images([record.path for record in records.records], size, config.workers)       # (N, 3, H, W)
     captions = captions_of(records)
     tokenizer = Tokenizer.read()
-    key = {"size": asdict(size), "source": records.name, "root": root, "images": len(images),
+    key = {"size": asdict(size), "source": records.name, "root": source_root(config), "images": len(images),
            "captions": len(captions), "contents": contents(records, images), "seed": config.seed}
     torch.manual_seed(config.seed)
     base = Diffusion.new(replace(size, vocab=len(tokenizer)), tokenizer).to(machine.device)
@@ -83,11 +99,9 @@ def train_base(config: AdaptConfig, records: RecordSet, root: str, machine: Mach
         return lambda share: pairs.loss(denoiser, None, base.schedule, share.draw, share.count)
 
     learn("denoiser", base.denoiser, prepare, recipe.denoiser, out / "denoiser.safetensors", key, machine)
-    facts = {"size": asdict(base.config), "source": records.name, "root": root, "images": len(images),
-             "captions": len(captions), "seed": config.seed, "vocab": tokenizer.pieces,
-             "versions": checkpoint.VERSIONS}
-    machine.first(lambda: checkpoint.save(path, checkpoint.halves(base), facts))
-    return path
+    facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
+    machine.first(lambda: checkpoint.save(out / "base.safetensors", checkpoint.halves(base), facts))
+    machine.say(f"{out / 'base.safetensors'} is ready.")
 
 
 def train_autoencoder(base: Diffusion, images: Tensor, fit: Fit, path: Path, key: dict, machine: Machine) -> None:
@@ -101,29 +115,26 @@ def train_autoencoder(base: Diffusion, images: Tensor, fit: Fit, path: Path, key
         chosen = torch.randint(len(images), (share.count,), generator=share.draw, device=machine.device).cpu()
         lit = random_light(to_float(images[chosen].to(machine.device)), LIT, share.draw)
         noise = torch.randn(share.count, *base.config.shape, generator=share.draw, device=machine.device)
-        return base.autoencoder.loss(lit, noise, kl_weight=1e-4)
+        return base.autoencoder.loss(lit, noise)
 
     learn("autoencoder", base.autoencoder, prepare, fit, path, key, machine)
 
 
-def load_base(config: AdaptConfig, root: str, machine: Machine) -> Diffusion | None:
-    """The pretrained base, frozen; None where one of this size must first be trained on the source in `root`."""
+def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
+    """The pretrained base, frozen. Raises UserError for a missing file, or one of another size or source."""
+    size = DIFFUSION_PRESETS[config.size]
     if config.weights:
-        base = read_stable(Path(config.weights), DIFFUSION_PRESETS[config.size])
-        machine.say(f"Base: {config.weights}, Stable Diffusion.")
-        return base.to(machine.device).eval().requires_grad_(False)
-    shipped, trained = SHIPPED / f"base-{config.size}.safetensors", Path("out") / f"base-{config.size}/base.safetensors"
-    own = not config.base and not shipped.exists()
-    if own and not trained.exists():
-        return None
-    path = trained if own else Path(config.base or shipped)
-    base, facts = read_base(path)
-    if base.config.shape != DIFFUSION_PRESETS[config.size].shape:
-        raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
-    if own and facts.get("root") != root:
-        raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or give it "
-                        "as --base.")
-    machine.say(f"Base: {path}, trained on {harmless(facts['images'])} images of {harmless(facts['source'])}.")
+        base, told = read_stable(Path(config.weights), size), f"{config.weights}, Stable Diffusion"
+    else:
+        path = base_file(config)
+        base, facts = read_base(path)
+        if base.config.shape != size.shape:
+            raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
+        if not config.base and path.parent == base_folder(config) and facts.get("root") != source_root(config):
+            raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or "
+                            "give it as --base.")
+        told = f"{path}, trained on {harmless(facts['images'])} images of {harmless(facts['source'])}"
+    machine.say(f"Base: {told}.")
     return base.to(machine.device).eval().requires_grad_(False)
 
 
@@ -165,16 +176,32 @@ class Target:
         return Target(records, images, Path("out/dad") / name, key)
 
 
-def with_scale(base: Diffusion, images: Tensor) -> Diffusion:
-    """The base with latents whose mean is 0 and whose variance is 1 on these images (N, 3, H, W), the target's.
+def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Diffusion:
+    """The base with an autoencoder for the target: its scale, then a decoder that gives its blur and grain.
 
-    Stable Diffusion's scale stays, as in the paper.
+    Latents of the target's images get mean 0 and variance 1. The decoder is not in the paper: without it half of what
+    tells made images from the target's comes from there. Stable Diffusion's autoencoder stays, as in the paper.
     """
     if base.config.stable:
         return base
-    autoencoder = copy.deepcopy(base.autoencoder)
-    autoencoder.learn_scale(encode(autoencoder, images))
-    return base.with_autoencoder(autoencoder)
+    autoencoder = copy.deepcopy(base.autoencoder).requires_grad_(False)
+    autoencoder.learn_scale(encode(autoencoder, target.images))
+    for part in (autoencoder.decoder, autoencoder.linear_out):
+        part.requires_grad_(True)
+
+    def prepare() -> Callable[[Share], Tensor]:
+        latents = encode(autoencoder, target.images)                                     # (N, C, h, w)
+
+        def loss_of(share: Share) -> Tensor:
+            chosen = torch.randint(len(latents), (share.count,), generator=share.draw, device=machine.device)
+            own = to_float(target.images[chosen.cpu()].to(machine.device))
+            return autoencoder.decoder_loss(own, latents[chosen])
+
+        return loss_of
+
+    learn("decoder", autoencoder, prepare, DAD_RECIPES[config.size].decoder, target.folder / "decoder.safetensors",
+          target.key, machine)
+    return base.with_autoencoder(autoencoder.eval().requires_grad_(False))
 
 
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> DomainBranch:
@@ -198,37 +225,12 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
         return lambda share: pairs.loss(denoiser, step_branch, base.schedule, share.draw, share.count,
                                         middle=not base.config.stable)
 
-    learn("branch", branch, prepare, branch_fit(config, recipe, len(captions)), target.folder / "branch.safetensors",
+    steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * len(captions) / recipe.branch.batch)
+    learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder / "branch.safetensors",
           target.key, machine)
     if rounds:
         round_weights(branch)
     return branch.eval().requires_grad_(False)
-
-
-def branch_fit(config: AdaptConfig, recipe: DadRecipe, captions: int) -> Fit:
-    """The branch's plan, with as many steps as --steps or the recipe's epochs ask for."""
-    steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * captions / recipe.branch.batch)
-    return replace(recipe.branch, steps=steps)
-
-
-def train_decoder(config: AdaptConfig, base: Diffusion, target: Target, latents: Tensor,
-                  machine: Machine) -> Autoencoder:
-    """The autoencoder, its decoder trained to give the target's blur and grain; latents (N, C, h, w) stay the same.
-
-    Not in the paper. Without it half of what tells made images from the target's comes from the decoder.
-    """
-    autoencoder = copy.deepcopy(base.autoencoder).requires_grad_(False)
-    for part in (autoencoder.decoder, autoencoder.linear_out):
-        part.requires_grad_(True)
-
-    def loss_of(share: Share) -> Tensor:
-        chosen = torch.randint(len(latents), (share.count,), generator=share.draw, device=machine.device)
-        own = to_float(target.images[chosen.cpu()].to(machine.device))
-        return autoencoder.decoder_loss(own, latents[chosen])
-
-    learn("decoder", autoencoder, lambda: loss_of, DAD_RECIPES[config.size].decoder,
-          target.folder / "decoder.safetensors", target.key, machine)
-    return autoencoder.eval().requires_grad_(False)
 
 
 def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
@@ -237,7 +239,7 @@ def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
     The other half stays unseen, to measure the judge (tests/study/gap.py).
     """
     torch.manual_seed(config.seed)
-    judge = Judge(1).to(machine.device, memory_format=torch.channels_last)
+    judge = Judge().to(machine.device, memory_format=torch.channels_last)
 
     def prepare() -> Callable[[Share], Tensor]:
         good = target.images[:len(target.images) // 2]

@@ -1,6 +1,7 @@
-"""The parts of an adapted set on disk: what is begun, made by processes and threads, and finished with its report.
+"""An adapted set on disk: its parts, made one by one by processes and threads, and the finished set with its report.
 
-diffusion/making.py has what a part consists of, and how it is made.
+Beside the parts lies their key, parts.key.json. The thresholds of the filters are not in it: they decide what the
+finished set keeps, and can be changed without making the images again. diffusion/making.py makes the images of a part.
 """
 
 import random
@@ -9,117 +10,142 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mra.config import DAD_RECIPES, UserError
-from mra.data.files import read_json, write_json
-from mra.diffusion.base import Diffusion, encode, read_images
-from mra.diffusion.making import FILTERS, PART, Maker, SetPlan, collect
-from mra.diffusion.sampling import calibration
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError
+from mra.data.files import read_json, save_image, write_json
+from mra.diffusion.base import read_images
+from mra.diffusion.filters import FILTERS, Judge, filters_of, scores_of
+from mra.diffusion.making import SetPlan, make_images
+from mra.diffusion.sampling import Painter, calibration
 from mra.run import checkpoint
 from mra.run.kept import changes, key_file, remember
-from mra.run.machine import Machine, stoppable
+from mra.run.machine import Machine
 from mra.show import pictures
 
-PICTURED = 10          # images in a row of a picture
+PART = 64              # images of a part, which are made and written together
 PROBE_SEED = 2**32     # the calibration's samples have the seeds from this number on, the parts those from 0
+FILE = 5000            # records of an annotation file
+PICTURED = 10          # images in a row of a picture
 
 
-def refuse_others(out: Path, key: dict, resume: bool) -> bool:
-    """Whether `out` holds parts that were made under another key, of which `key` may be a part.
+def begin(out: Path, key: dict, resume: bool, machine: Machine) -> None:
+    """Make `out` a folder for parts of this key; parts of another key are removed with their images.
 
-    With `resume` raises UserError instead, so that they stay. Also raises it for records that adapt.py did not make.
+    Raises UserError where `out` holds such parts and `resume` is true, or records that adapt.py did not make.
     """
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
-    if not key_file(out / "parts").exists():
-        return False
-    made = read_json(key_file(out / "parts"))
-    different = changes({name: made.get(name) for name in key}, key)
+    file, different = key_file(out / "parts"), []
+    if file.exists():
+        different = changes(read_json(file), key)
     if different and resume:
         raise UserError(f"{out} was made otherwise: {'; '.join(different)}; give another --out, or --no-resume to make "
                         "it anew.")
-    return bool(different)
-
-
-def begin(out: Path, key: dict, resume: bool) -> None:
-    """Remove the report and annotation files, so that `out` no longer counts as finished.
-
-    Without `resume`, parts that were made under another key are removed with their images; see `refuse_others`.
-    """
-    others = refuse_others(out, key, resume)
-    for file in (out / "report.json", key_file(out / "report.json"), *out.glob("sda_*.json")):
-        file.unlink(missing_ok=True)
-    if others or not key_file(out / "parts").exists():
+    if different:
+        machine.say(f"{out} is made anew: {'; '.join(different)}.")
+    if different or not file.exists():
+        remove_annotation(out)
         for folder in (out / "parts", out / "imgs"):
             shutil.rmtree(folder, ignore_errors=True)
         (out / "parts").mkdir()
         remember(out / "parts", key)
 
 
-def source_latents(plan: SetPlan, base: Diffusion, workers: int) -> Tensor | None:
-    """Latents (N, C, h, w) of the source images whose moments stand for all, when images are restyled."""
-    if not plan.movers:
-        return None
-    images = read_images([record.path for record in plan.movers], base.config, workers)
-    return encode(base.autoencoder, images)
+def remove_annotation(out: Path) -> None:
+    """Remove the report, without which a set is not finished, and the annotation files."""
+    for file in (out / "report.json", *out.glob("sda_*.json")):
+        file.unlink(missing_ok=True)
 
 
-def make_parts(maker: Maker, machine: Machine) -> None:
+def is_finished(out: Path, key: dict) -> bool:
+    """Whether `out` holds the whole set of this key, which includes the thresholds."""
+    report = out / "report.json"
+    return report.exists() and not changes(read_json(report).get("key", {}), key)
+
+
+def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine: Machine) -> None:
     """Make the parts that are not on disk, after the calibration; processes and threads share them out."""
-    plan, out = maker.plan, maker.out
-    missing = [number for number in range(machine.rank, plan.parts, machine.world) if not maker.file(number).exists()]
+    parts = [plan.drafts[start:start + PART] for start in range(0, len(plan.drafts), PART)]
+    files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
+    missing = [number for number in range(machine.rank, len(parts), machine.world) if not files[number].exists()]
     machine.say(f"Making {len(plan.drafts)} images in {out}.")
-    with stoppable() as asked:
-        moments = calibrate(maker, machine) if missing and plan.probes else (1.0, 0.0)
-        started, done = time.perf_counter(), []
+    moments = (1.0, 0.0)
+    if missing and plan.probes:
+        moments = calibrate(painter, plan, machine)
+    started, done = time.perf_counter(), []
 
-        def make_part(number: int) -> None:
-            if asked.is_set():
-                return
-            maker.part(number, moments, machine.generator(maker.config.seed, number), machine.autocast())
-            done.append(number)
-            seconds = (time.perf_counter() - started) / len(done)
-            machine.say(f"{len(done)} of {len(missing)} parts made  {PART / seconds:.1f} images/s  "
-                        f"{seconds * (len(missing) - len(done)) / 60:.1f} min left")
+    def make_part(number: int) -> None:
+        draw = machine.generator(painter.config.seed, number)
+        with machine.autocast():
+            images, rows = make_images(painter, parts[number], plan.places, moments, draw)
+        write_part(files[number], images, rows, scores_of(images, judge))
+        done.append(number)
+        seconds = (time.perf_counter() - started) / len(done)
+        machine.say(f"{len(done)} of {len(missing)} parts made  {PART / seconds:.1f} images/s  "
+                    f"{seconds * (len(missing) - len(done)) / 60:.1f} min left")
 
-        machine.map(make_part, missing)
-        if machine.any(asked.is_set()):         # which also waits for all processes
-            raise KeyboardInterrupt
-
-
-def calibrate(maker: Maker, machine: Machine) -> tuple[Tensor, Tensor]:
-    """The calibration's scale and shift, (C, h, w) each, from samples of the plan's probes."""
-    seed = maker.config.seed
-    chosen = maker.plan.chosen_probes(seed, DAD_RECIPES[maker.config.size].probes)
-    samples = machine.map(lambda i: maker.probe(chosen[i], machine.generator(seed, PROBE_SEED + i), machine.autocast()),
-                          range(len(chosen)))
-    return calibration(torch.cat(samples), maker.painter.target_latents)
+    machine.map(make_part, missing)
+    machine.any(False)          # returns when all processes have made theirs
 
 
-def finish(maker: Maker, target: Tensor, key: dict, machine: Machine) -> None:
+def calibrate(painter: Painter, plan: SetPlan, machine: Machine) -> tuple[Tensor, Tensor]:
+    """The calibration's scale and shift, (C, h, w) each, from samples of random probes."""
+    seed, count = painter.config.seed, DAD_RECIPES[painter.config.size].probes
+    # with replacement; sorted, so that lengths stay together
+    chosen = sorted(random.Random(seed).choices(range(len(plan.probes)), k=count))
+
+    def sample(start: int) -> Tensor:
+        probes = [plan.probes[i] for i in chosen[start:start + PART]]
+        with machine.autocast():
+            latents, _ = painter.sample(probes, machine.generator(seed, PROBE_SEED + start // PART))
+        return latents                                                                   # (B, C, h, w)
+
+    return calibration(torch.cat(machine.map(sample, range(0, count, PART))), painter.target_latents)
+
+
+def write_part(file: Path, images: Tensor, rows: list[dict], scores: dict[str, Tensor]) -> None:
+    """Write the uint8 images (B, 3, H, W) of a part, then its records with the scores (B,)."""
+    folder = file.parent.parent / "imgs" / file.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = "png" if images.shape[2] < 128 else "jpg"      # JPEG artefacts would show on small images
+    for i, (row, image) in enumerate(zip(rows, images.cpu())):
+        path = folder / f"{i:02d}.{suffix}"
+        row["image"] = f"{file.stem}/{path.name}"
+        for name, values in scores.items():
+            row[name] = round(float(values[i]), 5)
+        save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), path, quality=95, subsampling=0)
+    write_json(file, rows, indent=None)
+
+
+def finish(config: AdaptConfig, out: Path, target: Tensor, key: dict, machine: Machine) -> None:
     """Write the annotation files of what passes the filters, pictures, and the report.
 
     target (N, 3, H, W): the target's images. Raises UserError where nothing passes.
     """
-    plan, out = maker.plan, maker.out
-    kept, dropped = collect(maker.config, [maker.file(number) for number in range(plan.parts)], out)
-    machine.say(f"Kept {len(kept)} of {len(plan.drafts)} images.")
+    rows = [row for part in sorted((out / "parts").glob("*.json")) for row in read_json(part, list)]
+    for row in rows:
+        row["dropped_by"] = filters_of(config, row)
+    kept = [row for row in rows if not row["dropped_by"]]
+    remove_annotation(out)
+    for start in range(0, len(kept), FILE):
+        write_json(out / f"sda_{start}_{start + FILE}.json", kept[start:start + FILE], indent=None)
+    machine.say(f"Kept {len(kept)} of {len(rows)} images.")
     if not kept:
         raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
 
-    def images_of(rows: list[dict]) -> Tensor:
-        return read_images([str(out / "imgs" / row["image"]) for row in rows], maker.painter.base.config)
+    def images_of(some: list[dict]) -> Tensor:
+        return read_images([str(out / "imgs" / row["image"]) for row in some], DIFFUSION_PRESETS[config.size])
 
     chosen = random.Random(0).sample(kept, min(PICTURED, len(kept)))
     # spread over the set: neighbours may show one person
     real = target[torch.linspace(0, len(target) - 1, min(PICTURED, len(target))).long()]
     pictures.sheet({"adapted": images_of(chosen), "target": real}, out / "adaptation.png")
-    reasons = {name: [row for row in dropped if name in row["dropped_by"]] for name in FILTERS}
-    pictured = {name: images_of(rows[:PICTURED]) for name, rows in reasons.items() if rows}
+    dropped = {name: [row for row in rows if name in row["dropped_by"]] for name in FILTERS}
+    pictured = {name: images_of(some[:PICTURED]) for name, some in dropped.items() if some}
     if pictured:
         pictures.sheet(pictured, out / "dropped.png")
     write_json(out / "report.json", {
-        "made": len(plan.drafts), "kept": len(kept), "dropped": {name: len(rows) for name, rows in reasons.items()},
+        "made": len(rows), "kept": len(kept), "dropped": {name: len(some) for name, some in dropped.items()},
         "versions": checkpoint.VERSIONS, "key": key})
-    remember(out / "report.json", key)

@@ -15,7 +15,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapt import PLACED, THRESHOLDS, drawn, source_records
+from adapt import THRESHOLDS, source_records
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
 from mra.data.files import read_json, write_json
 from mra.data.records import Box, Record, share_of
@@ -38,7 +38,7 @@ from mra.run import checkpoint, networks
 from mra.run.command import run
 from mra.run.kept import changes
 from mra.run.loop import Loop, Share, Task
-from mra.run.machine import Machine, claimed
+from mra.run.machine import Machine, claimed, drawn
 from mra.show import pictures
 from mra.town import sets
 from mra.town.drawing import DOMAINS, Pose
@@ -59,6 +59,18 @@ SIZES = [*map(len, KINDS.values()), len(CAMERAS)]                   # the reader
 GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # the colours that the report counts
 READERS = {"tiny": Fit(5, 16, 2e-3), "demo": Fit(3000, 64, 2e-3), "small": Fit(6000, 64, 1e-3),
            "base": Fit(10_000, 64, 1e-3)}                           # how the reader of each size is trained
+
+
+class Reader(Judge):
+    """Images -> scores (B, sum(SIZES)) of all attributes and cameras."""
+
+    outputs = sum(SIZES)
+
+    @torch.inference_mode()
+    def features_of(self, images: Tensor) -> Tensor:
+        """Features (N, 128) of uint8 images (N, 3, H, W), for the Frechet distance; on the CPU."""
+        device = next(self.parameters()).device
+        return torch.cat([self.features(to_float(some.to(device))).float().cpu() for some in images.split(256)])
 
 
 def main() -> None:
@@ -117,17 +129,14 @@ class AdaptedSet:
             if DIFFUSION_PRESETS[config.size].stable:
                 raise UserError(f"{out} is not made from the demo town, for which there is no --size {config.size}.")
         base = trained_base(config, machine)
-        root = drawn(config.target, config, machine)
+        root = drawn(config.target, config.size == "tiny", machine)
         records = share_of(load(config.target, "train", root, say=machine.say), config.share)
         target = networks.Target.of(config, records, base)
-        check_same(out, key, target.key)                # before anything would be trained anew
-        base = networks.with_scale(base, target.images)
+        # before anything would be trained anew
+        check_same(out, key, target.key | {"recipe": asdict(DAD_RECIPES[config.size])})
+        base = networks.adapt_autoencoder(config, base, target, machine)
         branch = networks.train_branch(config, base, target, machine)
-        latents = encode(base.autoencoder, target.images)                                # (M, C, h, w)
-        base = base.with_autoencoder(networks.train_decoder(config, base, target, latents, machine))
         judge = networks.train_judge(config, target, machine)
-        check_same(out, key, {"branch": checkpoint.digest(branch), "decoder": checkpoint.digest(base.autoencoder),
-                              "judge": checkpoint.digest(judge)})
         source = source_records(config, machine).records
         rows = rows_of(out)
         images = read_images([str(out / "imgs" / row["image"]) for row in rows], base.config, config.workers)
@@ -136,10 +145,9 @@ class AdaptedSet:
 
 def trained_base(config: AdaptConfig, machine: Machine) -> Diffusion:
     """The base of the demo town. Raises UserError where none is trained."""
-    base = networks.load_base(config, "", machine)
-    if base is None:
+    if not networks.base_file(config).exists():
         raise UserError(f"There is no base of this size: python adapt.py --train-base --size {config.size} trains it.")
-    return base
+    return networks.load_base(config, machine)
 
 
 def check_same(out: Path, key: dict, found: dict) -> None:
@@ -233,7 +241,7 @@ def measure(out: Path, device: str) -> None:
     print(f"Wrote {out / 'gap.json'} and adaptation.png.")
 
 
-def table_of(made: AdaptedSet, town: Town, reader: Judge, source: list[Record],
+def table_of(made: AdaptedSet, town: Town, reader: Reader, source: list[Record],
              drawings: tuple[Tensor, Tensor]) -> dict[str, dict]:
     """A row for each way to make images, for exact images, and for the second of two sets of drawings of the target.
 
@@ -258,9 +266,9 @@ def table_of(made: AdaptedSet, town: Town, reader: Judge, source: list[Record],
     return table
 
 
-def row_of(images: Tensor, held_out: Tensor, reader: Judge, made: AdaptedSet) -> dict:
+def row_of(images: Tensor, held_out: Tensor, reader: Reader, made: AdaptedSet) -> dict:
     """A row of the table: how far images are from the held-out images of the target, both (N, 3, H, W) uint8."""
-    first, second = (reader.score(some, features=True) for some in (images, held_out))
+    first, second = (reader.features_of(some) for some in (images, held_out))
     apart = separability(images, held_out, made.fit, made.config.seed, made.machine)
     return {"frechet": round(frechet(first, second), 3), "classifier": round(apart, 4), **light(images)}
 
@@ -277,7 +285,7 @@ def add_distance_closed(rows: dict[str, dict]) -> None:
 def train_reader(size: str, machine: Machine) -> None:
     """Train the reader on drawings of people that nothing else uses, as all targets' cameras see them."""
     torch.manual_seed(0)
-    reader = Judge(sum(SIZES)).to(machine.device)
+    reader = Reader().to(machine.device)
     people, pixels = strangers(20 if size == "tiny" else 6000, seed=0), DIFFUSION_PRESETS[size]
 
     def prepare() -> Callable[[Share], Tensor]:
@@ -305,14 +313,14 @@ def reader_file(size: str) -> Path:
     return Path(f"out/base-{size}/reader.safetensors")
 
 
-def read_reader(size: str, device: torch.device) -> Judge:
+def read_reader(size: str, device: torch.device) -> Reader:
     """The shipped reader of a size, or a trained one. Raises UserError where there is none."""
     shipped = Path(__file__).with_name(f"reader-{size}.safetensors")
     path = shipped if shipped.exists() else reader_file(size)
     if not path.exists():
         raise UserError(f"There is no reader of this size: python -m tests.study.gap --train-reader --size {size} "
                         "trains it.")
-    reader = Judge(sum(SIZES))
+    reader = Reader()
     checkpoint.restore_weights(reader, checkpoint.load(path)[0], path)
     return reader.to(device).eval()
 
@@ -328,13 +336,13 @@ def labels_of(people: list[Person]) -> Tensor:
                          for person in people])
 
 
-def reading_loss(reader: Judge, images: Tensor, labels: Tensor) -> Tensor:
+def reading_loss(reader: Reader, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy: uint8 images (B, 3, H, W), labels (B, attributes + 1), the camera's last."""
     scores = reader(to_float(images)).split(SIZES, 1)
     return sum(F.cross_entropy(s.float(), labels[:, i]) for i, s in enumerate(scores)) / len(scores)
 
 
-def colour_accuracy(reader: Judge, images: Tensor, people: list[Person], captions: list[str]) -> dict[str, float]:
+def colour_accuracy(reader: Reader, images: Tensor, people: list[Person], captions: list[str]) -> dict[str, float]:
     """Share of the images on which the reader finds a garment's colour, where the caption names garment and colour."""
     def named(caption: str, person: Person, kind: str) -> bool:
         return any(term in caption.lower() for term in KINDS[kind][getattr(person, kind)])
@@ -374,7 +382,7 @@ def separability(first: Tensor, second: Tensor, fit: Fit, seed: int, machine: Ma
 def tell_apart(first: Tensor, second: Tensor, fit: Fit, seed: int, machine: Machine) -> Judge:
     """A fresh judge, trained in float32 to give images of `first` a negative score and of `second` a positive one."""
     torch.manual_seed(seed)
-    judge = Judge(1).to(machine.device, memory_format=torch.channels_last)
+    judge = Judge().to(machine.device, memory_format=torch.channels_last)
 
     def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
         loss = judge_loss(judge, first, second, share.draw, share.count)
@@ -461,7 +469,7 @@ def box_quality(made: AdaptedSet, town: Town, source: list[Record]) -> dict[str,
     for record in source:
         for phrase, box in zip(record.phrases, record.boxes):
             usual[phrase.split()[-1]].append(box)
-    places = usual_places(islice(made.source, PLACED), *base.config.shape[1:])
+    places = usual_places(made.source, *base.config.shape[1:])
     some = town.portraits([shot.person for shot in town.shots([record.path for record in source[:BOXED]])], 1)
     captions = [portrait.words.caption for portrait in some]
     latents = encode(base.autoencoder, stacked([portrait.pixels for portrait in some]))                # (N, C, h, w)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mra.diffusion.autoencoder import OPPONENT, Autoencoder, mix
 from mra.diffusion.base import decode, encode, to_bytes, to_float
-from mra.diffusion.sampling import match_moments, moved_moments
+from mra.diffusion.sampling import match_moments
 
 # RGB -> cone responses, whose logarithms OPPONENT makes nearly independent (Reinhard et al. 2001)
 LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
@@ -23,7 +23,9 @@ def reinhard(images: Tensor, targets: Tensor) -> Tensor:
         return mix(OPPONENT, (mix(LMS, (to_float(x) + 1) / 2) + 1 / 255).log())
 
     x = to_opponent(images)
-    moved = moved_moments(x, x, to_opponent(targets), (2, 3))
+    std, mean = torch.std_mean(x, (2, 3), keepdim=True)
+    target_std, target_mean = torch.std_mean(to_opponent(targets), (2, 3), keepdim=True)
+    moved = (x - mean) / std.clamp(min=1e-4) * target_std + target_mean
     return to_bytes(mix(LMS.inverse(), mix(OPPONENT.inverse(), moved).exp() - 1 / 255) * 2 - 1)
 
 
