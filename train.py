@@ -33,12 +33,10 @@ from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.formats.check import check_set
 from mra.formats.read import load
 from mra.retriever import Objective
-from mra.run import checkpoint, stages
+from mra.run import checkpoint, contrastive, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Share, Task, write_line
 from mra.run.machine import Machine, claimed, drawn
-from mra.scale import contrastive
-from mra.scale.search import sharded_top_k
 from mra.weights.retrievers import model_facts
 
 
@@ -108,8 +106,7 @@ def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
     def keep_best(done: int, found: dict) -> dict:
         """Evaluate on val after `done` steps, and write the best checkpoint; returns this result and the best one."""
         fused = done > lengths.fusion_from
-        plan = ranking.Plan(model.config.rerank if fused else 0, loading=config.workers, workers=machine.workers,
-                            nearest=sharded_top_k)
+        plan = ranking.Plan(model.config.rerank if fused else 0, loading=config.workers, workers=machine.workers)
         autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py
         result = ranking.validate(model, tokenizer, val_set, fused, plan, autocast)
         write_line(out / "log.jsonl", {"step": done, "val": result}, machine)

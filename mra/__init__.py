@@ -17,8 +17,8 @@ Beside the method, which imports none of it:
     formats/              annotation files of the real sets, --check
     town/                 drawn people in the real sets' formats, for a demo and for exact answers
     weights/              weights from elsewhere: BERT, ViT, the released MRA models, Stable Diffusion
-    run/                  command line, machine, checkpoints, the one training loop, what is kept on disk
-    scale/                the contrastive loss in chunks, top-k of large galleries
+    run/                  command line, machine, checkpoints, the one training loop, the contrastive loss of large
+                          batches, what is kept on disk
     show/                 pictures, a folder of photographs, answers to sentences
     train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
 
@@ -27,7 +27,7 @@ Shape letters; a docstring explains any other. Masks end in `_keep`, True = use 
     B batch      N patches    T tokens of a text   P tokens of a phrase   M positions picked, as of masked words
     D width      E embedding  S keys attended      V vocabulary           H x W pixels
     in ranking.py: Q queries    G gallery images   K candidates of a query, the first k of them re-scored
-    in scale/:     N pairs of all workers          R rows of a chunk
+    in run/contrastive.py: N pairs of all workers             R rows of a chunk
     in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
 Public names: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`,

@@ -310,9 +310,7 @@ class EvalConfig:
     data_root: str = flag("", "folder of the real sets; empty: the demo town")
     k: int = flag(-1, "candidates that the fusion encoder re-scores; -1: the preset's; 0: none", -1, 1e9)
     mirror: bool = flag(True, "average the scores of an image and its mirror image")
-    fusion: str = flag("clean", "clean: a pair's score depends on that pair alone; published: as the released code",
-                       choices=("clean", "published"))
-    weight: float = flag(-1.0, "weight of the similarity; -1: chosen on val (clean) or 0.002 (published)", -1, 1e9)
+    weight: float = flag(-1.0, "weight of the similarity beside the match; -1: the one chosen on val", -1, 1e9)
     query: tuple[str, ...] = flag((), "sentences: rank a gallery for each")
     queries: str = flag("", "a text file: rank a gallery for the sentence in each line")
     gallery: str = flag("", "a folder of photographs for these sentences; empty: the test images")

@@ -3,14 +3,12 @@
 A candidate's score is match + weight * similarity. Match is the fusion encoder's logit [matched] - [mismatched],
 similarity the cosine of the embeddings. The weight says how much the similarity counts: with 0 the match alone orders
 the candidates, with a large weight they keep the first stage's order. `choose_weight` takes the best one on val, and
-the checkpoint keeps it. A score depends on its pair alone; in MRA section 3, and in `Found.published_scores`, scores
-are normalised over all pairs, so a query's order depends on the other queries. With `Plan.mirror` both stages average
-over an image and its mirror image, with left and right exchanged in the words, as the released code does not.
-Read next: workers.py, evaluate.py.
+the checkpoint keeps it. A score depends on its pair alone. In MRA section 3 scores are normalised over all pairs, so
+a query's order depends on the other queries. With `Plan.mirror` both stages average two passes: one over images and
+captions, one over mirrored images and captions with left and right exchanged. Read next: workers.py, evaluate.py.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -30,7 +28,8 @@ from mra.workers import Workers
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10                          # images found for each query at least
-BLOCK = 512                         # queries whose similarities with the whole gallery are in memory at once
+BLOCK = 512                         # queries compared with the gallery at a time
+CHUNK = 65536                       # gallery images that they are compared with at a time in a search
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
 PAIRS = {"cuda": 2048, "cpu": 256}  # pairs matched at a time; 256 stay in a CPU's cache
 GATHERED = 4 * 2**30                # bytes of their keys and values, at most
@@ -45,11 +44,11 @@ def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor
     """
     hit = gallery_ids[order] == query_ids[:, None]                                 # (Q, G)
     hit = hit[hit.any(1)].double()
-    found = hit.cumsum(1)                                                          # hits among the first r
     rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)                    # (G,)
-    matches, last = found[:, -1], (hit * rank).amax(1)
-    return torch.stack([*(found[:, min(k, len(rank)) - 1].clamp(max=1) for k in (1, 5, 10)),
-                        (found / rank * hit).sum(1) / matches, matches / last], 1)
+    recalls = [hit[:, :k].amax(1) for k in (1, 5, 10)]
+    matches = hit.sum(1)
+    precision = (hit.cumsum(1) / rank * hit).sum(1) / matches
+    return torch.stack([*recalls, precision, matches / (hit * rank).amax(1)], 1)
 
 
 def means(rows: list[Tensor]) -> dict[str, float]:
@@ -72,42 +71,25 @@ class Found:
     similarity: Tensor      # (Q, K) of the candidates; this and what follows is on the CPU
     candidates: Tensor      # (Q, K) indices of the most similar images, best first
     match: Tensor           # (Q, k) logit [matched] - [mismatched], the mean of the passes
-    matched: Tensor         # (passes, Q, k) the logit [matched] alone
 
-    def reranked(self, weight: float, published: bool = False) -> Tensor:
-        """Gallery indices (Q, K): the first k by match + weight * similarity, or as published; the others as found."""
+    def reranked(self, weight: float) -> Tensor:
+        """Gallery indices (Q, K): the first k by match + weight * similarity, the others as found."""
         k = self.match.shape[1]
-        score = self.published_scores(weight) if published else self.match + weight * self.similarity[:, :k]
+        score = self.match + weight * self.similarity[:, :k]
         order = score.argsort(dim=1, descending=True, stable=True)
         return torch.cat([self.candidates[:, :k].gather(1, order), self.candidates[:, k:]], 1)
-
-    def published_scores(self, weight: float) -> Tensor:
-        """The released code's scores (Q, k): logit [matched] + weight * similarity, each min-max scaled.
-
-        Similarity is scaled over all pairs, the logit over the candidates of each pass. There too the other images
-        stay behind. On n processes the released code weighs the similarity about n times more: give n * 0.002.
-        """
-        lowest = min((some @ self.gallery.to(some).T).min().item() for some in self.queries.split(BLOCK))
-        scaled = (self.similarity - lowest) / (self.similarity.max() - lowest).clamp(min=1e-12)
-        least, most = self.matched.amin((1, 2), keepdim=True), self.matched.amax((1, 2), keepdim=True)
-        matching = ((self.matched - least) / (most - least).clamp(min=1e-12)).mean(0)            # (Q, k)
-        return matching + weight * scaled[:, :matching.shape[1]]
-
-    def rest(self, some: Tensor) -> Tensor:
-        """For some queries, by their indices (q,), the images (q, G - K) beyond the candidates, by similarity."""
-        scores = self.queries[some] @ self.gallery.to(self.queries).T                            # (q, G)
-        scores.scatter_(1, self.candidates[some].to(scores.device), -torch.inf)
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        return order[:, :scores.shape[1] - self.candidates.shape[1]].cpu()
 
     def metrics(self, query_ids: Tensor, gallery_ids: Tensor, *firsts: Tensor) -> list[dict[str, float]]:
         """METRICS in percent of each order of the candidates (Q, K), all other images behind; nan without any match."""
         rows = [[] for _ in firsts]
         for some in torch.arange(len(query_ids)).split(BLOCK):
-            rest = self.rest(some)
+            scores = self.queries[some] @ self.gallery.to(self.queries).T                        # (q, G)
+            scores.scatter_(1, self.candidates[some].to(scores.device), torch.inf)               # they stand first
+            order = scores.argsort(dim=1, descending=True, stable=True).cpu()
             for own, first in zip(rows, firsts):
-                own.append(metric_rows(torch.cat([first[some], rest], 1), query_ids[some], gallery_ids))
-        return list(map(means, rows))
+                order[:, :first.shape[1]] = first[some]
+                own.append(metric_rows(order, query_ids[some], gallery_ids))
+        return [means(own) for own in rows]
 
 
 def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:
@@ -123,10 +105,32 @@ def quality(metrics: dict[str, float]) -> float:
 
 # ---- search
 
-def top_k(queries: Tensor, gallery: Tensor, k: int, workers: Workers = Workers()) -> tuple[Tensor, Tensor]:
-    """The k best of gallery (G, E) for each query (Q, E), equal ones by index: similarities and indices (Q, k)."""
-    values, indices = (queries @ gallery.to(queries).T).sort(dim=1, descending=True, stable=True)
-    return values[:, :k], indices[:, :k]
+def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best, at most G, of gallery (G, E) for each query (Q, E): similarities and indices (Q, k), best first.
+
+    Equal similarities stand in the order of their indices. The gallery may lie in a mapped file, and stays there.
+    """
+    found = []
+    for some in queries.split(BLOCK):
+        values, indices = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long, device=some.device)
+        for start in range(0, len(gallery), CHUNK):
+            scores = some @ gallery[start:start + CHUNK].to(some).T                # (q, c)
+            columns = first_columns(scores, min(k, scores.shape[1]))
+            values = torch.cat([values, scores.gather(1, columns)], 1)
+            indices = torch.cat([indices, start + columns], 1)
+            order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+            values, indices = values.gather(1, order), indices.gather(1, order)    # (q, k)
+        found.append((values, indices))
+    return tuple(torch.cat(blocks) for blocks in zip(*found))
+
+
+def first_columns(scores: Tensor, k: int) -> Tensor:
+    """The columns (q, k) of the k highest scores of each row, in ascending order; of equal scores the first."""
+    columns = scores.topk(k, dim=1).indices                                        # of equal scores any
+    lowest = scores.gather(1, columns).amin(1, keepdim=True)
+    tied = (scores >= lowest).sum(1) > k                                           # few rows are sorted as a whole
+    columns[tied] = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return columns.sort(1).values
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,9 @@ class Plan:
 
     k: int                          # candidates that the fusion encoder re-scores, at most G; 0: none
     mirror: bool = True             # average over the mirror images
-    swap: bool = True               # exchange left and right in their captions
     batch: int = 64                 # images encoded at a time
     loading: int = 0                # image decoding processes
     workers: Workers = Workers()
-    nearest: Callable[[Tensor, Tensor, int, Workers], tuple[Tensor, Tensor]] = top_k
 
 
 class Images(Dataset):
@@ -174,42 +176,43 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
 def encode_gallery(model: Retriever, images: Dataset, plan: Plan) -> Tensor:
     """Unit features (G, 2, E) of the images and of their mirror images, or without mirror images (G, 1, E)."""
     device, own = next(model.parameters()).device, plan.workers.own_batches(len(images), plan.batch)
-    features = torch.zeros(len(images), 1 + plan.mirror, model.config.embed, device=device)
+    features = torch.zeros(len(images), 2 if plan.mirror else 1, model.config.embed, device=device)
     for start, image in zip(own[::plan.batch], loader(images, plan.loading, batch_size=plan.batch, sampler=own)):
         image = image.to(device)
-        for i, x in enumerate((image, image.flip(-1))[:1 + plan.mirror]):
-            features[start:start + plan.batch, i] = model.encode_image(x)[1].float()
+        views = [image, image.flip(-1)] if plan.mirror else [image]
+        features[start:start + plan.batch] = torch.stack([model.encode_image(view)[1].float() for view in views], 1)
     return plan.workers.summed(features)
 
 
 @torch.inference_mode()
-def match_candidates(model: Retriever, images: Dataset, queries: tuple[Tensor, ...], candidates: Tensor,
-                     mirrored: bool, plan: Plan) -> Tensor:
-    """Matching logits (Q, k, 2), [mismatched, matched], of each query with its candidates (Q, k).
+def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tensor, ...]], candidates: Tensor,
+                     plan: Plan) -> Tensor:
+    """The logit [matched] - [mismatched] (Q, k) of each query with its candidates (Q, k), the mean of the passes.
 
-    Keys and values of an image are computed once for all queries that ask for it, and then forgotten. An image that no
-    query asks for is not read. Queries of like length are matched together, padded to a multiple of 8: few shapes.
+    passes: `encode_queries` of the captions, then perhaps of those for the mirror images. Keys and values of an image
+    are computed once for all queries that ask for it, and then forgotten. An image that no query asks for is not read.
+    Queries of like length are matched together, padded to a multiple of 8: few shapes.
     """
-    text, keep, _ = queries                                                        # (Q, T, D), (Q, T)
     device = candidates.device
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) places in it
     own = plan.workers.own_batches(len(wanted), plan.batch)
-    logits = torch.zeros(places.numel(), 2, device=device)
-    lengths = keep.sum(1)                                                          # (Q,)
+    match = torch.zeros(places.numel(), device=device)
     batches = loader(images, plan.loading, batch_size=plan.batch, sampler=wanted[own].tolist())
     for start, image in zip(own[::plan.batch], batches):
         asked = ((places >= start) & (places < start + plan.batch)).flatten().nonzero().squeeze(1)   # pairs of it
         image = image.to(device)
-        tokens = model.image_encoder(image.flip(-1) if mirrored else image)        # (b, 1+N, D)
-        keys_values = model.fusion_encoder.keys_values(tokens)
-        fitting = GATHERED // sum(one[0].nbytes for one in keys_values)
-        by_length = lengths[asked // places.shape[1]].argsort(stable=True)
-        for some in asked[by_length].split(max(1, min(PAIRS[device.type], fitting))):
-            query, column = some // places.shape[1], places.flatten()[some] - start
-            longest = 8 * math.ceil(int(lengths[query].max()) / 8)                 # slicing stops at T
-            logits[some] = model.match(text[query, :longest], keep[query, :longest],
-                                       [one[column] for one in keys_values]).float()
-    return plan.workers.summed(logits).view(*places.shape, 2)
+        for view, (text, keep, _) in zip((image, image.flip(-1)), passes):         # (Q, T, D), (Q, T)
+            keys_values = model.fusion_encoder.keys_values(model.image_encoder(view))
+            fitting = GATHERED // sum(one[0].nbytes for one in keys_values)
+            lengths = keep.sum(1)                                                  # (Q,)
+            by_length = lengths[asked // places.shape[1]].argsort(stable=True)
+            for some in asked[by_length].split(max(1, min(PAIRS[device.type], fitting))):
+                query, column = some // places.shape[1], places.flatten()[some] - start
+                longest = 8 * math.ceil(int(lengths[query].max()) / 8)             # slicing stops at T
+                logits = model.match(text[query, :longest], keep[query, :longest],
+                                     [one[column] for one in keys_values]).float()
+                match[some] += (logits[:, 1] - logits[:, 0]) / len(passes)
+    return plan.workers.summed(match).view(places.shape)
 
 
 @torch.inference_mode()
@@ -221,18 +224,15 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     """
     images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
     if plan.mirror:
-        mirrored = list(map(swap_left_right, captions)) if plan.swap else captions
-        passes.append(encode_queries(model, tokenizer, mirrored))
+        passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
     features = encode_gallery(model, images, plan) if features is None else features
     # one product of queries and gallery is the mean of the passes' similarities
     queries = torch.cat([feature for _, _, feature in passes], 1) / len(passes)    # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):
-        values, candidates = plan.nearest(queries, gallery, max(plan.k, FIRST), plan.workers)        # (Q, K)
-    pairs = torch.stack([match_candidates(model, images, words, candidates[:, :plan.k], bool(i), plan)
-                         for i, words in enumerate(passes)]).cpu()                 # (passes, Q, k, 2)
-    match = (pairs[..., 1] - pairs[..., 0]).mean(0)                                # (Q, k)
-    return Found(queries, gallery, values.cpu(), candidates.cpu(), match, pairs[..., 1])
+        values, candidates = top_k(queries, gallery, max(plan.k, FIRST))           # (Q, K)
+    match = match_candidates(model, images, passes, candidates[:, :plan.k], plan)  # (Q, k)
+    return Found(queries, gallery, values.cpu(), candidates.cpu(), match.cpu())
 
 
 def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]:

@@ -362,7 +362,7 @@ def test_val_is_ranked_as_the_test_split_is(work, monkeypatch):
     monkeypatch.setattr(ranking, "search", search)
     succeed(work, "train.py", "--dataset", "icfg", *QUICK, "--out", "out/new")
     succeed(work, "evaluate.py")
-    assert len(plans) == 2 and all(plan.mirror and plan.swap for plan in plans)
+    assert len(plans) == 2 and all(plan.mirror for plan in plans)
 
 
 def test_a_run_that_has_not_ended_is_told(work, monkeypatch):
@@ -396,14 +396,13 @@ def test_flags_of_evaluation(work):
     every = rows_of(succeed(work, "evaluate.py", "--k", "10000"))
     assert every == rows_of(succeed(work, "evaluate.py", "--k", "18", "--batch", "5", "--workers", "1"))
     alone = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--weight", "1"))
-    published = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--fusion", "published"))
-    assert published["icfg embeddings"] == alone["icfg embeddings"] and published.keys() == alone.keys() == plain.keys()
+    assert alone.keys() == plain.keys()
     results = work / "out/icfg-tiny-s0"
-    assert json.loads((results / "results-mirror-False-fusion-published.json").read_text())["weight"] == 0.002
+    assert json.loads((results / "results-mirror-False-weight-1.0.json").read_text())["weight"] == 1.0
     assert json.loads((results / "results.json").read_text())["evaluation"]["mirror"]       # not replaced by the others
     assert {path.name for path in results.glob("results*")} == {
         "results.json", "results-k-0.json", "results-k-10000.json", "results-k-18.json",
-        "results-mirror-False-weight-1.0.json", "results-mirror-False-fusion-published.json"}
+        "results-mirror-False-weight-1.0.json"}
     assert "'icfg' val: 3 images" in succeed(work, "evaluate.py", "--split", "val")
 
 
@@ -479,7 +478,7 @@ def test_a_sentence_without_a_known_word_is_refused(work):
 
 def test_a_picture_shows_no_empty_boxes():
     font = pictures.ImageFont.load_default(15)
-    assert pictures._wrapped("green \u8d70 \x1b\t$", font, 500) == "green \\u8d70 $"
+    assert pictures.fitted("green \u8d70 \x1b\t$", font, 500) == "green \\u8d70 $"
 
 
 # ---- a user's mistakes
@@ -534,7 +533,6 @@ def test_mistakes_in_training(work, flags, named):
     (("--batch", "0"), "--batch 0"),
     (("--workers", "-1"), "--workers -1"),
     (("--out", "words.txt"), "words.txt"),
-    (("--fusion", "best"), "--fusion best"),
     (("--split", "dev"), "--split dev"),
     (("--dataset", "nope"), "--dataset nope"),
     (("--dataset", "mals"), "MALS"),
@@ -554,8 +552,7 @@ def test_mistakes_in_evaluation(work, flags, named):
 def test_candidates_without_a_trained_fusion_encoder(work):
     succeed(work, "train.py", *QUICK, "--dataset", "icfg", "--fusion-from", "1", "--out", "out/new")
     assert rows_of(succeed(work, "evaluate.py")).keys() == {"icfg embeddings"}
-    for flags in (("--k", "4"), ("--fusion", "published")):
-        assert "fusion encoder is not trained yet" in refused(work, "evaluate.py", *flags)
+    assert "fusion encoder is not trained yet" in refused(work, "evaluate.py", "--k", "4")
 
 
 def test_evaluation_before_any_training(tmp_path):

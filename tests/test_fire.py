@@ -122,12 +122,12 @@ def test_what_is_drawn_is_the_text_alone(tmp_path, paint):
     path, pixels = paint("a.png"), {}
     for name, sentence in (("hostile", "a\x1b red\u202e coat"), ("plain", "a  red  coat"),
                            ("markup", "<b>a red coat</b>"), ("long", "red coat " * 10**5)):
-        pictures.table([(sentence, [(pictures.photograph(path), pictures.GREY, "")])], tmp_path / "x.png")
+        pictures.table([(sentence, [(Image.open(path).resize(pictures.CELL), pictures.GREY, "")])], tmp_path / "x.png")
         pixels[name] = np.asarray(Image.open(tmp_path / "x.png"))
     assert (pixels["hostile"] == pixels["plain"]).all() and (pixels["markup"] != pixels["plain"]).any()
     assert pixels["long"].shape == pixels["plain"].shape
     wide = "short-sleeved-t-shirt"          # wider than its picture: drawn all the same
-    assert pictures._wrapped(wide, ImageFont.load_default(11), 96) == wide
+    assert pictures.fitted(wide, ImageFont.load_default(11), 96) == wide
 
 
 @pytest.mark.parametrize("named", ["..", "/etc", "elsewhere", "../elsewhere"])

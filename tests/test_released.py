@@ -141,19 +141,18 @@ class Spoken:
         return ids[int(caption)][keep[int(caption)]].tolist()
 
 
-@pytest.mark.parametrize("k", [0, 3])
-def test_evaluation_scores(cuhk, monkeypatch, k):
-    """As `evaluate.py --fusion published` computes them: the first 3 candidates, with the mirror images."""
+@pytest.mark.parametrize("mirror", [True, False])
+def test_evaluation_scores(cuhk, monkeypatch, mirror):
+    """Similarities with the mirror images; the matching logits of all four candidates without them."""
     model, images = cuhk
     monkeypatch.setattr(ranking, "Images", lambda paths, config: images)
-    found = ranking.search(model, Spoken(), list("0123"), list("abcd"), ranking.Plan(k, swap=False))
-    close(found.queries @ found.gallery.T, "A.eval_sims_t2i")
-    if k:
-        for passes, name in ((2, "A.eval_scores_hflip_k3"), (1, "A.eval_scores_nohflip_k3")):
-            scores = dataclasses.replace(found, matched=found.matched[:passes]).published_scores(0.002)
-            torch.testing.assert_close(scores, GOLDEN[name].gather(1, found.candidates[:, :k]), **CLOSE)
-            first = dataclasses.replace(found, matched=found.matched[:passes]).reranked(0.002, published=True)
-            assert first.tolist() == GOLDEN[name].argsort(dim=1, descending=True, stable=True).tolist()
+    found = ranking.search(model, Spoken(), list("0123"), list("abcd"), ranking.Plan(0 if mirror else 4, mirror))
+    if mirror:
+        close(found.queries @ found.gallery.T, "A.eval_sims_t2i")
+    else:
+        logits = GOLDEN["A.itm_logits"].view(4, 4, 2)
+        match = (logits[..., 1] - logits[..., 0]).gather(1, found.candidates)
+        torch.testing.assert_close(found.match, match, **CLOSE)
 
 
 def test_losses_of_fine_tuning(cuhk, monkeypatch):
@@ -425,14 +424,12 @@ def run(monkeypatch, script, *flags) -> None:
     script.main()
 
 
-@pytest.mark.parametrize("fusion", ["clean", "published"])
-def test_evaluate_recognises_a_released_file(write, root, monkeypatch, fusion):
+def test_evaluate_recognises_a_released_file(write, root, monkeypatch):
     path, _ = write("swin")
-    run(monkeypatch, evaluate, "--checkpoint", path, "--dataset", "cuhk", "--data-root", root, "--fusion", fusion,
-        "--out", root / "out", "--device", "cpu")
-    ending = {"clean": "", "published": "-fusion-published"}[fusion]
-    results = json.loads((root / "out" / f"results-cuhk{ending}.json").read_text())
-    assert results["weight"] == {"clean": 0.0, "published": 0.002}[fusion]
+    run(monkeypatch, evaluate, "--checkpoint", path, "--dataset", "cuhk", "--data-root", root, "--out", root / "out",
+        "--device", "cpu")
+    results = json.loads((root / "out" / "results-cuhk.json").read_text())
+    assert results["weight"] == 0.0
     assert results["results"]["cuhk"]["queries"] == 12 and "re-ranked" in results["results"]["cuhk"]
 
 

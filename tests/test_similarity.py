@@ -1,4 +1,4 @@
-"""Chunked losses and streamed search against double loops in float64, whole matrices and rankings made by hand."""
+"""Losses and search in chunks against double loops in float64, whole matrices and rankings made by hand."""
 
 import functools
 import json
@@ -15,19 +15,12 @@ from test_losses import contrastive_by_loops, unit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mra import losses, ranking
+from mra.ranking import top_k
 from mra.retriever import Objective, pool_region
+from mra.run import contrastive as scale
+from mra.run.contrastive import contrastive
 from mra.run.machine import Processes, Threads
-from mra.scale import contrastive as scale
-from mra.scale import search
-from mra.scale.contrastive import Compiled, contrastive
-from mra.scale.search import sharded_top_k, top_k
 from mra.workers import Workers
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -151,8 +144,9 @@ def test_training_uses_it(root, monkeypatch):
 
     On the CPU two threads share a step: each computes both terms for its two of the four pairs.
     """
-    sums, calls = scale.sums, []
-    monkeypatch.setattr(scale, "sums", lambda rows, columns: calls.append(len(rows[0])) or sums(rows, columns))
+    chunk, calls = scale.logits_and_targets, []
+    monkeypatch.setattr(scale, "logits_and_targets", lambda image, *more: calls.append(len(image))
+                        or chunk(image, *more))
     logs = {}
     for name, limit in (("plain", scale.PLAIN), ("chunked", 0)):
         monkeypatch.setattr(scale, "PLAIN", limit)
@@ -160,8 +154,8 @@ def test_training_uses_it(root, monkeypatch):
                 "--steps", "1", "--batch", "4", "--eda", "0.8", "--evals", "1", "--precision", "float32", "--out", name)
         logged = json.loads((root / name / "log.jsonl").read_text().splitlines()[0])
         logs[name] = {term: value for term, value in logged.items() if term not in ("lr", "images_per_second")}
-        assert len(calls) == (0 if name == "plain" else 4)
-    assert calls == [2, 2, 2, 2] and "itc" in logs["plain"]
+        assert calls == ([] if name == "plain" else [2] * 8)            # forward and backward
+    assert "itc" in logs["plain"]
     assert logs["chunked"] == pytest.approx(logs["plain"], rel=1e-5, abs=2e-4)      # the last digit written may differ
 
 
@@ -174,61 +168,15 @@ def test_every_contrastive_term_of_the_model_uses_it(model, batch, monkeypatch):
         torch.testing.assert_close(terms[name], plain[name], atol=1e-5, rtol=1e-5)
 
 
-def fresh(monkeypatch, **options) -> None:
-    """Forget what was compiled so far; compile with these options from now on."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
-    monkeypatch.setattr(Compiled, "possible", True)
-    for name in ("sums", "slopes"):
-        monkeypatch.setattr(scale, name, Compiled(getattr(scale, name).function))
-
-
-def check_compiled(counts: tuple[int, ...]) -> None:
-    for count in counts:
-        torch.manual_seed(count)
-        inputs = unit(count, 8).float(), unit(count, 8).float(), torch.tensor(0.07)
-        ids = torch.arange(count) // 3
-        with torch.compiler.set_stance("default"):
-            found = with_gradients(contrastive, *inputs, ids, 0.1)
-        for ours, reference in zip(found, with_gradients(losses.contrastive, *inputs, ids, 0.1)):
-            assert error(ours, reference) < 1e-5
-
-
-def test_one_graph_a_chunk_function_for_many_sizes(monkeypatch, chunked):
+def test_a_compiled_model_leaves_the_chunks_out(chunked):
     chunked(32)
-    graphs = []
-    fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    check_compiled((255, 256, 200, 193, 150))
-    assert len(graphs) == 2 and Compiled.possible
-
-
-def test_a_compiled_model_calls_the_chunks_as_they_are(monkeypatch, chunked):
-    chunked(32)
-    graphs, own = [], []
-    fresh(monkeypatch, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    own = []
     model = torch.compile(lambda *given: contrastive(*given).exp(),
                           backend=lambda graph, inputs: own.append(graph.code) or graph.forward)
     torch.manual_seed(0)
     given = unit(100, 8).float(), unit(100, 8).float(), torch.tensor(0.07), torch.arange(100) // 3, 0.1
-    with torch.compiler.set_stance("default"):
-        assert error(model(*given), losses.contrastive(*given).exp()) < 1e-5
-    assert len(graphs) == 1 and own and not any("logsumexp" in code for code in own)
-
-
-def test_without_a_compiler_one_line_and_the_same_numbers(monkeypatch, capsys, chunked):
-    chunked(32)
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler here")
-    fresh(monkeypatch, backend=broken)
-    check_compiled((100, 90))
-    assert capsys.readouterr().out.count("uncompiled") == 1 and not Compiled.possible
-
-
-def test_compiled_code_gives_the_same_numbers(monkeypatch, capsys, chunked):
-    chunked(32)
-    fresh(monkeypatch)
-    check_compiled((100,))
-    if not Compiled.possible:
-        pytest.skip(capsys.readouterr().out)
+    assert error(model(*given), losses.contrastive(*given).exp()) < 1e-5
+    assert own and not any("logsumexp" in code for code in own)
 
 
 # ---- several workers
@@ -242,13 +190,12 @@ def joint() -> tuple[torch.Tensor, ...]:
     return unit(22, 6), unit(22, 6), torch.tensor(0.1).double(), torch.randint(0, 7, (22,)), 0.2
 
 
-def share_of(workers: Workers) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """One of two workers: loss and gradients of its half of the pairs, and a search in its half of the gallery."""
+def share_of(workers: Workers) -> list[torch.Tensor]:
+    """One of two workers: loss and gradients of its half of the pairs."""
     image, text, temperature, ids, smoothing = joint()
     half = workers.own_rows(11)
     loss = functools.partial(contrastive, workers=workers)
-    return (with_gradients(loss, image[half], text[half], temperature, ids[half], smoothing),
-            sharded_top_k((9 * image).round(), (9 * text).round(), 15, workers, chunk=4))
+    return with_gradients(loss, image[half], text[half], temperature, ids[half], smoothing)
 
 
 def one_of_two(rank: int, folder: str) -> None:
@@ -256,9 +203,8 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     scale.ROWS, found = 4, []
-    with torch.compiler.set_stance("force_eager"):
-        for scale.PLAIN in PLAINS:
-            found.append(share_of(Processes()))
+    for scale.PLAIN in PLAINS:
+        found.append(share_of(Processes()))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -266,15 +212,11 @@ def one_of_two(rank: int, folder: str) -> None:
 def check_joint(found: list, limit: float) -> None:
     """Each worker gets the joint loss; the mean of the workers' gradients is the gradient of one worker."""
     value, *gradients = with_gradients(whole_matrix, *joint())
-    (one, *ours), (other, *theirs) = (of_loss for of_loss, _ in found)
+    (one, *ours), (other, *theirs) = found
     assert abs(one - value) < limit and abs(other - value) < limit
     for k in (0, 1):                                               # a worker's own features count in itself alone
         assert error(torch.cat([ours[k], theirs[k]]) / 2, gradients[k]) < limit
     assert error((ours[2] + theirs[2]) / 2, gradients[2]) < limit
-    image, text = ((9 * x).round() for x in joint()[:2])
-    for _, (values, indices) in found:
-        assert indices.tolist() == ranked(image, text, 15)
-        torch.testing.assert_close(values, (image @ text.T).gather(1, indices))
 
 
 def test_two_processes_are_one(tmp_path):
@@ -327,26 +269,32 @@ def ranked(queries: torch.Tensor, gallery: torch.Tensor, k: int) -> list[list[in
     return [sorted(range(len(row)), key=lambda g: (-row[g], g))[:k] for row in scores]
 
 
-def test_top_k_by_hand():
+def test_top_k_by_hand(monkeypatch):
     """Similarities 1 3 2 3 0 3 of one query: indices 1, 3, 5 tie and stand in that order."""
     gallery = torch.tensor([[1.0], [3], [2], [3], [0], [3]])
     for chunk in (1, 2, 4, 6):
-        values, indices = top_k(torch.tensor([[1.0], [-1.0]]), gallery, 4, chunk)
+        monkeypatch.setattr(ranking, "CHUNK", chunk)
+        values, indices = top_k(torch.tensor([[1.0], [-1.0]]), gallery, 4)
         assert values.tolist() == [[3, 3, 3, 2], [0, -1, -2, -3]] and indices.tolist() == [[1, 3, 5, 2], [4, 0, 2, 1]]
 
 
 @pytest.mark.parametrize("k", [1, 10, 57, 200])
 @pytest.mark.parametrize("chunk, block", [(1, 5), (7, 3), (64, 8), (500, 512)])
 @pytest.mark.parametrize("levels", [2, 1000])
-def test_top_k_is_a_sort_with_ties(k, chunk, block, levels):
+def test_top_k_is_a_sort_with_ties(k, chunk, block, levels, monkeypatch):
     """Whole numbers, so that sums are exact: with two levels nearly everything ties."""
     torch.manual_seed(k)
     queries, gallery = torch.randint(0, levels, (8, 3)).float(), torch.randint(0, levels, (200, 3)).float()
-    values, indices = top_k(queries, gallery, k, chunk, block)
+    monkeypatch.setattr(ranking, "CHUNK", chunk)
+    monkeypatch.setattr(ranking, "BLOCK", block)
+    values, indices = top_k(queries, gallery, k)
     assert indices.tolist() == ranked(queries, gallery, k)
     assert torch.equal(values, (queries @ gallery.T).gather(1, indices))
-    for found in (sharded_top_k(queries, gallery, k, Workers(), chunk), ranking.top_k(queries, gallery, k)):
-        assert torch.equal(found[0], values) and torch.equal(found[1], indices)
+
+
+def test_similarities_that_are_not_finite_are_ranked_all_the_same():
+    gallery = torch.tensor([[1.0], [torch.nan], [2], [torch.nan]])
+    assert top_k(torch.tensor([[1.0], [torch.nan]]), gallery, 3)[1].tolist()[0] == [1, 3, 2]
 
 
 def anonymous() -> int:
@@ -366,9 +314,10 @@ def test_a_gallery_on_disk_stays_there(tmp_path, monkeypatch, precision):
     del gallery
     with safe_open(tmp_path / "gallery.safetensors", "pt") as file:
         mapped = file.get_tensor("gallery")
-    top_k(queries, mapped[:8192], 3, 4096)                             # what a first product takes is not counted
-    before, peak, first_k = anonymous(), [], search.first_k
-    monkeypatch.setattr(search, "first_k", lambda *inputs: peak.append(anonymous()) or first_k(*inputs))
-    values, indices = top_k(queries, mapped, 3, 4096)
+    monkeypatch.setattr(ranking, "CHUNK", 4096)
+    top_k(queries, mapped[:8192], 3)                                   # what a first product takes is not counted
+    before, peak, first_columns = anonymous(), [], ranking.first_columns
+    monkeypatch.setattr(ranking, "first_columns", lambda *inputs: peak.append(anonymous()) or first_columns(*inputs))
+    values, indices = top_k(queries, mapped, 3)
     assert torch.equal(indices, expected) and indices[:, 0].tolist() == wanted
     assert max(peak) - before < 16 * 2**20

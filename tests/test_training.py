@@ -28,7 +28,7 @@ from mra.data.tokenizer import Tokenizer
 from mra.formats.read import load
 from mra.ranking import Plan
 from mra.retriever import Objective, Retriever
-from mra.run import checkpoint, stages
+from mra.run import checkpoint, contrastive, stages
 from mra.run.loop import Loop, Share, Task, schedule
 from mra.run.machine import (
     Machine,
@@ -39,7 +39,6 @@ from mra.run.machine import (
     claimed,
 )
 from mra.run.stages import Lengths
-from mra.scale import contrastive
 from mra.workers import Workers
 
 SIX = (*TINY, "--init", "none", "--steps", "6", "--evals", "2", "--batch", "4", "--log-every", "1", "--lr", "1e-2")

@@ -36,7 +36,7 @@ def examples(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths:
 
 def ranked(model: Retriever, tokenizer: Tokenizer, sentence: str, framed: list[tuple], heat: bool) -> Row:
     """A sentence with its first images, (path, colour) each; with `heat` also two of its phrases on the first one."""
-    cells = [(photograph(path), colour, "") for path, colour in framed]
+    cells = [(open_image(path).resize(CELL), colour, "") for path, colour in framed]
     for phrase in noun_phrases(sentence)[-2:] if heat else []:
         cells.append((heat_map(model, tokenizer, framed[0][0], phrase), GREY, phrase))
     return sentence, cells
@@ -57,10 +57,6 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
     return Image.composite(Image.new("RGB", CELL, (255, 60, 0)), picture.resize(CELL), mask)
 
 
-def photograph(path: str) -> Image.Image:
-    return open_image(path).resize(CELL)
-
-
 def sheet(rows: dict[str, Tensor], path: Path) -> None:
     """Write rows of uint8 images (N, 3, H, W), each under its title."""
     framed = []
@@ -78,29 +74,21 @@ def table(rows: list[Row], path: Path) -> None:
     pen = ImageDraw.Draw(page)
     for number, (sentence, cells) in enumerate(rows):
         top = number * high
-        pen.multiline_text((GAP, top + 2), _wrapped(sentence, font, page.width - 2 * GAP), INK, font, spacing=1)
+        pen.multiline_text((GAP, top + 2), fitted(sentence, font, page.width - 2 * GAP), INK, font, spacing=1)
         for column, (image, colour, words) in enumerate(cells):
             x, y = GAP + column * (CELL[0] + GAP), top + TITLE
             pen.rectangle((x - 3, y - 3, x + CELL[0] + 2, y + CELL[1] + 2), fill=colour)
             page.paste(image, (x, y))
-            pen.text((x, y + CELL[1] + 3), _wrapped(words, small, CELL[0]).split("\n")[0], INK, small)
+            pen.text((x, y + CELL[1] + 3), fitted(words, small, CELL[0]).split("\n")[0], INK, small)
     save_image(page, path)
 
 
-def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """At most two lines of text, each at most `width` pixels where its words are short enough."""
+def fitted(text: str, font: ImageFont.ImageFont, width: int) -> str:
+    """At most two lines of `width` pixels; escapes stand for what the font may lack, blanks for what does not print."""
+    printable = "".join(character if character.isprintable() else " " for character in text[:1000])
     lines = [""]
-    for word in "".join(_drawable(character, font) for character in text[:1000]).split():
+    for word in printable.encode("cp1252", "backslashreplace").decode("cp1252").split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines[:2])
-
-
-def _drawable(character: str, font: ImageFont.ImageFont) -> str:
-    """The character, a space if it does not print, or its escape if the font would draw an empty box."""
-    if not character.isprintable():
-        return " "
-    box = bytes(font.getmask("\uffff"))
-    lacks = not character.isascii() and bytes(font.getmask(character)) == box
-    return ascii(character)[1:-1] if lacks else character

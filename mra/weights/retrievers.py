@@ -200,7 +200,7 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
 def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, dict]:
     """The model of a released checkpoint's tensors, and the facts of a checkpoint of ours.
 
-    They are a Swin, BERT's layers as text and fusion encoder, and the heads. The clean score is the matching logit.
+    They are a Swin, BERT's layers as text and fusion encoder, and the heads. The score is the matching logit.
     """
     tensors = named(tensors, RELEASED_RULES, path)
     with checkpoint.trusting(path):

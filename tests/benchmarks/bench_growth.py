@@ -11,8 +11,7 @@ Re-ranking: n images, n queries, the first 8 of each, `tiny` preset. Town: n ima
 
 t = a n^b is fitted to the larger half of the sizes. What 100 million crops would cost, from such figures: their
 256-wide vectors in bf16 are 51 GB, which one machine's disk holds and `top_k` streams. The products of one query with
-all of them are 51 GFLOP, so reading takes the time: at 3 GB/s, 17 seconds for a batch of queries of any size that fits,
-or 1 second on 17 machines, each with a stretch (`sharded_top_k`), which then merge k numbers a query. Encoding costs
+all of them are 51 GFLOP, so reading takes the time: at 3 GB/s, 17 seconds for at most 512 queries. Encoding costs
 more: a ViT-B/16 at 384x256 takes about 140 GFLOP with its mirror image, 14 EFLOP in all, 18 hours of one H100 at 30 %
 of the 744 TFLOP/s of a large product; it is shared out by files. Re-ranking does not grow with the gallery, only with
 the number of candidates. Beyond that an index (inverted lists, product quantisation) reads less and is not exact; that
@@ -68,7 +67,7 @@ def reranking(count: int) -> Callable:
         tokens, features = model.encode_text(torch.randint(5, 1000, (count, 32), device=DEVICE), keep)
         queries = model.fusion_encoder.start(tokens, keep), keep, features
     candidates = torch.randint(count, (count, 8), device=DEVICE)
-    return lambda: ranking.match_candidates(model, images, queries, candidates, False, ranking.Plan(8))
+    return lambda: ranking.match_candidates(model, images, [queries], candidates, ranking.Plan(8))
 
 
 def exponent(counts: list[int], values: list[float]) -> float:

@@ -32,13 +32,14 @@ def plain_encoding(model: Retriever, images: list[Tensor], device: torch.device)
 
 @torch.inference_mode()
 def plain_loop(model: Retriever, encoded: Tensor, tokens: Tensor, keep: Tensor, candidates: Tensor) -> Tensor:
-    """Logits (q, k, 2) as the published evaluation computes them; encoded (G, 1+N, D), tokens (q, 56, D)."""
+    """Logits [matched] - [mismatched] (q, k) as in the published evaluation; encoded (G, 1+N, D), tokens (q, 56, D)."""
     rows = []
     for own, own_keep, chosen in zip(tokens, keep, candidates):
         x, its_keep = own.expand(len(chosen), -1, -1), own_keep.expand(len(chosen), -1)
         for block in model.fusion_encoder.blocks:
             x = block.attend_context(block.attend_self(x, its_keep), block.cross.keys_values(encoded[chosen]))
-        rows.append(model.matching_head(x[:, 0]))
+        logits = model.matching_head(x[:, 0])
+        rows.append(logits[:, 1] - logits[:, 0])
     return torch.stack(rows)
 
 
@@ -80,9 +81,9 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):
         our_time, ours = timed(lambda: ranking.match_candidates(
-            model, images, (started, keep, features), candidates, False, ranking.Plan(given.k)))
+            model, images, [(started, keep, features)], candidates, ranking.Plan(given.k)))
     off = (ours[few] - plain).abs().max()
-    related = torch.corrcoef(torch.stack([(x[few, :, 1] - x[few, :, 0]).flatten() for x in (ours, plain)]))[0, 1]
+    related = torch.corrcoef(torch.stack([ours[few].flatten(), plain.flatten()]))[0, 1]
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if CUDA else ""
     print(f"{machine}; torch {torch.__version__}; {given.preset}, {given.queries} queries, {given.gallery} images, "

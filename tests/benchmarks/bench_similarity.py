@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from mra import losses
-from mra.scale import contrastive as chunked
-from mra.scale import search as streamed
+from mra import losses, ranking
+from mra.run import contrastive as chunked
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -86,7 +85,7 @@ def plain_top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def search(side: str, queries: int, gallery: Tensor, k: int) -> Callable:
-    found = {"plain": plain_top_k, "compiled": torch.compile(plain_top_k), "ours": streamed.top_k}[side]
+    found = {"plain": plain_top_k, "compiled": torch.compile(plain_top_k), "ours": ranking.top_k}[side]
     asked = F.normalize(torch.randn(queries, gallery.shape[1], device=DEVICE), dim=1).to(
         gallery.dtype if CUDA else torch.float32)
     return lambda: found(asked, gallery, k)
@@ -108,8 +107,8 @@ def peak_of_file(path: str, side: str, queries: int, k: int) -> tuple[float, flo
     """Seconds of a search of a memory-mapped gallery, and the most anonymous memory after any of its products."""
     with safe_open(path, "pt") as file:
         run = search(side, queries, file.get_tensor("gallery"), k)
-    peaks, first_k = [], streamed.first_k
-    streamed.first_k = lambda *inputs: peaks.append(resident("RssAnon")) or first_k(*inputs)
+    peaks, first_columns = [], ranking.first_columns
+    ranking.first_columns = lambda *inputs: peaks.append(resident("RssAnon")) or first_columns(*inputs)
     return seconds(run, 1), max(peaks)
 
 

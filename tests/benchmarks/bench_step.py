@@ -34,11 +34,10 @@ from mra.data.batches import Batch, PairDataset, loader, order
 from mra.data.tokenizer import Tokenizer
 from mra.formats.read import load
 from mra.retriever import Objective, Retriever
+from mra.run import contrastive, stages
 from mra.run import loop as loops
 from mra.run import machine as machine_module
-from mra.run import stages
 from mra.run.machine import Machine
-from mra.scale import contrastive
 from mra.town import sets
 from mra.weights.retrievers import make_retriever
 

@@ -237,7 +237,7 @@ def annotations(folder: Path) -> Maker:
             captions, _, paths, _ = queries_of(found)
             words.noun_phrases(captions[0])
             if rng.random() < 0.1:
-                cells = [(pictures.photograph(paths[0]), pictures.GREEN, "a phrase")]
+                cells = [(open_image(paths[0]).resize(pictures.CELL), pictures.GREEN, "a phrase")]
                 pictures.table([(captions[0], cells)], folder / "picture.png")
 
         return Case(f"{file}: {'; '.join(deeds)}; {deed}", Path(file).parts[0], read, (
@@ -326,7 +326,7 @@ def images(folder: Path) -> Maker:
 
         def read() -> None:
             if rng.random() < 0.2:
-                for photograph in gallery.photographs(target, lambda line: None):
+                for photograph in gallery.photographs(target, folder, lambda line: None):
                     examined(photograph)
                 return
             image = open_image(str(path))
@@ -334,7 +334,7 @@ def images(folder: Path) -> Maker:
             augment.pretrain_view(image, (0.5, 0.5, 0.3, 0.3), (32, 16), rng)
             augment.finetune_view(image, (32, 16), rng)
             read_images([str(path)], DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2))
-            pictures.photograph(str(path))
+            image.resize(pictures.CELL)
 
         return Case(f"{origin} as {name!r}: {deed}", repr(str(path)), read)
     return make
@@ -374,10 +374,9 @@ class Whole:
 
         def ask() -> None:
             found, own_tokenizer, said = retrievers.load_retriever(path, CPU)
-            config = EvalConfig(query="a man in a red coat", k=2)
             f"{said['train']['dataset'] or ''} {said['pretrained_on']} {said['train']['seed']}"
-            plan = evaluate.plan_of(config, found, said, MACHINE)
-            evaluate.orders_of(search(found, own_tokenizer, [config.query], [photo] * 3, plan), config, said)
+            weight = said["val"].get("weight", 0.0)
+            search(found, own_tokenizer, ["a man in a red coat"], [photo] * 3, Plan(2)).reranked(weight)
             if dataclasses.asdict(self.model.config) == said["model"]:
                 stages.load_model(TrainConfig(preset="tiny", init=str(path)), MACHINE)
 
@@ -577,7 +576,7 @@ def flags(folder: Path) -> Maker:
         numbers = ("0", "-1", "1", "0.5", "1e9", "1e-9", "nan", "inf", "-inf", "1e400", "99999999999999999999", "0x10",
                    "١", "1_000", "1,5", "four", "", " ", "2147483648")
         odd = [text for text in ODD if isinstance(text, str) and "\0" not in text and len(text) <= 5000]
-        texts = ("none", "icfg", "cuda", "tpu", "bf16", "tiny", "base", "published", ".", "none.safetensors", *odd)
+        texts = ("none", "icfg", "cuda", "tpu", "bf16", "tiny", "base", ".", "none.safetensors", *odd)
         chosen = rng.choice(numbers if kind in (int, float) and rng.random() < 0.9 else (*texts, *numbers))
         return [chosen] * rng.choice((1, 1, 1, 0, 2))
 

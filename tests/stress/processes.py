@@ -7,7 +7,6 @@ train      10 steps of contrastive training with smoothing, EDA and erasing, who
            moments, losses and val of one process (negatives and dropout are drawn in each process, so they are off)
 adapt      DaD trained and sampled by 2 is bit for bit that of 1; sampled by 4, from the same networks, too
 evaluate   results.json and ranking.png, 22 images in batches of 4
-search     the 100 best of 1,003 for 50 queries
 dying      one of 4 processes killed, failing, or with a loss that is not finite: all end within 60 seconds and say
            why; 2 go on from there and come to what one undisturbed process comes to
 
@@ -29,7 +28,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +35,6 @@ sys.path.insert(0, str(ROOT))
 
 from mra import losses  # noqa: E402
 from mra.config import PRESETS  # noqa: E402
-from mra.run.machine import Processes  # noqa: E402
-from mra.scale.search import sharded_top_k, top_k  # noqa: E402
 
 CLOSE = 3e-4        # of weights that ten steps have moved by 0.01: AdamW divides by the size of gradients
 ENDS = 60           # seconds
@@ -66,24 +62,8 @@ def worker(script: str, *flags: str) -> None:
             return total(terms, beta) * math.nan
         return total(terms, beta)
     losses.total = mortal
-    if script == "search":
-        return search(Path(flags[0]))
     sys.argv = [script, *flags]
     runpy.run_path(str(ROOT / script), run_name="__main__")
-
-
-def search(file: Path) -> None:
-    """The best of a gallery, by all processes; the last of them writes it."""
-    draw = torch.Generator().manual_seed(0)
-    queries, gallery = (torch.randn(count, 16, generator=draw).mul(4).round() for count in (50, 1003))    # with ties
-    if "RANK" not in os.environ:
-        return torch.save(top_k(queries, gallery, 100), file)
-    dist.init_process_group("gloo")
-    found = sharded_top_k(queries, gallery, 100, Processes(), chunk=64)
-    if dist.get_rank() == dist.get_world_size() - 1:
-        torch.save(found, file)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # ---- the tests
@@ -163,14 +143,6 @@ def evaluate(place: Path) -> str:
     return "2 and 4 processes as 1, digit for digit"
 
 
-def searched(place: Path) -> str:
-    for count in (1, 2, 4):
-        succeed(place, count, "search", str(place / f"{count}.pt"))
-    one, two, four = (torch.load(place / f"{count}.pt") for count in (1, 2, 4))
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, four))
-    return "2 and 4 processes as 1, with ties"
-
-
 def dying(place: Path, ends: float = ENDS) -> str:
     flags = (*ITC, "--steps", "12", "--evals", "4", "--out", "out")
     succeed(place / "whole", 1, "train.py", *flags, "--batch", "8")
@@ -190,7 +162,7 @@ def dying(place: Path, ends: float = ENDS) -> str:
             f"undisturbed comes to, to {found:.0e}")
 
 
-TESTS = {"train": train, "adapt": adapt, "evaluate": evaluate, "search": searched, "dying": dying}
+TESTS = {"train": train, "adapt": adapt, "evaluate": evaluate, "dying": dying}
 
 
 def main() -> None:

@@ -1,0 +1,103 @@
+"""The contrastive loss of losses.py for batches of any size, and for batches that several workers share.
+
+The N x N logits exist only in chunks: a few rows, all columns. The forward pass keeps their log-sum-exp in both
+directions, and the backward pass computes each chunk again. Each worker computes the rows of its own images: features
+are exchanged, logits never.
+"""
+
+import torch
+from torch import Tensor
+
+from mra import losses
+from mra.workers import Workers
+
+PLAIN = 1024    # pairs up to which the whole matrix is computed: it is small, and chunks are slower
+ROWS = 1024     # of a chunk
+
+
+def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor, smoothing: float = 0.0,
+                workers: Workers = Workers()) -> Tensor:
+    """`losses.contrastive` of all workers' pairs, from this worker's own, in memory of O(N E) and one chunk; a scalar.
+
+    image, text (B, E) of unit length, classes (B,), B the same for every worker: N = workers x B pairs. Each worker
+    returns the joint loss, and the mean of the workers' gradients is the joint gradient. Under autocast features are
+    rounded to its precision; chunks keep their products in float32, the whole matrix does not.
+    """
+    device = image.device.type
+    if len(image) * workers.count <= PLAIN:
+        return losses.contrastive(workers.gathered(image), workers.gathered(text), temperature,
+                                  workers.gathered(classes), smoothing)
+    if torch.is_autocast_enabled(device):
+        image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
+    wide = torch.promote_types(image.dtype, torch.float32)
+    scale = 1 / torch.as_tensor(temperature, dtype=wide, device=image.device)
+    # a compiled model runs the chunks uncompiled; as a decorator `disable` would load the compiler, which takes two
+    # seconds, in every process that imports this file
+    chunked = torch.compiler.disable(Contrastive.apply)
+    with torch.autocast(device, enabled=False):
+        return chunked(image, text, scale, classes, smoothing, workers)
+
+
+class Contrastive(torch.autograd.Function):
+    """The loss in chunks. Saves features and N-vectors for the backward pass; gradients have the features' dtype.
+
+    L = 1/N sum_i [(lse_j l_ij + lse_j l_ji) / 2 - sum_j target_ij l_ij],    l_ij = scale image_i . text_j
+    which is losses.contrastive because the targets are symmetric and each row sums to one.
+    """
+
+    @staticmethod
+    def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, classes: Tensor, smoothing: float,
+                workers: Workers) -> Tensor:
+        texts, classes, own = workers.gathered(text), workers.gathered(classes), workers.own_rows(len(text))
+        lse_row, aligned = [], []
+        lse_column = scale.new_full((len(texts),), -torch.inf)                                         # (N,)
+        for rows, row_classes in zip(image.split(ROWS), classes[own].split(ROWS)):
+            logits, targets = logits_and_targets(rows, row_classes, texts, classes, scale, smoothing)  # (R, N), (R, N)
+            lse_row.append(logits.logsumexp(1))
+            aligned.append((targets * logits).sum(1))
+            torch.logaddexp(lse_column, logits.logsumexp(0), out=lse_column)
+        lse_row, aligned = torch.cat(lse_row), torch.cat(aligned)                                      # (B,), (B,)
+        lse_column = workers.gathered(lse_column[None]).logsumexp(0)                                   # (N,)
+        ctx.smoothing, ctx.workers = smoothing, workers
+        ctx.save_for_backward(image, texts, scale, classes, lse_row, lse_column)
+        return workers.summed(((lse_row + lse_column[own]) / 2 - aligned).sum()) / len(texts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor):
+        """N dL / dl_ij = (exp(l_ij - lse_row_i) + exp(l_ij - lse_column_j)) / 2 - target_ij"""
+        image, texts, scale, classes, lse_row, lse_column = ctx.saved_tensors
+        own = ctx.workers.own_rows(len(image))
+        to_image, to_text = [], scale.new_zeros(texts.shape)                                           # (N, E)
+        with torch.autocast(image.device.type, enabled=False):
+            for rows, row_classes, lse in zip(image.split(ROWS), classes[own].split(ROWS), lse_row.split(ROWS)):
+                logits, targets = logits_and_targets(rows, row_classes, texts, classes, scale, ctx.smoothing)
+                chances = ((logits - lse[:, None]).exp() + (logits - lse_column).exp()) / 2
+                slope = (chances - targets).to(image.dtype)                                            # (R, N)
+                to_image.append(product(slope, texts, scale.dtype))
+                to_text += product(slope.T, rows, scale.dtype)
+        to_image, to_text = torch.cat(to_image), ctx.workers.summed(to_text)[own]                      # (B, E), (B, E)
+        upstream = upstream * ctx.workers.count / len(texts)
+        to_scale = upstream * (image * to_image).sum()
+        return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None, None
+
+
+def logits_and_targets(image: Tensor, row_classes: Tensor, texts: Tensor, classes: Tensor, scale: Tensor,
+                       smoothing: float) -> tuple[Tensor, Tensor]:
+    """The logits and the targets (R, N) of a chunk, image (R, E) and its classes (R,), with all texts (N, E)."""
+    same = row_classes[:, None] == classes                                                             # (R, N)
+    weight = (1 - smoothing) / same.sum(1, keepdim=True).to(scale.dtype)
+    return product(image, texts.T, scale.dtype) * scale, same * weight + smoothing / len(texts)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, float32 also where a and b are bf16: rounded to bf16, exp(logit) errs in its second digit."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def mean_where(values: Tensor, counts: Tensor, workers: Workers) -> Tensor:
+    """`losses.mean_where` of the values of all workers: a share of it whose mean over workers is the joint mean."""
+    count = workers.summed(counts.sum().float())
+    return (values * counts).sum() * workers.count / count.clamp(min=1)
