@@ -1,9 +1,12 @@
 """The contrastive loss of losses.py for batches of any size, and for batches that several workers share.
 
 The N x N logits exist only in chunks: a few rows, all columns. The forward pass keeps their log-sum-exp in both
-directions, and the backward pass computes each chunk again. Each worker computes the rows of its own images: features
-are exchanged, logits never.
+directions, and the backward pass computes each chunk again, each as one kernel that torch.compile fuses. Each worker
+computes the rows of its own images: features are exchanged, logits never.
 """
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,10 +55,10 @@ class Contrastive(torch.autograd.Function):
         lse_row, aligned = [], []
         lse_column = scale.new_full((len(texts),), -torch.inf)                                         # (N,)
         for rows, row_classes in zip(image.split(ROWS), classes[own].split(ROWS)):
-            logits, targets = logits_and_targets(rows, row_classes, texts, classes, scale, smoothing)  # (R, N), (R, N)
-            lse_row.append(logits.logsumexp(1))
-            aligned.append((targets * logits).sum(1))
-            torch.logaddexp(lse_column, logits.logsumexp(0), out=lse_column)
+            of_rows, of_columns, of_targets = fused(sums)(rows, row_classes, texts, classes, scale, smoothing)
+            lse_row.append(of_rows)
+            aligned.append(of_targets)
+            torch.logaddexp(lse_column, of_columns, out=lse_column)
         lse_row, aligned = torch.cat(lse_row), torch.cat(aligned)                                      # (B,), (B,)
         lse_column = workers.gathered(lse_column[None]).logsumexp(0)                                   # (N,)
         ctx.smoothing, ctx.workers = smoothing, workers
@@ -65,21 +68,50 @@ class Contrastive(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
-        """N dL / dl_ij = (exp(l_ij - lse_row_i) + exp(l_ij - lse_column_j)) / 2 - target_ij"""
         image, texts, scale, classes, lse_row, lse_column = ctx.saved_tensors
         own = ctx.workers.own_rows(len(image))
         to_image, to_text = [], scale.new_zeros(texts.shape)                                           # (N, E)
         with torch.autocast(image.device.type, enabled=False):
             for rows, row_classes, lse in zip(image.split(ROWS), classes[own].split(ROWS), lse_row.split(ROWS)):
-                logits, targets = logits_and_targets(rows, row_classes, texts, classes, scale, ctx.smoothing)
-                chances = ((logits - lse[:, None]).exp() + (logits - lse_column).exp()) / 2
-                slope = (chances - targets).to(image.dtype)                                            # (R, N)
+                chunk = rows, row_classes, texts, classes, scale, ctx.smoothing
+                slope = fused(slopes)(chunk, lse, lse_column)                                          # (R, N)
                 to_image.append(product(slope, texts, scale.dtype))
                 to_text += product(slope.T, rows, scale.dtype)
         to_image, to_text = torch.cat(to_image), ctx.workers.summed(to_text)[own]                      # (B, E), (B, E)
         upstream = upstream * ctx.workers.count / len(texts)
         to_scale = upstream * (image * to_image).sum()
         return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None, None
+
+
+@cache
+def fused(function: Callable) -> Callable:
+    """The function, compiled for all sizes. If compiling fails, that is said once, and it runs uncompiled."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+
+    def call(*tensors):
+        try:
+            return compiled(*tensors) if call.possible else function(*tensors)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"torch.compile failed ({reason}): similarities are computed uncompiled.", flush=True)
+            call.possible = False
+            return function(*tensors)
+
+    call.possible = True
+    return call
+
+
+def sums(*chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one chunk's logits: log-sum-exp of its rows (R,), of its columns (N,), and sum_j target_ij l_ij (R,)."""
+    logits, targets = logits_and_targets(*chunk)
+    return logits.logsumexp(1), logits.logsumexp(0), (targets * logits).sum(1)
+
+
+def slopes(chunk: tuple, lse_row: Tensor, lse_column: Tensor) -> Tensor:
+    """N dL / dl_ij = (exp(l_ij - lse_row_i) + exp(l_ij - lse_column_j)) / 2 - target_ij, (R, N), as the features'."""
+    logits, targets = logits_and_targets(*chunk)
+    chances = ((logits - lse_row[:, None]).exp() + (logits - lse_column).exp()) / 2
+    return (chances - targets).to(chunk[0].dtype)
 
 
 def logits_and_targets(image: Tensor, row_classes: Tensor, texts: Tensor, classes: Tensor, scale: Tensor,

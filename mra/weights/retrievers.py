@@ -67,8 +67,8 @@ def model_facts(model: Retriever, tokenizer: Tokenizer) -> dict:
 
 # ---- weights of BERT and a vision transformer, or of CLIP
 
-def start(config: ModelConfig, bert_path: str, vit_path: str, clip_path: str,
-          vocab: str) -> tuple[Retriever, Tokenizer | ClipTokenizer]:
+def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str,
+          clip_path: str = "") -> tuple[Retriever, Tokenizer | ClipTokenizer]:
     """A new retriever that starts from BERT, a vision transformer or both, or from CLIP; what they lack is random.
 
     The vocabulary is `vocab`, else the one beside BERT or CLIP, else the packaged one.
