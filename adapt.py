@@ -27,7 +27,7 @@ from mra.run.command import parse, run
 from mra.run.machine import Machine, claimed, drawn
 from mra.town import sets
 
-BASE_PEOPLE = sets.TownSizes(source_train=(12_000, 2), source_test=(800, 3))    # whom the shipped base has seen
+BASE_PEOPLE = [("train", 12_000, 2), ("test", 800, 3)]       # whom the shipped base has seen
 THRESHOLDS = "grey_mean", "grey_variance", "malformed"
 # flags that do not decide the images; digests in the key stand for the files that flags name
 NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_base", "workers", "device", "precision",

@@ -3,6 +3,7 @@
 import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -22,10 +23,14 @@ from mra.run.contrastive import contrastive
 from mra.run.machine import Processes, Threads
 from mra.workers import Workers
 
+FUSED = scale.fused
+
 
 @pytest.fixture(autouse=True)
 def chunked(monkeypatch):
-    """Set the most rows of a chunk, for any number of pairs."""
+    """Set the most rows of a chunk, for any number of pairs; nothing is compiled, which takes long."""
+    monkeypatch.setattr(scale, "fused", lambda function: function)
+
     def of(rows: int) -> None:
         monkeypatch.setattr(scale, "PLAIN", 0)
         monkeypatch.setattr(scale, "ROWS", rows)
@@ -48,6 +53,12 @@ def with_gradients(loss, image, text, temperature, *rest) -> list[torch.Tensor]:
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def threads(count: int) -> list[Threads]:
+    """Workers that exchange tensors with each other, each for a thread of its own."""
+    slots, barrier = [None] * count, Barrier(count)
+    return [Threads(rank, slots, barrier) for rank in range(count)]
 
 
 class Largest(TorchDispatchMode):
@@ -232,7 +243,7 @@ def test_two_threads_are_one(chunked, monkeypatch):
     for plain, limit in zip(PLAINS, (1e-10, 1e-5)):
         monkeypatch.setattr(scale, "PLAIN", plain)
         with ThreadPoolExecutor(2) as pool:
-            check_joint(list(pool.map(share_of, Threads.group(2))), limit)
+            check_joint(list(pool.map(share_of, threads(2))), limit)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -241,8 +252,24 @@ def test_the_joint_mean_is_the_mean_of_the_workers_shares(count):
     values, counts = torch.randn(count, 5), torch.rand(count, 5) < 0.4
     counts[0] = False                                              # a worker without any value
     with ThreadPoolExecutor(count) as pool:
-        shares = list(pool.map(scale.mean_where, values, counts, Threads.group(count)))
+        shares = list(pool.map(scale.mean_where, values, counts, threads(count)))
     assert sum(shares) / count == pytest.approx(losses.mean_where(values, counts).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_kernels_are_fused_and_fall_back(compiles, monkeypatch, capfd):
+    """Compiled for two sizes, and, where compiling fails, uncompiled with one line: the same sums."""
+    if not compiles:
+        def fails(*args, **kwargs):
+            raise torch._dynamo.exc.Unsupported("no compiler")
+        monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
+    scale_sums = FUSED(lambda *chunk: scale.sums(*chunk))
+    for count in (40, 50):
+        image, text, _, classes = unit(count, 8), unit(count, 8), None, torch.arange(count) % 7
+        chunk = image, classes, text, classes, torch.tensor(14.0, dtype=image.dtype), 0.1
+        for found, right in zip(scale_sums(*chunk), scale.sums(*chunk)):
+            assert error(found, right) < 1e-6
+    assert capfd.readouterr().out.count("torch.compile failed") == (not compiles)
 
 
 # ---- regions

@@ -8,7 +8,7 @@ projected, lit, put into a place, and exposed. Read next: sets.py, which draws w
 import io
 import random
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -17,10 +17,10 @@ from mra.data.records import Box
 from mra.town.figure import Pose, Stroke, strokes
 from mra.town.people import Person
 
-VERSION = 1                     # of the drawing: sets of another version are drawn again
+VERSION = 1                     # of the drawing, for the manifest of a set
 HEIGHT, WIDTH, SCALE = 192, 96, 4      # pixels of a file; the figure is drawn SCALE times as large
-PARTS = ("hair", "headgear", "upper", "inner", "logo", "lower", "shoes", "bag", "carried")
-PERSON = 255                    # part number of skin; PARTS have theirs from 1 on
+PARTS = ("hair", "headgear", "upper", "inner", "logo", "lower", "shoes", "bag", "carried", "person")  # numbered from 1
+T = (np.arange(17) - 3) / 10    # places along a stroke where its points lie
 SHADES = ((0.5, 1, 0), (0.8, 0.86, 0.08), (1, 0.62, 0.22), (1.12, 0.28, 0.34))   # brightness, half width, shift
 
 
@@ -65,7 +65,7 @@ DOMAINS = {
                    blur=0.5, motion=3.0, jpeg=35, height=0.3, distance=0.2, crop=0.04, occlusion=0.25)}
 
 
-@lru_cache(maxsize=64)
+@cache
 def camera_of(domain: str, camera: int) -> Domain:
     """The domain as its camera number `camera` sees it: a pure function of the table."""
     base, rng = DOMAINS[domain], random.Random(f"{domain}/{camera}")
@@ -75,71 +75,7 @@ def camera_of(domain: str, camera: int) -> Domain:
     return replace(base, light=rng.choice((-1, 1)) * rng.uniform(0.4, 1), **strengths)
 
 
-class Canvas:
-    """A figure being drawn: its colour, light and part numbers, each SCALE times the image."""
-
-    def __init__(self, pose: Pose, cam: Domain, rng: random.Random):
-        size = WIDTH * SCALE, HEIGHT * SCALE
-        self.colour, self.light, self.part = Image.new("RGB", size), Image.new("L", size, 200), Image.new("L", size)
-        self.pens = [ImageDraw.Draw(image) for image in (self.colour, self.light, self.part)]
-        self.pose, self.cam = pose, cam
-        # where the figure stands, as shares of the image's height: how tall, its middle, the top of its head
-        self.tall = 0.90 - cam.distance * rng.uniform(0.3, 1)
-        self.left = 0.5 * WIDTH / HEIGHT + cam.crop * rng.uniform(-1, 1)
-        self.top = (1 - self.tall) * rng.uniform(0.5, 0.75) + cam.crop * rng.uniform(-1, 1)
-
-    def draw(self, stroke: Stroke) -> None:
-        """Draw a stroke in its colour, with its bands; light it in four steps from dark to bright; crease its folds."""
-        centre, across = self._project(stroke)
-        t = (np.arange(len(centre)) - 3 * stroke.ends[0]) / 10      # of each point; 3 points more are a round end
-
-        def line(s: float, places: np.ndarray = t) -> np.ndarray:
-            """Pixels (len(places), 2) of places along the stroke, s across."""
-            points = centre + s * across
-            return points if places is t else np.stack([np.interp(places, t, values) for values in points.T], -1)
-
-        def patch(s0: float, s1: float, places: np.ndarray = t) -> list[float]:
-            return np.concatenate([line(s0, places), line(s1, places)[::-1]]).ravel().tolist()
-
-        colour, light, part = self.pens
-        whole = patch(-1, 1)
-        colour.polygon(whole, stroke.colour)
-        part.polygon(whole, PERSON if stroke.part == "person" else PARTS.index(stroke.part) + 1)
-        for s0, s1, t0, t1, paint in stroke.bands:
-            places = np.concatenate([[max(t0, t[0])], t[(t > t0) & (t < t1)], [min(t1, t[-1])]])
-            colour.polygon(patch(s0, s1, places), paint)
-        for brightness, half, shift in SHADES:
-            middle = self.cam.light * shift
-            lit = patch(max(-1, middle - half), min(1, middle + half))
-            light.polygon(lit, int(200 * (1 + self.cam.relief * (brightness - 1))))
-        for s0, t0, s1, t1 in stroke.folds:
-            (start,), (end,) = line(s0, np.array([t0])), line(s1, np.array([t1]))
-            light.line((*start, *end), int(200 - 110 * self.cam.relief), 4)
-
-    def _project(self, stroke: Stroke) -> tuple[np.ndarray, np.ndarray]:
-        """Points on the centre line of a stroke, and from each the vector to its side: (K, 2) pixels each."""
-        rows, high, pose = np.asarray(stroke.rows, float), self.cam.height, self.pose
-        at, knots = np.linspace(0, 1, 11), np.linspace(0, 1, len(rows))
-        x, y, z, half, deep = (np.interp(at, knots, rows[:, i]) for i in (0, 1, 2, 3, -1))
-        # a high camera sees what is near further down, and what is higher up larger
-        y = y + 0.3 * high * pose.near(x, z)
-        zoom = (1 + high * (0.5 - y)) * self.tall * HEIGHT * SCALE
-        centre = np.stack([self.left * HEIGHT * SCALE + (x * pose.cos + z * pose.sin) * zoom,
-                           (self.top + (y + high * 0.5 * y * (1 - y)) * self.tall) * HEIGHT * SCALE], -1)
-        along = np.gradient(centre, axis=0) + (0, 1e-3)
-        along *= (np.hypot(half * pose.cos, deep * pose.sin) * zoom / np.hypot(*along.T))[:, None]
-        across = np.stack([along[:, 1], -along[:, 0]], -1)
-        first, last = stroke.ends
-        if first:
-            centre = np.concatenate([centre[0] - np.outer((.8, .68, .4), along[0]), centre])
-            across = np.concatenate([np.outer((.1, .5, .86), across[0]), across])
-        if last:
-            centre = np.concatenate([centre, centre[-1] + np.outer((.4, .68, .8), along[-1])])
-            across = np.concatenate([across, np.outer((.86, .5, .1), across[-1])])
-        return centre, across
-
-
-@lru_cache(maxsize=256)
+@cache
 def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
     """A place with people far off, (HEIGHT, 3 WIDTH); each camera has a few, and pans over them."""
     rng, cam = random.Random(f"{domain}/{camera}/{variant}"), camera_of(domain, camera)
@@ -167,8 +103,9 @@ def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
         if cam.scene == "campus" and wide < 100:
             pen.line((x + 110, 0, x + 110, horizon + 8), (96, 74, 56), 10)
             for i in range(9):
-                left, top, green = x + 60 + i % 3 * 26, -50 + i // 3 * horizon * .2, tone(70, 100, 10)
-                pen.ellipse((left, top, left + 56, top + 60), (green[0] - 20, green[1] + 30, green[2] - 30))
+                left, top = x + 60 + i % 3 * 26, -50 + i // 3 * horizon * .2
+                red, green, blue = tone(70, 100, 10)
+                pen.ellipse((left, top, left + 56, top + 60), (red - 20, green + 30, blue - 30))
     if cam.scene != "plain":
         for i in range(16):                                     # tiles of the ground
             x, y = (i - 7.5) * 70, horizon + (height - horizon) * (i / 12) ** 1.8
@@ -185,30 +122,80 @@ def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
 
 
 def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> tuple[Image.Image, dict[str, Box]]:
-    """Draw `person` as camera number `camera` of a domain sees it. A pure function.
+    """Draw `person` as camera number `camera` of a domain sees them. A pure function.
 
-    Returns the image, (HEIGHT, WIDTH) RGB, and the boxes of what it shows: of PARTS, and "person" for the whole.
+    Returns the image, (HEIGHT, WIDTH) RGB, and the boxes of the PARTS that it shows; "person" is the whole figure.
     """
     rng, cam = random.Random(seed), camera_of(domain, camera)
-    canvas = Canvas(pose, cam, rng)
+    # where the figure stands, as shares of the image's height: how tall, its middle, the top of its head
+    tall = 0.90 - cam.distance * rng.uniform(0.3, 1)
+    middle = 0.5 * WIDTH / HEIGHT + cam.crop * rng.uniform(-1, 1)
+    top = (1 - tall) * rng.uniform(0.5, 0.75) + cam.crop * rng.uniform(-1, 1)
+    size = WIDTH * SCALE, HEIGHT * SCALE
+    colour, light, part = Image.new("RGB", size), Image.new("L", size, 200), Image.new("L", size)
+    pens = [ImageDraw.Draw(image) for image in (colour, light, part)]
     for stroke in strokes(person, pose):
-        canvas.draw(stroke)
-    colour, light, cover = [image.reduce(SCALE) for image in
-                            (canvas.colour, canvas.light, canvas.part.point(lambda v: 255 * (v > 0)))]
+        _draw(pens, stroke, cam, *_project(stroke, pose, cam.height, (tall, middle, top)))
+    cover = part.point(lambda number: 255 if number else 0).reduce(SCALE)
     pan = rng.randrange(2 * WIDTH)
     scene = backdrop(domain, camera, rng.randrange(6)).crop((pan, 0, pan + WIDTH, HEIGHT))
     # the shadow: the figure laid on the ground, away from the light
-    feet, flat, lean = (canvas.top + canvas.tall * .97) * HEIGHT, 0.22, cam.light * 2.3
+    feet, flat, lean = (top + tall * .97) * HEIGHT, 0.22, cam.light * 2.3
     matrix = 1, -lean, lean * feet, 0, 1 / flat, feet - feet / flat
     shadow = cover.transform(cover.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     shadow = shadow.filter(ImageFilter.GaussianBlur(1.5))
     ground = _array(scene) * (1 - cam.shadow * _array(shadow))                                          # (H, W, 3)
-    body = _array(colour) * (_array(light.filter(ImageFilter.BoxBlur(1))) * 1.275)
-    pixels = ground * (1 - _array(cover)) + body
-    parts = np.array(canvas.part.resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.NEAREST))             # (2H, 2W)
+    light = light.reduce(SCALE).filter(ImageFilter.BoxBlur(1))
+    pixels = ground * (1 - _array(cover)) + _array(colour.reduce(SCALE)) * (_array(light) * 1.275)
+    parts = np.array(part.resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.NEAREST))                    # (2H, 2W)
     if rng.random() < cam.occlusion:
         _occlude(pixels, parts, rng)
     return _expose(pixels, cam, rng), _boxes(parts)
+
+
+def _project(stroke: Stroke, pose: Pose, high: float, place: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """(K, 2) pixels of the canvas: points on the centre line of a stroke at T, and the vector from each to its side."""
+    tall, middle, top = place
+    rows, at, unit = np.asarray(stroke.rows, float), np.linspace(0, 1, 11), HEIGHT * SCALE
+    x, y, z, half, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i]) for i in (0, 1, 2, 3, -1))
+    # a high camera sees what is near further down, and what is higher up larger
+    y = y + 0.3 * high * pose.near(x, z)
+    zoom = (1 + high * (0.5 - y)) * tall * unit
+    centre = np.stack([middle * unit + (x * pose.cos + z * pose.sin) * zoom,
+                       (top + (y + high * 0.5 * y * (1 - y)) * tall) * unit], -1)
+    along = np.gradient(centre, axis=0) + (0, 1e-3)
+    along *= (np.hypot(half * pose.cos, deep * pose.sin) * zoom / np.hypot(*along.T))[:, None]
+    across = np.stack([along[:, 1], -along[:, 0]], -1)
+    # three points more at each end make it round
+    first, last = np.outer((.8, .68, .4), along[0]), np.outer((.4, .68, .8), along[-1])
+    centre = np.concatenate([centre[0] - first, centre, centre[-1] + last])
+    across = np.concatenate([np.outer((.1, .5, .86), across[0]), across, np.outer((.86, .5, .1), across[-1])])
+    return centre, across
+
+
+def _draw(pens: list, stroke: Stroke, cam: Domain, centre: np.ndarray, across: np.ndarray) -> None:
+    """Draw a stroke in its colour, with its bands; light it in four steps from dark to bright; crease its folds."""
+    first, last = stroke.ends
+
+    def line(s: float, t0: float = -1, t1: float = 2) -> np.ndarray:
+        """(K, 2) pixels at s across the stroke; points before t0 or after t1 are moved there."""
+        t = np.clip(T, max(t0, first), min(t1, last))
+        return np.stack([np.interp(t, T, values) for values in (centre + s * across).T], -1)
+
+    def patch(s0: float, s1: float, *ends: float) -> list[float]:
+        return np.concatenate([line(s0, *ends), line(s1, *ends)[::-1]]).ravel().tolist()
+
+    colour, light, part = pens
+    colour.polygon(patch(-1, 1), stroke.colour)
+    part.polygon(patch(-1, 1), PARTS.index(stroke.part) + 1)
+    for *corners, paint in stroke.bands:
+        colour.polygon(patch(*corners), paint)
+    for brightness, half, shift in SHADES:
+        middle = cam.light * shift
+        lit = patch(max(-1, middle - half), min(1, middle + half))
+        light.polygon(lit, int(200 * (1 + cam.relief * (brightness - 1))))
+    for s0, t0, s1, t1 in stroke.folds:
+        light.line((*line(s0, t0, t0)[0], *line(s1, t1, t1)[0]), int(200 - 110 * cam.relief), 4)
 
 
 def _array(image: Image.Image) -> np.ndarray:
@@ -252,7 +239,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
 def _boxes(parts: np.ndarray) -> dict[str, Box]:
     """(2H, 2W) part numbers -> the box of every part that shows enough; of the garments, that shows."""
     (height, width), boxes = parts.shape, {}
-    seen = {part: parts == i for i, part in enumerate(PARTS, 1)}
+    seen = {part: parts == number for number, part in enumerate(PARTS, 1)}
     seen |= {"upper": seen["upper"] | seen["inner"] | seen["logo"], "person": parts > 0}
     for part, mask in seen.items():
         rows, columns = (np.flatnonzero(mask.sum(axis) > 1) for axis in (1, 0))    # no stray pixels

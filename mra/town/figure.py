@@ -8,7 +8,6 @@ draws the strokes.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ HAIR_PAINT = {"black": (26, 22, 24), "brown": (92, 54, 28), "blond": (232, 196, 
               "red": (172, 70, 24)}
 SKINS = ((246, 212, 188), (222, 176, 140), (166, 114, 80), (104, 68, 50))
 STOUT = {"slim": 0.84, "average": 1.0, "heavy": 1.24}           # factor on widths
-FLAT, FIRST, LAST, BOTH = (0, 0), (1, 0), (0, 1), (1, 1)        # which ends of a stroke are round
+FLAT, FIRST, LAST, BOTH = (0, 1), (-1, 1), (0, 2), (-1, 2)      # t of the ends of a stroke: which of them are round
 
 # Patches of a garment: (s0, s1, t0, t1). Those that do not go all round it show from the front only.
 HEIGHTS = (.08, .30, .52, .74, .96)
@@ -36,8 +35,7 @@ LEGS = {"trousers": (.070, .056, .050), "jeans": (.064, .046, .038), "leggings":
 SKIRTS = {"skirt": (.70, .135), "long skirt": (.90, .16)}       # y of the hem, half its width
 
 
-@dataclass(frozen=True, slots=True)
-class Pose:
+class Pose(NamedTuple):
     """`yaw` in degrees: 0 faces the camera, 90 the right of the picture; `phase` of the step in radians."""
     yaw: float
     phase: float

@@ -1,9 +1,8 @@
 """Who lives in the demo town, and what people write about them.
 
-An identity is a `Person`: about 40 bits of attributes. `describe` is an annotator. From the parts that an image shows
-it writes a caption of 15 to 40 words, and names some of its phrases with their boxes, as the SDA set of the MRA paper
-does. No word is untrue or about something hidden. "left" and "right" are those of the image, so they change places
-where it is mirrored. An example, seen from the front; the annotator is random.Random(136874):
+`describe` is an annotator. It writes a caption of 15 to 40 words about the parts that an image shows, and names some of
+its phrases with their boxes, as the SDA set of the MRA paper does. No word is untrue or about something hidden. "left"
+and "right" are those of the image. An example, seen from the front by the annotator random.Random(136874):
 
     person   slim woman, long blond hair, red jacket over white, black jeans, white sneakers, green handbag
     boxes    cx cy w h: person .50 .52 .40 .90, hair .50 .14 .18 .20, upper .50 .32 .34 .32,
@@ -18,7 +17,8 @@ Read next: figure.py, which gives the person a body.
 
 import random
 import re
-from dataclasses import dataclass, replace
+from collections import namedtuple
+from typing import NamedTuple
 
 from mra.data.records import Box
 
@@ -69,34 +69,19 @@ TEMPLATES = (
     "this is {person}[ {view}].[ {she} has {bag+carried+hair}.] {her} clothes are {headgear+upper+lower+shoes}.")
 
 
-@dataclass(frozen=True, slots=True)
-class Person:
-    """An identity; "" means that the person has none of it."""
-    gender: str
-    build: str
-    hair: str
-    hair_colour: str
-    headgear: str
-    headgear_colour: str
-    upper: str
-    upper_colour: str
-    pattern: str
-    pattern_colour: str     # of stripes, checks, the lower half of two tones, the logo
-    inner_colour: str       # under an open jacket or coat; the sleeves under a vest
-    lower: str
-    lower_colour: str
-    shoes: str
-    shoes_colour: str
-    bag: str
-    bag_colour: str
-    bag_side: str           # the person's own left or right; things are carried in the other hand
-    carried: str
-    carried_colour: str
-    skin: int               # 0 to 3; drawn, never written about
+# An identity: about 40 bits of attributes, each a word; "" means that the person has none of it.
+Person = namedtuple("Person", (
+    "gender", "build", "hair", "hair_colour", "headgear", "headgear_colour",
+    "upper", "upper_colour", "pattern",
+    "pattern_colour",           # of stripes, checks, the lower half of two tones, the logo
+    "inner_colour",             # under an open jacket or coat; the sleeves under a vest
+    "lower", "lower_colour", "shoes", "shoes_colour", "bag", "bag_colour",
+    "bag_side",                 # the person's own left or right; things are carried in the other hand
+    "carried", "carried_colour",
+    "skin"))                    # 0 to 3; drawn, never written about
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
+class Words(NamedTuple):
     """A caption, and some of its phrases with the box of each."""
     caption: str
     phrases: tuple[str, ...]
@@ -133,21 +118,20 @@ def twin_of(person: Person, rng: random.Random) -> Person:
         taken |= set(WOMENS)
     if name == "upper_colour":
         taken |= {person.pattern_colour, person.inner_colour}
-    return replace(person, **{name: rng.choice([value for value in TWINS[name] if value not in taken])})
+    return person._replace(**{name: rng.choice([value for value in TWINS[name] if value not in taken])})
 
 
 def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> Words:
     """An annotator's words on an image. `boxes` has the parts seen; "person", "upper" and "lower" always are."""
     texts = {part: text for part, text in _phrases(person, view, boxes, rng).items() if part in boxes}
-    always = ("person", "upper", "lower")
-    optional = [part for part in texts if part not in always]
-    optional = rng.sample(optional, len(optional))
+    always = ["person", "upper", "lower"]
+    optional = rng.sample([part for part in texts if part not in always], len(texts) - len(always))
     template = rng.choice(TEMPLATES)
     view_text = rng.choice(VIEWS[view]) if rng.random() < 0.5 else ""
     tries = [([part for part in optional if rng.random() < 0.9], view_text), (optional, rng.choice(VIEWS[view]))]
     tries += [(optional[i:], "") for i in range(len(optional))]
     for kept, view_text in tries:       # until the caption is neither short nor long
-        told = {part: text for part, text in texts.items() if part in always or part in kept}
+        told = {part: text for part, text in texts.items() if part in always + kept}
         caption = _compose(template, told | {"view": view_text}, person.gender)
         if 15 <= len(caption.split()) <= 40:
             break
@@ -170,11 +154,18 @@ def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
     hair = "{} hair tied back" if tied else rng.choice(HAIR[person.hair])
     texts = {"person": _a(f"{build} {rng.choice(GENDERS[person.gender])}".strip()),
              "hair": hair.format(rng.choice(HAIR_COLOURS[person.hair_colour])),
-             "headgear": _a(named("headgear", HEADGEAR)), "upper": _upper(person, boxes, rng),
-             "lower": named("lower", LOWERS), "shoes": named("shoes", SHOES), "bag": _a(named("bag", BAGS)),
-             "carried": _a(named("carried", CARRIED))}
-    if "skirt" in person.lower:
-        texts["lower"] = _a(texts["lower"])
+             "headgear": _a(named("headgear", HEADGEAR))}
+    pattern = "plain" if person.pattern == "logo" and "logo" not in boxes else person.pattern
+    colours = person.upper_colour, person.pattern_colour, person.inner_colour
+    colour, second, inner = [rng.choice(COLOURS.get(name, ("",))) for name in colours]
+    upper = rng.choice(PATTERNS[pattern]).format(colour, second, rng.choice(UPPERS[person.upper]))
+    if "inner" in boxes and person.upper in OPENING:
+        upper = f"open {upper}"
+    texts["upper"] = f"{_a(upper)} over {_a(inner)} top" if "inner" in boxes else _a(upper)
+    lower = named("lower", LOWERS)
+    texts["lower"] = _a(lower) if "skirt" in person.lower else lower
+    texts["shoes"] = named("shoes", SHOES)
+    texts |= {"bag": _a(named("bag", BAGS)), "carried": _a(named("carried", CARRIED))}
     for part in ("bag", "carried"):
         place = PLACES.get(getattr(person, part))
         if part in boxes and place and view in ("front", "back"):
@@ -182,19 +173,6 @@ def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
             if abs(right) > 0.15 and rng.random() < 0.5:
                 texts[part] += " " + place.format("right" if right > 0 else "left")
     return texts
-
-
-def _upper(person: Person, boxes: dict[str, Box], rng: random.Random) -> str:
-    """The upper garment, its pattern, and what shows under it."""
-    pattern = "plain" if person.pattern == "logo" and "logo" not in boxes else person.pattern
-    colours = person.upper_colour, person.pattern_colour, person.inner_colour
-    colour, second, inner = [rng.choice(COLOURS.get(name, ("",))) for name in colours]
-    text = rng.choice(PATTERNS[pattern]).format(colour, second, rng.choice(UPPERS[person.upper]))
-    if "inner" not in boxes:
-        return _a(text)
-    if person.upper in OPENING:
-        text = f"open {text}"
-    return f"{_a(text)} over {_a(inner)} top"
 
 
 def _compose(template: str, words: dict[str, str], gender: str) -> str:

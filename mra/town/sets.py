@@ -8,11 +8,10 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from typing import NamedTuple
 from mra.config import UserError
 from mra.data.files import in_processes, save_image, write_text
 from mra.town.drawing import DOMAINS, VERSION, Pose, render
-from mra.town.people import Person, Words, describe, sample_person, twin_of
+from mra.town.people import Person, describe, sample_person, twin_of
 
 NOTE = "computer drawings of people who do not exist, not photographs"
 FOLDERS = {"source": "SDA", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
@@ -28,35 +27,17 @@ FIRST_ID = {"source": 0, "cuhk": 1, "icfg": 0, "rstp": 0}
 CUHK_CAMERAS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market")
 TWIN_SHARE = 0.3    # share of the test identities that belong to a pair which differs in one attribute
 PART = 5000         # records in one file of the source
-CHUNK = 40          # images that a process draws at once
-OURS = re.compile(r"(\d+_c\d+_\d+|sda_\w+|reid_raw|ICFG-PEDES|data_captions|town|DRAWN)\.(jpg|json|txt|tmp)")
 
-
-@dataclass(frozen=True)
-class TownSizes:
-    """(people, images of each on average) of each split. ICFG-PEDES has no val split: those people train."""
-    source_train: tuple[int, float] = (3000, 2)
-    source_test: tuple[int, float] = (200, 3)
-    target_train: tuple[int, float] = (400, 4)
-    target_val: tuple[int, float] = (100, 3)
-    target_test: tuple[int, float] = (240, 3)
-
-    def splits(self, set_name: str) -> list[tuple[str, int, float]]:
-        """(split as written, people, images of each), in the order of the identities."""
-        if set_name == "source":
-            return [("train", *self.source_train), ("test", *self.source_test)]
-        return [("train", *self.target_train), ("train" if set_name == "icfg" else "val", *self.target_val),
-                ("test", *self.target_test)]
-
-    def twins(self, set_name: str) -> list[tuple[int, int]]:
-        """Pairs of numbers of people, the first of the test split; each second one is a twin of the one before."""
-        *others, (_, people, _) = self.splits(set_name)
-        first = sum(count for _, count, _ in others)
-        return [(first + 2 * i, first + 2 * i + 1) for i in range(math.ceil(TWIN_SHARE * people / 2))]
-
-
-DEFAULT = TownSizes()
-TINY = TownSizes((6, 2), (4, 3), (4, 3), (2, 2), (6, 3))
+# The splits of each set: name, people, average images of a person. ICFG-PEDES has no val split: those people train.
+Sizes = list[tuple[str, int, float]]
+DEFAULT = {"source": [("train", 3000, 2), ("test", 200, 3)],
+           "cuhk": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)],
+           "icfg": [("train", 400, 4), ("train", 100, 3), ("test", 240, 3)],
+           "rstp": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)]}
+TINY = {"source": [("train", 6, 2), ("test", 4, 3)],
+        "cuhk": [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)],
+        "icfg": [("train", 4, 3), ("train", 2, 2), ("test", 6, 3)],
+        "rstp": [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)]}
 
 
 class Shot(NamedTuple):
@@ -70,16 +51,23 @@ class Shot(NamedTuple):
     path: str
 
 
-def shots(set_name: str, sizes: TownSizes, seed: int) -> Iterator[Shot]:
+def twin_pairs(sizes: Sizes) -> list[tuple[int, int]]:
+    """Pairs of numbers of people, the first of the test split. The second of a pair is a twin of the first."""
+    *others, (_, people, _) = sizes
+    first = sum(count for _, count, _ in others)
+    return [(first + 2 * i, first + 2 * i + 1) for i in range(math.ceil(TWIN_SHARE * people / 2))]
+
+
+def shots(set_name: str, sizes: Sizes, seed: int) -> Iterator[Shot]:
     """The shots of a set, in the order of its identities. Each person's depend on the seed and the person's number."""
-    first, person, twins = 0, None, {second for _, second in sizes.twins(set_name)}
-    for split, people, images in sizes.splits(set_name):
+    first, person, twins = 0, None, {second for _, second in twin_pairs(sizes)}
+    for split, people, images in sizes:
         for number in range(first, first + people):
             rng = random.Random(f"{seed}/{set_name}/{first}/{number}")
             person = twin_of(person, rng) if number in twins else sample_person(rng)
             before = round(images * (number - first))       # images of the people before, if the average holds
-            own = round(images * (number - first + 1)) - before
-            yield from shots_of(set_name, split, number, person, own, rng)
+            count = round(images * (number - first + 1)) - before
+            yield from shots_of(set_name, split, number, person, count, rng)
         first += people
 
 
@@ -98,65 +86,59 @@ def shots_of(set_name: str, split: str, number: int, person: Person, count: int,
         yield Shot(split, identity, person, pose, camera, rng.getrandbits(48), path)
 
 
-def build(root: Path, set_name: str, sizes: TownSizes, seed: int, workers: int, say=print) -> None:
-    """Write a set under root in its real layout, unless its manifest says that it is there already.
+def build(root: Path, set_name: str, sizes: Sizes, seed: int, workers: int, say=print) -> None:
+    """Write a set under root in its real layout, unless its manifest town.json says that it is there already.
 
-    The manifest town.json is written last: a set without it is drawn again. Raises UserError when the folder holds
-    anything that was not drawn here.
+    A set is drawn in a scratch folder, which gets its name when it is complete. Raises UserError when a folder of that
+    name is there and holds anything else.
     """
-    folder = root / FOLDERS[set_name]
-    twins = [[number + FIRST_ID[set_name] for number in pair] for pair in sizes.twins(set_name)]
-    made_of = {"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": sizes.splits(set_name),
-               "look": asdict(DOMAINS[set_name]), "twins": twins}
-    manifest = json.dumps(made_of, indent=1)
+    folder, scratch = root / FOLDERS[set_name], root / f"{FOLDERS[set_name]}.tmp"
+    twins = [[number + FIRST_ID[set_name] for number in pair] for pair in twin_pairs(sizes)]
+    manifest = json.dumps({"note": NOTE, "version": VERSION, "set": set_name, "seed": seed, "sizes": sizes,
+                           "look": asdict(DOMAINS[set_name]), "twins": twins}, indent=1)
     root.mkdir(parents=True, exist_ok=True)
     with open(root / f".{set_name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                    # a second run waits for the first
         if (folder / "town.json").is_file() and (folder / "town.json").read_bytes() == manifest.encode():
             return
-        drawn = (folder / "DRAWN.txt").is_file()
-        for path in folder.rglob("*"):
-            if path.is_file() and not (drawn and OURS.fullmatch(path.name)):
-                raise UserError(f"{path} was not drawn here, and the demo town would draw over it: move it away")
+        if folder.exists():
+            raise UserError(f"{folder} was not drawn here, or with another seed or other sizes: move it away.")
         to_draw = list(shots(set_name, sizes, seed))
         say(f"{folder}: drawing demo data: {len(to_draw)} {NOTE}")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        write_text(folder / "DRAWN.txt", f"Drawn by mra/town/sets.py: {NOTE}.\n")       # first: the folder is ours
-        files = defaultdict(list)
-        made = in_processes(partial(_draw, folder, set_name), to_draw, workers, CHUNK)
-        for number, (name, record) in enumerate(made):
+        shutil.rmtree(scratch, ignore_errors=True)          # of a run that was stopped
+        records = defaultdict(list)                         # of each annotation file
+        drawn = in_processes(partial(_draw, scratch, set_name), to_draw, workers, chunk=40)
+        for number, (name, record) in enumerate(drawn):
             start = number // PART * PART
-            files[name.format(start, start + PART)].append(json.dumps(record))
+            records[name.format(start, start + PART)].append(json.dumps(record))
             if (number + 1) % PART == 0:
                 say(f"  {number + 1} images drawn")
-        for name, records in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            write_text(folder / name, "[\n" + ",\n".join(records) + "\n]\n")
-        write_text(folder / "town.json", manifest)
+        for name, lines in records.items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            write_text(scratch / name, "[\n" + ",\n".join(lines) + "\n]\n")
+        write_text(scratch / "town.json", manifest)
+        scratch.rename(folder)
 
 
 def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
-    """Draw and save one image. Returns its annotation file and its record."""
+    """Draw and save one image. Returns its annotation file and its record, in the set's own format.
+
+    A training file of the source is named after the numbers of its records: "{}" stands for them.
+    """
     image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
     file = folder / "imgs" / shot.path
     file.parent.mkdir(parents=True, exist_ok=True)
     save_image(image, file, quality=95)
     words = [describe(shot.person, shot.pose.view, boxes, random.Random(f"{shot.seed}/{i}")) for i in (0, 1)]
-    return _record(set_name, shot, words)
-
-
-def _record(set_name: str, shot: Shot, words: list[Words]) -> tuple[str, dict]:
-    """(annotation file, record) in the set's own format. The source's train files are named after their records."""
     captions = [one.caption for one in words]
     if set_name == "source" and shot.split == "test":
         return "finetune/sda_test.json", {"image": shot.path, "caption": captions, "image_id": shot.identity}
     if set_name == "source":
-        boxes = [[round(v, 4) for v in box] for box in words[0].boxes]
         rng = random.Random(shot.seed)
-        logits = [round(rng.uniform(0.35, 0.9), 4) for _ in boxes]      # stand for the grounding model's confidence
-        return "sda_{}_{}.json", {"image": shot.path, "boxes": boxes, "phrases": words[0].phrases, "logits": logits,
-                                  "caption": captions[0], "image_id": shot.identity}
+        logits = [round(rng.uniform(0.35, 0.9), 4) for _ in words[0].boxes]    # as if a grounding model's confidence
+        return "sda_{}_{}.json", {"image": shot.path, "boxes": [[round(v, 4) for v in box] for box in words[0].boxes],
+                                  "phrases": words[0].phrases, "logits": logits, "caption": captions[0],
+                                  "image_id": shot.identity}
     path = "img_path" if set_name == "rstp" else "file_path"
     record = {"split": shot.split, "captions": captions, path: shot.path, "id": shot.identity}
     if set_name == "cuhk":
@@ -178,5 +160,6 @@ def ready(dataset: str, tiny: bool, say=print) -> Path:
         raise UserError("The demo town has no MALS: give --data-root, the folder that holds it.")
     set_name = "source" if dataset == "sda" else dataset
     if set_name in FOLDERS:
-        build(root(tiny), set_name, TINY if tiny else DEFAULT, 0, 1 if tiny else os.cpu_count() or 1, say)
+        sizes, workers = (TINY, 1) if tiny else (DEFAULT, os.cpu_count() or 1)
+        build(root(tiny), set_name, sizes[set_name], 0, workers, say)
     return root(tiny)

@@ -52,7 +52,7 @@ def one(kind: str, count: int, folder: Path) -> tuple[float, float]:
         write_gallery(folder / "gallery.safetensors", count, 256)
         return peak_of_file(str(folder / "gallery.safetensors"), "ours", 64, 32)
     if kind == "town":
-        size = sets.TownSizes(source_train=(max(2, count // 2), 2), source_test=(2, 2))
+        size = [("train", max(2, count // 2), 2), ("test", 2, 2)]
         return measure(lambda: sets.build(folder / str(time.time()), "source", size, 0, os.cpu_count() or 1, str), 1)
     return measure(reranking(count), 1)
 

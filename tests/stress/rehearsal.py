@@ -26,8 +26,7 @@ sys.path.insert(0, str(ROOT))
 from mra.formats.check import PUBLISHED  # noqa: E402
 from mra.town import sets  # noqa: E402
 
-SIZES = sets.TownSizes(**{f"target_{split}": (people, images / people)
-                          for split, (people, images, _) in PUBLISHED["cuhk"].items()})
+SIZES = [(split, people, images / people) for split, (people, images, _) in PUBLISHED["cuhk"].items()]
 COMMANDS = {    # flags, the first line of a step or a row, and whether to stop there
     "check": (("train.py", "--check", "--workers", "{workers}"), "  2,000 of", False),
     "base": (("train.py", "--preset", "base", "--init", "none", "--batch", "{batch}", "--log-every", "1",

@@ -191,7 +191,7 @@ class Town:
     def every_shot(self) -> dict[str, sets.Shot]:
         """What each file of the town shows."""
         return {f"{self.root}/{folder}/imgs/{shot.path}": shot for name, folder in sets.FOLDERS.items()
-                for shot in sets.shots(name, self.sizes, 0)}
+                for shot in sets.shots(name, self.sizes[name], 0)}
 
     def shots(self, paths: list[str]) -> list[sets.Shot]:
         """What these files show. Raises UserError for a file that is not the town's."""

@@ -441,7 +441,7 @@ def moved(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
 def exact(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
     """The source's people as the target's cameras see them, with captions and boxes of their own."""
     sizes = sets.TINY if one.tiny else sets.DEFAULT
-    shots = {shot.path: shot for shot in sets.shots("source", sizes, 0)}
+    shots = {shot.path: shot for shot in sets.shots("source", sizes["source"], 0)}
     people = [shots[record.path.split("/imgs/")[1]].person for record in source]
     size = DIFFUSION_PRESETS[one.size]
     seed = 8 if one.arm == "exact again" else 7

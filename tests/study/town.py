@@ -1,12 +1,12 @@
 """Draw a town of any size: the source has 3,200 people, each target 740, times --people."""
 
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from mra.config import UserError, flag
 from mra.run.command import parse, run
-from mra.town.sets import DEFAULT, FOLDERS, TownSizes, build
+from mra.town.sets import DEFAULT, FOLDERS, build
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ def main() -> None:
     unknown = set(config.sets) - set(FOLDERS)
     if unknown:
         raise UserError(f"--sets {unknown.pop()}: choose from {', '.join(FOLDERS)}.")
-    sizes = TownSizes(*((max(2, round(n * config.people)), images) for n, images in astuple(DEFAULT)))
     for name in config.sets:
+        sizes = [(split, max(2, round(people * config.people)), images) for split, people, images in DEFAULT[name]]
         build(Path(config.root), name, sizes, config.seed, config.workers)
 
 
