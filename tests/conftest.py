@@ -1,19 +1,65 @@
 """What several test files share: the packaged vocabulary, a tiny retriever, a batch, painted images, a tiny set."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
+import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_commands import succeed
 
+from mra import config as configuration
 from mra.config import PRESETS, ModelConfig
 from mra.data.batches import Batch
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
+from mra.town import sets
+
+
+def pytest_collection_finish():
+    """What fresh processes are forked from (processes.py) imports all that they need while the first tests run."""
+    if "processes" in sys.modules:
+        forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_loading():
+    """The recipes of `tiny` load images in the run's own process: another one takes longer to start than the loading.
+
+    Tests of loading processes give --workers.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("pretrain", "finetune"):
+            patch.setitem(configuration.DEMO[kind], "workers", 0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def in_town(tmp_path_factory) -> Callable[[str], Path]:
+    """Make a working directory that has the tiny sets of the demo town, which are drawn once."""
+    town = tmp_path_factory.mktemp("demo")
+    with contextlib.chdir(town):
+        for name in ("sda", "cuhk", "icfg", "rstp"):
+            sets.ready(name, True, lambda line: None)
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(town, tmp_path_factory.mktemp(name), dirs_exist_ok=True))
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapted(in_town) -> tuple[Path, str]:
+    """Where `adapt.py` has made a tiny set of 70 images, and what it printed. Not to be changed."""
+    folder = in_town("adapted")
+    return folder, succeed(folder, "adapt.py", "--size", "tiny", "--precision", "float32", "--images", "70",
+                           "--malformed", "100", "--box-threshold", "0")
 
 
 @pytest.fixture(scope="session")

@@ -72,10 +72,16 @@ def rows_of(out: str) -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory) -> tuple[Path, str]:
-    """A folder where `train.py --dataset icfg` ran once, and what it printed. Not to be changed."""
-    folder = tmp_path_factory.mktemp("work")
-    return folder, succeed(folder, "train.py", "--dataset", "icfg", *TINY)
+def first(in_town, tmp_path_factory) -> tuple[Path, str]:
+    """A folder where `train.py --dataset icfg` ran once, and what it printed. Not to be changed.
+
+    The sets that it did not draw are there, too.
+    """
+    folder, others = tmp_path_factory.mktemp("work"), in_town("others")
+    out = succeed(folder, "train.py", "--dataset", "icfg", *TINY)
+    for name in ("CUHK-PEDES", "RSTPReid"):
+        shutil.copytree(others / "data/demo-tiny" / name, folder / "data/demo-tiny" / name)
+    return folder, out
 
 
 @pytest.fixture
@@ -591,8 +597,9 @@ def test_help_lists_the_flags(tmp_path, script):
 
 # ---- what is written about the commands
 
-EXTRA = {"train.py": (*TINY, "--no-resume"), "evaluate.py": (),     # what makes a documented command tiny
-         "adapt.py": ("--size", "tiny", "--images", "20", "--malformed", "100")}
+EXTRA = {       # what makes a documented command tiny
+    "train.py": (*TINY, "--no-resume", "--steps", "2", "--batch", "4", "--evals", "1"), "evaluate.py": (),
+    "adapt.py": ("--size", "tiny", "--images", "20", "--malformed", "100")}
 
 
 def documented() -> list[str]:

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Fresh, free_port, script
 from test_commands import command, succeed
 
 from adapt import main as adapt_main
@@ -127,11 +127,11 @@ def test_calibration_by_hand():
     assert scale.item() == pytest.approx(2.0) and shift.item() == pytest.approx(5.0)
 
 
-def test_latents_are_calibrated_before_they_are_decoded(monkeypatch, tmp_path):
+def test_latents_are_calibrated_before_they_are_decoded(adapted, monkeypatch, tmp_path):
     """Scaled by 0 and shifted by 3, all latents are 3. There are more probes than images: drafts of the target's
     captions, or images to restyle, each with noise of its own."""
     real, seen, probed, draws = making.decode, [], [], []
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(shutil.copytree(adapted[0], tmp_path, dirs_exist_ok=True))
     monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=4 * parts.PART))
 
     def calibrate(samples, target):
@@ -245,9 +245,9 @@ def adapt(folder: Path, *flags: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("adapt")
-    return folder, adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
+def made(adapted, tmp_path_factory) -> tuple[Path, str]:
+    folder, said = adapted
+    return Path(shutil.copytree(folder, tmp_path_factory.mktemp("adapt"), dirs_exist_ok=True)), said
 
 
 def test_adapt_makes_a_set_that_is_read_as_sda(made):
@@ -349,18 +349,17 @@ def test_the_prompts_of_a_caption_speak_of_one_person(made):
     assert all(people[row["origin"]] == row["image_id"] for row in rows)
 
 
-def test_a_set_half_made_anew_is_no_set(made):
+def test_a_set_half_made_anew_is_no_set(made, tmp_path):
     """Its images are others already: neither the old annotation nor the old part's record may vouch for them."""
     folder, _ = made
     flags = ("--images", "70", "--malformed", "100", "--out", "out/half")
     adapt(folder, *flags)
     whole = {path: path.read_bytes() for path in sorted((folder / "out/half").rglob("*")) if path.is_file()}
-    run = subprocess.Popen([sys.executable, str(ROOT / "adapt.py"), "--size", "tiny", "--precision", "float32", *flags,
-                            "--captions", "source", "--no-resume"], cwd=folder, stdout=subprocess.PIPE, text=True)
-    while "parts made" not in (line := run.stdout.readline()):
-        assert line, "it ended before a part was made"
+    run = Fresh(tmp_path, folder, script, "adapt.py", "--size", "tiny", "--precision", "float32", *flags, "--captions",
+                "source", "--no-resume")
+    run.until(lambda: "parts made" in run.out)
     run.kill()
-    run.wait()
+    assert "parts made" in run.out, "it ended before a part was made"
     assert [path.name for path in (folder / "out/half").glob("*.json")] == ["parts.key.json"]
     adapt(folder, *flags, "--no-resume")
     assert {path: path.read_bytes() for path in whole} == whole
@@ -421,7 +420,7 @@ def test_restyling_keeps_captions_and_boxes(made):
         assert np.allclose(row["boxes"], record.boxes, atol=1e-3) and row["image_id"] == record.identity
 
 
-def test_sets_of_ones_own_and_two_processes(made):
+def test_sets_of_ones_own_and_two_processes(made, tmp_path):
     """The path of real data: source and target from folders; the work shared out by torchrun."""
     folder, _ = made
     flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--data-root", "data/demo-tiny",
@@ -429,11 +428,12 @@ def test_sets_of_ones_own_and_two_processes(made):
              "--base", "out/base-tiny/base.safetensors")
     with contextlib.chdir(folder):
         sets.ready("rstp", True, lambda line: None)
-    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "adapt.py"),
-                          *flags], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}       # as torchrun tells it
+    ran = [Fresh(tmp_path / rank, folder, script, "adapt.py", *flags, RANK=rank, LOCAL_RANK=rank, **address)
+           for rank in "01"]
+    assert [one.status() for one in ran] == [0, 0], ran[0].err + ran[1].err
     report = json.loads((folder / "out/two/report.json").read_text())
-    assert "2 process(es)" in ran.stdout and report["kept"] == 130
+    assert "2 process(es)" in ran[0].out and report["kept"] == 130
     assert sum(1 for _ in (folder / "out/two/parts").glob("*.json")) == 3
     assert sum(1 for _ in (folder / "out/two/imgs").rglob("*.png")) == 130
 
@@ -456,14 +456,14 @@ def test_a_base_of_another_size_and_a_single_image_are_refused(made):
 
 def test_train_pretrains_on_the_adapted_set(made):
     folder, _ = made
-    report = folder / "out/sda/icfg-tiny/report.json"
+    report, quick = folder / "out/sda/icfg-tiny/report.json", ("--preset", "tiny", "--steps", "2", "--evals", "1")
     report.rename(folder / "report.json")
-    status, _, err = command(folder, "train.py", "--dataset", "icfg", "--preset", "tiny", "--steps", "2")
+    status, _, err = command(folder, "train.py", "--dataset", "icfg", *quick)
     assert status == 2 and "out/sda/icfg-tiny is an adapted set that is not finished" in err
-    status, _, err = command(folder, "train.py", "--dataset", "out/sda/icfg-tiny", "--preset", "tiny", "--steps", "2")
+    status, _, err = command(folder, "train.py", "--dataset", "out/sda/icfg-tiny", *quick)
     assert status == 2 and "out/sda/icfg-tiny is an adapted set that is not finished" in err
     (folder / "report.json").rename(report)
-    said = succeed(folder, "train.py", "--dataset", "icfg", "--preset", "tiny", "--steps", "2")
+    said = succeed(folder, "train.py", "--dataset", "icfg", *quick)
     assert "Stage 2 of 3: training on out/sda/icfg-tiny." in said
 
 

@@ -4,6 +4,8 @@ import json
 import math
 import random
 import shutil
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +17,13 @@ from mra.diffusion.filters import DAMAGE, distort
 from mra.diffusion.sampling import match_moments
 from mra.formats.read import load
 from mra.run.machine import Machine
+from mra.town.drawing import render
 from mra.town.people import COLOURS, sample_person
 from tests.study import gap, gap_table, transfers
 from tests.study.portraits import portraits
 
 CPU = Machine.of("cpu", "float32")
-FIT = Fit(60, 64, 2e-3, warmup=0.0, weight_decay=0.05, average=0.0)
+FIT = Fit(60, 32, 2e-3, warmup=0.0, weight_decay=0.05, average=0.0)
 OUT = "out/sda/icfg-tiny"
 
 
@@ -217,15 +220,22 @@ def test_the_shipped_reader_reads_colours_and_cameras():
 
 # ---- the report of a set
 
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """Each portrait is drawn once for all measurements: that drawing is pure is tested in test_town.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.study.portraits.render", cache(render))
+        yield
+
+
 def adapt(folder, *flags: str) -> str:
     return succeed(folder, "adapt.py", "--size", "tiny", "--precision", "float32", "--malformed", "100", *flags)
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(adapted, tmp_path_factory):
     """A folder with a set, its gap.json, a trained reader, and what the measurement printed. Not to be changed."""
-    folder = tmp_path_factory.mktemp("gap")
-    adapt(folder, "--images", "70", "--box-threshold", "0")
+    folder = Path(shutil.copytree(adapted[0], tmp_path_factory.mktemp("gap"), dirs_exist_ok=True))
     status, _, err = command(folder, "tests/study/gap.py", OUT)
     assert status == 2 and "--train-reader --size tiny" in err and err.count("\n") == 1
     assert "reader.safetensors is ready" in succeed(folder, "tests/study/gap.py", "--train-reader", "--size", "tiny")

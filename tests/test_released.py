@@ -8,6 +8,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def drawn(key: str, shape: list[int]) -> Tensor:
 @pytest.fixture(scope="module")
 def filled() -> dict[str, Tensor]:
     """The cuhk model's state dict."""
-    return {key: drawn(key, shape) for key, shape in KEYS["cuhk"].items()}
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(KEYS["cuhk"], pool.map(drawn, KEYS["cuhk"], KEYS["cuhk"].values())))
 
 
 def variant(filled: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -182,14 +184,17 @@ def test_heads_of_rstp(filled, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def sda(filled) -> tuple[Retriever, Batch]:
-    """The pretraining model and its batch at 224x224."""
-    model = loaded(variant(filled, "sda"))
+def sda(filled) -> Iterator[tuple[Retriever, Batch]]:
+    """The pretraining model, which encodes its images once, and its batch at 224x224."""
+    model, images = loaded(variant(filled, "sda")), noise(10, 224, 224)
+    tokens = model.image_encoder(images)
     regions = torch.stack([box_to_patches(((x + w / 2) / 224, (y + h / 2) / 224, w / 224, h / 224), model.config.grid)
                            for x, y, w, h in GOLDEN["C.boxes_xywh"].tolist()])
-    return model, Batch(noise(10, 224, 224), GOLDEN["C.idx"], *words("C.text"), GOLDEN["C.mlm_ids"],
-                        GOLDEN["C.mlm_pos"], GOLDEN["C.mlm_labels"], None, None, regions, GOLDEN["C.box_ids"],
-                        GOLDEN["C.box_text_atts"].bool(), GOLDEN["C.label"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.image_encoder, "forward", lambda x: tokens)
+        yield model, Batch(images, GOLDEN["C.idx"], *words("C.text"), GOLDEN["C.mlm_ids"],
+                           GOLDEN["C.mlm_pos"], GOLDEN["C.mlm_labels"], None, None, regions, GOLDEN["C.box_ids"],
+                           GOLDEN["C.box_text_atts"].bool(), GOLDEN["C.label"])
 
 
 def ignore_boxes(model: Retriever, monkeypatch) -> None:
@@ -201,38 +206,45 @@ def ignore_boxes(model: Retriever, monkeypatch) -> None:
     monkeypatch.setattr(model, "encode_region", encode_region)
 
 
-def test_pretraining(sda, monkeypatch):
+@pytest.fixture(scope="module")
+def as_published(sda) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Loss terms, with regions as the released code treats them, and what the projections gave on the way."""
+    model, batch = sda
+    features = []
+    hooks = [projection.register_forward_hook(lambda module, given, feature: features.append(feature[:, ::16]))
+             for projection in (model.image_projection, model.text_projection)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", lambda p, count: p.argmax(1, keepdim=True))
+        ignore_boxes(model, patch)
+        terms = model(batch)
+    for hook in hooks:
+        hook.remove()
+    return terms, features
+
+
+def test_pretraining(sda, as_published, monkeypatch):
     """At 224x224: tokens, regions and all losses, those of the regions as the released code treats them."""
     monkeypatch.setattr(torch, "multinomial", lambda p, count: p.argmax(1, keepdim=True))
     model, batch = sda
+    terms, features = as_published
     with torch.inference_mode():
         tokens = model.image_encoder(batch.image)
-        monkeypatch.setattr(model.image_encoder, "forward", lambda x: tokens)
         close(tokens[:, ::7, ::16], "C.swin")
         close(pool_region(tokens, batch.region_keep)[0][:, 0, ::8], "C.region_pooled")
         own = model(batch)
-        ignore_boxes(model, monkeypatch)
-        features = []
-        hooks = [projection.register_forward_hook(lambda module, given, feature: features.append(feature[:, ::16]))
-                 for projection in (model.image_projection, model.text_projection)]
-        terms = model(batch)
-        for hook in hooks:
-            hook.remove()
-    for feature, name in zip(features, ("image_feat", None, "image_feat_box", "text_feat_box")):    # None: captions
-        close(feature, f"C.{name}") if name else None
-    close(terms["rpc"], "C.region_itc")
-    close(torch.stack([terms["itc"], terms["itm"], terms["mlm"], 0.8 * (terms["rpc"] + terms["rpm"])]),
-          "C.losses_argmax")
-    close(losses.total(terms, 0.8 * 0.8), "C.total_argmax")                  # there the weight applies twice
+        for feature, name in zip(features, ("image_feat", None, "image_feat_box", "text_feat_box")):   # None: captions
+            close(feature, f"C.{name}") if name else None
+        close(terms["rpc"], "C.region_itc")
+        close(torch.stack([terms["itc"], terms["itm"], terms["mlm"], 0.8 * (terms["rpc"] + terms["rpm"])]),
+              "C.losses_argmax")
+        close(losses.total(terms, 0.8 * 0.8), "C.total_argmax")                  # there the weight applies twice
     assert abs(own["rpc"] - terms["rpc"]) > 1e-3 and abs(own["rpm"] - terms["rpm"]) > 1e-5
 
 
-def test_gradients_of_pretraining(sda, monkeypatch):
+def test_gradients_of_pretraining(sda, as_published, monkeypatch):
     """Their norms, tensor by tensor: keys and values are one of ours, and the token types are in the positions."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, count: p.argmax(1, keepdim=True))
-    model, batch = sda
-    ignore_boxes(model, monkeypatch)
-    losses.total(model(batch), 0.8 * 0.8).backward()
+    model, _ = sda
+    losses.total(as_published[0], 0.8 * 0.8).backward()
     golden = json.loads((Path(__file__).parent / "assets/released_gradnorm.json").read_text())
     monkeypatch.setattr(files, "read", lambda path: {name: torch.tensor([[norm]]) for name, norm in golden.items()})
     expected = files.named(files.read(Path("pretrain.pth")), retrievers.RELEASED_RULES, Path("pretrain.pth"))

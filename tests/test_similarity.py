@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import in_two
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_commands import succeed
@@ -231,7 +232,7 @@ def check_joint(found: list, limit: float) -> None:
 
 
 def test_two_processes_are_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    in_two(one_of_two, str(tmp_path))
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for found, limit in zip(zip(*of_ranks), (1e-10, 1e-5)):        # the whole matrix is in float32
         check_joint(found, limit)

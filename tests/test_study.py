@@ -1,9 +1,7 @@
 """The study: the quick version as a user runs it, every kind of image set, and the table from runs made by hand."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from processes import Fresh
 from test_commands import ROOT, command, succeed
 
 from mra.formats.read import load
@@ -133,8 +132,8 @@ def in_process(script: str, *flags: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
+def quick(in_town):
+    folder = in_town("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "call", in_process)
         return folder, succeed(folder, MAIN, "--quick")
@@ -234,14 +233,15 @@ def test_a_terminals_interrupt_reaches_a_script_twice_and_it_still_saves(tmp_pat
         f"with stoppable() as asked:\n    Path({str(ready)!r}).touch()\n"
         "    while not asked.is_set():\n        time.sleep(0.01)\n"
         f"    time.sleep(1)\n    Path({str(saved)!r}).touch()\n")
-    code = ("import signal\nfrom tests.study import study\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"study.call({str(tmp_path / 'script.py')!r})")
-    studying = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE,
-                                env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not ready.exists() and studying.poll() is None:
-        time.sleep(0.05)
-    os.killpg(studying.pid, signal.SIGINT)
-    assert b"KeyboardInterrupt" in studying.communicate()[1] and saved.exists()
+    studying = Fresh(tmp_path, tmp_path, study_calls, str(tmp_path / "script.py"), PYTHONPATH=str(ROOT))
+    studying.until(ready.exists)
+    studying.interrupt()
+    assert studying.status() and "KeyboardInterrupt" in studying.err and saved.exists()
+
+
+def study_calls(script: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    study.call(script)
 
 
 def test_what_another_process_makes_is_waited_for(monkeypatch, tmp_path):

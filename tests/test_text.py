@@ -1,6 +1,5 @@
 """Words: WordPiece ids, whole-word masking, EDA, left and right."""
 
-import multiprocessing
 import random
 import unicodedata
 from collections import Counter
@@ -9,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from conftest import spelt
+from processes import FORKSERVER
 from vocabulary import learn_pieces
 
 from mra.config import UserError
@@ -117,7 +117,7 @@ def test_words_join_pieces(tokenizer, tiny):
 
 
 def test_a_loading_process_gets_the_same_ids(tokenizer):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:      # the tokenizer travels to it
+    with ProcessPoolExecutor(1, FORKSERVER) as pool:      # the tokenizer travels to it
         assert pool.submit(tokenizer.encode, CAPTION).result() == tokenizer.encode(CAPTION)
 
 

@@ -9,16 +9,15 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import Fresh, in_two, script, torchrun
 from test_commands import ROOT, TINY, command, log_of, refused, succeed
 
 from mra import losses, ranking
@@ -46,12 +45,20 @@ AUGMENTED = ("--eda", "0.8", "--erase", "0.6", "--smoothing", "0.2")
 
 
 @pytest.fixture(scope="module")
-def town(tmp_path_factory) -> Path:
-    """A working directory with the tiny sets sda and cuhk in it; runs differ in --out."""
-    folder = tmp_path_factory.mktemp("town")
-    for name in ("sda", "cuhk"):
-        succeed(folder, "train.py", "--dataset", name, *SIX, "--steps", "1", "--out", f"out/first-{name}")
-    return folder
+def town(in_town) -> Path:
+    """A working directory with the tiny sets in it; runs differ in --out."""
+    return in_town("town")
+
+
+@pytest.fixture(scope="module")
+def whole(town, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of an undisturbed run with these flags, each made once. Not to be changed."""
+    @cache
+    def trained(*flags: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        succeed(town, "train.py", *flags, "--out", str(folder))
+        return folder
+    return trained
 
 
 def tensors_of(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -74,16 +81,14 @@ def last_lines(folder: Path) -> dict[tuple[int, bool], dict]:
 @pytest.mark.parametrize("flags", [("--dataset", "sda", "--precision", "float32", "--fusion-from", "0.2"),
                                    ("--dataset", "cuhk", "--precision", "bf16", *AUGMENTED),
                                    ("--dataset", "cuhk", "--precision", "float32", "--accumulate", "2", *AUGMENTED)])
-@pytest.mark.parametrize("saved", [["best"], ["best", "last"], ["best", "last", "best"]])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, flags, saved):
-    """Killed after the evaluation of step 3, after its checkpoint, or after the evaluation of step 6.
+@pytest.mark.parametrize("saved", [["last"], ["last", "best"], ["last", "best", "last"]])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(town, whole, tmp_path, monkeypatch, flags, saved):
+    """Killed right after the checkpoint of step 3: before it is evaluated, once it is logged, or after all of that.
 
     Weights, optimiser, losses and val are as if it never had been.
     """
-    whole, cut, saves = tmp_path / "whole", tmp_path / "cut", []
-    flags = (*SIX, *flags)
-    succeed(town, "train.py", *flags, "--out", str(whole))
-    real = checkpoint.save
+    flags, cut, saves = (*SIX, *flags), tmp_path / "cut", []
+    undisturbed, real = whole(*flags), checkpoint.save
 
     def kill(path, tensors, facts):
         real(path, tensors, facts)
@@ -93,21 +98,21 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(town, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", kill)
         assert command(town, "train.py", *flags, "--out", str(cut)).status == 130
-    assert saves == saved
+    state = checkpoint.load(cut / "last.safetensors")[1]
+    assert state["step"] == 3 and saves == saved and state["evaluated"] == (len(saved) == 3)
     torch.manual_seed(12345)                                     # the state of the new process is another one
-    out = succeed(town, "train.py", *flags, "--out", str(cut))
-    assert ("going on after step 3 of 6" in out) == ("last" in saved)
+    assert "going on after step 3 of 6" in succeed(town, "train.py", *flags, "--out", str(cut))
     for name in ("last", "best"):
-        assert same(tensors_of(whole, name), tensors_of(cut, name))
-    assert last_lines(whole) == last_lines(cut)
-    again = [4, 5, 6, 6] if len(saved) == 3 else []             # steps after the last save are done again
-    assert [line["step"] for line in log_of(cut)] == [1, 2, 3, 3, 4, 5, 6, 6, *again]
-    facts = [checkpoint.load(out / "last.safetensors")[1] for out in (whole, cut)]
+        assert same(tensors_of(undisturbed, name), tensors_of(cut, name))
+    assert last_lines(undisturbed) == last_lines(cut)
+    again = [3] if saved == ["last", "best"] else []             # it was logged, and is evaluated again
+    assert [line["step"] for line in log_of(cut)] == [1, 2, 3, 3, *again, 4, 5, 6, 6]
+    facts = [checkpoint.load(out / "last.safetensors")[1] for out in (undisturbed, cut)]
     assert facts[0]["results"] == facts[1]["results"] and facts[0]["results"]["best"]
     assert len(tensors_of(cut)) == 4 * len(tensors_of(cut, "best"))     # weight, two moments, step: of all parameters
 
 
-def test_steps_after_the_last_checkpoint_are_done_again(town, tmp_path, monkeypatch):
+def test_steps_after_the_last_checkpoint_are_done_again(town, whole, tmp_path, monkeypatch):
     """Killed in step 5, after the checkpoint of step 3. Two threads take the loss of every step."""
     flags, real, calls = (*SIX, "--dataset", "sda"), losses.total, []
 
@@ -120,15 +125,15 @@ def test_steps_after_the_last_checkpoint_are_done_again(town, tmp_path, monkeypa
         patch.setattr(losses, "total", kill)
         assert command(town, "train.py", *flags, "--out", str(tmp_path / "cut")).status == 130
     succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
-    succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
-    assert same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut"))
+    assert same(tensors_of(whole(*flags)), tensors_of(tmp_path / "cut"))
 
 
 def test_two_processes_of_several_threads_train_alike(town, tmp_path):
-    """One after the other, each fresh: nothing may be summed in an order that threads decide."""
-    for name in ("one", "other"):
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *SIX, "--dataset", "sda", "--batch", "10", "--device",
-                        "cpu", "--out", str(tmp_path / name)], cwd=town, check=True, capture_output=True)
+    """This process and a fresh one: nothing may be summed in an order that threads decide."""
+    flags = (*SIX, "--dataset", "sda", "--batch", "10", "--device", "cpu", "--out")
+    succeed(town, "train.py", *flags, str(tmp_path / "one"))
+    fresh = Fresh(tmp_path, town, script, "train.py", *flags, str(tmp_path / "other"))
+    assert fresh.status() == 0, fresh.err
     assert same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other"))
 
 
@@ -150,22 +155,16 @@ def test_a_stop_in_the_last_step_is_heeded(town, tmp_path, monkeypatch):
 
 def test_ctrl_c_of_a_terminal_spares_the_loading_processes(town, tmp_path):
     """It reaches them, too; the run goes on to the end of its step, for which it needs more batches, and saves it."""
-    endless = (*SIX, "--steps", "100000", "--evals", "1", "--accumulate", "40", "--workers", "1", "--dataset", "sda")
-    running = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *endless, "--out", str(tmp_path)], cwd=town,
-                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while running.poll() is None and not (tmp_path / "log.jsonl").exists():
-            time.sleep(0.1)
-        os.killpg(running.pid, signal.SIGINT)
-        _, err = running.communicate(timeout=100)
-    finally:
-        running.kill()
-    assert running.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+    endless = (*SIX, "--steps", "100000", "--evals", "1", "--accumulate", "20", "--workers", "1", "--dataset", "sda")
+    running = Fresh(tmp_path, town, script, "train.py", *endless, "--out", str(tmp_path))
+    running.until((tmp_path / "log.jsonl").exists)
+    running.interrupt()
+    assert running.status() == 130 and "the same command goes on" in running.err and "Traceback" not in running.err
     assert (tmp_path / "last.safetensors").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_run_after_its_step(town, tmp_path, monkeypatch, number):
+def test_a_signal_stops_the_run_after_its_step(town, whole, tmp_path, monkeypatch, number):
     """In step 2, before anything was evaluated."""
     flags, real, calls = (*SIX, "--dataset", "sda"), losses.total, []
 
@@ -181,9 +180,8 @@ def test_a_signal_stops_the_run_after_its_step(town, tmp_path, monkeypatch, numb
     assert checkpoint.load(tmp_path / "cut/last.safetensors")[1]["step"] == 2
     assert not (tmp_path / "cut/best.safetensors").exists()
     assert "going on after step 2 of 6" in succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
-    succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
     for name in ("last", "best"):
-        assert same(tensors_of(tmp_path / "whole", name), tensors_of(tmp_path / "cut", name))
+        assert same(tensors_of(whole(*flags), name), tensors_of(tmp_path / "cut", name))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(town, tmp_path):
@@ -215,23 +213,22 @@ def test_a_full_disk_leaves_the_best_checkpoint(town, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["validate", "best"])
-def test_a_run_goes_on_where_its_evaluation_failed(town, tmp_path, monkeypatch, what):
-    """The best checkpoint of the run before is not taken for this one's."""
+def test_what_fails_in_an_evaluation_costs_no_step(town, whole, tmp_path, monkeypatch, what):
+    """Nor is the best checkpoint of the run before taken for this one's."""
     flags, real = (*SIX, "--dataset", "sda"), checkpoint.save
 
     def fail(*given) -> dict:
         if what == "best" and given[0].stem != "best":
             return real(*given)
         raise UserError("no room")
-    succeed(town, "train.py", *flags, "--out", str(tmp_path / "whole"))
     succeed(town, "train.py", *flags, "--seed", "1", "--out", str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
         patch.setattr(*((ranking, "validate") if what == "validate" else (checkpoint, "save")), fail)
         assert "no room" in refused(town, "train.py", *flags, "--no-resume", "--out", str(tmp_path / "cut"))
-    succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
+    assert "going on after step 3 of 6" in succeed(town, "train.py", *flags, "--out", str(tmp_path / "cut"))
     for name in ("last", "best"):
-        assert same(tensors_of(tmp_path / "whole", name), tensors_of(tmp_path / "cut", name))
-    assert last_lines(tmp_path / "whole") == last_lines(tmp_path / "cut")
+        assert same(tensors_of(whole(*flags), name), tensors_of(tmp_path / "cut", name))
+    assert last_lines(whole(*flags)) == last_lines(tmp_path / "cut")
 
 
 def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
@@ -262,8 +259,7 @@ def test_the_seed_decides_and_nothing_else(town, tmp_path):
         return tensors_of(tmp_path / name)
     torch.manual_seed(99)
     once = trained("once")
-    assert same(once, trained("again"))
-    assert same(once, trained("workers", "--workers", "2", "--log-every", "4"))
+    assert same(once, trained("again", "--workers", "2", "--log-every", "4"))
     assert not same(once, trained("other", "--seed", "1"))
 
 
@@ -402,8 +398,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch, paint):
     for number in range(7):
         paint(f"{number}.png", seed=number)
     monkeypatch.setattr(losses, "hard_negatives", next_within_half)     # put back what terms_and_gradients sets
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    in_two(one_of_two, str(tmp_path))
     assert_halves_are_whole(lambda rank, fuse: torch.load(tmp_path / f"{rank}-{fuse}.pt"))
     wanted, weight = searched(str(tmp_path), Workers()), fitted(Workers())
     for rank in (0, 1):
@@ -507,34 +502,31 @@ def localhost() -> bool:
 
 @pytest.mark.skipif(not localhost() or not dist.is_gloo_available(), reason="processes cannot talk to each other")
 def test_torchrun_from_end_to_end(tmp_path):
-    """Pretraining and fine-tuning in two processes; one of them draws, logs and saves."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Pretraining and fine-tuning in two processes; one of them draws, logs and saves.
+
+    The group and its threads end before the interpreter: else they may crash it. What loads a compiler after the group
+    exists, as an optimiser does, must not keep it.
+    """
+    file = tmp_path / "script.py"
+    train = str(ROOT / "train.py")
+    file.write_text("import runpy, sys, weakref\nimport torch\nfrom mra.run.machine import Machine\n"
+                    "groups, real = [], Machine.of\n\ndef of(*given):\n    made = real(*given)\n"
+                    "    groups.append(weakref.ref(torch.distributed.group.WORLD))\n"
+                    "    assert 'torch._dynamo' not in sys.modules\n    return made\n\n"
+                    f"Machine.of = staticmethod(of)\nrunpy.run_path({train!r}, run_name='__main__')\n"
+                    "assert 'torch._dynamo' in sys.modules and len(groups) == 1 and groups[0]() is None\n")
     flags = ("--dataset", "icfg", *TINY, "--device", "cpu", "--batch", "4", "--accumulate", "2", "--steps", "3",
              "--evals", "1", "--log-every", "1")
-    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          str(ROOT / "train.py"), *flags], cwd=tmp_path, env=environment, text=True, timeout=90,
-                         capture_output=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("drawing demo data") == 2 and ran.stdout.count("2 process(es)") == 2
+    ran = Fresh(tmp_path, tmp_path, torchrun, "--nproc_per_node=2", str(file), *flags, PYTHONPATH=str(ROOT),
+                OMP_NUM_THREADS="1")
+    assert ran.status() == 0, ran.err
+    assert ran.out.count("drawing demo data") == 2 and ran.out.count("2 process(es)") == 2
     out = tmp_path / "out/icfg-tiny-s0"
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 3]
     facts = checkpoint.load(out / "best.safetensors")[1]
     assert facts["processes"] == 2 and facts["pretrained_on"] == "sda" and facts["step"] == 3
     assert all(tensor.isfinite().all() for tensor in tensors_of(out).values())
     assert "icfg re-ranked" in succeed(tmp_path, "evaluate.py")
-
-
-@pytest.mark.skipif(not localhost() or not dist.is_gloo_available(), reason="processes cannot talk to each other")
-def test_the_group_and_its_threads_end_before_the_interpreter(tmp_path):
-    """Else they may crash it. What loads a compiler after the group exists must not keep it."""
-    script = tmp_path / "script.py"
-    script.write_text("import weakref\nfrom mra.run import command, machine\nseen = []\n\ndef main():\n"
-                      "    machine.Machine.of('cpu', 'float32')\n    import torch._dynamo\n"
-                      "    seen.append(weakref.ref(torch.distributed.group.WORLD))\n\n"
-                      "command.run(main)\nassert seen[0]() is None\n")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)], cwd=tmp_path,
-                   env=environment, timeout=90, check=True)
 
 
 # ---- plan, rates, choices

@@ -42,7 +42,7 @@ class Task:
     groups: list[dict] | None = None    # of the optimiser, each with its "peak" learning rate; None: a single one
     log_every: int = 0                  # steps between two lines of progress; 0: at saves alone
     save_after: frozenset[int] = frozenset()            # steps after which the state is saved
-    evaluate: Callable[[int, dict], dict] = lambda step, results: {}    # before a save, with its results until then
+    evaluate: Callable[[int, dict], dict] | None = None     # after a save, with its results before
     after_step: Callable[[], None] = lambda: None
     advice: str = ""                    # what to do if the state has another key; empty: the training begins anew
     resume: bool = True                 # False: it begins anew
@@ -76,7 +76,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, fit.lr, betas=fit.betas, fused=True)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if fit.average else {}
         self.key = task.key | {"precision": machine.precision}
-        self.first, self.results = 0, {}        # steps done; what `evaluate` returned last
+        self.first, self.evaluated, self.results = 0, False, {}     # steps done; what `evaluate` returned last
         if task.resume and task.state and task.state.exists():
             self.go_back()
         if not self.first:
@@ -89,6 +89,8 @@ class Loop:
         with stoppable() as asked:
             # begun here, so that loading processes, too, leave signals to the loop
             parts = iter(batches) if batches is not None else repeat([None] * len(self.workers))
+            if self.first in task.save_after and not self.evaluated:
+                self.evaluate(self.first)
             terms, since = [], time.perf_counter()      # of the steps after the last line of progress
             for step in range(self.first, fit.steps):
                 rate = schedule(step, fit.steps, fit.warmup)
@@ -111,10 +113,10 @@ class Loop:
                 tells = saves or stop or done == fit.steps or (task.log_every and done % task.log_every == 0)
                 if tells:
                     self.tell(done, terms, time.perf_counter() - since)
-                if saves:
-                    self.results = task.evaluate(done, self.results)
                 if saves or stop:
                     self.save(done)
+                if saves:       # after the save, so that nothing is lost in what follows
+                    self.evaluate(done)
                 if tells:
                     terms, since = [], time.perf_counter()
                 if stop:
@@ -187,10 +189,16 @@ class Loop:
             self.machine.say(f"{named}step {step}/{fit.steps}  {told}  lr {rate:.1e}  {speed:.0f} images/s  "
                              f"{left:.1f} min left")
 
+    def evaluate(self, step: int) -> None:
+        """Call the task's `evaluate`, if it has one, and save its results."""
+        if self.task.evaluate:
+            self.results = self.task.evaluate(step, self.results)
+            self.save(step, evaluated=True)
+
     # ---- the saved state
 
-    def save(self, step: int) -> None:
-        """Write weights, optimiser and average."""
+    def save(self, step: int, evaluated: bool = False) -> None:
+        """Write weights, optimiser and average. `evaluated`: `evaluate` was called after this step."""
         if self.task.state is None:
             return
         if self.machine.world > 1:
@@ -199,7 +207,7 @@ class Loop:
         if self.machine.rank == 0:
             averages = {f"average.{name}": value for name, value in self.average.items()}
             checkpoint.save(self.task.state, checkpoint.state(self.task.network, self.optimizer) | averages,
-                            {"key": self.key, "step": step, "results": self.results})
+                            {"key": self.key, "step": step, "evaluated": evaluated, "results": self.results})
 
     def go_back(self) -> None:
         """Go back to the saved state if it has this key. For another, raises UserError if the task has advice."""
@@ -215,7 +223,8 @@ class Loop:
             checkpoint.restore(task.network, self.optimizer, tensors, task.state)
             for name, average in self.average.items():
                 average.copy_(tensors[f"average.{name}"])
-            self.first, self.results = int(saved["step"]), dict(saved["results"])
+            self.first, self.evaluated = int(saved["step"]), bool(saved["evaluated"])
+            self.results = dict(saved["results"])
         self.machine.say(f"Found {task.state}: going on after step {self.first} of {task.fit.steps}.")
 
 
