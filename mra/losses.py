@@ -35,6 +35,21 @@ def contrastive(image_features: Tensor, text_features: Tensor, temperature: Tens
     return -(image_to_text + text_to_image) / 2
 
 
+def distribution_matching(image_features: Tensor, text_features: Tensor, temperature: Tensor | float, classes: Tensor,
+                          smoothing: float = 0.0) -> Tensor:
+    """Similarity distribution matching, IRRA's alternative to `contrastive` (arXiv 2303.12501, section 3.3); a scalar.
+
+    L = E[KL(S_I2T || target)] + E[KL(S_T2I || target)],    with arguments and targets as of `contrastive`
+    """
+    logits = (image_features @ text_features.T).float() / temperature        # (B, B)
+    log_targets = (soft_targets(classes, smoothing) + 1e-8).log()
+    loss = 0.0
+    for rows in (logits, logits.T):
+        log_chances = rows.log_softmax(1)
+        loss = loss + (log_chances.exp() * (log_chances - log_targets)).sum(1).mean()
+    return loss
+
+
 def hard_negatives(similarity: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of similarity (B, B), already divided by the temperature, one column of another class.
 

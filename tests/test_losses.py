@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,23 @@ def test_contrastive_gradients_by_differences():
     ids = torch.tensor([0, 1, 0, 2])
     assert torch.autograd.gradcheck(lambda *leaves: losses.contrastive(*leaves, ids, 0.2), leaves,
                                     eps=1e-3, atol=2e-3, rtol=1e-2)
+
+
+def test_irras_two_losses():
+    """The values that IRRA's code gave for these features, at temperature 0.02 (tests/README.md)."""
+    image, text = (F.normalize(torch.from_numpy(np.random.RandomState(seed).standard_normal((6, 512)).astype("f4")))
+                   for seed in (21, 22))
+    identities = torch.tensor([3, 1, 3, 7, 1, 9])
+    assert losses.distribution_matching(image, text, 0.02, identities).item() == pytest.approx(21.110294, rel=1e-5)
+    assert losses.contrastive(image, text, 0.02, torch.arange(6)).item() == pytest.approx(3.8876905, rel=1e-5)
+
+
+def test_distribution_matching_by_hand():
+    """Two pairs: chances 3/4 and 1/4 either way, against targets 1 and 0 (with 1e-8 added)."""
+    logits = math.log(3) * torch.eye(2)
+    by_hand = 2 * (0.75 * (math.log(0.75) - math.log(1 + 1e-8)) + 0.25 * (math.log(0.25) - math.log(1e-8)))
+    found = losses.distribution_matching(logits, torch.eye(2), 1.0, torch.tensor([4, 5]))
+    assert found.item() == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_soft_targets_by_hand():

@@ -41,6 +41,13 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
         return chunked(image, text, scale, classes, smoothing, workers)
 
 
+def distribution_matching(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor,
+                          smoothing: float = 0.0, workers: Workers = Workers()) -> Tensor:
+    """`losses.distribution_matching` of all workers' pairs, from this worker's own; it computes the whole matrix."""
+    return losses.distribution_matching(workers.gathered(image), workers.gathered(text), temperature,
+                                        workers.gathered(classes), smoothing)
+
+
 class Contrastive(torch.autograd.Function):
     """The loss in chunks. Saves features and N-vectors for the backward pass; gradients have the features' dtype.
 
@@ -127,6 +134,9 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
+
+
+CONTRASTIVE = {"itc": contrastive, "sdm": distribution_matching}       # by the value of --contrastive
 
 
 def mean_where(values: Tensor, counts: Tensor, workers: Workers) -> Tensor:
