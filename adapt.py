@@ -9,7 +9,7 @@
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
 set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it, `train.py --dataset cuhk` finds it.
-Thresholds of the filters can be changed without making the images again; --box-threshold is applied while making.
+Thresholds of the filters can be changed without making the images again.
 """
 
 import json
@@ -18,8 +18,7 @@ from pathlib import Path
 
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError
 from mra.data.records import RecordSet, share_of
-from mra.diffusion.base import Diffusion
-from mra.diffusion.making import make_plan
+from mra.diffusion.plan import make_plan
 from mra.diffusion.sampling import Painter
 from mra.formats.read import load
 from mra.run import networks, parts
@@ -35,7 +34,8 @@ NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_
 
 
 def main() -> None:
-    config = parse(AdaptConfig, __doc__, recipe_of=usual_flags)
+    usual = {size: recipe.flags for size, recipe in DAD_RECIPES.items()}
+    config = parse(AdaptConfig, __doc__, recipe_of=lambda given: usual.get(given.size, {}))
     check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
@@ -49,15 +49,19 @@ def main() -> None:
 
 
 def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
-    """The whole way: base, autoencoder, branch, samples, boxes, filters, set."""
+    """The whole way: base, plan, autoencoder, branch, samples, filters, set."""
     # ---- the frozen base, and the pairs of target and source
-    base = load_base(config, machine)
+    if not (config.weights or config.base or networks.base_file(config).exists()):      # which takes hours
+        train_base(replace(config, seed=0), machine)
+    base = networks.load_base(config, machine)
     root = Path(config.data_root) if config.data_root else drawn(config.target, config.size == "tiny", machine)
     records = share_of(load(config.target, "train", root, say=machine.say), config.share)
     target = networks.Target.of(config, records, base)
     source = source_records(config, machine).records if config.source or not config.data_root else []
-    # ---- what to make, from the captions or images of target or source
+    # ---- what to make, from the captions or images of target or source; each phrase with its box
     plan = make_plan(config, base, source, records.records)
+    if not any(draft.boxes for draft in plan.drafts):
+        machine.say("All regions are whole images, since no phrase has a box: --source gives boxes.")
     key = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
            "precision": machine.precision, "recipe": asdict(DAD_RECIPES[config.size]), **target.key,
            "plan": plan.digest()}
@@ -69,21 +73,14 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     base = networks.adapt_autoencoder(config, base, target, machine)
     branch = networks.train_branch(config, base, target, machine)
     judge = networks.train_judge(config, target, machine)
-    # ---- samples, calibrated and decoded; each phrase with its box; scores for the filters
-    painter = Painter.of(config, base, branch, target.images, plan.movers)
+    # ---- samples, calibrated and decoded, and their scores for the filters
+    painter = Painter(config, base, branch, target.images, plan.movers)
     parts.make_parts(painter, judge, plan, out, machine)
     # ---- the set: what passes the filters
     machine.first(lambda: parts.finish(config, out, target.images, set_key, machine))
 
 
 # ---- base and source
-
-def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
-    """The frozen base. Where none is given, shipped or trained before, it is trained first, which takes hours."""
-    if not (config.weights or config.base or networks.base_file(config).exists()):
-        train_base(replace(config, seed=0), machine)
-    return networks.load_base(config, machine)
-
 
 def train_base(config: AdaptConfig, machine: Machine) -> None:
     """Train the base on the source; for the demo on more drawn people than the demo's source has."""
@@ -104,11 +101,6 @@ def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
 
 
 # ---- flags
-
-def usual_flags(given: AdaptConfig) -> dict:
-    """Defaults that the size decides."""
-    return DAD_RECIPES[given.size].flags if given.size in DAD_RECIPES else {}
-
 
 def default_out(config: AdaptConfig) -> str:
     """out/sda/<target>, and the values that differ from the defaults."""
@@ -132,7 +124,7 @@ def check(config: AdaptConfig) -> None:
         if config.base or config.out or config.data_root:
             raise UserError("--train-base writes to out/base-<size>, and takes neither --base, --out nor --data-root.")
         return
-    needs_source = config.from_source or not stable
+    needs_source = config.mode == "restyle" or config.captions == "source" or not stable
     if (config.source and not config.data_root) or (config.data_root and needs_source and not config.source):
         raise UserError("Give --source and --data-root together: real and drawn sets do not mix.")
 

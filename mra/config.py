@@ -286,17 +286,11 @@ class AdaptConfig:
     grey_mean: float = flag(0.02, "drop an image as greyscale: mean of its channel differences below this, and", 0, 1)
     grey_variance: float = flag(0.0005, "variance of its channel differences below this", 0, 1)
     malformed: float = flag(1.0, "drop an image as malformed: log-odds of the judge above this", -1e3, 1e3)
-    box_threshold: float = flag(0.35, "drop a phrase's box below this confidence", 0, 1)
     seed: int = flag(0, "seed of all random numbers", 0, 2**31)
     workers: int = flag(0, "image decoding processes", 0, 256)
     device: str = flag("", "cuda or cpu; empty: cuda where there is one")
     precision: str = flag("", "float32 or bf16; empty: bf16 where the device computes in it")
     compile: bool = flag(False, "torch.compile the networks")
-
-    @property
-    def from_source(self) -> bool:
-        """Whether images are made from the source's images or captions."""
-        return self.mode == "restyle" or self.captions == "source"
 
 
 @dataclass(frozen=True)

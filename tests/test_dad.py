@@ -20,9 +20,8 @@ from adapt import main as adapt_main
 from mra.config import DAD_RECIPES, AdaptConfig
 from mra.data.records import Record
 from mra.data.words import noun_phrases
-from mra.diffusion import making
-from mra.diffusion.boxes import phrase_box, usual_places
-from mra.diffusion.filters import DAMAGE, Judge, colourfulness, distort, filters_of, judge_loss
+from mra.diffusion.filters import DAMAGE, Judge, distort, filters_of, judge_loss, scores_of
+from mra.diffusion.plan import SetPlan, average_boxes, drafts_of, record_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import Painter, calibration, match_moments
 from mra.formats.read import load
@@ -130,7 +129,7 @@ def test_calibration_by_hand():
 def test_latents_are_calibrated_before_they_are_decoded(adapted, monkeypatch, tmp_path):
     """Scaled by 0 and shifted by 3, all latents are 3. There are more probes than images: drafts of the target's
     captions, or images to restyle, each with noise of its own."""
-    real, seen, probed, draws = making.decode, [], [], []
+    real, seen, probed, draws = parts.decode, [], [], []
     monkeypatch.chdir(shutil.copytree(adapted[0], tmp_path, dirs_exist_ok=True))
     monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=4 * parts.PART))
 
@@ -145,7 +144,7 @@ def test_latents_are_calibrated_before_they_are_decoded(adapted, monkeypatch, tm
     sampling = Painter.sample
     monkeypatch.setattr(parts, "calibration", calibrate)
     monkeypatch.setattr(Painter, "sample", sample)
-    monkeypatch.setattr(making, "decode", lambda some, latents, draw: seen.append(latents) or real(some, latents, draw))
+    monkeypatch.setattr(parts, "decode", lambda some, latents, draw: seen.append(latents) or real(some, latents, draw))
     for flags, folder in ((("--captions", "source"), "ICFG"), (("--mode", "restyle"), "SDA")):
         monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--malformed", "99", *flags])
         draws.clear()
@@ -162,7 +161,8 @@ def test_near_greyscale_images_have_no_colour():
     grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8).expand(2, 3, 8, 8)
     red = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 255
-    mean, variance = colourfulness(torch.cat([grey, red]))
+    scores = scores_of(torch.cat([grey, red]), Judge())
+    mean, variance = scores["colour_mean"], scores["colour_variance"]
     assert mean[:2].max() == variance[:2].max() == 0
     assert mean[2] == pytest.approx(2 / 3) and variance[2] == pytest.approx(2 / 9, rel=0.01)
 
@@ -198,21 +198,20 @@ def test_damage_is_damage_and_the_judge_learns_it():
 
 # ---- boxes
 
-def test_a_phrase_gets_the_box_of_its_noun(tokenizer):
-    ids = tokenizer.encode(caption := "a man in a red coat")
-    maps = torch.full((len(ids), 16, 8), 0.01)
-    coat = ids.index(tokenizer.encode("coat")[1])
-    maps[coat, 4:10, 2:6] = 1.0
-    maps[coat - 1] = 1.0                                                  # the adjective looks everywhere
-    box, sure = phrase_box(maps, caption, "a red coat", tokenizer, {})
-    edges = [box[0] - box[2] / 2, box[0] + box[2] / 2, box[1] - box[3] / 2, box[1] + box[3] / 2]
-    assert edges == pytest.approx([0.25, 0.75, 4 / 16, 10 / 16], abs=0.07) and 0.5 < sure <= 1
-    assert phrase_box(maps, caption, "a blue coat", tokenizer, {}) is None
-    assert phrase_box(maps * float("nan"), caption, "a red coat", tokenizer, {}) is None
-    places = usual_places([Record("", (), 0, ((0.5, 0.25, 1.0, 0.5),), ("a black coat",))], 16, 8)
-    assert list(places) == ["coat"] and places["coat"][:32].all() and not places["coat"][32:].any()
-    upper, _ = phrase_box(maps, caption, "a red coat", tokenizer, places)
-    assert box[1] + box[3] / 2 > 0.55 and upper[1] + upper[3] / 2 == 0.5          # no coat has been seen lower
+def test_a_phrase_gets_the_average_box_of_its_noun(tokenizer):
+    source = [Record("", (), 0, ((0.5, 0.2, 1.0, 0.4), (0.5, 0.9, 0.5, 0.2)), ("a black coat", "boots")),
+              Record("", (), 1, ((0.4, 0.4, 0.6, 0.6),), ("a red coat",)), Record("", (), 2)]
+    boxes = average_boxes(source)
+    assert boxes.keys() == {"coat", "boots"} and boxes["boots"] == (0.5, 0.9, 0.5, 0.2)
+    assert boxes["coat"] == pytest.approx((0.45, 0.3, 0.8, 0.5))
+    target = [Record("a.png", ("A lady in a blue coat and green jeans.",), 0), Record("b.png", ("a tall man",), 1)]
+    whole, coat = drafts_of(AdaptConfig(), 2, target, boxes, tokenizer)
+    assert coat.phrases == ("a blue coat",) and coat.boxes == (boxes["coat"],)      # the source has no lady, no jeans
+    assert record_of(coat) == {"boxes": [[0.45, 0.3, 0.8, 0.5]], "phrases": ("a blue coat",), "image_id": 0,
+                               "caption": target[0].captions[0], "origin": "a.png"}
+    assert whole.boxes == whole.phrases == ()
+    assert record_of(whole) == {"boxes": [[0.5, 0.5, 1.0, 1.0]], "phrases": ("a tall man",), "image_id": 1,
+                                "caption": "a tall man", "origin": "b.png"}
 
 
 def test_latent_moments_match_person_and_background_apart():
@@ -232,9 +231,10 @@ def test_the_digest_of_a_plan_knows_pixels_of_what_is_restyled(tmp_path):
     draft, digests = Record(str(tmp_path / "a.bmp"), ("a man",), 0), []
     for colour in ("red", "blue"):                      # two files of as many bytes
         Image.new("RGB", (8, 8), colour).save(draft.path)
-        digests += [making.SetPlan([draft], [], movers, {}).digest() for movers in ([draft], [])]
+        digests += [SetPlan([draft], [], movers).digest() for movers in ([draft], [])]
     assert digests[0] != digests[2] and digests[1] == digests[3]
-    assert making.SetPlan([draft], [], [draft], {"man": torch.ones(2)}).digest() != digests[2]
+    boxed = replace(draft, boxes=((0.5, 0.5, 1.0, 1.0),), phrases=("a man",))
+    assert SetPlan([boxed], [], [draft]).digest() != digests[2]
 
 
 # ---- adapt.py, at tiny size
@@ -271,12 +271,12 @@ def test_nothing_is_made_twice(made):
     folder, first = made
     images = sorted((folder / "out/sda/icfg-tiny/imgs").rglob("*.png"))
     before = {path: path.stat().st_mtime_ns for path in images}
-    again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
+    again = adapt(folder, "--images", "70", "--malformed", "100")
     assert "out/sda/icfg-tiny is complete" in again
     report = folder / "out/sda/icfg-tiny/report.json"
     measured = json.loads(report.read_text())
     report.unlink()
-    again = adapt(folder, "--images", "70", "--malformed", "100", "--box-threshold", "0")
+    again = adapt(folder, "--images", "70", "--malformed", "100")
     assert "branch.safetensors is there" in again and "parts made" not in again
     assert json.loads(report.read_text()) == measured
     assert {path: path.stat().st_mtime_ns for path in images} == before and len(images) == 70
@@ -286,7 +286,7 @@ def test_a_finished_set_outlives_mistakes(made):
     """What cannot be used is told before anything is taken away; another's set is never written to."""
     folder, _ = made
     before = {path: path.read_bytes() for path in (folder / "out/sda/icfg-tiny").glob("*.json")}
-    same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "100", "--box-threshold", "0")
+    same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "100")
     assert {path.name for path in before} == {"report.json", "parts.key.json", "sda_0_5000.json"}
     for flags, named in ((("--base", "nowhere.safetensors"), "nowhere.safetensors"),
                          (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds a set")):
@@ -394,7 +394,7 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
                                           "--out", f"out/compile{len(flags)}", *flags])
         adapt_main()
     first, second = (json.loads((folder / f"out/compile{n}/sda_0_5000.json").read_text()) for n in (7, 6))
-    assert len(compiled) == 4 and len(first) == 8       # denoiser and branch, to train and to sample
+    assert len(compiled) == 2 and len(first) == 8       # denoiser and branch
     for one, other in zip(first, second, strict=True):
         images = [np.asarray(Image.open(folder / f"out/compile{n}/imgs" / row["image"]), np.int16)
                   for n, row in ((7, one), (6, other))]

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
-from mra.data.records import Record, RecordSet
 from mra.diffusion.base import Diffusion, decode, encode, to_float
 from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
@@ -211,8 +210,8 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
     branch = DomainBranch(base.denoiser)
     pairs = LatentPairs(base, images, [(i, CAPTIONS[i % 3]) for i in range(5)])
     first = {name: value.clone() for name, value in branch.state_dict().items()}
-    learn("branch", branch, lambda: lambda share: pairs.loss(base.denoiser, branch, SCHEDULE, share.draw, share.count),
-          Fit(4, 8, 1e-2), tmp_path / "branch.safetensors", {"seed": 0}, MACHINE)
+    learn("branch", branch, lambda: lambda share: pairs.loss(branch, share.draw, share.count), Fit(4, 8, 1e-2),
+          tmp_path, {"seed": 0}, MACHINE)
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
     assert all(parameter.requires_grad for parameter in branch.parameters())
     still = [name for name, value in branch.state_dict().items() if torch.equal(first[name], value)]
@@ -222,12 +221,11 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
 def test_the_autoencoder_gets_the_targets_scale_and_decoder(base, images, tmp_path):
     """The base keeps its own; latents stay those of the new scale."""
     dark = torch.cat([images // 3 + shift for shift in range(10)])
-    records = RecordSet("icfg", "train", [Record("", ("a man",), i) for i in range(50)])
     base.requires_grad_(False)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     scaled = copy.deepcopy(base.autoencoder)
     scaled.learn_scale(encode(scaled, dark))
-    adapted = adapt_autoencoder(AdaptConfig(size="tiny"), base, Target(records, dark, tmp_path, {"seed": 0}), MACHINE)
+    adapted = adapt_autoencoder(AdaptConfig(size="tiny"), base, Target(dark, [], tmp_path, {"seed": 0}), MACHINE)
     learned, latents = adapted.autoencoder, encode(adapted.autoencoder, dark)
 
     def loss(autoencoder) -> float:
@@ -286,7 +284,7 @@ def test_strength_zero_gives_the_reconstruction(base, images):
 def test_cached_latents_and_mirror_images_give_the_same_loss(base, images):
     captions = [(i, f"{CAPTIONS[i % 3]} in the left hand") for i in range(5)]
     pairs = LatentPairs(base, images, captions)
-    cached = pairs.loss(base.denoiser, None, SCHEDULE, torch.Generator().manual_seed(3), 64)
+    cached = pairs.loss(None, torch.Generator().manual_seed(3), 64)
     draw = torch.Generator().manual_seed(3)                        # the same draws, everything made anew
     pair = torch.randint(10, (64,), generator=draw)
     dropped = torch.rand(64, generator=draw) < 0.1
@@ -307,7 +305,7 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def fit_line(path, steps: int, stop_at: int | None = None, seed: int = 0, lr: float = 0.1,
+def fit_line(folder, steps: int, stop_at: int | None = None, seed: int = 0, lr: float = 0.1,
              stop: Callable = interrupt) -> torch.Tensor:
     """Fit one weight to 3; `stop` is called in the middle, after `stop_at` losses. Returns the weight."""
     torch.manual_seed(0)
@@ -321,30 +319,30 @@ def fit_line(path, steps: int, stop_at: int | None = None, seed: int = 0, lr: fl
         x = torch.randn(share.count, 1, generator=share.draw)
         return (model(x) - 3 * x).square().mean()
 
-    learn("line", model, lambda: loss, Fit(steps, 8, lr, save_every=5), path, {"of": "a test", "seed": seed}, MACHINE)
+    learn("line", model, lambda: loss, Fit(steps, 8, lr, save_every=5), folder, {"of": "a test", "seed": seed}, MACHINE)
     return model.weight.detach().clone()
 
 
 def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path):
-    whole = fit_line(tmp_path / "whole.safetensors", 60)
+    whole = fit_line(tmp_path / "whole", 60)
     with pytest.raises(KeyboardInterrupt):
-        fit_line(tmp_path / "cut.safetensors", 60, stop_at=67)    # two shards a step
-    assert checkpoint.load(tmp_path / "cut.part")[1]["step"] == 30
-    assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60), whole) and abs(float(whole) - 3) < 0.2
-    assert not (tmp_path / "cut.part").exists()
-    assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60, stop_at=1), whole)      # finished: not trained again
+        fit_line(tmp_path / "cut", 60, stop_at=67)    # two shards a step
+    assert checkpoint.load(tmp_path / "cut/line.part")[1]["step"] == 30
+    assert torch.equal(fit_line(tmp_path / "cut", 60), whole) and abs(float(whole) - 3) < 0.2
+    assert not (tmp_path / "cut/line.part").exists()
+    assert torch.equal(fit_line(tmp_path / "cut", 60, stop_at=1), whole)      # finished: not trained again
 
 
 def test_a_signal_stops_a_fit_after_its_step(tmp_path):
-    before, whole = signal.getsignal(signal.SIGTERM), fit_line(tmp_path / "whole.safetensors", 60)
+    before, whole = signal.getsignal(signal.SIGTERM), fit_line(tmp_path / "whole", 60)
     with pytest.raises(KeyboardInterrupt):
-        fit_line(tmp_path / "cut.safetensors", 60, stop_at=67, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert checkpoint.load(tmp_path / "cut.part")[1]["step"] == 34
-    assert torch.equal(fit_line(tmp_path / "cut.safetensors", 60), whole)
+        fit_line(tmp_path / "cut", 60, stop_at=67, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert checkpoint.load(tmp_path / "cut/line.part")[1]["step"] == 34
+    assert torch.equal(fit_line(tmp_path / "cut", 60), whole)
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(KeyboardInterrupt):          # after the last step: it is finished, and nothing else is begun
-        fit_line(tmp_path / "last.safetensors", 60, stop_at=119, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert torch.equal(fit_line(tmp_path / "last.safetensors", 60, stop_at=1), whole)
+        fit_line(tmp_path / "last", 60, stop_at=119, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert torch.equal(fit_line(tmp_path / "last", 60, stop_at=1), whole)
 
 
 def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
@@ -360,25 +358,27 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
         return value
 
     def train(name: str) -> None:
-        learn("line", model, lambda: loss, Fit(20, 8, 0.1, save_every=5), tmp_path / f"{name}.safetensors",
-              {"seed": 0}, MACHINE)
+        learn("line", model, lambda: loss, Fit(20, 8, 0.1, save_every=5), tmp_path / name, {"seed": 0},
+              MACHINE)
 
     with pytest.raises(UserError, match="line gradient is nan by step 10; what was saved"):
         train("x")
-    tensors, facts = checkpoint.load(tmp_path / "x.part")
+    tensors, facts = checkpoint.load(tmp_path / "x/line.part")
     assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())
+    (tmp_path / "y").mkdir()
     for lost in ("average.weight", "optimizer.exp_avg.weight"):
-        checkpoint.save(tmp_path / "y.part", {name: value for name, value in tensors.items() if name != lost}, facts)
-        with pytest.raises(UserError, match="y.part: its content is incomplete"):
+        left = {name: value for name, value in tensors.items() if name != lost}
+        checkpoint.save(tmp_path / "y/line.part", left, facts)
+        with pytest.raises(UserError, match="line.part: its content is incomplete"):
             train("y")
     train("x")
-    logged = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (tmp_path / "x/line.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [5, 10, 15, 20] and logged[0]["loss"] > logged[3]["loss"]
     assert model.weight.isfinite().all()
 
 
 def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_path, capsys):
-    model, path = torch.nn.Linear(2, 1), tmp_path / "x.safetensors"
+    model = torch.nn.Linear(2, 1)
 
     def loss(share):
         counts.append(share.count)
@@ -387,16 +387,16 @@ def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_pat
         return model(torch.randn(share.count, 2, generator=share.draw)).square().mean()
 
     def train(machine: Machine, prepare=lambda: loss) -> None:
-        learn("line", model, prepare, Fit(8, 8, 1e-2, save_every=5), path, {"seed": 0}, machine)
+        learn("line", model, prepare, Fit(8, 8, 1e-2, save_every=5), tmp_path, {"seed": 0}, machine)
 
     counts = []
     with pytest.raises(KeyboardInterrupt):
         train(MACHINE)
-    assert set(counts) == {4} and checkpoint.load(tmp_path / "x.part")[1]["step"] == 7
+    assert set(counts) == {4} and checkpoint.load(tmp_path / "line.part")[1]["step"] == 7
     train(MACHINE)
     assert "going on after step 7 of 8" in capsys.readouterr().out
     train(dataclasses.replace(MACHINE, precision="bf16"), None)         # what is finished serves any
-    path.unlink()
+    (tmp_path / "line.safetensors").unlink()
     counts = [0] * 20
     with pytest.raises(UserError, match="line: 3 processes cannot share out the 8 samples of a step"):
         three = Workers()
@@ -406,28 +406,28 @@ def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_pat
 
 def test_an_unfinished_fit_of_another_precision_begins_anew(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
-        fit_line(tmp_path / "x.safetensors", 20, stop_at=15)
+        fit_line(tmp_path, 20, stop_at=15)
     capsys.readouterr()
     model = torch.nn.Linear(1, 1, bias=False)
     learn("line", model, lambda: lambda share: model(torch.randn(share.count, 1, generator=share.draw)).square().mean(),
-          Fit(20, 8, 0.1, save_every=5), tmp_path / "x.safetensors", {"of": "a test", "seed": 0},
+          Fit(20, 8, 0.1, save_every=5), tmp_path, {"of": "a test", "seed": 0},
           dataclasses.replace(MACHINE, precision="bf16"))
-    assert "x.part is begun anew: precision was float32 and is bf16." in capsys.readouterr().out
+    assert "line.part is begun anew: precision was float32 and is bf16." in capsys.readouterr().out
 
 
 def test_a_fit_of_another_key_is_made_anew_and_says_why(tmp_path, capsys):
     """What is there is kept until the new one is finished."""
-    path = tmp_path / "x.safetensors"
-    fit_line(path, 10)
+    path = tmp_path / "line.safetensors"
+    fit_line(tmp_path, 10)
     before = path.read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        fit_line(path, 11, stop_at=15)
-    assert "x.safetensors is made anew: fit.steps was 10 and is 11." in capsys.readouterr().out
+        fit_line(tmp_path, 11, stop_at=15)
+    assert "line.safetensors is made anew: fit.steps was 10 and is 11." in capsys.readouterr().out
     assert path.read_bytes() == before
-    fit_line(path, 11)
-    assert path.read_bytes() != before and json.loads((tmp_path / "x.key.json").read_text())["fit"]["steps"] == 11
+    fit_line(tmp_path, 11)
+    assert path.read_bytes() != before and json.loads((tmp_path / "line.key.json").read_text())["fit"]["steps"] == 11
     capsys.readouterr()
-    fit_line(path, 11, seed=1)
+    fit_line(tmp_path, 11, seed=1)
     assert "seed was 0 and is 1." in capsys.readouterr().out
-    fit_line(path, 11, seed=1)
+    fit_line(tmp_path, 11, seed=1)
     assert f"{path} is there." in capsys.readouterr().out

@@ -249,7 +249,7 @@ def measured(adapted, tmp_path_factory):
 
 def test_a_set_is_measured_against_every_other_way(measured):
     folder, said = measured
-    assert "branch.safetensors is there" in said and "decoder.safetensors is there" in said
+    assert "judge.safetensors is there" in said and "decoder.safetensors is there" in said
     report = json.loads((folder / OUT / "gap.json").read_text())
     table = report["gap"]
     assert list(table) == ["source", "reinhard", "histogram", "fourier", "moments", "dad generate", "exact", "target"]
@@ -269,7 +269,7 @@ def test_a_measured_set_is_a_set_as_before(measured):
     records = load(str(folder / OUT), "train", folder, say=lambda line: None).records
     assert len(records) > 50
     before = {path: path.read_bytes() for path in sorted((folder / OUT).rglob("*")) if path.is_file()}
-    assert "is complete" in adapt(folder, "--images", "70", "--box-threshold", "0")
+    assert "is complete" in adapt(folder, "--images", "70")
     succeed(folder, "tests/study/gap.py", OUT)
     assert {path: path.read_bytes() for path in before} == before       # the same numbers again
 

@@ -186,7 +186,7 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
 
 
 def gradients(base: Diffusion, branch: DomainBranch, data: pairs.LatentPairs) -> list[Tensor]:
-    loss = data.loss(base.denoiser, branch, base.schedule, torch.Generator().manual_seed(3), 3)
+    loss = data.loss(branch, torch.Generator().manual_seed(3), 3)
     return [loss, *torch.autograd.grad(loss, list(branch.parameters()))]
 
 
@@ -200,7 +200,7 @@ def test_cached_states_checkpointing_and_rounded_weights_change_nothing(folder, 
     data = pairs.LatentPairs(base, images, [(0, "a red coat"), (1, "a red coat"), (1, "black on his left")])
     assert len(data.ids) == 4 and len(data.caption_of) == 7      # one is mirrored in other words; and without words
     plain = gradients(base, branch, data)
-    data.encode_captions(base.denoiser, torch.float32)
+    data.encode_captions(torch.float32)
     for stage in [*base.denoiser.modules(), *branch.modules()]:
         if isinstance(stage, Stage):
             stage.recompute = True
@@ -217,14 +217,16 @@ def test_cached_states_checkpointing_and_rounded_weights_change_nothing(folder, 
 
 def test_adapt_beside_stable_diffusion(folder, root):
     flags = ("--size", "sd15-tiny", "--weights", str(folder), "--target", "cuhk", "--data-root", str(root),
-             "--images", "3", "--malformed", "1e3", "--grey-mean", "0", "--box-threshold", "0", "--out", "out/made")
+             "--images", "3", "--malformed", "1e3", "--grey-mean", "0", "--out", "out/made")
     said = succeed(root, "adapt.py", *flags)
-    for words in ("Stable Diffusion", "6 images, 12 captions", "branch step 3/3", "Kept 3 of 3"):
+    for words in ("Stable Diffusion", "6 images, 12 captions", "branch step 3/3", "Kept 3 of 3",
+                  "All regions are whole images, since no phrase has a box: --source gives boxes."):
         assert words in said
     assert '"sampling_steps": 2,' in said                                  # the preset's, not the demo's
     records = [record for split in ("train", "val") for record in
                load(str(root / "out/made"), split, root, say=lambda line: None).records]
-    assert len(records) == 3 and all(record.boxes for record in records)
+    assert len(records) == 3 and all(record.boxes == ((0.5, 0.5, 1, 1),) for record in records)
+    assert all(record.phrases == record.captions for record in records)
     branch = root / "out/dad/cuhk-sd15-tiny-s0/branch.safetensors"
     assert checkpoint.load(branch)[0]["outputs.12.weight"].any()
     said = succeed(root, "adapt.py", *flags[:-1], "out/short", "--recompute", "--steps", "1")

@@ -1,7 +1,6 @@
 """The autoencoder in whose latents the diffusion works (Rombach et al. 2022): convolutions and a KL term.
 
-Latents are scaled: each channel has mean 0 and variance 1 over the images that `learn_scale` was last given, first the
-source's, then the target's. Read next: denoiser.py.
+Latents are scaled to mean 0 and variance 1 a channel, first on the source, then on the target. Read next: denoiser.py.
 """
 
 import torch

@@ -37,10 +37,6 @@ class Diffusion(nn.Module):
         """Our architecture with random weights."""
         return Diffusion(config, tokenizer, Autoencoder(config), Denoiser(config), Schedule.cosine())
 
-    def with_autoencoder(self, autoencoder: nn.Module) -> "Diffusion":
-        """The same denoiser with another autoencoder."""
-        return Diffusion(self.config, self.tokenizer, autoencoder, self.denoiser, self.schedule).eval()
-
     def read(self, captions: Sequence[str]) -> Prompt:
         """Encode captions; guidance steers away from the empty one."""
         ids, keep = pad([self.tokenizer.encode(caption, self.config.max_tokens) for caption in captions],

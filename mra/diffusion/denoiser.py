@@ -4,9 +4,7 @@ The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level 
 and three in the decoder. A transformer follows each block, except at the lowest resolution: pixels attend to each
 other and to the caption. The middle is block, transformer, block.
 
-The domain branch is a trainable copy of encoder and middle (ControlNet, Zhang et al. 2023). Its outputs are added to
-the skips and to the middle of the frozen denoiser through convolutions that start at zero, so that an untrained branch
-changes nothing. Read next: base.py.
+The domain branch adds its outputs to the skips and the middle of the frozen denoiser. Read next: base.py.
 """
 
 import copy
@@ -168,10 +166,11 @@ class Denoiser(nn.Module):
 
 
 class DomainBranch(nn.Module):
-    """A trainable copy of a denoiser's encoder, with a domain embedding and zero convolutions.
+    """A trainable copy of a denoiser's encoder and middle, with a domain embedding (ControlNet, Zhang et al. 2023).
 
-    As in the paper the condition is a white image, so the branch learns the target's look alone. Folded to the
-    resolution of the latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
+    Its outputs leave through convolutions that start at zero, so an untrained branch changes nothing. As in the paper
+    the condition is a white image, so the branch learns the target's look alone. Folded to the resolution of the
+    latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
     """
 
     def __init__(self, base: Denoiser):

@@ -2,7 +2,7 @@
 
 The paper drops near-greyscale images and, by a pose estimator, malformed people: 10.63 % in all. Here a small network
 finds malformed people. It learns to tell the target's images from damaged copies of them. A filter gives each image a
-score, and a threshold in AdaptConfig decides. Read next: boxes.py, making.py.
+score, and a threshold in AdaptConfig decides. Read next: run/parts.py.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ FILTERS = ("greyscale", "malformed")
 
 def scores_of(images: Tensor, judge: "Judge") -> dict[str, Tensor]:
     """The scores (N,) that the filters compare, of uint8 images (N, 3, H, W)."""
-    mean, variance = colourfulness(images)
-    return {"colour_mean": mean, "colour_variance": variance, "malformed": judge.score(images)[:, 0]}
+    x = images.float() / 255
+    apart = (x - x.roll(-1, 1)).abs().flatten(1)                # differences 0..1 between the channels
+    return {"colour_mean": apart.mean(1), "colour_variance": apart.var(1), "malformed": judge.score(images)[:, 0]}
 
 
 def filters_of(config: AdaptConfig, scores: dict) -> list[str]:
@@ -75,13 +76,6 @@ def judge_loss(judge: Judge, good: Tensor, bad: Tensor, draw: torch.Generator, c
     x = to_float(torch.where(mirrored, x.flip(-1), x))
     labels = (torch.arange(len(x), device=device) >= count // 2).float()
     return F.binary_cross_entropy_with_logits(judge(x)[:, 0].float(), labels)
-
-
-def colourfulness(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (N,) of the differences 0..1 between the channels of uint8 images (N, 3, H, W)."""
-    x = images.float() / 255
-    apart = (x - x.roll(-1, 1)).abs().flatten(1)
-    return apart.mean(1), apart.var(1)
 
 
 def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:

@@ -3,7 +3,6 @@
 Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1. The denoiser learns
 v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). Our schedule ends in pure noise: alpha is exactly 0 (Lin et al. 2024).
 If some signal were left, very dark and very bright images could not be made, and a change of light needs those.
-A sampler takes any `denoise(latents, t)` that returns v, or the noise e on Stable Diffusion's schedule.
 Read next: autoencoder.py, denoiser.py.
 """
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from mra.data.tokenizer import pad
 from mra.data.words import swap_left_right
 from mra.diffusion.base import Diffusion, encode
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, controlled
-from mra.diffusion.noising import Schedule, diffusion_loss
+from mra.diffusion.denoiser import DomainBranch, Prompt, controlled
+from mra.diffusion.noising import diffusion_loss
 
 NO_WORDS = 0.1      # chance of an empty caption, which guidance needs
 
@@ -20,7 +20,7 @@ class LatentPairs:
     """
 
     def __init__(self, base: Diffusion, images: Tensor, captions: list[tuple[int, str]]):
-        device, self.states = next(base.parameters()).device, None
+        device, self.base, self.states = next(base.parameters()).device, base, None
         self.latents = torch.cat([encode(base.autoencoder, images, flip) for flip in (False, True)])    # (2N, C, h, w)
         words = [caption for _, caption in captions]
         words += [swap_left_right(caption) for caption in words] + [""]
@@ -32,32 +32,31 @@ class LatentPairs:
         self.image_of = torch.cat([index, index + len(images)])                                 # (2L,)
 
     @torch.no_grad()
-    def encode_captions(self, denoiser: Denoiser, dtype: torch.dtype) -> None:
-        """Encode all captions once, by a frozen text encoder."""
+    def encode_captions(self, dtype: torch.dtype) -> None:
+        """Encode all captions once, by the base's frozen text encoder."""
         self.states, kept = [], []
         for ids, keep in zip(self.ids.split(256), self.keep.split(256)):
-            prompt = denoiser.read(ids, keep)
+            prompt = self.base.denoiser.read(ids, keep)
             self.states.extend(prompt.states.to(dtype).cpu())
             kept.append(prompt.keep)
         self.keep = torch.cat(kept)
 
-    def prompt(self, denoiser: Denoiser, caption: Tensor) -> Prompt:
+    def prompt(self, caption: Tensor) -> Prompt:
         """Encoded captions, by their numbers (B,) among the distinct ones."""
         keep = self.keep[caption]
         keep = keep[:, :int(keep.sum(1).max())]                                                 # (B, T)
         if self.states is None:
-            return denoiser.read(self.ids[caption, :keep.shape[1]], keep)
+            return self.base.denoiser.read(self.ids[caption, :keep.shape[1]], keep)
         states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
         return Prompt(states.to(keep.device), keep)
 
-    def loss(self, denoiser: Denoiser, branch: DomainBranch | None, schedule: Schedule, generator: torch.Generator,
-             count: int, middle: bool = False) -> Tensor:
+    def loss(self, branch: DomainBranch | None, generator: torch.Generator, count: int, middle: bool = False) -> Tensor:
         """The diffusion loss of `count` random pairs, a scalar; `branch` is optional, `middle`: see `random_levels`."""
-        device = self.latents.device
+        device, denoiser, schedule = self.latents.device, self.base.denoiser, self.base.schedule
         pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
         latents = self.latents[self.image_of[pair]]                                             # (B, C, h, w)
         pair[torch.rand(count, generator=generator, device=device) < NO_WORDS] = len(self.caption_of) - 1
-        prompt = self.prompt(denoiser, self.caption_of[pair])
+        prompt = self.prompt(self.caption_of[pair])
         t = schedule.random_levels(count, generator, middle)                                    # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         return diffusion_loss(lambda z, t: controlled(denoiser, branch, z, t, prompt), latents, noise, t, schedule)

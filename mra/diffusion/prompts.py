@@ -3,7 +3,7 @@
 The paper augments every training caption by EDA (alpha 0.5; 19 variants and the caption itself) and samples an image
 for each. EDA inserts, swaps and deletes words, so "a red jacket and blue jeans" may become "a red jeans". Here synonyms
 replace single words, and the other operations repeat, move or drop whole phrases. So a prompt stays true of the
-person in its caption. A caption of two people is not taken apart: its phrases would change hands. Read next: making.py.
+person in its caption. A caption of two people is not taken apart: its phrases would change hands. Read next: plan.py.
 """
 
 import random

@@ -1,10 +1,9 @@
-"""From captions to latents in the target's look: guidance, samples, calibration. Read next: prompts.py, making.py."""
+"""From captions to latents in the target's look: guidance, samples, calibration. Read next: prompts.py."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mra.config import AdaptConfig
 from mra.data.records import Record
@@ -34,54 +33,43 @@ def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidanc
     return denoise
 
 
-@dataclass(frozen=True)
 class Painter:
-    """Samples latents for records, by the base and its branch."""
+    """Samples latents in the target's look, by the base and its branch."""
 
-    config: AdaptConfig
-    base: Diffusion
-    denoiser: nn.Module                     # the base's; compiled with --compile, as the branch is
-    branch: nn.Module
-    target_latents: Tensor | None           # (N, C, h, w); None where Stable Diffusion generates
-    source_latents: Tensor | None           # (N, C, h, w) of some source images; None where images are generated
-
-    @staticmethod
-    def of(config: AdaptConfig, base: Diffusion, branch: DomainBranch, target: Tensor,
-           movers: Sequence[Record]) -> "Painter":
-        """With the target's images (N, 3, H, W), and records whose images stand for the source's."""
-        networks = [torch.compile(network) if config.compile else network for network in (base.denoiser, branch)]
-        target_latents = source_latents = None
+    def __init__(self, config: AdaptConfig, base: Diffusion, branch: DomainBranch, target: Tensor,
+                 movers: Sequence[Record]):
+        """With the target's images (N, 3, H, W). If images are restyled, those of `movers` stand for the source's."""
+        self.config, self.base, self.branch = config, base, branch
+        self.target_latents = self.source_latents = None        # (N, C, h, w) each, where they are needed
+        if movers or not base.config.stable:
+            self.target_latents = encode(base.autoencoder, target)
         if movers:
             images = read_images([record.path for record in movers], base.config, config.workers)
-            source_latents = encode(base.autoencoder, images)
-        if movers or not base.config.stable:
-            target_latents = encode(base.autoencoder, target)
-        return Painter(config, base, *networks, target_latents, source_latents)
+            self.source_latents = encode(base.autoencoder, images)
 
     @torch.no_grad()
-    def sample(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, Prompt]:
-        """Latents (B, C, h, w) for the records' first captions, and the encoded captions."""
-        config, schedule = self.config, self.base.schedule
-        start, strength = self.start(records, draw)
-        captions = [record.captions[0] for record in records]
-        both = self.base.read(captions + [""] * len(captions))
-        levels = len(schedule.alpha)
+    def sample(self, drafts: Sequence[Record], draw: torch.Generator) -> Tensor:
+        """Latents (B, C, h, w) for the first captions of drafts."""
+        config, base = self.config, self.base
+        start, strength = self.start(drafts, draw)
+        both = base.read([draft.captions[0] for draft in drafts] + [""] * len(drafts))
+        levels = len(base.schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
-        denoise = guide(self.denoiser, self.branch, both, config.guidance, span)
-        return dpm_solver(denoise, start, schedule, config.sampling_steps, strength), both[:len(captions)]
+        denoise = guide(base.denoiser, self.branch, both, config.guidance, span)
+        return dpm_solver(denoise, start, base.schedule, config.sampling_steps, strength)
 
-    def start(self, records: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, float]:
-        """Latents (B, C, h, w) and strength that sampling starts with: pure noise, or the records' noised images."""
+    def start(self, drafts: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, float]:
+        """Latents (B, C, h, w) and strength that sampling starts with: pure noise, or the drafts' noised images."""
         base, device, strength = self.base, draw.device, self.config.strength
-        noise = torch.randn(len(records), *base.config.shape, generator=draw, device=device)
+        noise = torch.randn(len(drafts), *base.config.shape, generator=draw, device=device)
         if self.config.mode == "generate":
             return noise, 1.0
-        images = read_images([record.path for record in records], base.config)
+        images = read_images([draft.path for draft in drafts], base.config)
         moved = match_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
         visited = base.schedule.trailing(self.config.sampling_steps, strength)
         if not visited:
             return moved, strength
-        t = torch.full((len(records),), visited[0], device=device)
+        t = torch.full((len(drafts),), visited[0], device=device)
         return q_sample(moved, noise, t, base.schedule), strength
 
 

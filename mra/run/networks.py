@@ -1,6 +1,6 @@
 """The networks of DaD, each trained once and kept: the base, then, on the target, branch, decoder and judge.
 
-Every function is one of them: what it learns from, its loss, its file and its key. adapt.py calls them in this order.
+Every function is one of them: what it learns from, its loss and its key. adapt.py calls them in this order.
 """
 
 import copy
@@ -32,18 +32,20 @@ SHIPPED = Path(__file__).parents[1] / "diffusion"      # folder of base-demo.saf
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
 LIT = 0.75              # share of the autoencoder's images under random light
 
+Loss = Callable[[Share], Tensor]
 
-def learn(name: str, network: nn.Module, prepare: Callable[[], Callable[[Share], Tensor]], fit: Fit, path: Path,
-          key: dict, machine: Machine) -> None:
-    """Train the parameters of `network` that require gradients, unless `path` holds them for the same key.
 
-    `prepare` is called where training is needed; it returns the loss of a share. The key also holds `fit`; its "seed"
-    decides all that is random. An unfinished training lies beside `path` as .part.
+def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, folder: Path, key: dict,
+          machine: Machine) -> None:
+    """Train the parameters of `network` that require gradients, unless `folder` holds them for the same key.
+
+    `prepare` is called if training is needed; it returns the loss of a share. The key also holds `fit`; its "seed"
+    decides all that is random. An unfinished training lies beside the result as .part.
     """
-    key, state = {"network": name, "fit": asdict(fit), **key}, path.with_suffix(".part")
+    key, path = {"network": name, "fit": asdict(fit), **key}, folder / f"{name}.safetensors"
 
     def make() -> None:
-        loss = prepare()
+        loss, state = prepare(), path.with_suffix(".part")
 
         def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
             value = loss(share)
@@ -57,6 +59,16 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Callable[[Share],
 
     kept(path, key, machine, make)
     checkpoint.restore_weights(network, checkpoint.load(path)[0], path)
+
+
+def read_pairs(records: RecordSet, size: DiffusionConfig, workers: int) -> tuple[Tensor, list[tuple[int, str]], str]:
+    """Images (N, 3, H, W) uint8, every pair (number of the image, caption), and a hash of both."""
+    images, pairs = read_images([record.path for record in records.records], size, workers), []
+    found = hashlib.sha256(images.numpy())
+    for i, record in enumerate(records.records):
+        pairs += [(i, caption) for caption in record.captions]
+        found.update("\n".join(record.captions).encode() + b"\0")
+    return images, pairs, found.hexdigest()[:16]
 
 
 # ---- the base
@@ -81,43 +93,42 @@ def source_root(config: AdaptConfig) -> str:
 
 def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> None:
     """Autoencoder, then denoiser, on the source's records alone; one file holds both."""
-    out, recipe, size = base_folder(config), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
-    images = read_images([record.path for record in records.records], size, config.workers)       # (N, 3, H, W)
-    captions = captions_of(records)
+    folder, recipe, size = base_folder(config), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
+    images, captions, contents = read_pairs(records, size, config.workers)
     tokenizer = Tokenizer.read()
     key = {"size": asdict(size), "source": records.name, "root": source_root(config), "images": len(images),
-           "captions": len(captions), "contents": contents(records, images), "seed": config.seed}
+           "captions": len(captions), "contents": contents, "seed": config.seed}
     torch.manual_seed(config.seed)
     base = Diffusion.new(replace(size, vocab=len(tokenizer)), tokenizer).to(machine.device)
     machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
-    train_autoencoder(base, images, recipe.autoencoder, out / "autoencoder.safetensors", key, machine)
+    learn("autoencoder", base.autoencoder, lambda: autoencoder_loss(base, images), recipe.autoencoder, folder, key,
+          machine)
     base.autoencoder.learn_scale(encode(base.autoencoder, images[:SCALE_IMAGES]))
-    denoiser = torch.compile(base.denoiser) if config.compile else base.denoiser
+    if config.compile:
+        base.denoiser.compile()
 
-    def prepare() -> Callable[[Share], Tensor]:
+    def prepare() -> Loss:
         pairs = LatentPairs(base, images, captions)
-        return lambda share: pairs.loss(denoiser, None, base.schedule, share.draw, share.count)
+        return lambda share: pairs.loss(None, share.draw, share.count)
 
-    learn("denoiser", base.denoiser, prepare, recipe.denoiser, out / "denoiser.safetensors", key, machine)
+    learn("denoiser", base.denoiser, prepare, recipe.denoiser, folder, key, machine)
     facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
-    machine.first(lambda: checkpoint.save(out / "base.safetensors", checkpoint.halves(base), facts))
-    machine.say(f"{out / 'base.safetensors'} is ready.")
+    machine.first(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.halves(base), facts))
+    machine.say(f"{folder / 'base.safetensors'} is ready.")
 
 
-def train_autoencoder(base: Diffusion, images: Tensor, fit: Fit, path: Path, key: dict, machine: Machine) -> None:
-    """Train the base's autoencoder on uint8 images (N, 3, H, W) under random light, which no domain has."""
-    def prepare() -> Callable[[Share], Tensor]:
-        some = to_float(images[:SCALE_IMAGES])
-        base.autoencoder.start(random_light(some, LIT, torch.Generator().manual_seed(0)).to(machine.device))
-        return loss_of
+def autoencoder_loss(base: Diffusion, images: Tensor) -> Loss:
+    """Start the base's autoencoder. Its loss: on images (N, 3, H, W) under random light, which no domain has."""
+    device, some = base.autoencoder.mean.device, to_float(images[:SCALE_IMAGES])
+    base.autoencoder.start(random_light(some, LIT, torch.Generator().manual_seed(0)).to(device))
 
-    def loss_of(share: Share) -> Tensor:
-        chosen = torch.randint(len(images), (share.count,), generator=share.draw, device=machine.device).cpu()
-        lit = random_light(to_float(images[chosen].to(machine.device)), LIT, share.draw)
-        noise = torch.randn(share.count, *base.config.shape, generator=share.draw, device=machine.device)
+    def loss(share: Share) -> Tensor:
+        chosen = torch.randint(len(images), (share.count,), generator=share.draw, device=device).cpu()
+        lit = random_light(to_float(images[chosen].to(device)), LIT, share.draw)
+        noise = torch.randn(share.count, *base.config.shape, generator=share.draw, device=device)
         return base.autoencoder.loss(lit, noise)
 
-    learn("autoencoder", base.autoencoder, prepare, fit, path, key, machine)
+    return loss
 
 
 def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
@@ -133,7 +144,7 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         if not config.base and path.parent == base_folder(config) and facts.get("root") != source_root(config):
             raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or "
                             "give it as --base.")
-        told = f"{path}, trained on {harmless(facts['images'])} images of {harmless(facts['source'])}"
+        told = f"{path}, trained on {harmless(facts.get('images'))} images of {harmless(facts.get('source'))}"
     machine.say(f"Base: {told}.")
     return base.to(machine.device).eval().requires_grad_(False)
 
@@ -143,8 +154,6 @@ def read_base(path: Path) -> tuple[Diffusion, dict]:
     tensors, facts = checkpoint.load(path)
     with checkpoint.trusting(path):
         tokenizer = Tokenizer(facts["vocab"], path)
-        for name in ("images", "source"):       # what is said of it
-            facts[name]
         size = checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer)
         base = Diffusion.new(size, tokenizer)
         checkpoint.restore_weights(base, tensors, path)
@@ -155,25 +164,24 @@ def read_base(path: Path) -> tuple[Diffusion, dict]:
 
 @dataclass(frozen=True)
 class Target:
-    """The target's training pairs, and what stands in the key of all that learns from them."""
+    """The target's training pairs, and the folder and the key of all networks that learn from them."""
 
-    records: RecordSet
-    images: Tensor      # (N, 3, H, W) uint8
-    folder: Path        # of the networks that learn from it
+    images: Tensor                      # (N, 3, H, W) uint8
+    captions: list[tuple[int, str]]     # (number of the image, caption)
+    folder: Path
     key: dict
 
     @staticmethod
     def of(config: AdaptConfig, records: RecordSet, base: Diffusion) -> "Target":
         """Read the images. Raises UserError for a single one."""
-        images = read_images([record.path for record in records.records], base.config, config.workers)
+        images, captions, contents = read_pairs(records, base.config, config.workers)
         if len(images) < 2:
             raise UserError(f"{records.name} has a single training image, from which no look can be learned.")
         name = f"{config.target}-{config.size}-s{config.seed}"
         if config.share < 1:
             name += f"-{config.share:g}"
-        key = {"target": records.name, "contents": contents(records, images), "base": checkpoint.digest(base),
-               "seed": config.seed}
-        return Target(records, images, Path("out/dad") / name, key)
+        key = {"target": records.name, "contents": contents, "base": checkpoint.digest(base), "seed": config.seed}
+        return Target(images, captions, Path("out/dad") / name, key)
 
 
 def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Diffusion:
@@ -189,25 +197,25 @@ def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, mach
     for part in (autoencoder.decoder, autoencoder.linear_out):
         part.requires_grad_(True)
 
-    def prepare() -> Callable[[Share], Tensor]:
+    def prepare() -> Loss:
         latents = encode(autoencoder, target.images)                                     # (N, C, h, w)
 
-        def loss_of(share: Share) -> Tensor:
+        def loss(share: Share) -> Tensor:
             chosen = torch.randint(len(latents), (share.count,), generator=share.draw, device=machine.device)
             own = to_float(target.images[chosen.cpu()].to(machine.device))
             return autoencoder.decoder_loss(own, latents[chosen])
 
-        return loss_of
+        return loss
 
-    learn("decoder", autoencoder, prepare, DAD_RECIPES[config.size].decoder, target.folder / "decoder.safetensors",
-          target.key, machine)
-    return base.with_autoencoder(autoencoder.eval().requires_grad_(False))
+    learn("decoder", autoencoder, prepare, DAD_RECIPES[config.size].decoder, target.folder, target.key, machine)
+    autoencoder = autoencoder.eval().requires_grad_(False)
+    return Diffusion(base.config, base.tokenizer, autoencoder, base.denoiser, base.schedule).eval()
 
 
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> DomainBranch:
     """The domain branch, trained on the target's training pairs beside the frozen base."""
-    recipe, captions = DAD_RECIPES[config.size], captions_of(target.records)
-    machine.say(f"Adapting to {target.records.name}: {len(target.images)} images, {len(captions)} captions.")
+    recipe, captions = DAD_RECIPES[config.size], target.captions
+    machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {len(captions)} captions.")
     torch.manual_seed(config.seed)
     branch = DomainBranch(base.denoiser).to(machine.device)
     rounds = base.config.stable and machine.precision == "bf16"
@@ -216,18 +224,18 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     for stage in [*base.denoiser.modules(), *branch.modules()]:
         if isinstance(stage, Stage):
             stage.recompute = config.recompute
-    denoiser, step_branch = (torch.compile(x) if config.compile else x for x in (base.denoiser, branch))
+    if config.compile:      # at their first call, here or when images are sampled
+        base.denoiser.compile()
+        branch.compile()
 
-    def prepare() -> Callable[[Share], Tensor]:
+    def prepare() -> Loss:
         pairs = LatentPairs(base, target.images, captions)
         with machine.autocast():
-            pairs.encode_captions(base.denoiser, torch.bfloat16 if machine.precision == "bf16" else torch.float32)
-        return lambda share: pairs.loss(denoiser, step_branch, base.schedule, share.draw, share.count,
-                                        middle=not base.config.stable)
+            pairs.encode_captions(torch.bfloat16 if machine.precision == "bf16" else torch.float32)
+        return lambda share: pairs.loss(branch, share.draw, share.count, middle=not base.config.stable)
 
     steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * len(captions) / recipe.branch.batch)
-    learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder / "branch.safetensors",
-          target.key, machine)
+    learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder, target.key, machine)
     if rounds:
         round_weights(branch)
     return branch.eval().requires_grad_(False)
@@ -241,26 +249,10 @@ def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
     torch.manual_seed(config.seed)
     judge = Judge().to(machine.device, memory_format=torch.channels_last)
 
-    def prepare() -> Callable[[Share], Tensor]:
+    def prepare() -> Loss:
         good = target.images[:len(target.images) // 2]
         bad = distort(good, DAMAGE, 0)
         return lambda share: judge_loss(judge, good, bad, share.draw, share.count)
 
-    learn("judge", judge, prepare, DAD_RECIPES[config.size].judge, target.folder / "judge.safetensors", target.key,
-          machine)
+    learn("judge", judge, prepare, DAD_RECIPES[config.size].judge, target.folder, target.key, machine)
     return judge.eval()
-
-
-# ---- helpers
-
-def captions_of(records: RecordSet) -> list[tuple[int, str]]:
-    """(number of the image, caption) of every pair."""
-    return [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]
-
-
-def contents(records: RecordSet, images: Tensor) -> str:
-    """A short name for these captions and images."""
-    found = hashlib.sha256(images.numpy())
-    for record in records.records:
-        found.update("\n".join(record.captions).encode() + b"\0")
-    return found.hexdigest()[:16]

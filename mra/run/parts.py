@@ -1,7 +1,7 @@
 """An adapted set on disk: its parts, made one by one by processes and threads, and the finished set with its report.
 
 Beside the parts lies their key, parts.key.json. The thresholds of the filters are not in it: they decide what the
-finished set keeps, and can be changed without making the images again. diffusion/making.py makes the images of a part.
+finished set keeps, and can be changed without making the images again. diffusion/plan.py says what is to be made.
 """
 
 import random
@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError
+from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError
 from mra.data.files import read_json, save_image, write_json
-from mra.diffusion.base import read_images
+from mra.data.records import Record
+from mra.diffusion.base import decode, read_images
 from mra.diffusion.filters import FILTERS, Judge, filters_of, scores_of
-from mra.diffusion.making import SetPlan, make_images
+from mra.diffusion.plan import SetPlan, record_of
 from mra.diffusion.sampling import Painter, calibration
 from mra.run import checkpoint
 from mra.run.kept import changes, key_file, remember
@@ -37,20 +38,20 @@ def begin(out: Path, key: dict, resume: bool, machine: Machine) -> None:
     """
     if any(out.glob("*.json")) and not (out / "parts").is_dir():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
-    file, different = key_file(out / "parts"), []
+    file = key_file(out / "parts")
     if file.exists():
         different = changes(read_json(file), key)
-    if different and resume:
-        raise UserError(f"{out} was made otherwise: {'; '.join(different)}; give another --out, or --no-resume to make "
-                        "it anew.")
-    if different:
+        if not different:
+            return
+        if resume:
+            raise UserError(f"{out} was made otherwise: {'; '.join(different)}; give another --out, or --no-resume to "
+                            "make it anew.")
         machine.say(f"{out} is made anew: {'; '.join(different)}.")
-    if different or not file.exists():
-        remove_annotation(out)
-        for folder in (out / "parts", out / "imgs"):
-            shutil.rmtree(folder, ignore_errors=True)
-        (out / "parts").mkdir()
-        remember(out / "parts", key)
+    remove_annotation(out)
+    for folder in (out / "parts", out / "imgs"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (out / "parts").mkdir()
+    remember(out / "parts", key)
 
 
 def remove_annotation(out: Path) -> None:
@@ -71,16 +72,17 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     missing = [number for number in range(machine.rank, len(parts), machine.world) if not files[number].exists()]
     machine.say(f"Making {len(plan.drafts)} images in {out}.")
-    moments = (1.0, 0.0)
+    scale, shift = 1.0, 0.0
     if missing and plan.probes:
-        moments = calibrate(painter, plan, machine)
+        scale, shift = calibrate(painter, plan.probes, machine)
     started, done = time.perf_counter(), []
 
     def make_part(number: int) -> None:
         draw = machine.generator(painter.config.seed, number)
         with machine.autocast():
-            images, rows = make_images(painter, parts[number], plan.places, moments, draw)
-        write_part(files[number], images, rows, scores_of(images, judge))
+            latents = scale * painter.sample(parts[number], draw) + shift                # (B, C, h, w)
+            images = decode(painter.base.autoencoder, latents, draw)                     # (B, 3, H, W) uint8
+        write_part(files[number], parts[number], images, scores_of(images, judge))
         done.append(number)
         seconds = (time.perf_counter() - started) / len(done)
         machine.say(f"{len(done)} of {len(missing)} parts made  {PART / seconds:.1f} images/s  "
@@ -90,32 +92,27 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
     machine.any(False)          # returns when all processes have made theirs
 
 
-def calibrate(painter: Painter, plan: SetPlan, machine: Machine) -> tuple[Tensor, Tensor]:
-    """The calibration's scale and shift, (C, h, w) each, from samples of random probes."""
-    seed, count = painter.config.seed, DAD_RECIPES[painter.config.size].probes
-    # with replacement; sorted, so that lengths stay together
-    chosen = sorted(random.Random(seed).choices(range(len(plan.probes)), k=count))
-
+def calibrate(painter: Painter, probes: list[Record], machine: Machine) -> tuple[Tensor, Tensor]:
+    """The calibration's scale and shift, (C, h, w) each, from samples of the probes."""
     def sample(start: int) -> Tensor:
-        probes = [plan.probes[i] for i in chosen[start:start + PART]]
+        draw = machine.generator(painter.config.seed, PROBE_SEED + start // PART)
         with machine.autocast():
-            latents, _ = painter.sample(probes, machine.generator(seed, PROBE_SEED + start // PART))
-        return latents                                                                   # (B, C, h, w)
+            return painter.sample(probes[start:start + PART], draw)                      # (B, C, h, w)
 
-    return calibration(torch.cat(machine.map(sample, range(0, count, PART))), painter.target_latents)
+    samples = torch.cat(machine.map(sample, range(0, len(probes), PART)))
+    return calibration(samples, painter.target_latents)
 
 
-def write_part(file: Path, images: Tensor, rows: list[dict], scores: dict[str, Tensor]) -> None:
-    """Write the uint8 images (B, 3, H, W) of a part, then its records with the scores (B,)."""
-    folder = file.parent.parent / "imgs" / file.stem
+def write_part(file: Path, drafts: list[Record], images: Tensor, scores: dict[str, Tensor]) -> None:
+    """Write the uint8 images (B, 3, H, W) of drafts, then their records with the scores (B,)."""
+    folder, rows = file.parent.parent / "imgs" / file.stem, []
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "png" if images.shape[2] < 128 else "jpg"      # JPEG artefacts would show on small images
-    for i, (row, image) in enumerate(zip(rows, images.cpu())):
+    for i, (draft, image) in enumerate(zip(drafts, images.cpu())):
         path = folder / f"{i:02d}.{suffix}"
-        row["image"] = f"{file.stem}/{path.name}"
-        for name, values in scores.items():
-            row[name] = round(float(values[i]), 5)
         save_image(Image.fromarray(image.permute(1, 2, 0).numpy()), path, quality=95, subsampling=0)
+        own = {name: round(float(values[i]), 5) for name, values in scores.items()}
+        rows.append(record_of(draft) | {"image": f"{file.stem}/{path.name}"} | own)
     write_json(file, rows, indent=None)
 
 

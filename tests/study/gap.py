@@ -13,7 +13,6 @@ The networks of adapt.py are read from where adapt.py keeps them. Read next: gap
 import argparse
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,10 +28,9 @@ from adapt import THRESHOLDS, source_records
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
 from mra.data.files import read_json, write_json
 from mra.data.records import Box, Record, share_of
-from mra.diffusion.base import Diffusion, encode, read_images, stacked, to_float
-from mra.diffusion.boxes import phrase_box, usual_places, word_maps
-from mra.diffusion.denoiser import DomainBranch
+from mra.diffusion.base import Diffusion, read_images, stacked, to_float
 from mra.diffusion.filters import Judge, distort, judge_loss
+from mra.diffusion.plan import average_boxes
 from mra.formats.read import load
 from mra.run import checkpoint, networks
 from mra.run.command import run
@@ -99,14 +97,13 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class AdaptedSet:
-    """A set that adapt.py made from the demo town: its records, and the networks behind it."""
+    """A set that adapt.py made from the demo town: its records, and the autoencoder and the judge behind it."""
 
     out: Path
     report: dict            # of adapt.py
     config: AdaptConfig
     machine: Machine        # with the precision that the set was made in
     base: Diffusion         # with the target's scale and decoder
-    branch: DomainBranch
     judge: Judge
     target: Tensor          # (M, 3, H, W) the target's training images
     source: Sequence[Record]
@@ -135,12 +132,11 @@ class AdaptedSet:
         # before anything would be trained anew
         check_same(out, key, target.key | {"recipe": asdict(DAD_RECIPES[config.size])})
         base = networks.adapt_autoencoder(config, base, target, machine)
-        branch = networks.train_branch(config, base, target, machine)
         judge = networks.train_judge(config, target, machine)
         source = source_records(config, machine).records
         rows = rows_of(out)
         images = read_images([str(out / "imgs" / row["image"]) for row in rows], base.config, config.workers)
-        return AdaptedSet(out, report, config, machine, base, branch, judge, target.images, source, rows, images)
+        return AdaptedSet(out, report, config, machine, base, judge, target.images, source, rows, images)
 
 
 def trained_base(config: AdaptConfig, machine: Machine) -> Diffusion:
@@ -303,8 +299,8 @@ def train_reader(size: str, machine: Machine) -> None:
 
         return loss_of
 
-    networks.learn("reader", reader, prepare, READERS[size], reader_file(size), {"people": len(people), "seed": 0},
-                   machine)
+    networks.learn("reader", reader, prepare, READERS[size], reader_file(size).parent,
+                   {"people": len(people), "seed": 0}, machine)
     machine.say(f"{reader_file(size)} is ready.")
 
 
@@ -460,32 +456,14 @@ UNSEEN = [shift_half, join_halves]      # kinds of damage that are not among the
 # ---- boxes
 
 def box_quality(made: AdaptedSet, town: Town, source: list[Record]) -> dict[str, float]:
-    """Mean overlap (IoU) with the true boxes of the boxes that phrases of drawings get as made images do.
-
-    Beside it that of attention alone, without the nouns' usual places, and that of a guess without any image: the
-    average box of the phrase's last word in these source records, whose people are drawn.
-    """
-    base, usual, overlaps = made.base, defaultdict(list), defaultdict(list)
-    for record in source:
-        for phrase, box in zip(record.phrases, record.boxes):
-            usual[phrase.split()[-1]].append(box)
-    places = usual_places(made.source, *base.config.shape[1:])
-    some = town.portraits([shot.person for shot in town.shots([record.path for record in source[:BOXED]])], 1)
-    captions = [portrait.words.caption for portrait in some]
-    latents = encode(base.autoencoder, stacked([portrait.pixels for portrait in some]))                # (N, C, h, w)
-    draw = torch.Generator(latents.device).manual_seed(0)
-    maps = word_maps(base.denoiser, made.branch, latents, base.read(captions), base.schedule, draw)    # (N, T, h, w)
-    for portrait, caption, own in zip(some, captions, maps.float().cpu()):
+    """Mean overlap (IoU) of the boxes that phrases get in made images with the true ones, in drawings of the target."""
+    boxes, overlaps = average_boxes(made.source), []
+    for portrait in town.portraits([shot.person for shot in town.shots([one.path for one in source[:BOXED]])], 1):
         for phrase, truth in zip(portrait.words.phrases, portrait.words.boxes):
             noun = phrase.split()[-1]
-            placed = phrase_box(own, caption, phrase, base.tokenizer, places)
-            alone = phrase_box(own, caption, phrase, base.tokenizer, {})
-            if placed and noun in usual:
-                overlaps["made"].append(overlap(placed[0], truth))
-                overlaps["attention alone"].append(overlap(alone[0], truth))
-                overlaps["average box"].append(overlap(tuple(np.mean(usual[noun], 0)), truth))
-    quality = {name: round(float(np.mean(values)), 4) for name, values in overlaps.items()}
-    return quality | {"phrases": len(overlaps["made"])}
+            if noun in boxes:
+                overlaps.append(overlap(boxes[noun], truth))
+    return {"made": round(float(np.mean(overlaps)), 4), "phrases": len(overlaps)}
 
 
 def overlap(a: Box, b: Box) -> float:

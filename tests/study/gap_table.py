@@ -68,7 +68,7 @@ def facts(reports: list[dict]) -> dict[str, list[float]]:
     for name in ("boxes", "nearest training image", "judge of malformed people",
                  "distance to the exact image of the same person and pose"):
         for key in reports[0].get(name, {}):
-            found[f"{name}, {key}"] = [report[name][key] for report in reports]
+            found[f"{name}, {key}"] = [report[name][key] for report in reports if key in report[name]]
     return found
 
 

@@ -1,0 +1,98 @@
+"""The plan of a set: the images to make, their prompts, and the boxes of their phrases.
+
+The paper runs an open-set detector on its images. Here a phrase gets the average box of its last word, the noun, in the
+source set: README.md says what attention maps added. Read next: filters.py; run/parts.py, which makes the images.
+"""
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+
+from mra.config import DAD_RECIPES, AdaptConfig
+from mra.data.batches import WHOLE_IMAGE
+from mra.data.records import Box, Record
+from mra.data.tokenizer import Tokenizer
+from mra.data.words import noun_phrases
+from mra.diffusion.base import Diffusion
+from mra.diffusion.prompts import prompts_of
+
+PLACED = 50_000     # source records whose boxes are averaged
+MOVERS = 1000       # source images that `match_moments` takes the source's mean and variance from
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """What one run makes. A draft is a record to make: its caption is the prompt, its path the image it comes from."""
+
+    drafts: list[Record]
+    probes: list[Record]        # drafts to sample for the calibration; empty: no calibration
+    movers: list[Record]        # see MOVERS; empty unless images are restyled
+
+    def digest(self) -> str:
+        """A hash of this plan; when images are restyled, also of their files."""
+        found = hashlib.sha256()
+        for draft in [*self.drafts, *self.probes, *self.movers]:
+            found.update(str(draft).encode())
+            if self.movers:
+                found.update(Path(draft.path).read_bytes())
+        return found.hexdigest()[:16]
+
+
+def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], target: Sequence[Record]) -> SetPlan:
+    """Plan a set from the records of the source and of the target.
+
+    The calibration compares samples of the probes with the target's latents. So probes are random drafts of the
+    target's captions even with --captions source, or of the source's images when these are restyled.
+    """
+    boxes, probes, restyles = average_boxes(source), [], config.mode == "restyle"
+    chosen = source if restyles or config.captions == "source" else target
+    drafts = drafts_of(config, config.images, chosen, boxes, base.tokenizer)
+    if not base.config.stable:      # which is not calibrated, as in the paper
+        count = DAD_RECIPES[config.size].probes
+        pool = drafts_of(config, max(config.images, count), source if restyles else target, boxes, base.tokenizer)
+        # with replacement; sorted, so that lengths stay together
+        probes = [pool[i] for i in sorted(random.Random(config.seed).choices(range(len(pool)), k=count))]
+    return SetPlan(drafts, probes, list(islice(source, MOVERS)) if restyles else [])
+
+
+def average_boxes(records: Iterable[Record]) -> dict[str, Box]:
+    """For the last word of each phrase, the mean of its boxes in the first PLACED records."""
+    found = defaultdict(list)
+    for record in islice(records, PLACED):
+        for phrase, box in zip(record.phrases, record.boxes):
+            found[phrase.split()[-1]].append(box)
+    return {noun: tuple(fmean(side) for side in zip(*own)) for noun, own in found.items()}
+
+
+def drafts_of(config: AdaptConfig, count: int, records: Sequence[Record], boxes: dict[str, Box],
+              tokenizer: Tokenizer) -> list[Record]:
+    """`count` drafts, or as many as there are: records to restyle, or new prompts with the phrases that have a box.
+
+    The identity of a new prompt is the number of its caption, since the prompts of one caption describe one person.
+    Drafts are sorted by length, so that few prompts need padding.
+    """
+    if config.mode == "restyle":
+        chosen = random.Random(config.seed).sample(range(len(records)), min(count, len(records)))
+        return [records[i] for i in chosen]
+    pairs, drafts = [(caption, record.path) for record in records for caption in record.captions], []
+    for i, prompt in prompts_of([caption for caption, _ in pairs], count, config.seed):
+        phrases = tuple(phrase for phrase in dict.fromkeys(noun_phrases(prompt)) if phrase.split()[-1] in boxes)
+        own = tuple(boxes[phrase.split()[-1]] for phrase in phrases)
+        drafts.append(Record(pairs[i][1], (prompt,), i, own, phrases))
+    return sorted(drafts, key=lambda draft: len(tokenizer.encode(draft.captions[0])))
+
+
+def record_of(draft: Record) -> dict:
+    """The SDA record of the image of a draft, without the name of the image.
+
+    If no phrase has a box, the whole image is the region and the caption its phrase (MRA section 2).
+    """
+    caption = draft.captions[0]
+    return {"boxes": [[round(x, 4) for x in box] for box in draft.boxes or (WHOLE_IMAGE,)],
+            "phrases": draft.phrases or (caption,), "caption": caption, "image_id": draft.identity,
+            "origin": draft.path}
