@@ -25,7 +25,7 @@ from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
 from mra.formats import read
-from mra.formats.layouts import DATASETS
+from mra.formats.read import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import parse, run

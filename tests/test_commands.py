@@ -518,7 +518,7 @@ def refused(folder: Path, script: str, *flags: str) -> str:
     (("--data-root", "real"), "--init"),
     (("--init", "none", "--data-root", "real"), "'real/ICFG-PEDES'"),
     (("--init", "none", "--dataset", "nope"), "--dataset nope"),
-    (("--init", "none", "--dataset", "mals"), "no MALS: give --data-root"),
+    (("--init", "none", "--dataset", "mals"), "no folder 'data/demo-tiny/MALS'"),
     (("--init", "missing.safetensors"), "missing.safetensors"),
     (("--init", "words.txt"), "words.txt"),
     (("--init", "words.txt", "--bert", "words.txt"), "--bert"),

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from mra.config import UserError
-from mra.formats.layouts import SPLITS
-from mra.formats.read import load
+from mra.formats.read import SPLITS, load
 from mra.town import drawing, people, sets
 from mra.town.drawing import DOMAINS, Pose, render
 from mra.town.people import Person, describe, sample_person, twin_of

@@ -1,7 +1,7 @@
 """Views of one image: image and box move together, and a flag says whether the image was mirrored.
 
-MRA section 3, training settings and region encoding. The released code mirrors an image and leaves "left" and "right"
-in its caption as they are; here the caller exchanges them where `View.mirrored`. Read next: words.py.
+MRA section 3, training settings and region encoding. If a view is mirrored, the caller exchanges "left" and "right" in
+the caption; the released code leaves them. Read next: words.py.
 """
 
 import math
@@ -27,11 +27,11 @@ class View(NamedTuple):
     """What the model sees of one image."""
     image: Tensor               # (3, H, W) normalised
     box: Box | None             # (cx, cy, w, h), fractions of this view
-    mirrored: bool              # then left and right change places in caption and phrase
+    mirrored: bool
 
 
 def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rng: random.Random) -> View:
-    """A random crop that holds all of `box`, resized to `size` = (H, W) and mirrored half of the time."""
+    """A random crop that contains `box`, resized to `size` = (H, W) and mirrored half of the time."""
     cx, cy, w, h = box or (0.5, 0.5, 0.0, 0.0)
     area, stretch = rng.uniform(*CROP_AREA), math.exp(rng.uniform(*map(math.log, CROP_STRETCH)))
     left, width = _interval(math.sqrt(area * stretch), cx, w, rng)
@@ -45,16 +45,16 @@ def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rn
 
 
 def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random, erase: float = 0.6) -> View:
-    """The whole image, mirrored half of the time, a rectangle set to 0, the mean colour, with probability `erase`."""
+    """The whole image, mirrored half of the time. With probability `erase`, a rectangle gets the mean colour."""
     mirrored, erased = rng.random() < 0.5, rng.random() < erase
-    pixels = tensor_of(image, size, None, mirrored)                 # (3, H, W)
+    pixels = tensor_of(image, size, mirrored=mirrored)              # (3, H, W)
     if erased:
         _erase(pixels, rng)
     return View(pixels, None, mirrored)
 
 
 def _erase(pixels: Tensor, rng: random.Random) -> None:
-    """Set a rectangle of `pixels` (3, H, W) to 0, the first of ten draws that fits."""
+    """Set a random rectangle of `pixels` (3, H, W) to 0, the mean colour: the first of ten draws that fits."""
     rows, columns = pixels.shape[1:]
     for _ in range(10):
         area = rng.uniform(*ERASE_AREA) * rows * columns
@@ -67,7 +67,7 @@ def _erase(pixels: Tensor, rng: random.Random) -> None:
 
 
 def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:
-    """The patches, row by row, that share some area with `box`: (N,) bool, True = use it; never empty."""
+    """The patches that overlap `box`, row by row: (N,) bool, True = use it; never empty."""
     cx, cy, w, h = box
     keep = torch.zeros(grid, dtype=torch.bool)                              # (rows, columns)
     keep[_touched(cy, h, grid[0]), _touched(cx, w, grid[1])] = True
@@ -81,17 +81,15 @@ def _touched(centre: float, length: float, cells: int) -> slice:
 
 
 def _interval(extent: float, centre: float, length: float, rng: random.Random) -> tuple[float, float]:
-    """(start, extent) of a random part of 0 .. 1 that covers the box's `centre` and `length`."""
+    """(start, extent) of a random interval in 0 .. 1 that contains the box of this `centre` and `length`."""
     extent = min(max(extent, length), 1.0)
     low, high = max(0.0, centre + length / 2 - extent), min(centre - length / 2, 1 - extent)
     return max(rng.uniform(low, high), 0.0), extent
 
 
-def tensor_of(image: Image.Image, size: tuple[int, int], crop=None, mirrored: bool = False) -> Tensor:
+def tensor_of(image: Image.Image, size: tuple[int, int], crop=(0, 0, 1, 1), mirrored: bool = False) -> Tensor:
     """Crop (left, top, right, bottom as fractions), resize bicubic, mirror, normalise: (3, H, W)."""
-    window = None
-    if crop is not None:
-        window = [min(part, 1) * full for part, full in zip(crop, (*image.size, *image.size))]
+    window = tuple(min(part, 1) * full for part, full in zip(crop, (*image.size, *image.size)))
     pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, window))     # (H, W, 3)
     if mirrored:
         pixels = pixels[:, ::-1]
@@ -102,8 +100,7 @@ def tensor_of(image: Image.Image, size: tuple[int, int], crop=None, mirrored: bo
 def random_light(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Images (B, 3, H, W) in -1..1; a `share` of them gets a random exposure, colour cast, haze and grain.
 
-    Not in the paper. The autoencoder of DaD is trained on these, so that it can decode the look of a target that it has
-    not seen. A retriever that is pretrained on them depends less on the source's light (--light).
+    Not in the paper. It prepares DaD's autoencoder for the looks of unseen targets, and the retriever with --light.
     """
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
         return low + (high - low) * torch.rand(len(image), channels, 1, 1, generator=generator, device=image.device)

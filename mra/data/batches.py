@@ -1,7 +1,7 @@
-"""From records to a Batch: the last stop before the model.
+"""From records to a Batch, the model's input.
 
 All randomness of a sample comes from (seed, epoch, index), and the order of the samples depends on the seed alone.
-Neither the number of loading processes nor a restart changes anything. Read next: layers.py, or retriever.py.
+The number of loading processes changes nothing, and neither does a restart. Read next: layers.py, or retriever.py.
 """
 
 import random
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,25 +55,23 @@ class Batch(NamedTuple):
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Image-caption pairs of a RecordSet as Samples, indexed by (epoch, index)."""
+    """The image-caption pairs of a RecordSet as Samples, indexed by (epoch, index)."""
 
     def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
         self.source, self.tokenizer = source, tokenizer
         self.model, self.train = model, train
-        self.ends = np.cumsum([len(record.captions) for record in source.records])    # where a record's pairs end
+        self.pairs = [(record, caption) for record in source.records for caption in record.captions]
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
         self.pretraining = has_boxes or pretrains(source.name)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
-        place = int(np.searchsorted(self.ends, index, "right"))
-        record = self.source.records[place]
-        caption = record.captions[index - int(self.ends[place])]        # counted from the record's last caption
+        record, caption = self.pairs[index]
         caption = clean(caption, self.source.name)
         box, phrase = WHOLE_IMAGE, caption
         if record.boxes:
@@ -101,7 +98,7 @@ class PairDataset(torch.utils.data.Dataset):
         return self.tokenizer.encode(text, self.model.max_tokens)
 
     def collate_parts(self, samples: list[Sample], parts: int) -> list[Batch]:
-        """A Batch for each of several workers, of equally many samples."""
+        """Several Batches of equal size, one for each worker."""
         size = len(samples) // parts
         return [self.collate(samples[start:start + size]) for start in range(0, len(samples), size)]
 
@@ -126,16 +123,16 @@ class PairDataset(torch.utils.data.Dataset):
 
 
 def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.utils.data.DataLoader:
-    """A loader with forked processes: they share what was read, and treat signals as this one does."""
+    """A loader with forked processes. They need not read the records again, and treat signals like this process."""
     return torch.utils.data.DataLoader(samples, num_workers=workers, **more,
                                        multiprocessing_context="fork" if workers else None)
 
 
 def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0,
           world: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (epoch, index) from number `start` on: one endless stream of permutations, dealt out by rank.
+    """Batches `start` to `stop` of (epoch, index), from one stream of permutations that all W processes share.
 
-    Batch s of W processes takes positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
+    Batch s of all processes is at positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
     """
     for step in range(start, stop):
         first = (step * world + rank) * batch

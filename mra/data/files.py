@@ -1,7 +1,4 @@
-"""Files: images read and written, JSON, work on many files, and writing that is complete or does not happen at all.
-
-Read next: records.py.
-"""
+"""Images and JSON read and written, and text made fit for a terminal. Read next: records.py."""
 
 import io
 import json
@@ -19,12 +16,12 @@ from safetensors import SafetensorError
 
 from mra.config import UserError
 
-PIXEL_LIMIT = 50_000_000            # a larger picture is no pedestrian crop and endangers the memory
+PIXEL_LIMIT = 50_000_000            # a larger image is no pedestrian crop and may not fit in memory
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 
 
 def shown(value) -> str:
-    """`value` fit for a terminal: quoted, control characters escaped, cut at 80 characters (a Path is not cut)."""
+    """A value in a sentence for a terminal: quoted, control characters escaped, cut at 80 characters unless a Path."""
     if isinstance(value, Path):
         return repr(str(value))
     text = repr(value) if isinstance(value, str) else reprlib.repr(value)
@@ -32,14 +29,14 @@ def shown(value) -> str:
 
 
 def harmless(text) -> str:
-    """`text` fit for a terminal: characters that do not print are escaped, and it is cut at 2,000."""
+    """A sentence for a terminal: characters that do not print are escaped, and it is cut at 2,000."""
     text = str(text)
     safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:2000])
     return safe if len(text) <= 2000 else safe + "..."
 
 
 def in_processes(function: Callable, items: Sequence, workers: int, chunk: int) -> Iterator:
-    """`function` of each item, in their order. Each of `workers` processes computes `chunk` items at a time."""
+    """`function` of every item, in their order. Each of `workers` processes takes `chunk` items at a time."""
     if workers < 2 or len(items) <= chunk:
         yield from map(function, items)
     else:
@@ -49,7 +46,7 @@ def in_processes(function: Callable, items: Sequence, workers: int, chunk: int) 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file to write, which becomes `path` at the end: complete or not at all. Raises UserError."""
+    """A scratch file to write. At the end it is renamed to `path`. Raises UserError."""
     scratch = path.with_suffix(".tmp")
     try:
         yield scratch
@@ -69,7 +66,7 @@ def write_json(path: Path, content: dict | list, indent: int | None = 2) -> None
 
 
 def read_json(path: Path, kind: type = dict) -> dict | list:
-    """What `write_json` wrote, a dict or a list as `kind` says. Raises UserError where the file is damaged."""
+    """What `write_json` wrote, a dict or a list as `kind` says. Raises UserError if the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, kind):
@@ -98,16 +95,17 @@ def open_image(path) -> Image.Image:
         raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
 
 
-def examined(path: str) -> tuple[str, int, int]:
-    """Why an image does not decode ("" if it does), its width and its height in pixels (0 if it does not)."""
+def trouble_of(path: str) -> str:
+    """Why an image does not decode; "" if it does."""
     try:
-        return "", *open_image(path).size
+        open_image(path)
+        return ""
     except UserError as error:
-        return str(error), 0, 0
+        return str(error)
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:
-    """Write a PNG or JPEG, complete or not at all. Pillow itself does not notice a disk that fills up."""
+    """Write a PNG or JPEG file. Pillow itself does not notice a full disk."""
     packed = io.BytesIO()
     image.save(packed, {".png": "PNG", ".jpg": "JPEG"}[path.suffix], **options)
     with replacing(path) as scratch:

@@ -6,7 +6,6 @@ spell every ASCII word; tests/vocabulary.py learns it from the town's captions. 
 
 import random
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ SPAN_RATE = 0.2      # share of the picked words that grow to 2 or 3 words
 
 
 class Tokenizer:
-    """Ids of a caption under a vocabulary of V pieces: a piece's place in the list is its id."""
+    """Captions to ids, with a vocabulary of V pieces. The id of a piece is its index in the list."""
 
     def __init__(self, pieces: list[str], source: Path):
         """`source` is the file that the pieces come from. Raises UserError if they make no vocabulary."""
@@ -34,14 +33,11 @@ class Tokenizer:
         missing = [piece for piece in SPECIAL if piece not in pieces]
         if missing:
             raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
-        piece, count = Counter(pieces).most_common(1)[0]
-        if count > 1:
-            raise UserError(f"{source}: {piece!r} stands on more than one line; keep one of them")
         self.pieces = pieces
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[piece] for piece in SPECIAL)
         self.starts_word = np.array([not piece.startswith("##") for piece in pieces])               # (V,)
-        self.is_special = np.array([re.fullmatch(r"(?s)\[.+\]", p) is not None for p in pieces])        # (V,)
+        self.is_special = np.array([re.fullmatch(r"(?s)\[.+\]", piece) is not None for piece in pieces])   # (V,)
         self.ordinary_ids = np.flatnonzero(~self.is_special).tolist()    # without BERT's "[unused7]", too
         # BERT's normaliser (lower case, no accents) and splitter (spaces, punctuation, CJK)
         self.engine = Engine(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
@@ -61,7 +57,7 @@ class Tokenizer:
         return len(self.pieces)
 
     def words_of(self, ids: list[int]) -> list[list[int]]:
-        """The positions of each word's pieces, without special ids."""
+        """The positions of the pieces of each word, without special ids."""
         words = []
         for position, piece in enumerate(ids):
             if self.starts_word[piece] or not words:
@@ -104,7 +100,7 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
 
 
 def _pick(words: list[list[int]], rng: random.Random) -> list[int]:
-    """Positions to predict: words in random order while they fit the budget; the first may exceed it."""
+    """Positions to predict: words in random order, as long as they fit the budget. The first one may exceed it."""
     budget = min(MAX_MASKED, max(1, round(MASK_RATE * sum(map(len, words)))))
     picked: set[int] = set()
     for start in rng.sample(range(len(words)), len(words)):

@@ -9,37 +9,38 @@ import re
 from pathlib import Path
 
 # lexicon.txt replaces WordNet: groups of interchangeable terms for clothing and appearance. A group names at most one
-# colour. A word with a second sense stands alone, without a synonym: "old" is "elderly" for a man, but not for a bag.
+# colour. A word with a second sense has no synonym: "old" is "elderly" for a man, but not for a bag.
 LEXICON = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
 GROUPS = [tuple(" ".join(term.split()) for term in group.split(",")) for group in LEXICON.split(";")]
 SYNONYMS = {term: tuple(other for other in group if other != term)
             for group in GROUPS if len(group) > 1 for term in group}
-# The longest term wins, so "dark gray" is never read as "gray". A genitive is no term, neither "man's" nor the "man s"
-# that clean makes of it.
+# things.txt: what a person wears, carries and shows; not all have synonyms.
+THINGS = Path(__file__).with_name("things.txt").read_text(encoding="utf-8").split()
+COLOUR = ("black|white|gray|grey|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige|cream|ivory|"
+          "gold|golden|silver|maroon|burgundy|charcoal|lavender|lilac|fuchsia|khaki|sand|tan")
+# Nouns for a person: ONE with a plural in "s", MANY for several people.
+ONE = ("boy|girl|guy|fellow|lad|lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|"
+       "pedestrian|individual|male|female")
+MANY = rf"men|women|gentlemen|ladies|children|people|passers-by|(?:{ONE})s"
+OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+
+# The longest term wins, so "dark gray" is never read as "gray". A genitive is neither a term nor a person: neither
+# "man's" nor the "man s" that `clean` makes of it.
 TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w'\u2019-]| s\b)" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
-ARTICLE = re.compile(r"(?<![\w'\u2019-])(a)n?(?=\s*$)", re.IGNORECASE)
-VOWEL = re.compile(r"(?!uni|use|one|eu)[aeiou]|hour|honest|heir", re.IGNORECASE)   # how a word after "an" begins
-SIDE = re.compile(r"\b(?:left|right|Left|Right|LEFT|RIGHT)(?=(?i:hand|handed|wards?|most)?\b)")
+PERSON = re.compile(rf"\b(?:man|woman|gentleman|lady|passer-by|{ONE}|{MANY})\b(?!['\u2019]| s\b)", re.IGNORECASE)
+THING = re.compile(rf"\b(?:{'|'.join(THINGS)}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
+TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
 BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
                      r"dressed|holding|holds|feet|that|which|whose|while|was|were|above|below|he|she|her|his|the|from)\b",
                      re.IGNORECASE)
-COLOUR = ("black|white|gr[ea]y|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige|cream|ivory|"
-          "gold|golden|silver|maroon|burgundy|charcoal|lavender|lilac|fuchsia|khaki|sand|tan")
-# Nouns for a person: ONE for one of them, MANY for several.
-ONE = ("boy|girl|guy|fellow|lad|lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|"
-       "pedestrian|individual|male|female")
-MANY = rf"(?:wo|gentle)?men|ladies|children|people|passers-by|(?:{ONE})s"
-PERSON = re.compile(rf"\b(?:(?:wo|gentle)?man|lady|passer-by|{ONE}|{MANY})\b(?!['\u2019]| s\b)", re.IGNORECASE)
-# things.txt: what a person wears, carries and shows; not all have synonyms.
-THINGS = Path(__file__).with_name("things.txt").read_text(encoding="utf-8").split()
-THING = re.compile(rf"\b(?:{'|'.join(THINGS)}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
-TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
-OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+SIDE = re.compile(rf"\b(?:{'|'.join(OTHER_SIDE)})(?=(?i:hand|handed|wards?|most)?\b)")
+ARTICLE = re.compile(r"(?<![\w'\u2019-])(a)n?(?=\s*$)", re.IGNORECASE)              # at the end of a text
+VOWEL = re.compile(r"(?!uni|use|one|eu)[aeiou]|hour|honest|heir", re.IGNORECASE)   # how a word after "an" begins
 
 
 def clean(caption: str, dataset: str) -> str:
-    """For ICFG-PEDES and RSTPReid: lower case, and one space for each run of characters other than a-z and 0-9."""
+    """The caption; of ICFG-PEDES and RSTPReid in lower case, with one space for all that is not a letter or digit."""
     if dataset not in ("icfg", "rstp"):
         return caption
     return re.sub(r"[^a-z0-9]+", " ", caption.lower()).strip()
@@ -51,12 +52,11 @@ def swap_left_right(text: str) -> str:
 
 
 def noun_phrases(caption: str) -> list[str]:
-    """The noun phrases of a caption: what is left between commas and small words, such as "with" or "wearing".
+    """The noun phrases of a caption: pieces between commas and small words that name a person, a thing or a colour.
 
-    A phrase names a person or, in two words or more, a thing or a colour. "A red jacket" is one, and so is "a black and
-    white top": an "and" between two colours does not part them.
+    A thing or a colour takes two words or more. An "and" between two colours does not cut: "a black and white top".
     """
-    joined = TWO_COLOURS.sub("\\1\0", caption)      # \0 stands for such an "and": no caption holds it
+    joined = TWO_COLOURS.sub("\\1\0", caption)      # \0 stands for "and" between colours; no caption contains it
     pieces = [piece.strip().replace("\0", " and ") for piece in BETWEEN.split(joined)]
     return [piece for piece in pieces if PERSON.search(piece) or (len(piece.split()) > 1 and THING.search(piece))]
 
@@ -69,7 +69,7 @@ def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
 
 
 def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """Replace terms of the lexicon, up to alpha x words of them; case and punctuation stay, "a" or "an" agrees."""
+    """Replace up to alpha x words terms of the lexicon. Case and punctuation stay; "a" or "an" agrees."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
     for term in sorted(chosen, key=re.Match.start, reverse=True):
@@ -125,6 +125,8 @@ def _cased(word: str, like: str) -> str:
 
 
 def _agreeing(before: str, word: str) -> str:
-    """`before`, where an "a" or "an" at its end agrees with the `word` to come."""
+    """`before`, with an "a" or "an" at its end that agrees with the `word` to come."""
     n = "n" if VOWEL.match(word) else ""
-    return ARTICLE.sub(rf"\1{n.upper() if word.isupper() else n}", before)
+    if word.isupper():
+        n = n.upper()
+    return ARTICLE.sub(rf"\1{n}", before)

@@ -1,4 +1,1 @@
-"""Annotation files of CUHK-PEDES, ICFG-PEDES, RSTPReid, SDA and MALS, and of a user's own folder.
-
-Read layouts.py (where they lie), read.py (how they become records), check.py (is a set complete?).
-"""
+"""Annotation files of the benchmarks, SDA, MALS and a user's own folder. Read read.py, then check.py."""

@@ -1,13 +1,15 @@
-"""From annotation files to a RecordSet.
+"""From annotation files to a RecordSet: find the files of a split, read them, check every record, choose the split.
 
-Whatever is wrong in a file is found here and said in one sentence, so the method trusts a `Record`. Read next:
-check.py.
+A benchmark has one file of all splits, or the released files of one split each. SDA and MALS have parts, and every part
+is training data. A row of LAYOUTS adds a format. Whatever is wrong in a file is said here in one sentence, so the
+method trusts a `Record`. Read next: check.py.
 """
 
 import json
 import math
 import os
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -16,22 +18,51 @@ from typing import NamedTuple
 
 from mra.config import UserError
 from mra.data.files import shown
-from mra.data.records import Box, Packed, Record, RecordSet, pack, unpack
-from mra.formats.layouts import SPLITS, Source, locate
+from mra.data.records import Box, Record, RecordSet
 
+SPLITS = ("train", "val", "test")
 # The names of a field in the different formats.
 IMAGE, CAPTIONS, IDENTITY = ("image", "file_path", "img_path"), ("caption", "captions"), ("image_id", "id")
 BOX_ROUNDING = 1e-3                 # a box may leave the image by this fraction; it is clipped
 VAL_SHARE, VAL_IMAGES = 0.1, 1000   # a val split made from train: share of the identities, most images
 
 
+class Layout(NamedTuple):
+    """Paths below the data root; `{}` stands for the split, `*` for any text."""
+    images: str                         # folder of the images
+    whole: str = ""                     # the file of all splits
+    of_split: tuple[str, ...] = ()      # files of one split each
+    parts: str = ""                     # files that share the training data
+    has_val: bool = False               # without a val split, training identities are held out
+
+
+LAYOUTS = {
+    "cuhk": Layout("CUHK-PEDES", "CUHK-PEDES/reid_raw.json", ("finetune/cuhk_{}.json",), has_val=True),
+    "icfg": Layout("ICFG-PEDES", "ICFG-PEDES/ICFG[-_]PEDES.json", ("finetune/icfg_{}.json",)),
+    "rstp": Layout("RSTPReid", "RSTPReid/data_captions.json", ("finetune/rstp_{}.json",), has_val=True),
+    "sda": Layout("SDA", of_split=("SDA/finetune/sda_{}.json",), parts="SDA/sda_*.json"),
+    "mals": Layout("MALS", parts="MALS/g_*_attrs.json"),
+}
+OWN = Layout("", of_split=("{}.json", "*_{}.json"), parts="sda_*.json")     # below the user's folder
+DATASETS = tuple(LAYOUTS)
+
+
+class Source(NamedTuple):
+    """The annotation files of one split, and how to read them."""
+    files: list[Path]
+    images: Path
+    split: str | None               # None: every record names its own
+    hold_out: bool                  # if no record is of val, hold out training identities
+    grouped: bool = False           # an image may have one record for each caption: join them
+
+
 class Row(NamedTuple):
-    """A checked record of any split. Its Record is packed, since all rows of a set are in memory at once."""
+    """A checked record of any split."""
     split: str
     identity: str                   # in the annotation file
     place: str                      # for messages: annotation file, record number, image
-    missing: bool                   # there is no such image; the path is then that of the annotation file
-    packed: bytes                   # the Record, with identity 0
+    missing: bool                   # there is no such image; the record's path is then that of the annotation file
+    record: Record                  # with identity 0
 
 
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
@@ -40,34 +71,70 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same ones;
     train leaves them out. `allow_missing` drops the records whose image is missing.
     """
-    if split not in SPLITS:
-        raise UserError(f"unknown split {shown(split)}: choose one of {', '.join(SPLITS)}")
     source = locate(dataset, split, Path(data_root))
     rows, refused = read_rows(source)
     if refused:
         raise UserError(refused[0])
     rows = _of_split(rows, split, source, say)
     missing = [row.place for row in rows if row.missing]
-    told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
-    if missing and (len(missing) == len(rows) or not allow_missing):
-        hint = "complete it" if allow_missing else "complete it or add --allow-missing"
-        raise UserError(f"{told}; {hint}: {'; '.join(missing[:5])}")
     if missing:
+        told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
+        if len(missing) == len(rows) or not allow_missing:
+            hint = "complete it" if allow_missing else "complete it or add --allow-missing"
+            raise UserError(f"{told}; {hint}: {'; '.join(missing[:5])}")
         say(f"{told} and left out")
         rows = [row for row in rows if not row.missing]
     numbers = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
-    records = Packed(replace(unpack(row.packed), identity=numbers[row.identity]) for row in rows)
+    records = [replace(row.record, identity=numbers[row.identity]) for row in rows]
     captions = sum(len(record.captions) for record in records)
     if (source.images / "town.json").is_file():
         say(f"{shown(source.images)} is drawn data, not photographs.")
+    others = " and others" if len(source.files) > 1 else ""
     say(f"{shown(dataset)} {split}: {len(records)} images, {captions} captions, {len(numbers)} identities, "
-        f"read from {shown(source.files[0])}" + (" and others" if source.files[1:] else ""))
+        f"read from {shown(source.files[0])}{others}")
     return RecordSet(dataset, split, records)
+
+
+def locate(dataset: str, split: str, root: Path) -> Source:
+    """The file of all splits if there is one, else the file of the split, else the parts. Raises UserError."""
+    layout = LAYOUTS.get(dataset, OWN)
+    base = Path(dataset) if layout is OWN else root
+    images = base / layout.images
+    if not images.is_dir():
+        raise UserError(f"no folder {shown(images)}: a data set is one of {', '.join(DATASETS)} or a folder")
+    whole = _files(base, layout.whole)
+    if whole:
+        return Source(whole[:1], images, None, not layout.has_val)
+    hold_out = not layout.has_val and not _files(base, *layout.of_split, split="val")
+    wanted = "train" if hold_out and split == "val" else split
+    files = _files(base, *layout.of_split, split=wanted)
+    if len(files) > 1:
+        raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")
+    if files:
+        return Source(files, images, wanted, hold_out, grouped=True)
+    sought = [path.format(wanted) for path in (layout.whole, *layout.of_split) if path]
+    if layout.parts and wanted == "train":
+        parts = _files(base, layout.parts)
+        if parts:
+            return Source(parts, images, wanted, hold_out)
+        sought.append(layout.parts)
+    hint = ""
+    if (images / "caption_all.json").is_file():
+        hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
+    raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no "
+                    f"{' or '.join(sought) or 'file of it'}{hint}")
+
+
+def _files(base: Path, *patterns: str, split: str = "") -> list[Path]:
+    """The files of these patterns in natural order: part_2 before part_10."""
+    found = [file for pattern in patterns if pattern for file in base.glob(pattern.format(split))
+             if not file.name.startswith(".")]
+    return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
 
 
 def read_rows(source: Source) -> tuple[list[Row], list[str]]:
     """All records of all files, of every split they hold; a sentence for each that cannot be used."""
-    rows, refused, listing = [], [], cache(_files_in)
+    rows, refused, listing = {}, [], cache(_files_in)       # rows by image where they are joined, else by number
     for file in source.files:
         name = shown(file)
         try:
@@ -79,15 +146,17 @@ def read_rows(source: Source) -> tuple[list[Row], list[str]]:
             refused.append(f"{name} must hold a list of records and holds {shown(items)}")
             continue
         for number, item in enumerate(items):
-            image = item.get(_key(item, IMAGE)) if isinstance(item, dict) else None
+            image = None
+            if isinstance(item, dict):
+                image = next((item[key] for key in IMAGE if key in item), None)
             place = f"{name}, record {number} (the first is 0), image {shown(image)}"
             try:
-                rows.append(_row(item, source, place, listing))
+                row = _row(item, source, place, listing)
+                key = row.record.path if source.grouped else len(rows)
+                rows[key] = _joined(rows[key], row) if key in rows else row
             except ValueError as error:
                 refused.append(f"{place}: {error}")
-    if source.grouped:
-        rows = _grouped(rows, refused)
-    return rows, refused
+    return list(rows.values()), refused
 
 
 def _row(item, source: Source, place: str, listing) -> Row:
@@ -102,7 +171,7 @@ def _row(item, source: Source, place: str, listing) -> Row:
         raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
     captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
     boxes = phrases = ()
-    if source.boxed or "boxes" in item:
+    if "boxes" in item or "phrases" in item:
         boxes = tuple(map(_box, _field(item, ("boxes",), list)))
         phrases = _texts(_field(item, ("phrases",), list), "phrase")
     if not captions or len(boxes) != len(phrases):
@@ -112,7 +181,16 @@ def _row(item, source: Source, place: str, listing) -> Row:
     below, _, name = image.rpartition("/")
     found = [root + image for root in (f"{source.images}/imgs/", f"{source.images}/") if name in listing(root + below)]
     path = found[0] if found else image
-    return Row(split, identity, place, not found, pack(Record(path, captions, 0, boxes, phrases)))
+    return Row(split, identity, place, not found, Record(path, captions, 0, boxes, phrases))
+
+
+def _joined(before: Row, row: Row) -> Row:
+    """Two rows of one image, of a file with one record for each caption, as one row."""
+    if before.identity != row.identity:
+        raise ValueError(f"identity {shown(row.identity)}, before {shown(before.identity)}")
+    one, two = before.record, row.record
+    return before._replace(record=replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
+                                          phrases=one.phrases + two.phrases))
 
 
 def _files_in(folder: str) -> set[str]:
@@ -124,18 +202,14 @@ def _files_in(folder: str) -> set[str]:
         return set()
 
 
-def _key(item: dict, names: tuple[str, ...]) -> str:
-    """The first of these names of a field that the record has."""
-    return next((name for name in names if name in item), names[0])
-
-
 def _field(item: dict, names: tuple[str, ...], *kinds: type):
-    key = _key(item, names)
-    if key not in item:
-        raise ValueError(f"the field {' or '.join(map(repr, names))} is missing")
-    if type(item[key]) not in kinds:
-        raise ValueError(f"the field {key!r} has the wrong type: {shown(item[key])}")
-    return item[key]
+    """The field that has one of these names. Raises ValueError where it is missing or of another type."""
+    for name in names:
+        if name in item:
+            if type(item[name]) not in kinds:
+                raise ValueError(f"the field {name!r} has the wrong type: {shown(item[name])}")
+            return item[name]
+    raise ValueError(f"the field {' or '.join(map(repr, names))} is missing")
 
 
 def _texts(values: list, kind: str) -> tuple[str, ...]:
@@ -148,48 +222,32 @@ def _texts(values: list, kind: str) -> tuple[str, ...]:
 
 def _box(value) -> Box:
     """Check a box, and clip what rounding put outside the image."""
-    if not (isinstance(value, list) and len(value) == 4 and set(map(type, value)) <= {int, float}
-            and abs(min(value)) <= 2 and abs(max(value)) <= 2):
+    if not (isinstance(value, list) and len(value) == 4
+            and all(type(number) in (int, float) and abs(number) <= 2 for number in value)):
         raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
     cx, cy, w, h = value
     edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
     clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
     left, top, right, bottom = clipped
     outside = max(abs(edge - inside) for edge, inside in zip(edges, clipped))
-    if outside > BOX_ROUNDING or not (left < right and top < bottom):       # also where one of them is NaN
+    if outside > BOX_ROUNDING or left >= right or top >= bottom:
         raise ValueError(f"the box {shown(value)} is empty or leaves the image (cx, cy, w, h)")
     if not outside:
         return cx, cy, w, h
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 
 
-def _grouped(rows: list[Row], refused: list[str]) -> list[Row]:
-    """One row for each image, where the file has one record for each caption."""
-    joined = {}
-    for row in rows:
-        more = unpack(row.packed)
-        before = joined.setdefault(more.path, row)
-        if before.identity != row.identity:
-            refused.append(f"{row.place}: identity {shown(row.identity)}, before {shown(before.identity)}")
-        elif before is not row:
-            one = unpack(before.packed)
-            both = Record(one.path, one.captions + more.captions, 0, one.boxes + more.boxes, one.phrases + more.phrases)
-            joined[one.path] = before._replace(packed=pack(both))
-    return list(joined.values())
-
-
 def _of_split(rows: list[Row], split: str, source: Source, say) -> list[Row]:
-    """The rows of a split; a val split is held out of train where the set has none."""
-    chosen, hint = [row for row in rows if row.split == split], ""
+    """The rows of a split. Where a set has no val split, a part of its training identities becomes val."""
     if source.hold_out and split != "test" and all(row.split != "val" for row in rows):
         train = [row for row in rows if row.split == "train"]
         held = _held_out(train)
         chosen = [row for row in train if (row.identity in held) == (split == "val")]
         say(f"without a val split: {len(held)} training identities, the same each time, are held out as val")
-        if split == "val":
-            hint = "; to hold some out as val takes two training identities"
+    else:
+        chosen = [row for row in rows if row.split == split]
     if not chosen:
-        raise UserError(f"{shown(source.files[0])} has no record for the split {split}{hint}")
+        raise UserError(f"{shown(source.files[0])} has no record for the split {split}")
     return chosen
 
 

@@ -14,7 +14,7 @@ from mra.config import PRESETS, Fit, TrainConfig, UserError, pretrains, recipe
 from mra.data.files import harmless
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
-from mra.formats.layouts import DATASETS
+from mra.formats.read import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.loop import Loop

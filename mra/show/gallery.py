@@ -1,9 +1,10 @@
-"""Sentences asked of a folder of photographs: its images are encoded and cached, the answers printed and drawn.
+"""Sentences asked of a folder of photographs: the photographs are encoded and cached, the answers printed and drawn.
 
-The cache is a safetensors file. A photograph is encoded again only if its path, its size, the time of its last change,
-the model or the precision has changed.
+The cache is a safetensors file with the features of each photograph. Their name is a stamp, a digest of the
+photograph's path, size and time of last change. The model and the precision are the cache key.
 """
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mra import ranking
 from mra.config import EvalConfig, UserError
-from mra.data.files import IMAGE_FORMATS, examined, shown
+from mra.data.files import IMAGE_FORMATS, shown, trouble_of
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
 from mra.retriever import Retriever
@@ -25,14 +26,10 @@ from mra.show import pictures
 
 PART = 2000     # photographs encoded between two writings of the cache
 PICTURED = 20   # sentences shown in query.png
-WRITTEN = "query", "ranking"     # first words in the names of evaluate.py's pictures
 
 
 def sentences(config: EvalConfig, dataset: str, tokenizer: Tokenizer) -> list[str]:
-    """--query, then the lines of the file --queries that are not blank. Raises UserError for one without a known word.
-
-    Says how many of a sentence's word pieces the vocabulary lacks.
-    """
+    """--query, then the lines of the file --queries. Raises UserError for a sentence without a known word."""
     asked = [("--query", sentence) for sentence in config.query]        # where a sentence stands, and the sentence
     if config.queries:
         try:
@@ -55,22 +52,17 @@ def sentences(config: EvalConfig, dataset: str, tokenizer: Tokenizer) -> list[st
 
 
 def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]:
-    """Sorted paths of the images below `folder`, but for hidden ones and pictures that evaluate.py wrote to `results`.
-
-    Links to folders are not followed. Files whose suffix is no image's are counted.
-    """
+    """Images below `folder`, without hidden ones, linked folders and pictures that evaluate.py wrote to `results`."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
     found, others = [], Counter()
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        own = path.stem.split("-")[0] in WRITTEN and path.parent.resolve() == results.resolve()
-        if hidden or own:
+        own = path.stem.split("-")[0] in ("query", "ranking") and path.parent.resolve() == results.resolve()
+        if hidden or own or not path.is_file():
             continue
-        if path.is_symlink() and path.is_dir():
-            others["links to folders"] += 1
-        elif path.is_file() and path.suffix.lower() in suffixes:
+        if path.suffix.lower() in suffixes:
             found.append(str(path))
-        elif path.is_file():
+        else:
             others[shown(path.suffix.lower())] += 1
     if others:
         say("Not read as images: " + ", ".join(f"{n} {kind}" for kind, n in sorted(others.items())))
@@ -79,42 +71,42 @@ def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]
 
 def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
            say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
-    """Paths (G) of the readable photographs, features (G, 2, E) as of `encode_gallery`, and why others are left out.
-
-    `cache` is the file of one folder's embeddings. Raises UserError for a folder without a readable image.
-    """
-    stamps = {}         # by which photographs are known again
+    """Paths (G) of the readable photographs, features (G, 2, E), and why others are left out. Raises UserError."""
+    key = {"weights": checkpoint.digest(model), "model": asdict(model.config),
+           "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
+    try:
+        cached, written_with = checkpoint.load(cache)
+    except UserError:       # it is missing or damaged
+        cached, written_with = {}, {}
+    stamps, known = {}, {}
     for path in photographs(folder, cache.parent, say):
         facts = os.stat(path)
-        stamps[path] = f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
-    owner = {"weights": checkpoint.digest(model), "model": asdict(model.config),
-             "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
-    cached = remembered(cache, owner, model.config.embed)
-    known = {mark: cached[mark] for mark in stamps.values() if mark in cached}
-    new = [path for path, mark in stamps.items() if mark not in known]
+        stamp = f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
+        stamps[path] = hashlib.blake2b(os.fsencode(stamp), digest_size=16).hexdigest()
+        if written_with == key and stamps[path] in cached:
+            known[stamps[path]] = cached[stamps[path]]
+    new = [path for path, stamp in stamps.items() if stamp not in known]
     say(f"{shown(folder)}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
-    broken, size = [], max(PART, len(stamps) // 10)         # a large cache is written less often
-    for start in range(0, len(new), size):
-        part = new[start:start + size]
+    for start in range(0, len(new), PART):
+        part = new[start:start + PART]
         features = ranking.encode_gallery(model, Photographs(part, model.config), replace(plan, mirror=True)).cpu()
         fresh = {stamps[path]: pair for path, pair in zip(part, features) if pair.isfinite().all()}
-        for path in part:
-            if stamps[path] not in fresh:
-                trouble, _, _ = examined(path)
-                broken.append(trouble or f"the image {shown(Path(path))}: the model's features of it are not finite")
-                say(f"Left out: {broken[-1]}")
         if fresh:
             known |= fresh
-            write(cache, known, owner)
+            checkpoint.save(cache, known, key)
         say(f"  {start + len(part):,} of {len(new):,} encoded")
-    if not known:
+    paths = [path for path in stamps if stamps[path] in known]
+    broken = [trouble_of(path) or f"the image {shown(Path(path))}: its features are not finite"
+              for path in new if stamps[path] not in known]
+    for trouble in broken:
+        say(f"Left out: {trouble}")
+    if not paths:
         raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
-    paths = [path for path, mark in stamps.items() if mark in known]
     return paths, torch.stack([known[stamps[path]] for path in paths]), broken
 
 
 class Photographs(ranking.Images):
-    """Image files as model input; nan for one that cannot be read, so that none is decoded only to be checked."""
+    """Image files as model input; NaN for one that cannot be read, so none is decoded twice to be checked first."""
 
     def __getitem__(self, index: int) -> Tensor:
         try:
@@ -123,42 +115,25 @@ class Photographs(ranking.Images):
             return torch.full((3, *self.size), torch.nan)
 
 
-def write(cache: Path, known: dict[str, Tensor], owner: dict) -> None:
-    """Write features (2, E) by stamp. Stamps are stored as bytes: a safetensors header has 100 MB at most."""
-    stamps = torch.frombuffer(bytearray(os.fsencode("\0".join(known))), dtype=torch.uint8)
-    checkpoint.save(cache, {"features": torch.stack(list(known.values())), "stamps": stamps}, owner)
-
-
-def remembered(cache: Path, owner: dict, width: int) -> dict[str, Tensor]:
-    """Features (2, E) by stamp; none where the cache is missing, damaged, or another model's."""
-    try:
-        tensors, facts = checkpoint.load(cache)
-        stamps, features = os.fsdecode(tensors["stamps"].numpy().tobytes()).split("\0"), tensors["features"]
-    except (UserError, KeyError, TypeError):
-        return {}
-    fits = facts == owner and features.dtype == torch.float32 and features.shape == (len(stamps), 2, width)
-    return dict(zip(stamps, features)) if fits else {}
-
-
 def answer(model: Retriever, tokenizer: Tokenizer, asked: list[str], paths: list[str], found: ranking.Found,
            order: Tensor, picture: Path) -> list[dict]:
     """Print the first images of every sentence, draw them, and return them; order (Q, K) is the last stage's."""
     answers, rows = [], []
     for q, sentence in enumerate(asked):
         print(f"{shown(sentence)}:")
-        first, candidates = [], found.candidates[q].tolist()
-        for g in order[q, :ranking.FIRST].tolist():
+        hits, candidates = [], found.candidates[q].tolist()
+        for rank, g in enumerate(order[q, :ranking.FIRST].tolist(), 1):
             place = candidates.index(g)
             hit = {"path": paths[g], "similarity": found.similarity[q, place].item()}
             said = f"similarity {hit['similarity']:.3f}"
             if place < found.match.shape[1]:       # it was re-scored
                 hit["match"] = found.match[q, place].item()
                 said += f"  match {hit['match']:6.2f}"
-            first.append(hit)
-            print(f"{len(first):3}  {said}  {shown(Path(paths[g]))}")
-        answers.append({"query": sentence, "first": first})
+            hits.append(hit)
+            print(f"{rank:3}  {said}  {shown(Path(paths[g]))}")
+        answers.append({"query": sentence, "first": hits})
         if q < PICTURED:
-            framed = [(hit["path"], pictures.GREY) for hit in first]
-            rows.append(pictures.ranked(model, tokenizer, sentence, framed, heat=True))
+            framed = [(hit["path"], pictures.GREY) for hit in hits]
+            rows.append(pictures.ranked(model, tokenizer, sentence, framed))
     pictures.table(rows, picture)
     return answers

@@ -1,4 +1,4 @@
-"""Pictures for people: ranked photographs with right and wrong marked, and where in them a phrase is found."""
+"""Pictures for people: ranked photographs with right and wrong ones marked, and heat maps of phrases in them."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from mra.retriever import Retriever
 CELL = (96, 192)     # width and height of a photograph in the picture, pixels
 GAP = 8              # between photographs, pixels
 TITLE = 40           # height of a row's sentence, pixels
-EXAMPLES = 6         # queries of a split shown in ranking.png; the first half of them with heat maps
+EXAMPLES = 6         # queries of a split shown in ranking.png
 WHITE, GREEN, RED, GREY, INK = (255, 255, 255), (30, 150, 60), (205, 40, 40), (150, 150, 150), (20, 20, 20)
 
-Cell = tuple[Image.Image, tuple[int, int, int], str]     # a picture of CELL pixels, the colour of its frame, its words
-Row = tuple[str, list[Cell]]                             # a sentence and the pictures below it
+Cell = tuple[Image.Image, tuple[int, int, int], str]     # an image of CELL pixels, the colour of its frame, its words
+Row = tuple[str, list[Cell]]                             # a sentence and the images below it
 
 
 def examples(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], order: Tensor,
@@ -30,21 +30,21 @@ def examples(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths:
     for q in torch.linspace(0, len(captions) - 1, min(EXAMPLES, len(captions))).long().tolist():
         framed = [(paths[g], GREEN if correct else RED)
                   for g, correct in zip(order[q, :FIRST].tolist(), right[q].tolist())]
-        rows.append(ranked(model, tokenizer, captions[q], framed, heat=len(rows) < EXAMPLES // 2))
+        rows.append(ranked(model, tokenizer, captions[q], framed))
     return rows
 
 
-def ranked(model: Retriever, tokenizer: Tokenizer, sentence: str, framed: list[tuple], heat: bool) -> Row:
-    """A sentence with its first images, (path, colour) each; with `heat` also two of its phrases on the first one."""
+def ranked(model: Retriever, tokenizer: Tokenizer, sentence: str, framed: list[tuple]) -> Row:
+    """A sentence with its first images, (path, colour) each, and heat maps of two of its phrases in the first image."""
     cells = [(open_image(path).resize(CELL), colour, "") for path, colour in framed]
-    for phrase in noun_phrases(sentence)[-2:] if heat else []:
+    for phrase in noun_phrases(sentence)[-2:]:
         cells.append((heat_map(model, tokenizer, framed[0][0], phrase), GREY, phrase))
     return sentence, cells
 
 
 @torch.inference_mode()
 def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> Image.Image:
-    """The photograph, coloured where its patches are similar to the phrase in the space of the region losses."""
+    """The photograph, red where its patches are similar to the phrase in the space of the region losses."""
     config, device = model.config, next(model.parameters()).device
     picture = open_image(path)
     tokens, _ = model.encode_image(tensor_of(picture, (config.height, config.width))[None].to(device))
@@ -84,7 +84,7 @@ def table(rows: list[Row], path: Path) -> None:
 
 
 def fitted(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """At most two lines of `width` pixels; escapes stand for what the font may lack, blanks for what does not print."""
+    """At most two lines of `width` pixels. Characters that the font may lack are escaped, unprintable ones blank."""
     printable = "".join(character if character.isprintable() else " " for character in text[:1000])
     lines = [""]
     for word in printable.encode("cp1252", "backslashreplace").decode("cp1252").split():

@@ -1,4 +1,1 @@
-"""The demo town: sets of drawn pedestrians, in the real sets' own folder layouts and formats.
-
-Read people.py (who is drawn), figure.py (a person as strokes), drawing.py (one image) and sets.py (whole sets).
-"""
+"""The demo town: drawn pedestrians in the real sets' formats. Read people.py, figure.py, drawing.py, sets.py."""

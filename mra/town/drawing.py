@@ -1,8 +1,7 @@
-"""A person drawn as a camera of one of four domains sees them: `render`, a pure function.
+"""The image of a person from a camera of one of four domains: `render`, a pure function.
 
-The source has the look of synthetic data. Three targets, each with cameras of its own, differ from it in light, colour
-and viewpoint: the domain gap of the MRA paper. Every strength stands in the table DOMAINS. The strokes of a figure are
-projected, lit, put into a place, and exposed. Read next: sets.py, which draws whole sets.
+The source looks synthetic. Three targets, each with its own cameras, differ from it in light, colour and viewpoint, by
+the strengths in the table DOMAINS. This is the domain gap of the MRA paper. Read next: sets.py.
 """
 
 import io
@@ -17,16 +16,16 @@ from mra.data.records import Box
 from mra.town.figure import Pose, Stroke, strokes
 from mra.town.people import Person
 
-VERSION = 1                     # of the drawing, for the manifest of a set
+VERSION = 1                     # of the drawing, in the manifest of a set
 HEIGHT, WIDTH, SCALE = 192, 96, 4      # pixels of a file; the figure is drawn SCALE times as large
 PARTS = ("hair", "headgear", "upper", "inner", "logo", "lower", "shoes", "bag", "carried", "person")  # numbered from 1
-T = (np.arange(17) - 3) / 10    # places along a stroke where its points lie
+T = (np.arange(17) - 3) / 10    # t of the points of a stroke
 SHADES = ((0.5, 1, 0), (0.8, 0.86, 0.08), (1, 0.62, 0.22), (1.12, 0.28, 0.34))   # brightness, half width, shift
 
 
 @dataclass(frozen=True)
 class Domain:
-    """How a set looks. From exposure on: strengths, 0 where they do nothing, all times `strength`."""
+    """The look of a set. The fields from exposure on are strengths: 0 does nothing, and `strength` multiplies all."""
     cameras: int
     scene: str                  # plain, campus, street or hall
     views: tuple[float, float, float, float]    # chances of front, back, left, right
@@ -67,7 +66,7 @@ DOMAINS = {
 
 @cache
 def camera_of(domain: str, camera: int) -> Domain:
-    """The domain as its camera number `camera` sees it: a pure function of the table."""
+    """The domain's look in camera number `camera`: a pure function of the table."""
     base, rng = DOMAINS[domain], random.Random(f"{domain}/{camera}")
     names = [field.name for field in fields(Domain)]
     strengths = {name: getattr(base, name) * (base.strength * (1 + base.spread * rng.uniform(-1, 1)))
@@ -77,7 +76,7 @@ def camera_of(domain: str, camera: int) -> Domain:
 
 @cache
 def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
-    """A place with people far off, (HEIGHT, 3 WIDTH); each camera has a few, and pans over them."""
+    """A scene with people far off, (HEIGHT, 3 WIDTH). Each camera has a few and pans over them."""
     rng, cam = random.Random(f"{domain}/{camera}/{variant}"), camera_of(domain, camera)
     width, height = 6 * WIDTH, 2 * HEIGHT
     horizon = height * (0.66 - 0.45 * cam.height + rng.uniform(-.04, .04))
@@ -122,12 +121,9 @@ def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
 
 
 def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> tuple[Image.Image, dict[str, Box]]:
-    """Draw `person` as camera number `camera` of a domain sees them. A pure function.
-
-    Returns the image, (HEIGHT, WIDTH) RGB, and the boxes of the PARTS that it shows; "person" is the whole figure.
-    """
+    """The image of `person` in a camera of a domain, (HEIGHT, WIDTH) RGB, and the boxes of the PARTS that it shows."""
     rng, cam = random.Random(seed), camera_of(domain, camera)
-    # where the figure stands, as shares of the image's height: how tall, its middle, the top of its head
+    # the figure's height, its middle and the top of its head, as shares of the image's height
     tall = 0.90 - cam.distance * rng.uniform(0.3, 1)
     middle = 0.5 * WIDTH / HEIGHT + cam.crop * rng.uniform(-1, 1)
     top = (1 - tall) * rng.uniform(0.5, 0.75) + cam.crop * rng.uniform(-1, 1)
@@ -154,11 +150,11 @@ def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> t
 
 
 def _project(stroke: Stroke, pose: Pose, high: float, place: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """(K, 2) pixels of the canvas: points on the centre line of a stroke at T, and the vector from each to its side."""
+    """(K, 2) pixels: the points of a stroke's centre line at T, and the vectors from them to the stroke's side."""
     tall, middle, top = place
     rows, at, unit = np.asarray(stroke.rows, float), np.linspace(0, 1, 11), HEIGHT * SCALE
     x, y, z, half, deep = (np.interp(at, np.linspace(0, 1, len(rows)), rows[:, i]) for i in (0, 1, 2, 3, -1))
-    # a high camera sees what is near further down, and what is higher up larger
+    # from a high camera, near points are lower in the image, and upper ones larger
     y = y + 0.3 * high * pose.near(x, z)
     zoom = (1 + high * (0.5 - y)) * tall * unit
     centre = np.stack([middle * unit + (x * pose.cos + z * pose.sin) * zoom,
@@ -174,11 +170,11 @@ def _project(stroke: Stroke, pose: Pose, high: float, place: tuple) -> tuple[np.
 
 
 def _draw(pens: list, stroke: Stroke, cam: Domain, centre: np.ndarray, across: np.ndarray) -> None:
-    """Draw a stroke in its colour, with its bands; light it in four steps from dark to bright; crease its folds."""
+    """Draw a stroke: colour and bands, light in four steps from dark to bright, and dark folds."""
     first, last = stroke.ends
 
     def line(s: float, t0: float = -1, t1: float = 2) -> np.ndarray:
-        """(K, 2) pixels at s across the stroke; points before t0 or after t1 are moved there."""
+        """(K, 2) pixels at s across the stroke; points before t0 or after t1 are moved to t0 or t1."""
         t = np.clip(T, max(t0, first), min(t1, last))
         return np.stack([np.interp(t, T, values) for values in (centre + s * across).T], -1)
 
@@ -199,7 +195,7 @@ def _draw(pens: list, stroke: Stroke, cam: Domain, centre: np.ndarray, across: n
 
 
 def _array(image: Image.Image) -> np.ndarray:
-    """(H, W, 3), or (H, W, 1) of a grey one, from 0 to 1."""
+    """(H, W, 3) from 0 to 1; (H, W, 1) for a grey image."""
     return np.asarray(image, np.float32).reshape(image.height, image.width, -1) / 255
 
 
@@ -215,7 +211,7 @@ def _occlude(pixels: np.ndarray, parts: np.ndarray, rng: random.Random) -> None:
 
 
 def _expose(pixels: np.ndarray, cam: Domain, rng: random.Random) -> Image.Image:
-    """What light, lens, sensor and compression make of the scene (H, W, 3)."""
+    """The scene (H, W, 3) after light, lens, sensor and compression."""
     across = np.linspace(-1, 1, WIDTH, dtype=np.float32)[:, None]
     pixels = pixels * (1 + 0.25 * cam.relief * cam.light * across)
     grey = pixels.mean(-1, keepdims=True)
@@ -237,7 +233,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 
 def _boxes(parts: np.ndarray) -> dict[str, Box]:
-    """(2H, 2W) part numbers -> the box of every part that shows enough; of the garments, that shows."""
+    """(2H, 2W) part numbers -> the box of every part that is large enough; of upper and lower in any case."""
     (height, width), boxes = parts.shape, {}
     seen = {part: parts == number for number, part in enumerate(PARTS, 1)}
     seen |= {"upper": seen["upper"] | seen["inner"] | seen["logo"], "person": parts > 0}

@@ -1,9 +1,8 @@
-"""A person as strokes: where body, clothes and things lie in space, whatever camera looks at them.
+"""A person as strokes: the places of body, clothes and things in space, before any camera.
 
 Body coordinates are fractions of the person's height: x to the person's left, y down from 0 (head) to 1 (soles),
-z forward. On a stroke, s runs from -1 to 1 across it (left to right in the picture, where the stroke runs down), and t
-from 0 to 1 along it. A round end lies beyond that, so t from -1 to 2 is all of a stroke. Read next: drawing.py, which
-draws the strokes.
+z forward. On a stroke, s runs from -1 to 1 across it (left to right in the image, if the stroke runs down), and t from
+0 to 1 along it. Round ends lie beyond 0 and 1, so t from -1 to 2 is a whole stroke. Read next: drawing.py.
 """
 
 import math
@@ -21,9 +20,9 @@ HAIR_PAINT = {"black": (26, 22, 24), "brown": (92, 54, 28), "blond": (232, 196, 
               "red": (172, 70, 24)}
 SKINS = ((246, 212, 188), (222, 176, 140), (166, 114, 80), (104, 68, 50))
 STOUT = {"slim": 0.84, "average": 1.0, "heavy": 1.24}           # factor on widths
-FLAT, FIRST, LAST, BOTH = (0, 1), (-1, 1), (0, 2), (-1, 2)      # t of the ends of a stroke: which of them are round
+FLAT, FIRST, LAST, BOTH = (0, 1), (-1, 1), (0, 2), (-1, 2)      # t where a stroke ends, by which ends are round
 
-# Patches of a garment: (s0, s1, t0, t1). Those that do not go all round it show from the front only.
+# Patches of a garment: (s0, s1, t0, t1). Patches that do not go round it are seen from the front only.
 HEIGHTS = (.08, .30, .52, .74, .96)
 PATTERNS = {"striped": [(-1, 1, t, t + .11) for t in HEIGHTS], "two-tone": [(-1, 1, .5, 2)],
             "checked": [(s, s + .24, -1, 2) for s in (-.8, -.12, .56)] + [(-1, 1, t, t + .07) for t in HEIGHTS]}
@@ -36,7 +35,7 @@ SKIRTS = {"skirt": (.70, .135), "long skirt": (.90, .16)}       # y of the hem, 
 
 
 class Pose(NamedTuple):
-    """`yaw` in degrees: 0 faces the camera, 90 the right of the picture; `phase` of the step in radians."""
+    """`yaw` in degrees: 0 faces the camera, 90 the right of the image; `phase` of the step in radians."""
     yaw: float
     phase: float
 
@@ -53,16 +52,16 @@ class Pose(NamedTuple):
         return math.sin(math.radians(self.yaw))
 
     def near(self, x: float, z: float) -> float:
-        """How far towards the camera a point of the body lies."""
+        """How far towards the camera a point of the body is."""
         return z * self.cos - x * self.sin
 
 
 class Stroke(NamedTuple):
     """A limb or anything like one."""
-    near: float                         # what is nearer is drawn over what is farther
-    part: str                           # one of drawing.PARTS, or "person"
+    near: float                         # a nearer stroke is drawn over a farther one
+    part: str                           # one of drawing.PARTS
     colour: tuple[int, int, int]
-    rows: list[tuple]                   # of its centre line: x, y, z, half width[, half depth, if it is another]
+    rows: list[tuple]                   # points of its centre line: x, y, z, half width[, half depth, if different]
     ends: tuple[int, int] = FLAT
     bands: list[tuple] = []             # (s0, s1, t0, t1, colour) of patches in another colour
     folds: list[tuple] = []             # (s0, t0, s1, t1) of dark creases
@@ -70,12 +69,12 @@ class Stroke(NamedTuple):
 
 def strokes(person: Person, pose: Pose) -> list[Stroke]:
     """All strokes of a person, from the farthest to the nearest."""
-    found = [stroke for draw in (_legs, _arms, _torso, _head, _things) for stroke in draw(person, pose)]
+    found = [stroke for part in (_legs, _arms, _torso, _head, _things) for stroke in part(person, pose)]
     return sorted(found, key=lambda stroke: stroke.near)
 
 
 def paint(colour: str, factor: float = 1.0) -> tuple[int, int, int]:
-    """A named colour; with factor < 1 its accent: darker, or lighter where it is dark."""
+    """A named colour; with factor < 1 a darker shade, or a lighter one of a dark colour."""
     values = PAINT[colour]
     if max(values) > 90:
         return tuple(int(v * factor) for v in values)
@@ -197,17 +196,17 @@ def _head(person: Person, pose: Pose) -> Iterator[Stroke]:
 
 
 def _things(person: Person, pose: Pose) -> Iterator[Stroke]:
-    """What is worn on the head, the bag and what is carried: darker parts of each first, then its body."""
+    """Headgear, bag and the thing carried: of each first the darker parts, then its body."""
     wide = STOUT[person.build]
     side = 1 if person.bag_side == "left" else -1
     x, hand = side * .14, side * -.145          # where a bag hangs, and the other hand
     beside, before, behind = pose.near(x * 2, 0), pose.near(0, .22), pose.near(0, -.3)
     held = pose.near(hand, 0) + .1
-    ahead = 1 if pose.cos > 0 else -1           # a belt across the chest or across the back
+    ahead = 1 if pose.cos > 0 else -1           # a belt lies across the chest or across the back
     belt = [(-x / 2, .165, .03 * ahead, .011), (0, .32, .075 * ahead, .011), (x * .8, .45, .05 * ahead, .011)]
     peak = 2.7 if pose.cos < -.35 else 4.1
     straps = [[(s, .165, .05, .014), (s, .36, .065, .014)] for s in (-.07, .07)] if pose.cos > .2 else []
-    kinds = {       # how near a part is, how bright, its rows; of some bags, a darker patch
+    kinds = {       # for each part: how near, how bright, rows; for some bags a darker patch
         "cap": [(peak, .7, [(0, .040, .04, .060, .008), (0, .056, .13, .050, .008)]),
                 (4, 1, _egg(-.026, .048, -.006, .064, .068, whole=False))],
         "hat": [(4.1, .7, [(0, .026, 0, .104), (0, .042, 0, .112)]),

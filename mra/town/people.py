@@ -1,8 +1,8 @@
 """Who lives in the demo town, and what people write about them.
 
-`describe` is an annotator. It writes a caption of 15 to 40 words about the parts that an image shows, and names some of
-its phrases with their boxes, as the SDA set of the MRA paper does. No word is untrue or about something hidden. "left"
-and "right" are those of the image. An example, seen from the front by the annotator random.Random(136874):
+`describe` is an annotator. It writes a caption of 15 to 40 words about the parts that an image shows, and lists some
+phrases with their boxes, as in the SDA set of the MRA paper. Every word is true and about something visible. "left" and
+"right" are those of the image. An example, seen from the front by the annotator random.Random(136874):
 
     person   slim woman, long blond hair, red jacket over white, black jeans, white sneakers, green handbag
     boxes    cx cy w h: person .50 .52 .40 .90, hair .50 .14 .18 .20, upper .50 .32 .34 .32,
@@ -61,7 +61,7 @@ WOMENS = ("leggings", "skirt", "long skirt")
 TWINS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "lower": ("trousers", "shorts", *WOMENS),
          "upper": ("t-shirt", "shirt", "sweater", "hoodie", "tank top")}
 PRONOUNS = {"woman": ("she", "her"), "man": ("he", "his")}
-# {a+b} lists the parts a and b, those that are told; [...] is left out when none of its parts is told.
+# {a+b} lists the parts a and b, if the caption mentions them. [...] is left out if it mentions none of its parts.
 TEMPLATES = (
     "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.][ {she} is {view}.]",
     "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}][, carrying {bag+carried}].",
@@ -69,7 +69,7 @@ TEMPLATES = (
     "this is {person}[ {view}].[ {she} has {bag+carried+hair}.] {her} clothes are {headgear+upper+lower+shoes}.")
 
 
-# An identity: about 40 bits of attributes, each a word; "" means that the person has none of it.
+# An identity: about 40 bits of attributes, each a word; "" is for a thing that the person does not have.
 Person = namedtuple("Person", (
     "gender", "build", "hair", "hair_colour", "headgear", "headgear_colour",
     "upper", "upper_colour", "pattern",
@@ -89,7 +89,7 @@ class Words(NamedTuple):
 
 
 def sample_person(rng: random.Random) -> Person:
-    """An identity drawn at random, its attributes as independent as clothes allow."""
+    """A random identity. Its attributes are independent where clothes allow."""
     def colour(*but: str) -> str:
         return rng.choice([name for name in COLOURS if name not in but])
 
@@ -111,7 +111,7 @@ def sample_person(rng: random.Random) -> Person:
 
 
 def twin_of(person: Person, rng: random.Random) -> Person:
-    """Somebody who differs in one attribute only: colour or type of the upper or the lower garment."""
+    """A person who differs in one attribute: colour or type of the upper or the lower garment."""
     name = rng.choice([name for name, values in TWINS.items() if getattr(person, name) in values])
     taken = {getattr(person, name)}
     if person.gender == "man":
@@ -122,7 +122,7 @@ def twin_of(person: Person, rng: random.Random) -> Person:
 
 
 def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> Words:
-    """An annotator's words on an image. `boxes` has the parts seen; "person", "upper" and "lower" always are."""
+    """An annotator's words about an image. `boxes` has the visible parts, always "person", "upper" and "lower"."""
     texts = {part: text for part, text in _phrases(person, view, boxes, rng).items() if part in boxes}
     always = ["person", "upper", "lower"]
     optional = rng.sample([part for part in texts if part not in always], len(texts) - len(always))
@@ -144,7 +144,7 @@ def describe(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
 
 
 def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Random) -> dict[str, str]:
-    """part -> its words, for all parts whether the image shows them or not."""
+    """part -> its words, for all parts, visible or not."""
     def named(part: str, kinds: dict) -> str:
         kind, colour = getattr(person, part), getattr(person, f"{part}_colour")
         return f"{rng.choice(COLOURS[colour])} {rng.choice(kinds[kind])}" if kind else ""
@@ -176,7 +176,7 @@ def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
 
 
 def _compose(template: str, words: dict[str, str], gender: str) -> str:
-    """A template of TEMPLATES filled in; words: part, or "view", -> its text."""
+    """Fill in a template of TEMPLATES; words: part, or "view" -> its text."""
     def option(group: re.Match) -> str:
         parts = re.findall(r"(\w+)[+}]", group[1])
         return group[1] if any(words.get(part) for part in parts) else ""

@@ -1,6 +1,6 @@
-"""Whole sets: one source (SDA) and three targets (CUHK-PEDES, ICFG-PEDES, RSTPReid), written as the real ones are.
+"""Whole sets: one source (SDA) and three targets (CUHK-PEDES, ICFG-PEDES, RSTPReid), in the real sets' formats.
 
-The seed alone decides who lives in a set and what each image shows. formats/read.py reads the sets back.
+The people of a set and what its images show depend on the seed alone. formats/read.py reads the sets back.
 """
 
 import fcntl
@@ -25,10 +25,10 @@ NOTE = "computer drawings of people who do not exist, not photographs"
 FOLDERS = {"source": "SDA", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
 FIRST_ID = {"source": 0, "cuhk": 1, "icfg": 0, "rstp": 0}
 CUHK_CAMERAS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market")
-TWIN_SHARE = 0.3    # share of the test identities that belong to a pair which differs in one attribute
+TWIN_SHARE = 0.3    # share of the test identities that belong to a pair of twins: they differ in one attribute
 PART = 5000         # records in one file of the source
 
-# The splits of each set: name, people, average images of a person. ICFG-PEDES has no val split: those people train.
+# The splits of each set: name, people, average images of a person. ICFG-PEDES has no val split.
 Sizes = list[tuple[str, int, float]]
 DEFAULT = {"source": [("train", 3000, 2), ("test", 200, 3)],
            "cuhk": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)],
@@ -41,7 +41,7 @@ TINY = {"source": [("train", 6, 2), ("test", 4, 3)],
 
 
 class Shot(NamedTuple):
-    """All that an image is made of; `path` is relative to the folder imgs of the set."""
+    """What one image shows; `path` is relative to the folder imgs of the set."""
     split: str
     identity: int
     person: Person
@@ -52,20 +52,20 @@ class Shot(NamedTuple):
 
 
 def twin_pairs(sizes: Sizes) -> list[tuple[int, int]]:
-    """Pairs of numbers of people, the first of the test split. The second of a pair is a twin of the first."""
+    """Pairs of people of the test split, by number. The second of a pair is a twin of the first."""
     *others, (_, people, _) = sizes
     first = sum(count for _, count, _ in others)
     return [(first + 2 * i, first + 2 * i + 1) for i in range(math.ceil(TWIN_SHARE * people / 2))]
 
 
 def shots(set_name: str, sizes: Sizes, seed: int) -> Iterator[Shot]:
-    """The shots of a set, in the order of its identities. Each person's depend on the seed and the person's number."""
+    """The shots of a set in the order of its people. They depend on the seed and the number of the person."""
     first, person, twins = 0, None, {second for _, second in twin_pairs(sizes)}
     for split, people, images in sizes:
         for number in range(first, first + people):
             rng = random.Random(f"{seed}/{set_name}/{first}/{number}")
             person = twin_of(person, rng) if number in twins else sample_person(rng)
-            before = round(images * (number - first))       # images of the people before, if the average holds
+            before = round(images * (number - first))       # images of the people before
             count = round(images * (number - first + 1)) - before
             yield from shots_of(set_name, split, number, person, count, rng)
         first += people
@@ -87,10 +87,10 @@ def shots_of(set_name: str, split: str, number: int, person: Person, count: int,
 
 
 def build(root: Path, set_name: str, sizes: Sizes, seed: int, workers: int, say=print) -> None:
-    """Write a set under root in its real layout, unless its manifest town.json says that it is there already.
+    """Write a set under root in its real layout, unless it is there already with the same manifest town.json.
 
-    A set is drawn in a scratch folder, which gets its name when it is complete. Raises UserError when a folder of that
-    name is there and holds anything else.
+    A set is drawn in a scratch folder, which is renamed when it is complete. Raises UserError if the folder of the set
+    holds anything else.
     """
     folder, scratch = root / FOLDERS[set_name], root / f"{FOLDERS[set_name]}.tmp"
     twins = [[number + FIRST_ID[set_name] for number in pair] for pair in twin_pairs(sizes)]
@@ -105,7 +105,7 @@ def build(root: Path, set_name: str, sizes: Sizes, seed: int, workers: int, say=
             raise UserError(f"{folder} was not drawn here, or with another seed or other sizes: move it away.")
         to_draw = list(shots(set_name, sizes, seed))
         say(f"{folder}: drawing demo data: {len(to_draw)} {NOTE}")
-        shutil.rmtree(scratch, ignore_errors=True)          # of a run that was stopped
+        shutil.rmtree(scratch, ignore_errors=True)          # left by a run that was stopped
         records = defaultdict(list)                         # of each annotation file
         drawn = in_processes(partial(_draw, scratch, set_name), to_draw, workers, chunk=40)
         for number, (name, record) in enumerate(drawn):
@@ -121,9 +121,9 @@ def build(root: Path, set_name: str, sizes: Sizes, seed: int, workers: int, say=
 
 
 def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
-    """Draw and save one image. Returns its annotation file and its record, in the set's own format.
+    """Draw and save one image. Returns the name of its annotation file and its record, in the set's own format.
 
-    A training file of the source is named after the numbers of its records: "{}" stands for them.
+    The name of a training file of the source contains the numbers of its records; here "{}" stands for them.
     """
     image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
     file = folder / "imgs" / shot.path
@@ -135,10 +135,10 @@ def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
         return "finetune/sda_test.json", {"image": shot.path, "caption": captions, "image_id": shot.identity}
     if set_name == "source":
         rng = random.Random(shot.seed)
-        logits = [round(rng.uniform(0.35, 0.9), 4) for _ in words[0].boxes]    # as if a grounding model's confidence
-        return "sda_{}_{}.json", {"image": shot.path, "boxes": [[round(v, 4) for v in box] for box in words[0].boxes],
-                                  "phrases": words[0].phrases, "logits": logits, "caption": captions[0],
-                                  "image_id": shot.identity}
+        logits = [round(rng.uniform(0.35, 0.9), 4) for _ in words[0].boxes]    # the real ones: a model's confidence
+        rounded = [[round(v, 4) for v in box] for box in words[0].boxes]
+        return "sda_{}_{}.json", {"image": shot.path, "boxes": rounded, "phrases": words[0].phrases, "logits": logits,
+                                  "caption": captions[0], "image_id": shot.identity}
     path = "img_path" if set_name == "rstp" else "file_path"
     record = {"split": shot.split, "captions": captions, path: shot.path, "id": shot.identity}
     if set_name == "cuhk":
@@ -155,9 +155,7 @@ def root(tiny: bool) -> Path:
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """`root`, with the set of that name (sda, cuhk, icfg, rstp) in it. A set that is missing is drawn."""
-    if dataset == "mals":
-        raise UserError("The demo town has no MALS: give --data-root, the folder that holds it.")
+    """Draw the set of that name (sda, cuhk, icfg, rstp) if it is missing; return `root`. Other names are not drawn."""
     set_name = "source" if dataset == "sda" else dataset
     if set_name in FOLDERS:
         sizes, workers = (TINY, 1) if tiny else (DEFAULT, os.cpu_count() or 1)
