@@ -104,6 +104,18 @@ def test_a_part_of_a_benchmark_is_well(checked, root):
             "train: 1 identities, 1 images, 2 captions; published 3, 6 and 12\n") in out
 
 
+@pytest.mark.parametrize("size, odd", [((15, 40), True), ((40, 15), True), ((16, 16), False), ((16, 96), False),
+                                       ((16, 97), True), ((97, 16), True)])
+def test_tiny_and_narrow_images_are_noted(root, note, size, odd):
+    Image.new("RGB", size).save(root / "CUHK-PEDES/imgs/val/0_0.png")
+    if not odd:
+        with pytest.raises(ValueError):
+            note("image under")
+        return
+    assert note("image under") == ("Note: 1 x image under 16 pixels a side or of an aspect beyond 1:6, such as\n  "
+                                   f"'{root}/CUHK-PEDES/imgs/val/0_0.png', {size[0]} x {size[1]}")
+
+
 def test_captions_that_the_model_cuts_are_noted(root, note):
     """Of 56 ids two are [CLS] and [SEP]; "xq" is two pieces of the packaged vocabulary."""
     def spoil(items):
@@ -125,6 +137,19 @@ def test_words_that_the_vocabulary_lacks_are_noted(checked, root, note):
     (root / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "woman")))
     status, out = checked("--dataset", "cuhk", "--data-root", ".", "--vocab", "vocab.txt")
     assert status == 0 and "Note: 36 x caption with words" in out and "'with 0 bags on his left'" in out
+
+
+def test_a_caption_of_several_people_is_noted(root, note):
+    """Within one split: elsewhere nothing compares the two people. Letter case makes no difference to the model."""
+    def spoil(items):
+        for item in items:
+            item["captions"] = [f"number {item['id']}"]
+        items[0]["captions"] = items[1]["captions"] = items[6]["captions"] = ["the same"]       # two people
+        items[4]["captions"] = ["THE same", "another"]
+    records_of(root, spoil)
+    line = note("several people")
+    assert line.startswith("Note: 1 x caption of several people, such as\n  ")
+    assert "record 4 (" in line and "'THE same' and " in line and "record 0 (" in line
 
 
 def test_images_that_do_not_decode(checked, root):

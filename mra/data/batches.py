@@ -15,9 +15,9 @@ from torch import Tensor
 from mra.config import ModelConfig, TrainConfig, pretrains
 from mra.data.augment import box_to_patches, finetune_view, pretrain_view, relit
 from mra.data.files import open_image
-from mra.data.records import RecordSet
+from mra.data.records import Packed, RecordSet
 from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad
-from mra.data.words import clean, eda, swap_left_right
+from mra.data.words import eda, swap_left_right
 
 WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
 
@@ -60,7 +60,8 @@ class PairDataset(torch.utils.data.Dataset):
     def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
         self.source, self.tokenizer = source, tokenizer
         self.model, self.train = model, train
-        self.pairs = [(record, caption) for record in source.records for caption in record.captions]
+        self.pairs = Packed([caption, record.path, record.identity, record.boxes, record.phrases]
+                            for record in source.records for caption in record.captions)
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
         self.pretraining = has_boxes or pretrains(source.name)
@@ -71,12 +72,12 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
-        record, caption = self.pairs[index]
-        caption = clean(caption, self.source.name)
+        caption, path, identity, boxes, phrases = self.pairs[index]
+        caption = self.tokenizer.clean(caption, self.source.name)
         box, phrase = WHOLE_IMAGE, caption
-        if record.boxes:
-            box, phrase = rng.choice(list(zip(record.boxes, record.phrases)))
-        image, size = open_image(record.path), (self.model.height, self.model.width)
+        if boxes:
+            box, phrase = rng.choice(list(zip(boxes, phrases)))
+        image, size = open_image(path), (self.model.height, self.model.width)
         if self.pretraining:
             view = pretrain_view(image, box if self.with_regions else None, size, rng)
             if self.train.light:
@@ -88,7 +89,7 @@ class PairDataset(torch.utils.data.Dataset):
         ids = self.encode(caption)
         masked, masked_at = mask_words(ids, self.tokenizer, rng)
         augmented = self.encode(eda(caption, rng)) if self.train.eda else None
-        sample = Sample(view.image, record.identity, ids, masked, masked_at, augmented)
+        sample = Sample(view.image, identity, ids, masked, masked_at, augmented)
         if self.with_regions:
             keep = box_to_patches(view.box, self.model.grid)
             sample = sample._replace(region_keep=keep, phrase=self.encode(phrase))

@@ -95,13 +95,12 @@ def open_image(path) -> Image.Image:
         raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
 
 
-def trouble_of(path: str) -> str:
-    """Why an image does not decode; "" if it does."""
+def examined(path: str) -> tuple[str, int, int]:
+    """Why an image does not decode ("" if it does), its width and height in pixels (0 if it does not)."""
     try:
-        open_image(path)
-        return ""
+        return "", *open_image(path).size
     except UserError as error:
-        return str(error)
+        return str(error), 0, 0
 
 
 def save_image(image: Image.Image, path: Path, **options) -> None:

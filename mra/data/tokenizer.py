@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, normalizers, pre_tokenizers
 
 from mra.config import UserError
+from mra.data.words import clean
 
 VOCAB_FILE = Path(__file__).with_name("vocab.txt")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -55,6 +56,10 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return len(self.pieces)
+
+    def clean(self, caption: str, dataset: str) -> str:
+        """A caption of this set as the model reads it, see words.py."""
+        return clean(caption, dataset)
 
     def words_of(self, ids: list[int]) -> list[list[int]]:
         """The positions of the pieces of each word, without special ids."""

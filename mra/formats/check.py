@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mra.config import UserError
-from mra.data.files import in_processes, shown, trouble_of
+from mra.data.files import examined, in_processes, shown
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
 from mra.formats.read import SPLITS, Row, locate, read_rows
@@ -18,6 +18,8 @@ PUBLISHED = {   # identities, images and captions of each split, from the benchm
     "icfg": {"train": (3_102, 34_674, 34_674), "test": (1_000, 19_848, 19_848)},
     "rstp": {"train": (3_701, 18_505, 37_010), "val": (200, 1_000, 2_000), "test": (200, 1_000, 2_000)},
 }
+SMALL = 16      # pixels: an image with a shorter side shows too little of a person
+LONG = 6        # the longer side over the shorter: beyond it, an image is hardly a crop of one person
 LISTED = 20     # faults of one kind that are listed; the others are counted
 CHUNK = 64      # images that a process decodes before it is given others
 
@@ -47,7 +49,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
     say(f"{shown(dataset)} in {shown(sources[0].images)}{drawn}")
     for split in SPLITS:
         _count(split, [row for row in rows if row.split == split], PUBLISHED.get(dataset, {}), faults, notes, say)
-    first = {}          # the first row of each image
+    first, said = {}, {}        # the first row of each image, and of each caption in a split
     for row in rows:
         before = first.setdefault(row.record.path, row)
         if before is not row:       # a model that trains on an image of val or test has seen the answer
@@ -62,10 +64,16 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
             if tokenizer.unk_id in ids:
                 unknown = [word for word in words.split() if tokenizer.unk_id in tokenizer.encode(word)]
                 notes["caption with words that the vocabulary lacks"].append(f"{place} has {shown(' '.join(unknown))}")
+            before = said.setdefault((row.split, words.lower()), row)
+            if before.identity != row.identity:
+                notes["caption of several people"].append(f"{place} and {before.place}")
     paths = [path for path, row in first.items() if not row.missing]
-    for number, trouble in enumerate(in_processes(trouble_of, paths, workers, CHUNK), 1):
+    for number, (trouble, width, height) in enumerate(in_processes(examined, paths, workers, CHUNK), 1):
         if trouble:
             faults["image that does not decode"].append(trouble)
+        elif min(width, height) < SMALL or max(width, height) > LONG * min(width, height):
+            odd = f"image under {SMALL} pixels a side or of an aspect beyond 1:{LONG}"
+            notes[odd].append(f"{shown(Path(paths[number - 1]))}, {width} x {height}")
         if number % 2000 == 0 or number == len(paths):
             say(f"  {number:,} of {len(paths):,} images decoded")
     for title, kinds, listed in (("Note", notes, 1), ("Fault", faults, LISTED)):

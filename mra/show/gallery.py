@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mra import ranking
 from mra.config import EvalConfig, UserError
-from mra.data.files import IMAGE_FORMATS, shown, trouble_of
+from mra.data.files import IMAGE_FORMATS, examined, shown
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import clean
 from mra.retriever import Retriever
@@ -96,7 +96,7 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
             checkpoint.save(cache, known, key)
         say(f"  {start + len(part):,} of {len(new):,} encoded")
     paths = [path for path in stamps if stamps[path] in known]
-    broken = [trouble_of(path) or f"the image {shown(Path(path))}: its features are not finite"
+    broken = [examined(path)[0] or f"the image {shown(Path(path))}: its features are not finite"
               for path in new if stamps[path] not in known]
     for trouble in broken:
         say(f"Left out: {trouble}")

@@ -56,7 +56,7 @@ from mra.config import (  # noqa: E402
 )
 from mra.data import augment, words  # noqa: E402
 from mra.data.batches import PairDataset  # noqa: E402
-from mra.data.files import open_image, shown, trouble_of  # noqa: E402
+from mra.data.files import examined, open_image, shown  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
 from mra.diffusion.base import Diffusion, read_images  # noqa: E402
 from mra.formats.check import check_set  # noqa: E402
@@ -327,7 +327,7 @@ def images(folder: Path) -> Maker:
         def read() -> None:
             if rng.random() < 0.2:
                 for photograph in gallery.photographs(target, folder, lambda line: None):
-                    trouble_of(photograph)
+                    examined(photograph)
                 return
             image = open_image(str(path))
             augment.tensor_of(image, (32, 16))
