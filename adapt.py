@@ -23,7 +23,7 @@ from mra.diffusion.sampling import Painter
 from mra.formats.read import load
 from mra.run import networks, parts
 from mra.run.command import parse, run
-from mra.run.machine import Machine, claimed, drawn
+from mra.run.machine import Machine, claimed, root_of
 from mra.town import sets
 
 BASE_PEOPLE = [("train", 12_000, 2), ("test", 800, 3)]       # whom the shipped base has seen
@@ -54,7 +54,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     if not (config.weights or config.base or networks.base_file(config).exists()):      # which takes hours
         train_base(replace(config, seed=0), machine)
     base = networks.load_base(config, machine)
-    root = Path(config.data_root) if config.data_root else drawn(config.target, config.size == "tiny", machine)
+    root = root_of(config.data_root, config.target, config.size == "tiny", machine)
     records = share_of(load(config.target, "train", root, say=machine.say), config.share)
     target = networks.Target.of(config, records, base)
     source = source_records(config, machine).records if config.source or not config.data_root else []
@@ -95,7 +95,7 @@ def train_base(config: AdaptConfig, machine: Machine) -> None:
 
 def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     """The source set's training pairs, without those of its val identities."""
-    root = Path(config.source) if config.source else drawn("sda", config.size == "tiny", machine)
+    root = root_of(config.source, "sda", config.size == "tiny", machine)
     name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
     return load(name, "train", root, say=machine.say)
 

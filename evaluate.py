@@ -1,17 +1,17 @@
-"""Evaluate a retriever on test splits, or ask it for a person in words.
+"""Evaluate a retriever on test splits, or search a gallery for sentences.
 
     python evaluate.py                                        the newest checkpoint, on its own dataset's test split
-    python evaluate.py --dataset icfg cuhk rstp               cross-domain rows
+    python evaluate.py --dataset icfg cuhk rstp               on other datasets, too
     python evaluate.py --checkpoint out/icfg-demo-s0/best.safetensors --k 64
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
     python evaluate.py --queries FILE --gallery DIR           for every line of a text file
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
-Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages and writes results.json and
-ranking.png, whose names also say which flags were given, as in results-cuhk-split-val.json. For sentences it writes
-query.json and query.png and, with --gallery, the gallery's embeddings for the next time.
-mra/weights/README.md explains --weight for a released checkpoint.
+Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages, and writes results.json and
+ranking.png. Flags add to these names, as in results-cuhk-split-val.json. For sentences it writes query.json and
+query.png and, with --gallery, the gallery's embeddings for the next search. mra/weights/README.md explains --weight for
+a released checkpoint.
 """
 
 import time
@@ -29,46 +29,43 @@ from mra.formats.read import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import parse, run
-from mra.run.machine import Machine, choose_device, drawn
+from mra.run.machine import Machine, root_of
 from mra.show import gallery, pictures
 from mra.weights.retrievers import load_retriever
 
 
 def main() -> None:
-    """Load a checkpoint; then answer the sentences asked, or measure it on every dataset."""
     given = parse(EvalConfig, __doc__)
     check(given)
-    usual = "" if choose_device(given.device).type == "cuda" else "float32"        # bf16 on a GPU alone
-    machine = Machine.of(given.device, given.precision or usual)
+    machine = Machine.of(given.device, given.precision)
+    if not given.precision and machine.device.type == "cpu":        # the default is bf16 on a GPU alone
+        machine = replace(machine, precision="float32")
     path = Path(given.checkpoint) if given.checkpoint else checkpoint.newest(machine.say)
     model, tokenizer, facts = load_retriever(path, machine.device, given.vocab)
     trained_on = facts["train"]["dataset"]
-    # a folder that a file names is read only if it lies below this one
-    inside = bool(trained_on) and Path(trained_on).resolve().is_relative_to(Path.cwd())
-    if not (given.dataset or given.gallery or trained_on in DATASETS or inside):
-        raise UserError(f"{path} does not say what it was trained on, or names a folder elsewhere; give --dataset.")
+    if not (given.dataset or given.gallery or trained_on):
+        raise UserError(f"{path} does not say what it was trained on; give --dataset.")
     machine.say(harmless(f"{path}: trained on {trained_on or 'an unnamed set'}, pretrained on "
                          f"{facts['pretrained_on']}, seed {facts['train'].get('seed')}; evaluating on "
                          f"{machine.device}."))
-    k, weight, fused = given.k, given.weight, "weight" in facts["val"]
-    if k > 0 and not fused:
-        raise UserError(f"--k {k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
-    if k < 0:
-        k = model.config.rerank if fused else 0
-    if weight < 0:
-        weight = facts["val"].get("weight", 0.0)
-    config = replace(given, dataset=given.dataset or (trained_on,), k=k, weight=weight)
-    plan = ranking.Plan(k, config.mirror, config.batch, config.workers, machine.workers)
+    config, fused = replace(given, dataset=given.dataset or (trained_on,)), "weight" in facts["val"]
+    if given.k > 0 and not fused:
+        raise UserError(f"--k {given.k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
+    if given.k < 0:
+        config = replace(config, k=model.config.rerank if fused else 0)
+    if given.weight < 0:
+        config = replace(config, weight=facts["val"].get("weight", 0.0))
+    plan = ranking.Plan(config.k, config.mirror, config.batch, config.workers, machine.workers)
     folder = Path(config.out) if config.out else path.parent
     folder.mkdir(parents=True, exist_ok=True)
     if config.query or config.queries:
-        answer(config, machine, plan, model, tokenizer, facts, folder)
-        return
-
+        return answer(config, machine, plan, model, tokenizer, facts, folder)
     results, rows = measure(config, machine, plan, model, tokenizer, facts)
     if machine.rank == 0:
-        # the names say which flags differ from the defaults, so that no result replaces another's
-        ending = "".join(f"-{Path(name).resolve().name}" for name in given.dataset if given.dataset != (trained_on,))
+        # the names say which flags differ from the defaults, so results with other flags stay
+        ending = ""
+        if given.dataset != (trained_on,):
+            ending = "".join(f"-{Path(name).resolve().name}" for name in given.dataset)
         for name in ("split", "k", "mirror", "weight"):
             if getattr(given, name) != getattr(EvalConfig(), name):
                 ending += f"-{name}-{getattr(given, name)}"
@@ -81,7 +78,7 @@ def main() -> None:
 
 
 def check(config: EvalConfig) -> None:
-    """Raise UserError for flags that no run can use."""
+    """Raise UserError for flags that exclude each other, or unknown datasets."""
     asked = config.query or config.queries
     if asked and len(config.dataset) > 1:
         raise UserError("--query and --queries rank one gallery: give one --dataset.")
@@ -93,30 +90,28 @@ def check(config: EvalConfig) -> None:
 
 
 def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> RecordSet:
-    """The split to evaluate on, of the folder given or of the demo town, drawn where it is missing."""
+    """The split to evaluate on."""
     if dataset in DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
-    root = Path(config.data_root) if config.data_root else drawn(dataset, facts["train"]["preset"] == "tiny", machine)
+    root = root_of(config.data_root, dataset, facts["train"]["preset"] == "tiny", machine)
     return read.load(dataset, config.split, root, config.allow_missing, machine.say)
 
 
 def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retriever, tokenizer: Tokenizer,
             facts: dict) -> tuple[dict, list[pictures.Row]]:
-    """Print and return the metrics on every dataset; also rows of a picture, queries with their first images."""
+    """Print and return the metrics on every dataset, and rows of a picture: queries with their first images."""
     results, rows = {}, []
+    machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
     for dataset in config.dataset:
         started = time.perf_counter()
         source = load(config, facts, dataset, machine)
         captions, query_ids, paths, gallery_ids = ranking.queries_of(source)
-        with machine.autocast():        # of the encoders: similarities and scores stay in float32
+        with machine.autocast():        # similarities and scores stay in float32
             found = ranking.search(model, tokenizer, captions, paths, plan)
         last = found.reranked(config.weight)
-        orders = {"embeddings": found.candidates}
+        metrics = {"embeddings": found.metrics(query_ids, gallery_ids, found.candidates)}
         if config.k:
-            orders["re-ranked"] = last
-        metrics = dict(zip(orders, found.metrics(query_ids, gallery_ids, *orders.values())))
-        if not results:
-            machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
+            metrics["re-ranked"] = found.metrics(query_ids, gallery_ids, last)
         for stage, values in metrics.items():
             machine.say(f"{source.name + ' ' + stage:24}" + "".join(f"{value:8.2f}" for value in values.values()))
         results[dataset] = metrics | {"queries": len(captions), "gallery": len(paths),
@@ -128,13 +123,13 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
 
 def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retriever, tokenizer: Tokenizer,
            facts: dict, folder: Path) -> None:
-    """Rank a folder of photographs, or the test images, for every sentence asked."""
+    """Rank a folder of photographs, or the images of the split, for every sentence."""
     if machine.world > 1:
         raise UserError("--query and --queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
     if not dataset:
         machine.say("This checkpoint names no set, so sentences are not cleaned. If it was trained on ICFG-PEDES or "
-                    "RSTPReid, give that as --dataset.")
+                    "RSTPReid, name that set by --dataset.")
     asked = gallery.sentences(config, dataset, tokenizer)
     features, left_out = None, []
     with machine.autocast():

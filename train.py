@@ -1,4 +1,4 @@
-"""Train a retriever: pretraining on pairs with boxes, or fine-tuning on a real set.
+"""Train a retriever: pretraining on pairs with boxes, or fine-tuning on a target set.
 
     python train.py --dataset icfg                     the demo: pretrain on the drawn source, fine-tune on drawn ICFG
     python train.py --dataset sda                      pretraining alone, with the region losses
@@ -9,8 +9,8 @@
     torchrun --nproc_per_node=2 train.py ...           data-parallel
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
-Every field of mra.config.TrainConfig is a flag; a recipe there sets some by dataset and preset. The checkpoint that is
-best on val lies in `out` as best.safetensors. mra/run/loop.py has the loop.
+Every field of mra.config.TrainConfig is a flag. A recipe there sets some by dataset and preset. The checkpoint that is
+best on val is `out`/best.safetensors. mra/run/loop.py has the loop.
 """
 
 import json
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mra import losses, ranking
-from mra.config import PRESETS, TrainConfig, pretrains, recipe
+from mra.config import PRESETS, TrainConfig, UserError, recipe
 from mra.data.batches import PairDataset, loader, order
 from mra.data.files import open_image
 from mra.data.records import share_of
@@ -36,7 +36,7 @@ from mra.retriever import Objective
 from mra.run import checkpoint, contrastive, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Share, Task, write_line
-from mra.run.machine import Machine, claimed, drawn
+from mra.run.machine import Machine, claimed, root_of
 from mra.weights.retrievers import model_facts
 
 
@@ -46,93 +46,90 @@ def main() -> None:
     machine = Machine.of(config.device, config.precision, config.compile)
     if config.check:
         tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
-        well = check_set(config.dataset, root_of(config, machine), tokenizer, PRESETS[config.preset].max_tokens,
+        root = root_of(config.data_root, config.dataset, config.preset == "tiny", machine)
+        well = check_set(config.dataset, root, tokenizer, PRESETS[config.preset].max_tokens,
                          config.workers or machine.cores, machine.say)
         sys.exit(0 if well else 1)
-    best, plan = None, [config]
-    if config.init in stages.PRETRAINED and not pretrains(config.dataset):
-        config = replace(config, out=config.out or stages.default_out(config))
-        Path(config.out).mkdir(parents=True, exist_ok=True)     # before the long pretraining
-        best = stages.shipped(config)
-        plan = [*stages.pretrainings(config, machine, on_source=best is None), config]
+    best, plan = None, stages.plan_stages(config, machine)
+    Path(plan[-1].out).mkdir(parents=True, exist_ok=True)        # a wrong --out fails before the first stage
     for number, stage in enumerate(plan, 1):
         if len(plan) > 1:
             machine.say(f"Stage {number} of {len(plan)}: training on {stage.dataset}.")
-        best = train(stage if best is None else stages.going_on(stage, best), machine)
-
-
-def root_of(config: TrainConfig, machine: Machine) -> Path:
-    """The folder of the sets: --data-root, or the demo town's."""
-    return Path(config.data_root) if config.data_root else drawn(config.dataset, config.preset == "tiny", machine)
+        if best:        # a checkpoint, which has its own vocabulary
+            stage = replace(stage, init=str(best), bert="", vit="", vocab="")
+        best = train(stage, machine)
 
 
 def train(config: TrainConfig, machine: Machine) -> Path:
-    """One stage, in a folder of its own; returns the path of the best checkpoint."""
-    started, out = time.perf_counter(), Path(config.out or stages.default_out(config))
-    config = replace(config, out=str(out))
-    with claimed(out, machine):
+    """Train one stage in a folder of its own; returns the path of the best checkpoint."""
+    started, path = time.perf_counter(), Path(config.out or stages.default_out(config)) / "best.safetensors"
+    config = replace(config, out=str(path.parent))
+    with claimed(path.parent, machine):
         machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
                     f"Training on {machine.device} in {machine.precision}, {machine.world} process(es).")
-        best = train_stage(config, out, machine)
-    machine.first((out / "best.safetensors").touch)        # evaluate.py takes the newest: of what was asked for last
-    machine.say(f"Best on val: {stages.describe(best)}\n{out / 'best.safetensors'} is ready after "
-                f"{time.perf_counter() - started:.0f} s.")
-    return out / "best.safetensors"
+        best = train_stage(config, path, machine)
+    machine.first(path.touch)       # evaluate.py takes the newest checkpoint, also if this run had nothing left to do
+    machine.say(f"Best on val: {stages.describe(best)}\n{path} is ready after {time.perf_counter() - started:.0f} s.")
+    return path
 
 
-def train_stage(config: TrainConfig, out: Path, machine: Machine) -> dict:
-    """From records to the best checkpoint; returns its result on val."""
-    # ---- data and model
-    root = root_of(config, machine)
+def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
+    """From records to the best checkpoint `path`; returns its result on val."""
+    # ---- records and model
+    root = root_of(config.data_root, config.dataset, config.preset == "tiny", machine)
     train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
                           for split in ("train", "val"))
     model, tokenizer, pretrained_on = stages.load_model(config, machine)
-    for record in val_set.records:          # a broken image is told now, not after an epoch
+    for record in val_set.records:          # a broken image is found now, not after an epoch
         open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
-    # ---- optimiser and plan
-    lengths = stages.Lengths.of(config, len(dataset), machine.world)
-    fit = stages.fit_of(config, lengths.steps, machine.world)
+    # ---- plan and loss
+    fit, fusion_from, evals = stages.plan_of(config, len(dataset), machine.world)
+    key = stages.key_of(config, machine, model, tokenizer, [train_set, val_set])
+    log = path.with_name("log.jsonl")
     step_model = torch.compile(model) if config.compile else model
 
     def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
         """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM) of one worker's pairs."""
-        objective = Objective(share.step >= lengths.fusion_from, config.smoothing, config.eda,
+        objective = Objective(share.step >= fusion_from, config.smoothing, config.eda,
                               partial(contrastive.contrastive, workers=share.workers),
                               partial(contrastive.mean_where, workers=share.workers))
         terms = step_model(share.batch.to(machine.device), objective)
         return losses.total(terms, config.beta), terms
 
-    def keep_best(done: int, found: dict) -> dict:
-        """Evaluate on val after `done` steps, and write the best checkpoint; returns this result and the best one."""
-        fused = done > lengths.fusion_from
+    # ---- after each of the steps `evals`: val, and the best checkpoint
+    def keep_best(done: int, before: dict) -> dict:
+        """Evaluate after `done` steps, and save the weights if they are the best; returns this result and the best."""
+        fused = done > fusion_from
         plan = ranking.Plan(model.config.rerank if fused else 0, loading=config.workers, workers=machine.workers)
-        autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py
-        result = ranking.validate(model, tokenizer, val_set, fused, plan, autocast)
-        write_line(out / "log.jsonl", {"step": done, "val": result}, machine)
+        autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # like evaluate.py
+        with autocast:
+            result = ranking.validate(model, tokenizer, val_set, fused, plan)
+        write_line(log, {"step": done, "val": result}, machine)
         machine.say(f"val at step {done}: {stages.describe(result)}")
-        best = found.get("best")
-        if best is None or result["quality"] >= best["quality"]:
+        best = before.get("best", result)
+        if result["quality"] >= best["quality"]:
             best = result
-            facts = model_facts(model, tokenizer) | stages.facts_of(config, machine, pretrained_on, len(dataset))
+            facts = model_facts(model, tokenizer) | {
+                "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
+                "pairs": len(dataset), "adapted": key["content of the adapted set"], "processes": machine.world,
+                "versions": checkpoint.VERSIONS, "step": done, "val": result}
             weights = checkpoint.halves(model) if config.half else checkpoint.weights(model)
-            machine.first(lambda: checkpoint.save(out / "best.safetensors", weights,
-                                                  facts | {"step": done, "val": result}))
+            machine.first(lambda: checkpoint.save(path, weights, facts))
         return {"val": result, "best": best}
 
-    task = Task("", model, fit, config.seed, out / "last.safetensors", out / "log.jsonl",
-                stages.key_of(config, machine, model, tokenizer, [train_set, val_set]), stages.groups(model, config),
-                config.log_every, lengths.evals, keep_best, model.limit_temperature,
-                stages.ADVICE, config.resume)
+    # ---- loop
+    task = Task(name="", network=model, fit=fit, seed=config.seed, state=path.with_name("last.safetensors"), log=log,
+                key=key, groups=stages.groups(model, config), log_every=config.log_every, save_after=evals,
+                evaluate=keep_best, after_step=model.limit_temperature, advice=stages.ADVICE, resume=config.resume)
     loop = Loop(task, loss_of, machine)
-    stages.check_best(loop, out / "best.safetensors")
-    # ---- batches, in an order that depends on the seed alone; each a list of one Batch for each thread of this process
+    if loop.results and not path.exists():
+        raise UserError(f"{task.state} goes on from a {path.name} that is gone: put it back, or give --no-resume.")
+    # each batch is a list of one Batch for every thread; their order depends on the seed alone
     keys = order(len(dataset), config.batch, config.seed, loop.first * config.accumulate,
-                 lengths.steps * config.accumulate, machine.rank, machine.world)
-    collate = partial(dataset.collate_parts, parts=len(loop.workers))
-    batches = loader(dataset, config.workers, batch_sampler=keys, collate_fn=collate,
-                     pin_memory=machine.device.type == "cuda")
-    loop.run(batches)
+                 fit.steps * config.accumulate, machine.rank, machine.world)
+    loop.run(loader(dataset, config.workers, batch_sampler=keys, pin_memory=machine.device.type == "cuda",
+                    collate_fn=partial(dataset.collate_parts, parts=len(loop.workers))))
     return loop.results["best"]
 
 

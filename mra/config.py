@@ -213,7 +213,7 @@ def check_values(config) -> None:
         least, most, choices = (one.metadata[key] for key in ("least", "most", "choices"))
         if least is not None and not least <= value <= most:
             raise UserError(f"{name} {value}: give a value from {least} to {most:g}.")
-        if choices and value not in choices:
+        if choices and value not in (*choices, one.default):
             raise UserError(f"{name} {value}: choose one of {', '.join(choices)}.")
 
 
@@ -255,8 +255,8 @@ class TrainConfig:
     allow_missing: bool = flag(False, "drop records whose image is missing")
     half: bool = flag(False, "write the best checkpoint in half precision")
     compile: bool = flag(False, "torch.compile the model")
-    precision: str = flag("", "float32 or bf16 (autocast); empty: bf16 where the device computes in it")
-    device: str = flag("", "cuda or cpu; empty: cuda where there is one")
+    precision: str = flag("", "precision; empty: bf16 where the device computes in it", choices=("float32", "bf16"))
+    device: str = flag("", "device; empty: cuda where there is one", choices=("cuda", "cpu"))
 
 
 @dataclass(frozen=True)
@@ -288,8 +288,8 @@ class AdaptConfig:
     malformed: float = flag(1.0, "drop an image as malformed: log-odds of the judge above this", -1e3, 1e3)
     seed: int = flag(0, "seed of all random numbers", 0, 2**31)
     workers: int = flag(0, "image decoding processes", 0, 256)
-    device: str = flag("", "cuda or cpu; empty: cuda where there is one")
-    precision: str = flag("", "float32 or bf16; empty: bf16 where the device computes in it")
+    device: str = flag("", "device; empty: cuda where there is one", choices=("cuda", "cpu"))
+    precision: str = flag("", "precision; empty: bf16 where the device computes in it", choices=("float32", "bf16"))
     compile: bool = flag(False, "torch.compile the networks")
 
 
@@ -312,5 +312,5 @@ class EvalConfig:
     batch: int = flag(64, "images encoded at a time", 1, 1e6)
     workers: int = flag(0, "image decoding processes", 0, 256)
     allow_missing: bool = flag(False, "drop records whose image is missing")
-    device: str = flag("", "cuda or cpu; empty: cuda where there is one")
-    precision: str = flag("", "of the encoders: float32 or bf16; empty: bf16 on a GPU")
+    device: str = flag("", "device; empty: cuda where there is one", choices=("cuda", "cpu"))
+    precision: str = flag("", "precision of the encoders; empty: bf16 on a GPU", choices=("float32", "bf16"))

@@ -1,15 +1,13 @@
-"""Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k.
+"""Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k images.
 
-A candidate's score is match + weight * similarity. Match is the fusion encoder's logit [matched] - [mismatched],
-similarity the cosine of the embeddings. The weight says how much the similarity counts: with 0 the match alone orders
-the candidates, with a large weight they keep the first stage's order. `choose_weight` takes the best one on val, and
-the checkpoint keeps it. A score depends on its pair alone. In MRA section 3 scores are normalised over all pairs, so
-a query's order depends on the other queries. With `Plan.mirror` both stages average two passes: one over images and
-captions, one over mirrored images and captions with left and right exchanged. Read next: workers.py, evaluate.py.
+A candidate's score is match + weight * similarity. The match is the fusion encoder's logit [matched] - [mismatched],
+the similarity is the cosine of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score
+depends on its pair alone; MRA section 3 normalises scores over all pairs, so other queries change a query's order.
+With `Plan.mirror` both stages average two passes: images and captions as they are, then mirrored images and captions
+with left and right exchanged. Read next: workers.py, evaluate.py.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +25,9 @@ from mra.retriever import Retriever
 from mra.workers import Workers
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-FIRST = 10                          # images found for each query at least
+FIRST = 10                          # images found for each query, at least
 BLOCK = 512                         # queries compared with the gallery at a time
-CHUNK = 65536                       # gallery images that they are compared with at a time in a search
+CHUNK = 65536                       # gallery images in a block of similarities
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
 PAIRS = {"cuda": 2048, "cpu": 256}  # pairs matched at a time; 256 stay in a CPU's cache
 GATHERED = 4 * 2**30                # bytes of their keys and values, at most
@@ -51,20 +49,38 @@ def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor
     return torch.stack([*recalls, precision, matches / (hit * rank).amax(1)], 1)
 
 
-def means(rows: list[Tensor]) -> dict[str, float]:
-    """METRICS in percent, from `metric_rows` of several blocks of queries; nan where no query has a match."""
-    return dict(zip(METRICS, (100 * torch.cat(rows).mean(0)).tolist()))
+def means(rows: Tensor) -> dict[str, float]:
+    """METRICS in percent from those of each query (Q', 5); nan if no query has a match."""
+    return dict(zip(METRICS, (100 * rows.mean(0)).tolist()))
 
 
 def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> dict[str, float]:
     """METRICS in percent of a matrix of scores (Q, G), higher is better; ids are (Q,) and (G,)."""
     order = scores.argsort(dim=1, descending=True, stable=True)
-    return means([metric_rows(order, query_ids, gallery_ids)])
+    return means(metric_rows(order, query_ids, gallery_ids))
+
+
+def quality(metrics: dict[str, float]) -> float:
+    """What weights and checkpoints are chosen by: the mean of R@1 and mAP varies less than R@1 alone."""
+    return (metrics["R@1"] + metrics["mAP"]) / 2
+
+
+# ---- search
+
+@dataclass(frozen=True)
+class Plan:
+    """How to search. The workers share out the images, and all get the same result."""
+
+    k: int                          # candidates that the fusion encoder re-scores, at most G; 0: none
+    mirror: bool = True             # average over the mirror images
+    batch: int = 64                 # images encoded at a time
+    loading: int = 0                # image decoding processes
+    workers: Workers = Workers()
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the two stages found for Q queries in G images: K candidates of each, the first k of them re-scored."""
+    """The result of a search for Q queries in G images: K candidates of each query, the first k of them re-scored."""
 
     queries: Tensor         # (Q, E') unit features of all passes
     gallery: Tensor         # (G, E') may lie in a file
@@ -73,37 +89,84 @@ class Found:
     match: Tensor           # (Q, k) logit [matched] - [mismatched], the mean of the passes
 
     def reranked(self, weight: float) -> Tensor:
-        """Gallery indices (Q, K): the first k by match + weight * similarity, the others as found."""
+        """The candidates (Q, K), the first k ordered by match + weight * similarity."""
         k = self.match.shape[1]
         score = self.match + weight * self.similarity[:, :k]
         order = score.argsort(dim=1, descending=True, stable=True)
         return torch.cat([self.candidates[:, :k].gather(1, order), self.candidates[:, k:]], 1)
 
-    def metrics(self, query_ids: Tensor, gallery_ids: Tensor, *firsts: Tensor) -> list[dict[str, float]]:
-        """METRICS in percent of each order of the candidates (Q, K), all other images behind; nan without any match."""
-        rows = [[] for _ in firsts]
+    def metrics(self, query_ids: Tensor, gallery_ids: Tensor, first: Tensor) -> dict[str, float]:
+        """METRICS in percent of `first` (Q, K), an order of the candidates; all other images follow by similarity."""
+        rows = []
         for some in torch.arange(len(query_ids)).split(BLOCK):
-            scores = self.queries[some] @ self.gallery.to(self.queries).T                        # (q, G)
-            scores.scatter_(1, self.candidates[some].to(scores.device), torch.inf)               # they stand first
+            with torch.autocast(self.queries.device.type, enabled=False):
+                scores = self.queries[some] @ self.gallery.to(self.queries).T                    # (q, G)
+            scores.scatter_(1, self.candidates[some].to(scores.device), torch.inf)               # candidates lead
             order = scores.argsort(dim=1, descending=True, stable=True).cpu()
-            for own, first in zip(rows, firsts):
-                order[:, :first.shape[1]] = first[some]
-                own.append(metric_rows(order, query_ids[some], gallery_ids))
-        return [means(own) for own in rows]
+            order[:, :first.shape[1]] = first[some]
+            rows.append(metric_rows(order, query_ids[some], gallery_ids))
+        return means(torch.cat(rows))
 
 
-def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:
-    """The weight among WEIGHTS with the best `quality`, and its metrics; for val alone."""
-    results = found.metrics(query_ids, gallery_ids, *map(found.reranked, WEIGHTS))
-    return max(zip(WEIGHTS, results), key=lambda pair: quality(pair[1]))
+@torch.inference_mode()
+def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], plan: Plan,
+           features: Tensor | None = None) -> Found:
+    """Rank the images `paths` for every caption. `features` (G, 2, E) are those of `encode_gallery`, if known."""
+    images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
+    if plan.mirror:
+        passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
+    if features is None:
+        features = encode_gallery(model, images, plan)
+    # one product of queries and gallery is the mean of the passes' similarities
+    queries = torch.cat([feature for _, _, feature in passes], 1) / len(passes)    # (Q, passes * E)
+    gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
+    with torch.autocast(queries.device.type, enabled=False):
+        values, candidates = top_k(queries, gallery, max(plan.k, FIRST))           # (Q, K)
+    match = match_candidates(model, images, passes, candidates[:, :plan.k], plan)  # (Q, k)
+    return Found(queries, gallery, values.cpu(), candidates.cpu(), match.cpu())
 
 
-def quality(metrics: dict[str, float]) -> float:
-    """What weights and checkpoints are chosen by, on val: the mean of R@1 and mAP varies less than R@1 alone."""
-    return (metrics["R@1"] + metrics["mAP"]) / 2
+class Images(Dataset):
+    """Image files as model input (3, H, W)."""
+
+    def __init__(self, paths: list[str], config: ModelConfig):
+        self.paths, self.size = paths, (config.height, config.width)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return tensor_of(open_image(self.paths[index]), self.size)
 
 
-# ---- search
+@torch.inference_mode()
+def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
+                   batch: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (Q, T, D) as the fusion encoder starts from them, keep (Q, T), and unit features (Q, E) of captions."""
+    device = next(model.parameters()).device
+    pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
+    ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)
+    started, features = [], []
+    for own_ids, own_keep in zip(ids.split(batch), keep.split(batch)):
+        tokens, feature = model.encode_text(own_ids, own_keep)
+        started.append(model.fusion_encoder.start(tokens, own_keep))
+        features.append(feature.float())
+    return torch.cat(started), keep, torch.cat(features)
+
+
+@torch.inference_mode()
+def encode_gallery(model: Retriever, images: Dataset, plan: Plan) -> Tensor:
+    """Unit features (G, 2, E) of the images and of their mirror images; (G, 1, E) without `plan.mirror`."""
+    device = next(model.parameters()).device
+    features = torch.zeros(len(images), 2 if plan.mirror else 1, model.config.embed, device=device)
+    own = plan.workers.own_batches(len(images), plan.batch)
+    for start, image in zip(own[::plan.batch], loader(images, plan.loading, batch_size=plan.batch, sampler=own)):
+        image = image.to(device)
+        features[start:start + plan.batch, 0] = model.encode_image(image)[1].float()
+        if plan.mirror:
+            features[start:start + plan.batch, 1] = model.encode_image(image.flip(-1))[1].float()
+    return plan.workers.summed(features)
+
 
 def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best, at most G, of gallery (G, E) for each query (Q, E): similarities and indices (Q, k), best first.
@@ -112,7 +175,8 @@ def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     found = []
     for some in queries.split(BLOCK):
-        values, indices = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.long, device=some.device)
+        values = some.new_empty(len(some), 0)
+        indices = torch.empty(len(some), 0, dtype=torch.long, device=some.device)
         for start in range(0, len(gallery), CHUNK):
             scores = some @ gallery[start:start + CHUNK].to(some).T                # (q, c)
             columns = first_columns(scores, min(k, scores.shape[1]))
@@ -133,106 +197,35 @@ def first_columns(scores: Tensor, k: int) -> Tensor:
     return columns.sort(1).values
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How to search. Several workers share out the images: all must search, and all get the same result."""
-
-    k: int                          # candidates that the fusion encoder re-scores, at most G; 0: none
-    mirror: bool = True             # average over the mirror images
-    batch: int = 64                 # images encoded at a time
-    loading: int = 0                # image decoding processes
-    workers: Workers = Workers()
-
-
-class Images(Dataset):
-    """Image files as model input (3, H, W)."""
-
-    def __init__(self, paths: list[str], config: ModelConfig):
-        self.paths, self.size = paths, (config.height, config.width)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return tensor_of(open_image(self.paths[index]), self.size)
-
-
-@torch.inference_mode()
-def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
-                   batch: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Sentences' tokens (Q, T, D), started by the fusion encoder, keep (Q, T), and unit features (Q, E)."""
-    device = next(model.parameters()).device
-    pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
-    ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)
-    started, features = [], []
-    for own_ids, own_keep in zip(ids.split(batch), keep.split(batch)):
-        tokens, feature = model.encode_text(own_ids, own_keep)
-        started.append(model.fusion_encoder.start(tokens, own_keep))
-        features.append(feature.float())
-    return torch.cat(started), keep, torch.cat(features)
-
-
-@torch.inference_mode()
-def encode_gallery(model: Retriever, images: Dataset, plan: Plan) -> Tensor:
-    """Unit features (G, 2, E) of the images and of their mirror images, or without mirror images (G, 1, E)."""
-    device, own = next(model.parameters()).device, plan.workers.own_batches(len(images), plan.batch)
-    features = torch.zeros(len(images), 2 if plan.mirror else 1, model.config.embed, device=device)
-    for start, image in zip(own[::plan.batch], loader(images, plan.loading, batch_size=plan.batch, sampler=own)):
-        image = image.to(device)
-        views = [image, image.flip(-1)] if plan.mirror else [image]
-        features[start:start + plan.batch] = torch.stack([model.encode_image(view)[1].float() for view in views], 1)
-    return plan.workers.summed(features)
-
-
 @torch.inference_mode()
 def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tensor, ...]], candidates: Tensor,
                      plan: Plan) -> Tensor:
     """The logit [matched] - [mismatched] (Q, k) of each query with its candidates (Q, k), the mean of the passes.
 
-    passes: `encode_queries` of the captions, then perhaps of those for the mirror images. Keys and values of an image
-    are computed once for all queries that ask for it, and then forgotten. An image that no query asks for is not read.
-    Queries of like length are matched together, padded to a multiple of 8: few shapes.
+    passes: `encode_queries` of the captions for the images and, perhaps, of those for the mirror images. The keys and
+    values of an image are computed once. Queries of similar length are matched together, padded to a multiple of 8.
     """
-    device = candidates.device
-    wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) places in it
+    device, k = candidates.device, candidates.shape[1]
+    wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) indices into it
+    places = places.flatten()                                                      # (Q * k,) of every pair
+    match = torch.zeros(len(places), device=device)
     own = plan.workers.own_batches(len(wanted), plan.batch)
-    match = torch.zeros(places.numel(), device=device)
     batches = loader(images, plan.loading, batch_size=plan.batch, sampler=wanted[own].tolist())
     for start, image in zip(own[::plan.batch], batches):
-        asked = ((places >= start) & (places < start + plan.batch)).flatten().nonzero().squeeze(1)   # pairs of it
         image = image.to(device)
+        asked = ((places >= start) & (places < start + plan.batch)).nonzero().squeeze(1)    # pairs with these images
         for view, (text, keep, _) in zip((image, image.flip(-1)), passes):         # (Q, T, D), (Q, T)
             keys_values = model.fusion_encoder.keys_values(model.image_encoder(view))
-            fitting = GATHERED // sum(one[0].nbytes for one in keys_values)
             lengths = keep.sum(1)                                                  # (Q,)
-            by_length = lengths[asked // places.shape[1]].argsort(stable=True)
-            for some in asked[by_length].split(max(1, min(PAIRS[device.type], fitting))):
-                query, column = some // places.shape[1], places.flatten()[some] - start
+            by_length = asked[lengths[asked // k].argsort(stable=True)]
+            fitting = GATHERED // sum(one[0].nbytes for one in keys_values)
+            for pairs in by_length.split(max(1, min(PAIRS[device.type], fitting))):
+                query, column = pairs // k, places[pairs] - start
                 longest = 8 * math.ceil(int(lengths[query].max()) / 8)             # slicing stops at T
                 logits = model.match(text[query, :longest], keep[query, :longest],
                                      [one[column] for one in keys_values]).float()
-                match[some] += (logits[:, 1] - logits[:, 0]) / len(passes)
-    return plan.workers.summed(match).view(places.shape)
-
-
-@torch.inference_mode()
-def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], plan: Plan,
-           features: Tensor | None = None) -> Found:
-    """Rank the gallery `paths` for every caption: by similarity, and the first k by matching.
-
-    `features` (G, 2, E) are those of `encode_gallery`, where they are known; they may lie in a file, and stay there.
-    """
-    images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
-    if plan.mirror:
-        passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
-    features = encode_gallery(model, images, plan) if features is None else features
-    # one product of queries and gallery is the mean of the passes' similarities
-    queries = torch.cat([feature for _, _, feature in passes], 1) / len(passes)    # (Q, passes * E)
-    gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
-    with torch.autocast(queries.device.type, enabled=False):
-        values, candidates = top_k(queries, gallery, max(plan.k, FIRST))           # (Q, K)
-    match = match_candidates(model, images, passes, candidates[:, :plan.k], plan)  # (Q, k)
-    return Found(queries, gallery, values.cpu(), candidates.cpu(), match.cpu())
+                match[pairs] += (logits[:, 1] - logits[:, 0]) / len(passes)
+    return plan.workers.summed(match).view(candidates.shape)
 
 
 def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]:
@@ -243,18 +236,20 @@ def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]
     return captions, query_ids, [record.path for record in source.records], gallery_ids
 
 
-def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, plan: Plan,
-             autocast: AbstractContextManager = nullcontext()) -> dict:
-    """Metrics on val by embeddings and, if the fusion encoder is trained (`fused`), re-ranked with the best weight.
+def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:
+    """The weight among WEIGHTS with the best `quality`, and its metrics; for val alone."""
+    results = {weight: found.metrics(query_ids, gallery_ids, found.reranked(weight)) for weight in WEIGHTS}
+    best = max(WEIGHTS, key=lambda weight: quality(results[weight]))
+    return best, results[best]
 
-    Checkpoints are compared by "quality": first `fused`, then the last stage. `autocast` is for the encoders alone.
-    """
+
+def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, plan: Plan) -> dict:
+    """Metrics on val by embeddings and, if the fusion encoder is trained (`fused`), re-ranked with the best weight."""
     captions, query_ids, paths, gallery_ids = queries_of(val)
     model.eval()
-    with autocast:
-        found = search(model, tokenizer, captions, paths, plan)
-    embedded, = found.metrics(query_ids, gallery_ids, found.candidates)
-    result = {"embeddings": embedded, "quality": [fused, quality(embedded)]}
+    found = search(model, tokenizer, captions, paths, plan)
+    embedded = found.metrics(query_ids, gallery_ids, found.candidates)
+    result = {"embeddings": embedded, "quality": [fused, quality(embedded)]}       # "quality" compares checkpoints
     if fused:
         weight, reranked = choose_weight(found, query_ids, gallery_ids)
         result |= {"reranked": reranked, "weight": weight, "quality": [fused, quality(reranked)]}

@@ -133,6 +133,8 @@ def test_a_second_call_goes_on_where_there_is_nothing_left_to_do(work):
         assert re.search(rf"Found out/{name}-tiny-s0/last.safetensors: going on after step (\d+) of \1\.", out)
     assert "val at step" not in out and f"{BEST} is ready" in out
     assert before == {path: path.read_bytes() for path in work.rglob("*.*") if path.is_file()}
+    (work / BEST).unlink()
+    assert "best.safetensors that is gone" in refused(work, "train.py", "--dataset", "icfg", *TINY)
 
 
 def test_no_resume_trains_again(work):

@@ -130,18 +130,6 @@ def test_what_is_drawn_is_the_text_alone(tmp_path, paint):
     assert pictures.fitted(wide, ImageFont.load_default(11), 96) == wide
 
 
-@pytest.mark.parametrize("named", ["..", "/etc", "elsewhere", "../elsewhere"])
-def test_a_checkpoint_leads_nowhere_else(tmp_path, model, tokenizer, named):
-    """The set that a file says it was trained on is read by itself only inside the working directory."""
-    work, outside = tmp_path / "work", tmp_path / "elsewhere"
-    work.mkdir(), outside.mkdir()
-    (work / "elsewhere").symlink_to(outside)
-    (outside / "test.json").write_text("[]")
-    save(work / "x.safetensors", model, tokenizer, named)
-    status, _, err = command(work, "evaluate.py", "--checkpoint", "x.safetensors")
-    assert status == 2 and "give --dataset" in err
-
-
 def test_facts_that_ask_for_a_giant_are_refused_before_it_is_made(tmp_path, model, tokenizer):
     for change in ({"embed": 10**6, "image_dim": 10**6}, {"positions": 10**9}, {"image_depth": -1}, {"width": "16"},
                    {"dropout": float("nan")}, {"image_heads": 0}):

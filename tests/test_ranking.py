@@ -56,7 +56,7 @@ def checked_metrics(scores, query_ids, gallery_ids) -> dict[str, float]:
     metrics = retrieval_metrics(scores, query_ids, gallery_ids)
     ranked = scores.argsort(dim=1, descending=True, stable=True)
     found = made(scores, scores[:, :0], ranked[:, :5])
-    assert found.metrics(query_ids, gallery_ids, found.candidates) == [pytest.approx(metrics, nan_ok=True)]
+    assert found.metrics(query_ids, gallery_ids, found.candidates) == pytest.approx(metrics, nan_ok=True)
     return metrics
 
 
@@ -75,7 +75,7 @@ def test_metrics_of_a_ranking_made_by_hand():
     expected = dict(zip(NAMES, (0, 50, 100, 100 * (8 / 15 + 1 / 7) / 2, 100 * (3 / 5 + 1 / 7) / 2)))
     ids = torch.tensor([1, 4]), torch.tensor([1, 2, 1, 3, 2, 1, 4])
     assert checked_metrics(scores, *ids) == pytest.approx(expected)
-    assert made(torch.zeros(2, 7), torch.zeros(2, 0)).metrics(*ids, ranks) == [pytest.approx(expected)]
+    assert made(torch.zeros(2, 7), torch.zeros(2, 0)).metrics(*ids, ranks) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("queries, gallery, levels, people",
@@ -141,7 +141,7 @@ def test_the_best_weight_is_chosen(metric):
         logits = torch.cat([logits, torch.tensor([[-1000.0, 1000], [1000, -1000]])], 1)
         gallery_ids = torch.tensor([0, 1, 0, 1])
     found = made(similarity, logits, torch.arange(len(gallery_ids)).expand(2, -1))
-    values = {weight: found.metrics(query_ids, gallery_ids, found.reranked(weight))[0] for weight in ranking.WEIGHTS}
+    values = {weight: found.metrics(query_ids, gallery_ids, found.reranked(weight)) for weight in ranking.WEIGHTS}
     best = max(value[metric] for value in values.values())
     assert [weight for weight, value in values.items() if value[metric] == best] == [8.0]
     assert choose_weight(found, query_ids, gallery_ids) == (8.0, values[8.0])
@@ -155,7 +155,7 @@ def test_r_at_1_decides_before_map_and_then_the_smallest_weight():
     similarity[0, :3], logits[0, :3] = torch.tensor([0.9, 0.8, 1.0]), torch.tensor([1.0, -10.0, 0.5])
     found = made(similarity, logits, torch.arange(20)[None])
     ids = torch.tensor([1]), torch.tensor([1, 1] + [0] * 18)
-    values = {weight: found.metrics(*ids, found.reranked(weight))[0] for weight in (0.0, 4.0, 64.0)}
+    values = {weight: found.metrics(*ids, found.reranked(weight)) for weight in (0.0, 4.0, 64.0)}
     assert [value["R@1"] for value in values.values()] == [100, 100, 0]
     assert [value["mAP"] for value in values.values()] == pytest.approx([55, 55, 350 / 6])
     assert choose_weight(found, *ids)[0] == 0.0

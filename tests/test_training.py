@@ -37,7 +37,6 @@ from mra.run.machine import (
     choose_precision,
     claimed,
 )
-from mra.run.stages import Lengths
 from mra.workers import Workers
 
 SIX = (*TINY, "--init", "none", "--steps", "6", "--evals", "2", "--batch", "4", "--log-every", "1", "--lr", "1e-2")
@@ -243,7 +242,8 @@ def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
 def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for world in (1, 2, 4):
-        assert stages.pretrainings(TrainConfig(), machine_of(0, world), on_source=True)[0].batch * world == 32
+        source, _ = stages.plan_stages(TrainConfig(init="scratch"), machine_of(0, world))
+        assert source.batch * world == 32
 
 
 def machine_of(rank: int, world: int) -> Machine:
@@ -575,8 +575,8 @@ def test_every_parameter_is_in_one_group(model):
     (dict(epochs=1, steps=2, evals=10), 10, 1, (2, 0, {1, 2})),                 # more evaluations than steps
 ])
 def test_the_plan_by_hand(settings, pairs, world, wanted):
-    plan = Lengths.of(TrainConfig(**settings), pairs, world)
-    assert (plan.steps, plan.fusion_from, plan.evals) == wanted
+    fit, fusion_from, evals = stages.plan_of(TrainConfig(**settings), pairs, world)
+    assert (fit.steps, fusion_from, evals) == wanted
 
 
 def test_the_best_checkpoint_is_kept(town, tmp_path, monkeypatch):
@@ -598,17 +598,14 @@ def test_device_and_precision(monkeypatch):
     assert choose_device("cpu") == cpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("") == cpu
-    for bad in ("cuda", "tpu"):
-        with pytest.raises(UserError, match=f"--device {bad}"):
-            choose_device(bad)
+    with pytest.raises(UserError, match="--device cuda"):
+        choose_device("cuda")
     for able in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able or including_emulation)
         assert choose_precision("", cpu) == choose_precision("", cuda) == ("bf16" if able else "float32")
     assert choose_precision("float32", cuda) == "float32"
     assert choose_precision("bf16", cpu) == "bf16"
-    with pytest.raises(UserError, match="--precision fp16"):
-        choose_precision("fp16", cpu)
 
 
 def test_the_log_has_the_means_since_the_last_line(tmp_path):

@@ -1,14 +1,14 @@
-"""What is saved: one safetensors file per checkpoint, its facts as JSON in the file's metadata, written atomically.
+"""Checkpoints: safetensors files with facts as JSON in their metadata. No pickle is used anywhere.
 
-`best.safetensors` holds the weights alone, chosen on val. Its facts hold the configuration, the vocabulary, the
-metrics, the seed and the versions, so evaluate.py and `--init` need no other file. `last.safetensors` also holds the
-optimiser's state, from which a run goes on. No pickle is used anywhere. Read next: machine.py, loop.py.
+`best.safetensors` holds the weights that are best on val. Its facts are the configuration, the vocabulary, the metrics
+and the versions, so evaluate.py and `--init` need no other file. `last.safetensors` also holds the optimiser's state,
+to resume from. Read next: machine.py, loop.py.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,9 @@ from mra.config import UserError
 from mra.data.files import replacing
 
 VERSIONS = {"torch": torch.__version__, "torchvision": version("torchvision")}
-RENAMED = ".to_memory.", ".to_keys_values."     # a name in older files, and what it is now
-NOT_WEIGHTS = "optimizer.", "average."          # the other tensors of last.safetensors begin with one of these
-INDICES = "relative_position_index"             # a Swin's table, which only older files hold
+RENAMED = ".to_memory.", ".to_keys_values."     # a part of names in older files, and what it is now
+NOT_WEIGHTS = "optimizer.", "average."          # beginnings of the names of other tensors in last.safetensors
+INDICES = "relative_position_index"             # tables of a Swin, which follow from its window; older files hold them
 
 
 def save(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -36,44 +36,31 @@ def save(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and facts of a checkpoint. Raises UserError for a file that is missing or not one of ours."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint.")
+    """Tensors and facts; no facts if `save` did not write the file. Raises UserError if it is missing or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("mra", "null"))
+            facts = dict(json.loads((file.metadata() or {}).get("mra", "{}")))
             tensors = {name.replace(*RENAMED): file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
+    except (safetensors.SafetensorError, TypeError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint ({error}); remove it or give another.") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"{path} holds no configuration: it was not written by train.py.")
     return tensors, facts
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a safetensors file was written by `save`; also for one that is missing or damaged, which `load` tells."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return "mra" in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
-        return True
-
-
-def newest(say: Callable = print) -> Path:
-    """The last written checkpoint under out/. Says so if a run beside it has not ended."""
+def newest(say: Callable) -> Path:
+    """The newest best.safetensors under out/. Says so if the run that writes it has not ended."""
     found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("There is no checkpoint under out/ yet; `python train.py --dataset icfg` makes one.")
     best = found[-1]
     last = best.with_name("last.safetensors")
-    if last.exists() and last.stat().st_mtime > best.stat().st_mtime:       # train.py ends by touching the best one
-        say(f"{last} is of a run that has not ended: {best.name} is its best so far, or of the run before.")
+    if last.exists() and last.stat().st_mtime > best.stat().st_mtime:       # train.py touches the best one at its end
+        say(f"{last} is of a run that has not ended: {best.name} is its best so far, or that of the run before.")
     return best
 
 
 @contextmanager
 def trusting(path: Path) -> Iterator[None]:
-    """Within it a file's facts are used unchecked. Raises UserError if they turn out to be incomplete or wrong."""
+    """Within it, a file's facts are used unchecked: errors of Python become a UserError that names the file."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
@@ -81,22 +68,21 @@ def trusting(path: Path) -> Iterator[None]:
 
 
 def config_of(kind: type, values: dict, tokenizer):
-    """A model's sizes, a `kind`, from a file. Raises TypeError or ValueError for sizes that no model has."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for name, value in given.items():
-        numbers = value if isinstance(value, tuple) else (value,)
+    """The configuration of a model, of class `kind`, from a file. Raises TypeError or ValueError for absurd sizes."""
+    given = {}
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
         if not all(0 <= number <= 1e6 for number in numbers):
             raise ValueError(f"{name} is {value!r}")
+        given[name] = tuple(value) if isinstance(value, list) else value
     config = kind(**given)
     if config.vocab != len(tokenizer):
         raise ValueError(f"vocab is {config.vocab}, and there are {len(tokenizer)} word pieces")
     return config
 
 
-# ---- weights
-
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name. A shared one, as of the tied word decoder, is there once."""
+    """The model's tensors by name. The tied table of word embeddings is there once."""
     return {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if not name.endswith(INDICES)}
 
@@ -107,15 +93,21 @@ def halves(model: nn.Module) -> dict[str, Tensor]:
 
 
 def digest(model: nn.Module) -> str:
-    """A short name for these very weights."""
+    """`digest_of` the model's weights."""
+    return digest_of(name.encode() + tensor.detach().float().cpu().numpy().tobytes()
+                     for name, tensor in sorted(weights(model).items()))
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """The first digits of the SHA-256 of these parts, one after another."""
     found = hashlib.sha256()
-    for name, tensor in sorted(weights(model).items()):
-        found.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    for part in parts:
+        found.update(part)
     return found.hexdigest()[:16]
 
 
 def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into the model. Raises UserError for a name or a shape that does not fit, or values not finite."""
+    """Copy weights into the model. Raises UserError for names or shapes that do not fit, or values not finite."""
     own = weights(model)
     given = {name: tensor for name, tensor in tensors.items()
              if not name.startswith(NOT_WEIGHTS) and not name.endswith(INDICES)}
@@ -130,8 +122,6 @@ def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) ->
             tensor.copy_(given[name])
 
 
-# ---- an unfinished training
-
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The weights, and the optimiser's state as `optimizer.<kind>.<parameter name>`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -140,13 +130,13 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
-    """Go back to what `state` returned. Raises UserError for weights that do not fit, KeyError for a missing moment."""
+    """Restore what `state` returned. Raises UserError for weights that do not fit, KeyError for a missing moment."""
     restore_weights(model, tensors, path)
     for name, parameter in model.named_parameters():
         step = tensors.get(f"optimizer.step.{name}")
-        if step is None:            # it had no gradient yet
+        if step is None:            # the parameter had no gradient yet
             continue
         optimizer.state[parameter] = {"step": step.to(parameter.device)}
-        for kind in ("exp_avg", "exp_avg_sq"):      # laid out in memory as the parameter is
-            moment = torch.empty_like(parameter)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = torch.empty_like(parameter)    # in the memory format of the parameter
             optimizer.state[parameter][kind] = moment.copy_(tensors[f"optimizer.{kind}.{name}"])

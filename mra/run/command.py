@@ -10,12 +10,12 @@ from dataclasses import fields
 from mra.config import UserError, check_values
 from mra.data.files import harmless
 
-# a part of the error, or its type, where memory was lacking or the system killed a process for it
+# parts of the error if memory was lacking, or if the system killed a process for it
 MEMORY = "MemoryError", "allocate memory", "out of memory", "DataLoader worker (pid", "BrokenProcessPool"
 
 
 def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callable = lambda config: {}):
-    """A configuration: `kind`'s defaults, `recipe_of` them, the flags given. Raises UserError for a wrong flag."""
+    """A configuration of class `kind`: a given flag overrides `recipe_of`, which overrides the defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
@@ -38,32 +38,32 @@ def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callab
         parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **takes)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    config = kind(**{**recipe_of(kind(**given)), **given})
+    config = kind(**recipe_of(kind(**given)) | given)
     check_values(config)
     return config
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main. A UserError becomes one sentence on standard error, and exit status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # SIGTERM acts like Ctrl-C
     try:
         main()
         if "LOCAL_RANK" in os.environ:      # the threads of torchrun's group must end before the interpreter does
-            import torch.distributed  # here, since processes that draw or load images do without it
+            import torch.distributed  # here: processes that draw or load images do not need it
             torch.distributed.destroy_process_group()
         return
     except KeyboardInterrupt:
         said, status = "Stopped; the same command goes on after what was saved last.", 130
-    except (UserError, OSError) as mistake:     # OSError: a folder that may not be written to
-        sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process wraps it in its traceback
+    except (UserError, OSError) as mistake:     # OSError: a folder that is locked or read-only
+        sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process adds its traceback
         said, status = f"error: {harmless(sentence)}", 2
     except (RuntimeError, MemoryError) as error:
         text = f"{type(error).__name__}: {error}".strip()
         if not any(sign in text for sign in MEMORY):
             raise
-        reason = text.splitlines()[-1]          # the last line of a loading process's traceback
-        said = (f"error: out of memory, or a helping process was killed ({harmless(reason)}); free some, or do less at "
-                "once: a smaller --batch, fewer --workers, or --recompute of adapt.py.")
+        reason = harmless(text.splitlines()[-1])        # the last line of a loading process's traceback
+        said = (f"error: out of memory, or a helping process was killed ({reason}); free some, or give a smaller "
+                "--batch, fewer --workers, or --recompute of adapt.py.")
         status = 2
     print(said, file=sys.stderr)
     sys.exit(status)

@@ -1,7 +1,7 @@
-"""Made once, and kept on disk as long as it would be made in the same way again.
+"""Results that are made once and kept on disk.
 
-Beside each result lies its key, readable JSON of all that decides it: branch.safetensors has branch.key.json. If
-today's key differs, the result is made anew, and what changed is named.
+Beside each result lies its key, JSON of all that decides it: branch.safetensors has branch.key.json. If the key of a
+run differs from it, the result is made anew, and the changes are printed.
 """
 
 import json
@@ -13,7 +13,7 @@ from mra.run.machine import Machine, claimed
 
 
 def kept(path: Path, key: dict, machine: Machine, make: Callable[[], None]) -> None:
-    """Call `make`, which writes `path`, unless that is there for the same key. No other run writes there meanwhile."""
+    """Call `make`, which writes `path`, unless `path` exists with this key. The folder is locked meanwhile."""
     with claimed(path.parent, machine):
         if is_kept(path, key, machine):
             machine.say(f"{path} is there.")
@@ -23,13 +23,12 @@ def kept(path: Path, key: dict, machine: Machine, make: Callable[[], None]) -> N
 
 
 def is_kept(path: Path, key: dict, machine: Machine) -> bool:
-    """Whether `path` is there for this key. If it is there for another, says what differs."""
+    """Whether `path` exists with this key. If it has another key, says what differs."""
     if not path.exists():
         return False
+    different = [f"it has no {key_file(path).name} that says how it was made"]
     if key_file(path).exists():
         different = changes(read_json(key_file(path)), key)
-    else:
-        different = [f"it has no {key_file(path).name} that says how it was made"]
     if different:
         machine.say(f"{path} is made anew: {'; '.join(different)}.")
     return not different
@@ -45,8 +44,8 @@ def key_file(path: Path) -> Path:
 
 
 def changes(before: dict, now: dict, within: str = "") -> list[str]:
-    """A sentence for every value of two keys that differs. A digest, whose name begins "content of", is not shown."""
-    now, found = json.loads(json.dumps(now)), []        # as `before`, which was read from a file
+    """A sentence for every value that differs between two keys. Digests, named "content of", are not shown."""
+    now, found = json.loads(json.dumps(now)), []        # `before` was read from a file: its tuples are lists
     for name in before | now:
         was, is_now = before.get(name, "nothing"), now.get(name, "nothing")
         if isinstance(was, dict) and isinstance(is_now, dict):

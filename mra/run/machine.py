@@ -1,8 +1,8 @@
 """Where a run computes: its device and precision, the processes of torchrun, and the threads of one process.
 
-If one process on the CPU has the whole step, two threads compute its two halves side by side. That is faster than
-sharing out every single operation. The threads exchange tensors as two processes do, so results depend neither on the
-number of cores nor, but for rounding, on whether the halves are threads or processes. Read next: loop.py.
+One process on the CPU computes the two halves of a step in two threads, which is faster than sharing out every single
+operation. Threads exchange tensors as processes do, so results do not depend on the number of cores, and only rounding
+differs between threads and processes. Read next: loop.py.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ from mra.config import UserError
 from mra.town import sets
 from mra.workers import Workers
 
-THREADS = 2     # that compute a step on the CPU; a fixed number, so that results do not depend on the cores
+THREADS = 2     # of a step on the CPU; a fixed number, so that results do not depend on the number of cores
 
 
 # ---- workers
@@ -61,21 +61,18 @@ class Threads(Workers):
         self.slots[self.rank] = x
         self.barrier.wait()
         parts = list(self.slots)
-        self.barrier.wait()             # nobody writes to the slots before all have read them
+        self.barrier.wait()             # all threads read the slots before one writes to them again
         return parts
 
 
 class OwnRandomness(TorchFunctionMode):
-    """Within it, PyTorch's dropout and multinomial draw from `draw` and not from PyTorch's own generator.
-
-    Dropout masks are cut from one long mask at random places: drawing each anew takes a seventh of a training step on
-    the CPU.
-    """
+    """Within it, dropout and multinomial draw from `draw`, and not from the generator that all threads share."""
 
     def __init__(self, draw: torch.Generator):
         super().__init__()
         self.draw, self.places = draw, random.Random(draw.initial_seed())
-        self.masks: dict[float, Tensor] = {}        # for each rate a long mask
+        # for each rate one long mask, from which all are cut: drawing each anew takes a seventh of a step on the CPU
+        self.masks: dict[float, Tensor] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -101,23 +98,23 @@ class OwnRandomness(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes. Only the process of rank 0 says anything."""
+    """Where and how a run computes."""
 
     device: torch.device
     precision: str
     workers: Workers        # the processes
-    compiles: bool = False  # networks are compiled: no threads, and random numbers are PyTorch's own
+    compiles: bool = False  # networks are compiled; this excludes threads and OwnRandomness
     cores: int = os.cpu_count() or 1
 
     @staticmethod
     def of(device: str, precision: str, compiles: bool = False) -> "Machine":
-        """The machine that the flags --device and --precision ask for. Raises UserError if there is none."""
-        place, workers = choose_device(device), Workers()
+        """The machine for the flags --device and --precision. Raises UserError for a missing CUDA device."""
+        chosen, workers = choose_device(device), Workers()
         if "LOCAL_RANK" in os.environ:        # started by torchrun
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
-                                    timeout=timedelta(hours=2))        # rank 0 draws sets while the others wait
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=2))        # the others wait while rank 0 draws sets
             workers = Processes()
-        return Machine(place, choose_precision(precision, place), workers, compiles)
+        return Machine(chosen, choose_precision(precision, chosen), workers, compiles)
 
     @property
     def rank(self) -> int:
@@ -125,11 +122,10 @@ class Machine:
 
     @property
     def world(self) -> int:
-        """The number of processes."""
         return self.workers.count
 
     def say(self, *words) -> None:
-        """Print, in the process of rank 0 alone."""
+        """Print, in rank 0 alone."""
         if self.rank == 0:
             print(*words)
 
@@ -137,35 +133,30 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def generator(self, *seeds: int) -> torch.Generator:
-        """Random numbers on this device that depend on these seeds alone."""
+        """A generator on this device, seeded by all these numbers."""
         return torch.Generator(self.device).manual_seed(hash(seeds) % 2**62)
 
     def randomness(self, draw: torch.Generator) -> AbstractContextManager:
-        """Within it, all that is random in a worker's step depends on `draw`, from which its loss draws.
-
-        PyTorch's dropout and multinomial draw from one generator that threads share. On the CPU they draw from `draw`
-        instead. On a GPU, and in a compiled network, since the compiler would trace `OwnRandomness`, there are no
-        threads, and PyTorch's generator is seeded as `draw` was.
-        """
-        if self.device.type == "cpu" and not self.compiles:
+        """Within it, all randomness of a worker's step depends on the seed of `draw`."""
+        if self.device.type == "cpu" and not self.compiles:     # the compiler would trace OwnRandomness
             return OwnRandomness(draw)
         torch.manual_seed(draw.initial_seed())
         return nullcontext()
 
     def first(self, make: Callable[[], object]) -> None:
-        """Let the process of rank 0 make something on disk while the others wait."""
+        """Let rank 0 make something on disk while the other processes wait."""
         if self.rank == 0:
             make()
-        self.any(False)         # returns once all processes have come here
+        self.any(False)         # a barrier
 
     def any(self, asked: bool) -> bool:
-        """Whether it is true in any process. So all of them stop after the same step."""
+        """Whether `asked` is true in any process."""
         if self.world == 1:
             return asked
         return bool(self.workers.summed(torch.tensor(float(asked), device=self.device)))
 
     def map(self, function: Callable, items: Iterable) -> list:
-        """`function` of each item; on the CPU in THREADS threads at once."""
+        """`function` of each item; the CPU computes THREADS of them at a time."""
         if self.device.type != "cpu":
             return [function(item) for item in items]
         threads = torch.get_num_threads()
@@ -176,12 +167,9 @@ class Machine:
             torch.set_num_threads(threads)
 
     def step_workers(self, batch: int, network: nn.Module) -> list[Workers]:
-        """Who computes this process's share of a step, `batch` samples: threads on the CPU, else the process itself.
-
-        There are threads if one process has the whole step, its samples can be halved, no batch norm has to see all of
-        them, and the network is not compiled; see `randomness`.
-        """
+        """The workers of this process's `batch` samples of a step: threads on the CPU, else the process itself."""
         halves = self.device.type == "cpu" and self.world == 1 and not self.compiles and batch % THREADS == 0
+        # a batch norm must see all samples at once
         if not halves or any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
             return [self.workers]
         slots, barrier = [None] * THREADS, threading.Barrier(THREADS)
@@ -190,14 +178,12 @@ class Machine:
 
 @cache
 def pool() -> ThreadPoolExecutor:
-    """Threads for the whole run: new ones would begin each step without memory of their own, which costs a seventh."""
+    """The threads of the whole run. New threads in each step would allocate memory anew, a seventh of its time."""
     return ThreadPoolExecutor(THREADS)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that was asked for; by default cuda if there is one, else the CPU."""
-    if name not in ("", "cpu", "cuda"):
-        raise UserError(f"--device {name}: give cpu or cuda.")
+    """The device of --device. Without the flag: cuda if there is one, else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; leave the flag out to run on the CPU.")
     if name == "cpu" or not torch.cuda.is_available():
@@ -210,47 +196,42 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision that was asked for; by default bf16 if the device has instructions for it, else float32."""
-    if name not in ("", "float32", "bf16"):
-        raise UserError(f"--precision {name}: give float32 or bf16.")
+    """The precision of --precision. Without the flag: bf16 if the device has instructions for it, else float32."""
     if name:
         return name
+    able = torch.cpu.get_capabilities().get("avx512_bf16", False)
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return "bf16" if able else "float32"
 
 
 # ---- folders and signals
 
-def drawn(dataset: str, tiny: bool, machine: Machine) -> Path:
-    """The folder of the demo town; rank 0 draws the set where it is missing."""
+def root_of(given: str, dataset: str, tiny: bool, machine: Machine) -> Path:
+    """The folder `given` by --data-root. Without the flag: that of the demo town, where rank 0 draws a missing set."""
+    if given:
+        return Path(given)
     machine.first(lambda: sets.ready(dataset, tiny, machine.say))
     return sets.root(tiny)
 
 
-class Busy(UserError):
-    """Another run writes to the folder: the study, of which several processes share out the runs, takes the next."""
-
-
 @contextmanager
 def claimed(folder: Path, machine: Machine) -> Iterator[None]:
-    """Within it, no other run writes to this folder, which is made. Raises Busy if one does already."""
+    """Make the folder and lock it against other runs. Raises BlockingIOError if another run has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:       # the system releases it, however this process ends
-        os.register_at_fork(after_in_child=lock.close)      # a loading process may outlive this one for some seconds
+    with open(folder / ".lock", "w") as lock:       # the system releases the lock, however this process ends
+        os.register_at_fork(after_in_child=lock.close)      # a loading process may live some seconds longer
         try:
             if machine.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Busy(f"{folder}: another run is writing there; wait for it to end.") from error
+            raise BlockingIOError(f"{folder}: another run is writing there; wait for it to end.") from error
         yield
 
 
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """Within it SIGINT and SIGTERM set the event, for a loop to stop after its step; a second SIGINT stops at once."""
+    """Within it, SIGINT and SIGTERM set the event, and the loop stops after its step. A second SIGINT stops at once."""
     asked = threading.Event()
 
     def ask(*_) -> None:

@@ -1,11 +1,10 @@
-"""The stages of train.py: where one starts from, how long it is, and what must stay the same to go on with it."""
+"""The stages of train.py: which model each starts from, how long it is, and what must stay the same to resume it."""
 
-import hashlib
 import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,56 +16,46 @@ from mra.data.tokenizer import Tokenizer
 from mra.formats.read import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
-from mra.run.loop import Loop
 from mra.run.machine import Machine
 from mra.weights import retrievers
 
-# flags that are not compared as they are when a run goes on. In place of --batch the key has the pairs of a step, in
-# place of paths the content of weights, vocabulary and records; the loop adds the precision that was chosen.
+# Flags that are not in a run's key. The key holds the pairs of a step in place of --batch, and digests of weights,
+# vocabulary and records in place of paths. The loop adds the precision.
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
 SHIPPED = Path(__file__).parents[1] / "weights/shipped"
-OF_PRETRAINING = "bert", "vit", "vocab", "regions", "beta"       # flags that only matter before
+OF_PRETRAINING = "bert", "vit", "vocab", "regions", "beta"      # flags that matter in pretraining alone
+SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
 ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
-# ---- where a stage starts from
+def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
+    """The stages of a call: each starts from the best checkpoint of the one before.
 
-def shipped(config: TrainConfig) -> Path | None:
-    """The shipped retriever, pretrained on the drawn source, where a fine-tuning may start from it.
-
-    --init scratch, a flag that shapes the pretraining, and a preset that none is shipped for ask for another one.
+    Before a fine-tuning on the demo town stand the source and, if there is one, the adapted set. The shipped retriever
+    replaces the source unless a flag asks for another pretraining.
     """
-    path = Path(os.path.relpath(SHIPPED / f"{config.preset}.safetensors"))
-    shaped = any(getattr(config, name) != getattr(TrainConfig(), name) for name in OF_PRETRAINING)
-    return None if config.init or shaped or not path.exists() else path
-
-
-def pretrainings(config: TrainConfig, machine: Machine, on_source: bool) -> list[TrainConfig]:
-    """The stages before a fine-tuning on the demo town: on the source, then on the adapted set where there is one."""
-    shared = {name: getattr(config, name) for name in (
-        "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING)}
-    usual = recipe("sda", config.preset)
-    batch = max(2, usual["batch"] // machine.world)         # as many pairs in all processes together
-    source = TrainConfig(**usual | shared | {"dataset": "sda", "batch": batch})
-    found, adapted = [], adapted_set(config)
-    if on_source:
-        found.append(source)
-    if adapted is not None:
-        found.append(replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
-    return found
-
-
-def going_on(config: TrainConfig, best: Path) -> TrainConfig:
-    """The configuration of a stage that starts from another one's checkpoint, which has its own vocabulary."""
-    return replace(config, init=str(best), bert="", vit="", vocab="")
+    if config.init not in PRETRAINED or pretrains(config.dataset):
+        return [config]
+    config = replace(config, out=config.out or default_out(config))
+    flags = recipe("sda", config.preset) | {name: getattr(config, name) for name in SHARED}
+    batch = max(2, flags["batch"] // machine.world)     # a step has the same pairs with any number of processes
+    source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
+    plan, adapted = [source, config], adapted_set(config)
+    if adapted:
+        plan.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
+    shipped = Path(os.path.relpath(SHIPPED / f"{config.preset}.safetensors"))
+    usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
+    if usual and shipped.exists():
+        plan[:2] = [replace(plan[1], init=str(shipped))]
+    return plan
 
 
 def adapted_set(config: TrainConfig) -> Path | None:
-    """The set that adapt.py made for this target, if there is one. Raises UserError for one that is unfinished."""
+    """The set that adapt.py made for this target, if there is one. Raises UserError for an unfinished one."""
     if config.dataset not in DATASETS:
         return None
     made = Path("out/sda") / (config.dataset if config.preset == "demo" else f"{config.dataset}-{config.preset}")
@@ -81,7 +70,7 @@ def check_whole(folder: Path) -> None:
 
 
 def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokenizer, str]:
-    """The model to start from, its tokenizer, and what it was pretrained on."""
+    """The model to start from, its tokenizer, and the set that it was pretrained on."""
     torch.manual_seed(config.seed)
     if config.init in FROM_NOTHING:
         machine.say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
@@ -89,18 +78,18 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokeni
         return model.to(machine.device), tokenizer, "nothing"
     model, tokenizer, facts = retrievers.load_retriever(Path(config.init), machine.device, config.vocab)
     was = facts["train"]["preset"]
-    if was != config.preset:
-        if was not in PRESETS or retrievers.with_size(PRESETS[was], PRESETS[config.preset]) != PRESETS[config.preset]:
-            raise UserError(f"{config.init} was trained with --preset {was}; say so here too.")
+    if {was, config.preset} == {"swin-224", "swin"}:        # they differ in the size of the images alone
         model = retrievers.resized(model, PRESETS[config.preset]).to(machine.device)
+    elif was != config.preset:
+        raise UserError(f"{config.init} was trained with --preset {was}; give the same here.")
     trained_on = facts["train"]["dataset"] or "an unnamed set"
     machine.say(f"Starting from {config.init}, trained on {harmless(trained_on)}.")
     return model, tokenizer, trained_on
 
 
 def default_out(config: TrainConfig) -> str:
-    """out/<dataset>-<preset>-s<seed>, and what else sets this run apart: no regions, where it started from."""
-    name = config.dataset
+    """out/<dataset>-<preset>-s<seed>, then `noregions`, what the run starts from, and `adapted`, where they apply."""
+    name, fine_tunes = config.dataset, not pretrains(config.dataset)
     if name not in DATASETS:
         name = "-".join(Path(name).resolve().parts[-2:])
     parts = [name, config.preset, f"s{config.seed}"]
@@ -108,89 +97,47 @@ def default_out(config: TrainConfig) -> str:
         parts.append("noregions")
     if config.init not in FROM_NOTHING:
         parts += ["from", Path(config.init).resolve().parent.name]
-    elif config.init and not pretrains(config.dataset):
+    elif config.init and fine_tunes:
         parts.append(config.init)
-    if config.init in PRETRAINED and not pretrains(config.dataset) and adapted_set(config):
+    if config.init in PRETRAINED and fine_tunes and adapted_set(config):
         parts.append("adapted")
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
-# ---- how long a stage is, and how it is trained
-
-@dataclass(frozen=True)
-class Lengths:
-    """The lengths of a stage, from its configuration and the number of pairs."""
-
-    steps: int
-    fusion_from: int        # first step with ITM and MLM
-    evals: frozenset[int]   # steps after which val is evaluated; the last step is one
-
-    @staticmethod
-    def of(config: TrainConfig, pairs: int, world: int) -> "Lengths":
-        steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
-        evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
-        return Lengths(steps, round(config.fusion_from * steps), frozenset(evals | {steps}))
-
-
-def fit_of(config: TrainConfig, steps: int, world: int) -> Fit:
-    """How the loop trains the retriever: AdamW with the paper's betas, no average of the weights."""
-    return Fit(steps, config.batch * world, config.lr, config.warmup, (0.9, 0.98), config.weight_decay, config.clip,
-               average=0.0, accumulate=config.accumulate)
+def plan_of(config: TrainConfig, pairs: int, world: int) -> tuple[Fit, int, frozenset[int]]:
+    """How the loop trains, the first step with ITM and MLM, and the steps after which val is evaluated."""
+    steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
+    fit = Fit(steps, config.batch * world, config.lr, config.warmup, betas=(0.9, 0.98),
+              weight_decay=config.weight_decay, clip=config.clip, average=0.0, accumulate=config.accumulate)
+    evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
+    return fit, round(config.fusion_from * steps), frozenset({*evals, steps})
 
 
 def groups(model: Retriever, config: TrainConfig) -> list[dict]:
-    """Four groups of parameters: encoders and new heads, each with weight decay (matrices) and without (the rest)."""
+    """Parameter groups: encoders and new heads, each split into matrices with weight decay and the rest without."""
     members = {(head, decay): [] for head in (False, True) for decay in (False, True)}
     for name, parameter in model.named_parameters():
         members[name.startswith(model.new_parts), parameter.ndim >= 2].append(parameter)
-    found = []
-    for (head, decay), parameters in members.items():
-        found.append({"params": parameters, "peak": config.lr * (config.head_lr if head else 1),
-                      "weight_decay": config.weight_decay if decay else 0.0})
-    return found
+    return [{"params": parameters, "peak": config.lr * (config.head_lr if head else 1),
+             "weight_decay": config.weight_decay if decay else 0.0} for (head, decay), parameters in members.items()]
 
-
-# ---- what is said of a run
 
 def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: Tokenizer,
            sets_used: list[RecordSet]) -> dict:
-    """All that must be the same for a run to go on, by the name to tell the user."""
+    """All that must stay the same to resume a run, by the names that the user reads."""
     key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in NOT_AS_GIVEN}
     key["--dataset"] = config.dataset if config.dataset in DATASETS else "a folder"
     key["--batch x processes"] = config.batch * machine.world
     key["content of the first weights (--init, --bert, --vit)"] = checkpoint.digest(model)
-    key["content of the vocabulary"] = short(json.dumps(tokenizer.pieces).encode())
-    key["content of the adapted set"] = made_by(config.dataset)
+    key["content of the vocabulary"] = checkpoint.digest_of([json.dumps(tokenizer.pieces).encode()])
+    report = Path(config.dataset) / "report.json"           # adapt.py wrote it
+    key["content of the adapted set"] = checkpoint.digest_of([report.read_bytes()]) if report.is_file() else ""
     for one in sets_used:
-        key[f"content of the {one.split} records"] = digest_of(one)
+        inside = len(os.path.commonprefix([record.path for record in one.records]))         # the folder may be moved
+        key[f"content of the {one.split} records"] = checkpoint.digest_of(
+            repr((record.path[inside:], record.captions, record.identity, record.boxes, record.phrases)).encode()
+            for record in one.records)
     return key
-
-
-def digest_of(used: RecordSet) -> str:
-    """A short name for what the records say, wherever the folder of their images lies."""
-    inside = len(os.path.commonprefix([record.path for record in used.records]))
-    found = hashlib.sha256()
-    for record in used.records:
-        found.update(repr((record.path[inside:], record.captions, record.identity, record.boxes,
-                           record.phrases)).encode())
-    return found.hexdigest()[:16]
-
-
-def facts_of(config: TrainConfig, machine: Machine, pretrained_on: str, pairs: int) -> dict:
-    """What a checkpoint says of its run."""
-    return {"train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on, "pairs": pairs,
-            "adapted": made_by(config.dataset), "processes": machine.world, "versions": checkpoint.VERSIONS}
-
-
-def made_by(dataset: str) -> str:
-    """A short name for what adapt.py's report says of a set; empty where there is none."""
-    report = Path(dataset) / "report.json"
-    return short(report.read_bytes()) if report.is_file() else ""
-
-
-def short(content: bytes) -> str:
-    """A short name for this content."""
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def describe(result: dict) -> str:
@@ -199,10 +146,8 @@ def describe(result: dict) -> str:
     return ", ".join(f"{stage} R@1 {result[stage]['R@1']:.2f} mAP {result[stage]['mAP']:.2f}" for stage in stages)
 
 
-# ---- checks
-
 def check(config: TrainConfig) -> None:
-    """Raise UserError for flags that do not go together, or files that are not there."""
+    """Raise UserError for flags that exclude each other, or missing files."""
     fresh = config.init in FROM_NOTHING
     if PRESETS[config.preset].bins and config.batch < 2:
         raise UserError(f"--batch {config.batch}: the swin presets normalise over the batch; give 2 or more.")
@@ -212,18 +157,6 @@ def check(config: TrainConfig) -> None:
     if not fresh and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if (config.bert or config.vit) and not fresh:
-        raise UserError("--bert and --vit start a new model, --init goes on with one as it is.")
+        raise UserError("--bert and --vit start a new model, --init continues one: give one or the other.")
     if config.data_root and config.init in PRETRAINED and not (config.check or pretrains(config.dataset)):
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
-
-
-def check_best(loop: Loop, best: Path) -> None:
-    """Raise UserError where a run would go on without its best checkpoint, or its quality is damaged."""
-    if not loop.results:
-        return
-    with checkpoint.trusting(loop.task.state):
-        if not all(isinstance(part, bool | float) for part in loop.results["best"]["quality"]):
-            raise ValueError(f"quality is {loop.results['best']['quality']!r}")
-    if not best.exists():
-        raise UserError(f"{loop.task.state} goes on from a {best.name} that is gone: put it back, or give --no-resume "
-                        "to start over.")

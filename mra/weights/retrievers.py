@@ -171,7 +171,10 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
 
     It is told by its content. All but ours have their vocabulary in `vocab`, or beside the file.
     """
-    if path.is_dir() or path.suffix != ".safetensors" or not checkpoint.is_ours(path):
+    facts = {}
+    if path.suffix == ".safetensors" and not path.is_dir():
+        tensors, facts = checkpoint.load(path)
+    if not facts:
         tensors = read(path)
         if any(name.endswith(CLIP_SIGNS) for name in tensors):
             model, tokenizer = start_clip(PRESETS["clip"], path, vocab)
@@ -184,7 +187,6 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         return model.to(device).eval(), tokenizer, facts
     if vocab:
         raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
-    tensors, facts = checkpoint.load(path)
     with checkpoint.trusting(path):
         if facts["model"].get("clip"):
             tokenizer = ClipTokenizer(facts["vocab"], facts["merges"], path)

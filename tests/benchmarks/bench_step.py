@@ -93,7 +93,8 @@ def training(preset: str, now: bool):
         terms = model(share.batch, objective)
         return losses.total(terms, config.beta), terms
 
-    fit = dataclasses.replace(stages.fit_of(config, 10**6, 1), batch=min(config.batch, len(dataset)))
+    fit = dataclasses.replace(stages.plan_of(config, len(dataset), 1)[0], steps=10**6,
+                              batch=min(config.batch, len(dataset)))
     own = loops.Loop(loops.Task("", model, fit, 0, groups=stages.groups(model, config)), loss_of, machine)
     if not now:
         own.workers = [machine.workers]

@@ -380,11 +380,7 @@ class Whole:
             if dataclasses.asdict(self.model.config) == said["model"]:
                 stages.load_model(TrainConfig(preset="tiny", init=str(path)), MACHINE)
 
-        def go_on() -> None:
-            loop = self.loop(path)
-            stages.check_best(loop, path.parent)
-
-        return {"best": ask, "last": go_on,
+        return {"best": ask, "last": lambda: self.loop(path),
                 "gallery": lambda: gallery.encode(self.folder / "photos", self.model, path, Plan(0, batch=4),
                                                   say=lambda line: None),
                 "base": lambda: read_base(path)[0].read(["a man"]),
@@ -413,7 +409,7 @@ def whole_files(folder: Path) -> Whole:
     gallery.encode(folder / "photos", model.eval(), folder / "valid.gallery", Plan(0, batch=4), say=lambda line: None)
     whole.files.update({
         "best": (own, facts),
-        "last": (checkpoint.state(model, loop.optimizer), {"key": loop.key, "step": 3,
+        "last": (checkpoint.state(model, loop.optimizer), {"key": loop.key, "step": 3, "evaluated": False,
                                                            "results": {"val": result, "best": result}}),
         "gallery": checkpoint.load(folder / "valid.gallery"),
         "base": (checkpoint.weights(base), {"size": dataclasses.asdict(base.config), "vocab": tokenizer.pieces,

@@ -36,7 +36,7 @@ from mra.run import checkpoint, networks
 from mra.run.command import run
 from mra.run.kept import changes
 from mra.run.loop import Loop, Share, Task
-from mra.run.machine import Machine, claimed, drawn
+from mra.run.machine import Machine, claimed, root_of
 from mra.show import pictures
 from mra.town import sets
 from mra.town.drawing import DOMAINS, Pose
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", metavar="OUT", help="folders of sets that adapt.py made")
     parser.add_argument("--train-reader", action="store_true", help="train the reader of attributes and cameras")
     parser.add_argument("--size", default="demo", choices=READERS, help="size of the reader to train")
-    parser.add_argument("--device", default="", help="cuda or cpu; empty: cuda where there is one")
-    parser.add_argument("--precision", default="", help="of the reader's training: float32 or bf16")
+    parser.add_argument("--device", default="", choices=("cuda", "cpu"), help="empty: cuda where there is one")
+    parser.add_argument("--precision", default="", choices=("float32", "bf16"), help="of the reader's training")
     given = parser.parse_args()
     if not given.sets and not given.train_reader:
         parser.error("give the folder of a set, or --train-reader")
@@ -126,7 +126,7 @@ class AdaptedSet:
             if DIFFUSION_PRESETS[config.size].stable:
                 raise UserError(f"{out} is not made from the demo town, for which there is no --size {config.size}.")
         base = trained_base(config, machine)
-        root = drawn(config.target, config.size == "tiny", machine)
+        root = root_of("", config.target, config.size == "tiny", machine)
         records = share_of(load(config.target, "train", root, say=machine.say), config.share)
         target = networks.Target.of(config, records, base)
         # before anything would be trained anew

@@ -45,7 +45,7 @@ from mra.formats.read import load
 from mra.run import checkpoint
 from mra.run.command import parse
 from mra.run.kept import is_kept, remember
-from mra.run.machine import Busy, Machine, choose_device, claimed
+from mra.run.machine import Machine, choose_device, claimed
 from mra.town import sets
 from mra.weights.retrievers import load_retriever
 from tests.study import charts, comparisons
@@ -163,7 +163,7 @@ def main() -> None:
             told = f"{number}/{len(runs)}: {one.name}"
             try:
                 make(one, out, told, machine)
-            except Busy:
+            except BlockingIOError:
                 print(f"{told} is being made by another process.", flush=True)
     report(out, of_kind(runs[0]))
 
@@ -201,7 +201,7 @@ def plan(config: StudyConfig) -> Iterator[Run]:
 
 
 def make(one: Run, out: Path, told: str, machine: Machine) -> None:
-    """Make a run unless it is finished. Its checkpoints go once run.json holds the results. Raises Busy."""
+    """Make a run unless it is finished. Its checkpoints go once run.json holds the results. Raises BlockingIOError."""
     folder = out / one.name
     with claimed(folder, machine):
         if not is_kept(folder / "run.json", one.key, machine):
@@ -313,14 +313,14 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
         split = load(target, "test", root, say=quiet)
         captions, query_ids, paths, gallery_ids = ranking.queries_of(split)
         found = ranking.search(model, tokenizer, captions, paths, ranking.Plan(model.config.rerank))
-        orders = found.candidates, found.reranked(facts["val"].get("weight", 0.0))
+        weight = facts["val"].get("weight", 0.0)
         of_twins = of_twins_in(split, root / sets.FOLDERS[target] / "town.json")
-        every = found.metrics(query_ids, gallery_ids, *orders)
-        twins = found.metrics(query_ids.where(of_twins, -1), gallery_ids, *orders)      # -1 has no match: not counted
-        rest = found.metrics(query_ids.where(~of_twins, -1), gallery_ids, *orders)
         results[target] = {}
-        for i, stage in enumerate(("embeddings", "re-ranked")):
-            results[target][stage] = every[i] | {"twins R@1": twins[i]["R@1"], "rest R@1": rest[i]["R@1"]}
+        for stage, order in (("embeddings", found.candidates), ("re-ranked", found.reranked(weight))):
+            twins = found.metrics(query_ids.where(of_twins, -1), gallery_ids, order)    # -1 has no match: not counted
+            rest = found.metrics(query_ids.where(~of_twins, -1), gallery_ids, order)
+            results[target][stage] = found.metrics(query_ids, gallery_ids, order) | {
+                "twins R@1": twins["R@1"], "rest R@1": rest["R@1"]}
     return results
 
 
