@@ -23,7 +23,6 @@ from mra.config import EvalConfig, UserError
 from mra.data.files import harmless, write_json
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
-from mra.data.words import clean
 from mra.formats import read
 from mra.formats.read import DATASETS
 from mra.retriever import Retriever
@@ -105,7 +104,7 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
     for dataset in config.dataset:
         started = time.perf_counter()
         source = load(config, facts, dataset, machine)
-        captions, query_ids, paths, gallery_ids = ranking.queries_of(source)
+        captions, query_ids, paths, gallery_ids = ranking.queries_of(source, tokenizer)
         with machine.autocast():        # similarities and scores stay in float32
             found = ranking.search(model, tokenizer, captions, paths, plan)
         last = found.reranked(config.weight)
@@ -138,7 +137,7 @@ def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retr
             paths, features, left_out = gallery.encode(Path(config.gallery), model, cache, plan)
         else:
             paths = [record.path for record in load(config, facts, dataset, machine).records]
-        cleaned = [clean(sentence, dataset) for sentence in asked]
+        cleaned = [tokenizer.clean(sentence, dataset) for sentence in asked]
         found = ranking.search(model, tokenizer, cleaned, paths, plan, features)
     last = found.reranked(config.weight)
     answers = gallery.answer(model, tokenizer, asked, paths, found, last, folder / "query.png")

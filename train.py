@@ -92,7 +92,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
         """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM) of one worker's pairs."""
         objective = Objective(share.step >= fusion_from, config.smoothing, config.eda,
-                              partial(contrastive.contrastive, workers=share.workers),
+                              partial(contrastive.CONTRASTIVE[config.contrastive], workers=share.workers),
                               partial(contrastive.mean_where, workers=share.workers))
         terms = step_model(share.batch.to(machine.device), objective)
         return losses.total(terms, config.beta), terms

@@ -20,7 +20,7 @@ from mra.data.batches import loader
 from mra.data.files import open_image
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer, pad
-from mra.data.words import clean, swap_left_right
+from mra.data.words import swap_left_right
 from mra.retriever import Retriever
 from mra.workers import Workers
 
@@ -228,9 +228,9 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     return plan.workers.summed(match).view(candidates.shape)
 
 
-def queries_of(source: RecordSet) -> tuple[list[str], Tensor, list[str], Tensor]:
+def queries_of(source: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
     """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query."""
-    captions = [clean(caption, source.name) for record in source.records for caption in record.captions]
+    captions = [tokenizer.clean(caption, source.name) for record in source.records for caption in record.captions]
     query_ids = torch.tensor([record.identity for record in source.records for _ in record.captions])
     gallery_ids = torch.tensor([record.identity for record in source.records])
     return captions, query_ids, [record.path for record in source.records], gallery_ids
@@ -245,7 +245,7 @@ def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple
 
 def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, plan: Plan) -> dict:
     """Metrics on val by embeddings and, if the fusion encoder is trained (`fused`), re-ranked with the best weight."""
-    captions, query_ids, paths, gallery_ids = queries_of(val)
+    captions, query_ids, paths, gallery_ids = queries_of(val, tokenizer)
     model.eval()
     found = search(model, tokenizer, captions, paths, plan)
     embedded = found.metrics(query_ids, gallery_ids, found.candidates)

@@ -273,7 +273,7 @@ def test_a_fine_tuning_starts_from_the_shipped_retriever(work, tmp_path, monkeyp
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     shutil.copy(made, shipped / "tiny.safetensors")
-    monkeypatch.setattr(stages, "SHIPPED", shipped)
+    monkeypatch.setattr(checkpoint, "SHIPPED", shipped)
     one = (*TINY, "--steps", "1", "--dataset", "icfg")
     out = succeed(work, "train.py", *one, "--seed", "5")
     assert "Stage" not in out and re.search(r"^Starting from \S*shipped/tiny.safetensors, trained on sda", out, re.M)

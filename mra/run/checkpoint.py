@@ -22,6 +22,7 @@ from mra.config import UserError
 from mra.data.files import replacing
 
 VERSIONS = {"torch": torch.__version__, "torchvision": version("torchvision")}
+SHIPPED = Path(__file__).parents[1] / "weights/shipped"
 RENAMED = ".to_memory.", ".to_keys_values."     # a part of names in older files, and what it is now
 NOT_WEIGHTS = "optimizer.", "average."          # beginnings of the names of other tensors in last.safetensors
 INDICES = "relative_position_index"             # tables of a Swin, which follow from its window; older files hold them
@@ -46,11 +47,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, facts
 
 
+def shipped(preset: str) -> Path:
+    """Where a retriever of this preset would lie that was pretrained on the drawn source; there is one for demo."""
+    return Path(os.path.relpath(SHIPPED / f"{preset}.safetensors"))
+
+
 def newest(say: Callable) -> Path:
-    """The newest best.safetensors under out/. Says so if the run that writes it has not ended."""
+    """The newest best.safetensors under out/, or else the shipped one. Says so if the run has not ended."""
     found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError("There is no checkpoint under out/ yet; `python train.py --dataset icfg` makes one.")
+        say("There is no checkpoint under out/ yet, so this is the shipped retriever.")
+        return shipped("demo")
     best = found[-1]
     last = best.with_name("last.safetensors")
     if last.exists() and last.stat().st_mtime > best.stat().st_mtime:       # train.py touches the best one at its end

@@ -22,10 +22,9 @@ from mra.weights import retrievers
 # Flags that are not in a run's key. The key holds the pairs of a step in place of --batch, and digests of weights,
 # vocabulary and records in place of paths. The loop adds the precision.
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
-              "dataset", "data_root", "init", "bert", "vit", "vocab"}
+              "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
-SHIPPED = Path(__file__).parents[1] / "weights/shipped"
-OF_PRETRAINING = "bert", "vit", "vocab", "regions", "beta"      # flags that matter in pretraining alone
+OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"      # flags that matter in pretraining alone
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
@@ -47,7 +46,7 @@ def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     plan, adapted = [source, config], adapted_set(config)
     if adapted:
         plan.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
-    shipped = Path(os.path.relpath(SHIPPED / f"{config.preset}.safetensors"))
+    shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
     if usual and shipped.exists():
         plan[:2] = [replace(plan[1], init=str(shipped))]
@@ -73,8 +72,9 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokeni
     """The model to start from, its tokenizer, and the set that it was pretrained on."""
     torch.manual_seed(config.seed)
     if config.init in FROM_NOTHING:
-        machine.say(f"Starting from {' and '.join(filter(None, (config.bert, config.vit))) or 'random weights'}.")
-        model, tokenizer = retrievers.start(PRESETS[config.preset], config.bert, config.vit, config.vocab)
+        given = " and ".join(filter(None, (config.bert, config.vit, config.clip)))
+        machine.say(f"Starting from {given or 'random weights'}.")
+        model, tokenizer = retrievers.start(PRESETS[config.preset], config.bert, config.vit, config.vocab, config.clip)
         return model.to(machine.device), tokenizer, "nothing"
     model, tokenizer, facts = retrievers.load_retriever(Path(config.init), machine.device, config.vocab)
     was = facts["train"]["preset"]
@@ -156,7 +156,9 @@ def check(config: TrainConfig) -> None:
     check_whole(Path(config.dataset))
     if not fresh and not Path(config.init).is_file():
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
-    if (config.bert or config.vit) and not fresh:
-        raise UserError("--bert and --vit start a new model, --init continues one: give one or the other.")
+    if (config.bert or config.vit or config.clip) and not fresh:
+        raise UserError("--bert, --vit and --clip start a new model, --init continues one: give one or the other.")
+    if fresh and (config.preset == "clip") != bool(config.clip):
+        raise UserError("--preset clip starts from --clip or --init, and no other preset takes --clip.")
     if config.data_root and config.init in PRETRAINED and not (config.check or pretrains(config.dataset)):
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")

@@ -19,7 +19,6 @@ from mra import ranking
 from mra.config import EvalConfig, UserError
 from mra.data.files import IMAGE_FORMATS, examined, shown
 from mra.data.tokenizer import Tokenizer
-from mra.data.words import clean
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.show import pictures
@@ -44,7 +43,7 @@ def sentences(config: EvalConfig, dataset: str, tokenizer: Tokenizer) -> list[st
         pieces = tokenizer.encode(sentence)[1:-1]
         unknown = pieces.count(tokenizer.unk_id)
         known = [i for i in pieces if i != tokenizer.unk_id and tokenizer.pieces[i].strip("#").isalnum()]
-        if not known or not any(map(str.isalnum, clean(sentence, dataset))):
+        if not known or not any(map(str.isalnum, tokenizer.clean(sentence, dataset))):
             raise UserError(f"{place} {shown(sentence)}: there is no word in it that the model knows.")
         if unknown:
             print(f"{place} {shown(sentence)}: the model does not know {unknown} of its {len(pieces)} word pieces.")

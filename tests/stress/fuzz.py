@@ -234,7 +234,7 @@ def annotations(folder: Path) -> Maker:
             found = load(name, split, folder, rng.random() < 0.5, lambda line: None)
             pairs = PairDataset(found, tokenizer, size, settings)
             pairs.collate([pairs[0, index] for index in range(min(3, len(pairs)))])
-            captions, _, paths, _ = queries_of(found)
+            captions, _, paths, _ = queries_of(found, tokenizer)
             words.noun_phrases(captions[0])
             if rng.random() < 0.1:
                 cells = [(open_image(paths[0]).resize(pictures.CELL), pictures.GREEN, "a phrase")]
