@@ -65,8 +65,8 @@ class Retriever(nn.Module):
         self.image_encoder = image_encoder or ImageEncoder(config)
         self.text_encoder = text_encoder or TextEncoder(config)
         self.fusion_encoder = FusionEncoder(config)
-        self.image_projection = nn.Linear(config.image_dim, config.embed)
-        self.text_projection = nn.Linear(dim, config.embed)
+        self.image_projection = nn.Linear(config.image_dim, config.embed, bias=not config.clip)
+        self.text_projection = nn.Linear(dim, config.embed, bias=not config.clip)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.matching_head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(),
                                            nn.Linear(2 * dim, 2))

@@ -278,7 +278,7 @@ def test_masked_words_are_predicted_from_the_masked_caption_and_the_image(model,
     torch.testing.assert_close(model(batch)["mlm"], torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{}, {"class_token": True}, {"bins": 3}, {
+@pytest.mark.parametrize("change", [{}, {"class_token": True}, {"clip": True}, {"bins": 3}, {
     "window": 2, "image_dim": 64, "image_depth": 8, "image_heads": 8}])
 def test_every_parameter_learns_from_one_batch(config, batch, change):
     torch.manual_seed(0)

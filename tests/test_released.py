@@ -26,7 +26,6 @@ from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Objective, Retriever, pool_region
 from mra.run import checkpoint
 from mra.weights import files, retrievers
-from mra.weights.released import resized_table
 from tests.test_weights import refusal
 
 CLOSE = dict(atol=1e-4, rtol=0)
@@ -73,10 +72,9 @@ def variant(filled: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def loaded(state: dict[str, Tensor]) -> Retriever:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "read", lambda path: dict(state))
         for name in ("trunc_normal_", "kaiming_uniform_", "normal_"):        # no time for weights that are replaced
             patch.setattr(torch.nn.init, name, lambda x, *rest, **more: x)
-        return retrievers.read_released(Path("ft.pth"))[0].eval()
+        return retrievers.read_released(state, Path("ft.pth"))[0].eval()
 
 
 def noise(seed: int, height: int, width: int) -> Tensor:
@@ -171,10 +169,9 @@ def test_losses_of_fine_tuning(cuhk, monkeypatch):
 def test_heads_of_rstp(filled, monkeypatch):
     """The tensors that its model is filled with; the model itself takes too long to make."""
     tensors = {}
-    monkeypatch.setattr(files, "read", lambda path: variant(filled, "rstp"))
     monkeypatch.setattr(retrievers, "fill", lambda model, found, path: tensors.update(found))
-    with torch.device("meta"), checkpoint.Uninitialised():
-        model, facts = retrievers.read_released(Path("ft_rstp.pth"))
+    with torch.device("meta"):
+        model, facts = retrievers.read_released(variant(filled, "rstp"), Path("ft_rstp.pth"))
     assert (facts["train"]["preset"], model.config.embed, model.config.bins, model.config.rerank) == (
         "swin", 256, 0, 1000)
     for name, first in (("image", "A.swin_first"), ("text", "A.text_first")):
@@ -241,13 +238,13 @@ def test_pretraining(sda, as_published, monkeypatch):
     assert abs(own["rpc"] - terms["rpc"]) > 1e-3 and abs(own["rpm"] - terms["rpm"]) > 1e-5
 
 
-def test_gradients_of_pretraining(sda, as_published, monkeypatch):
+def test_gradients_of_pretraining(sda, as_published):
     """Their norms, tensor by tensor: keys and values are one of ours, and the token types are in the positions."""
     model, _ = sda
     losses.total(as_published[0], 0.8 * 0.8).backward()
     golden = json.loads((Path(__file__).parent / "assets/released_gradnorm.json").read_text())
-    monkeypatch.setattr(files, "read", lambda path: {name: torch.tensor([[norm]]) for name, norm in golden.items()})
-    expected = files.named(files.read(Path("pretrain.pth")), retrievers.RELEASED_RULES, Path("pretrain.pth"))
+    norms = {name: torch.tensor([[norm]]) for name, norm in golden.items()}
+    expected = files.named(norms, retrievers.RELEASED_RULES, Path("pretrain.pth"))
     types = {"types.weight": expected["types.weight"]}
     expected = types | retrievers.divided(expected | {"types.weight": torch.zeros(1, 1)}, 6)
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -266,12 +263,6 @@ def test_the_embedding_of_padding_gets_no_gradient():
 
 
 # ---- what needs no model
-
-@pytest.mark.parametrize("side", [7, 13, 15, 23])
-def test_relative_positions_are_interpolated(side):
-    expected = GOLDEN["relative.src" if side == 13 else f"relative.dst{side}"]
-    torch.testing.assert_close(resized_table(GOLDEN["relative.src"], side), expected, **CLOSE)
-
 
 def test_metrics():
     order = GOLDEN["D.scores"].argsort(dim=1, descending=True, stable=True)
@@ -397,6 +388,8 @@ def test_files_that_are_no_released_checkpoint(write, tmp_path):
     path, _ = write("swin", lambda state: state | {"vision_encoder.extra": torch.zeros(2)})
     assert "extra" in refusal(retrievers.load_retriever, path, torch.device("cpu"))
     torch.save({"model": {"a": torch.zeros(2)}}, path)
+    assert "no released MRA model" in refusal(retrievers.load_retriever, path, torch.device("cpu"))
+    torch.save({"model": {"vision_encoder.a": torch.zeros(2)}}, path)
     assert "relative_position_bias_table" in refusal(retrievers.load_retriever, path, torch.device("cpu"))
     path, _ = write("swin")
     (tmp_path / "vocab.txt").unlink()
@@ -405,7 +398,7 @@ def test_files_that_are_no_released_checkpoint(write, tmp_path):
 
 @pytest.mark.parametrize("one, other", [("swin-224", "swin"), ("swin", "swin-224")])
 def test_another_image_size(small, one, other):
-    """What does not depend on the size stays; the tables are interpolated; and back again is nothing new."""
+    """What does not depend on the size stays; the tables are interpolated, and both reach from corner to corner."""
     torch.manual_seed(0)
     model = retrievers.make_retriever(PRESETS[one]).eval()
     found = retrievers.resized(model, PRESETS[other]).eval()
@@ -415,8 +408,13 @@ def test_another_image_size(small, one, other):
     assert {name.rsplit(".", 1)[1] for name in changed} == {"relative_position_bias_table"}
     assert all(torch.equal(before[name], after[name]) for name in before.keys() - changed)
     name = "image_encoder.stages.0.1.attn.relative_position_bias_table"
-    side = {"swin": 15, "swin-224": 13}[other]
-    assert torch.equal(after[name], resized_table(before[name], side))
+    squares = [tensors[name].view(side, side, -1) for tensors, side in (
+        (before, {"swin": 15, "swin-224": 13}[one]), (after, {"swin": 15, "swin-224": 13}[other]))]
+    for at in (0, -1):
+        for to in (0, -1):
+            torch.testing.assert_close(squares[0][at, to], squares[1][at, to])
+    middles = [square[len(square) // 2, len(square) // 2] for square in squares]       # a patch and itself
+    torch.testing.assert_close(*middles)
     found.encode_image(torch.randn(1, 3, PRESETS[other].height, PRESETS[other].width))
     assert dict(found.named_buffers()).keys() - after.keys()       # the indices: files of before hold them, too
     checkpoint.restore_weights(found, after | dict(found.named_buffers()), Path("old.safetensors"))

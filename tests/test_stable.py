@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
     more["down_blocks.0.norms.0.bias"] = torch.ones(1)
     with pytest.raises(UserError, match=r"unet does not fit this model: 1 tensors differ, down_blocks\.0\.norms"):
         read_stable(with_part(folder, tmp_path / "more", "unet", more), DIFFUSION_PRESETS["sd15-tiny"])
-    with pytest.raises(UserError, match="no readable vocab.json and merges.txt"):
+    with pytest.raises(UserError, match="no readable vocabulary of CLIP, vocab.json and merges.txt"):
         read_stable(tmp_path / "nowhere", DIFFUSION_PRESETS["sd15-tiny"])
     write_tokenizer(tmp_path / "bare/tokenizer")
     with pytest.raises(UserError, match="bare/unet: no such file of weights"):

@@ -18,7 +18,8 @@ from mra.config import PRESETS, UserError
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.show import pictures
 from mra.weights import files, retrievers
-from mra.weights.retrievers import read_bert, resized_grid
+from mra.weights.files import resized_grid
+from mra.weights.retrievers import read_bert
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 TINY = PRESETS["tiny"]
@@ -189,12 +190,12 @@ def test_patches_are_torchvisions(tmp_path, torchvision_vit, name, rename):
 def test_position_embeddings_are_interpolated():
     """A ramp over 4 rows and 4 columns becomes one over 8 x 2: rows stay rows, and the middle the middle."""
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
-    ramp = torch.stack([rows, columns], -1).view(1, 16, 2)
-    found = resized_grid(ramp, (4, 4), (8, 2)).view(8, 2, 2)
+    ramp = torch.stack([rows, columns], -1).view(16, 2)
+    found = resized_grid(ramp, (4, 4), (8, 2), "bicubic").view(8, 2, 2)
     torch.testing.assert_close(found[:, 1, 0], found[:, 0, 0])
     torch.testing.assert_close(found + found.flip(0, 1), torch.full((8, 2, 2), 3.0))
     assert (found.diff(dim=0)[..., 0] > 0).all() and (found.diff(dim=1)[..., 1] > 0).all()
-    assert torch.equal(resized_grid(ramp, (4, 4), (4, 4)), ramp)
+    assert torch.equal(resized_grid(ramp, (4, 4), (4, 4), "bicubic"), ramp)
 
 
 def test_a_vit_and_a_bert_for_a_rectangle(tmp_path, torchvision_vit, bert_folder):
@@ -353,8 +354,8 @@ def test_a_vit_with_one_tensor_too_few_or_too_many_or_that_does_not_fit(tmp_path
                            (own | {"extra": own[name]}, "extra"), (own | {name: torch.zeros(3)}, "blocks.1.mlp_norm"),
                            (own | {"class_token": torch.zeros(1, 1, 1)}, "input of size"),
                            (own | {"conv_proj.weight": torch.zeros(128, 3, 0, 0)}, "zero"),
-                           ({k: v for k, v in own.items() if "conv_proj" not in k}, "('patches.weight')"),
-                           (own | {"encoder.pos_embedding": torch.zeros(1, 13, 128)}, "wrong (unflatten")):
+                           ({k: v for k, v in own.items() if "conv_proj" not in k}, "patches.weight')"),
+                           (own | {"encoder.pos_embedding": torch.zeros(1, 13, 128)}, "encoder.positions first")):
         assert named in refusal(retrievers.start, TINY, "", str(write(tmp_path, tensors, "vit.pth", **VIT_HEADS)), "")
     path = write(tmp_path, own, "vit.pth")
     assert "44x16" in refusal(retrievers.start, dataclasses.replace(TINY, height=44), "", str(path), "")

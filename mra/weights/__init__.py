@@ -1,4 +1,4 @@
-"""Weights from elsewhere: BERT, vision transformers, the released MRA models, Stable Diffusion.
+"""Weights from elsewhere: BERT, vision transformers, CLIP, the released MRA models, Stable Diffusion.
 
 Read files.py (strict reading), then released.py and retrievers.py, or clip.py and stable.py. README.md says what was
 compared.

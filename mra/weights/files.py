@@ -5,21 +5,24 @@ executed beyond tables of tensors. Read next: retrievers.py, stable.py.
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mra.config import UserError
+from mra.data.tokenizer import Tokenizer
 from mra.run import checkpoint
 
 FILES = [f"{stem}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin")
          for stem in ("model", "pytorch_model", "diffusion_pytorch_model")]
-USUAL_HEADS = {768: 12, 1024: 16, 1280: 16}      # BERT and ViT, base and large; torchvision's vit_h_14
+USUAL_HEADS = {512: 8, 768: 12, 1024: 16, 1280: 16}      # CLIP's text; BERT and ViT, base and large; vit_h_14
 BLOCK_RULES = (         # parts of a transformer block in BERT, CLIP, Stable Diffusion and the ViTs
     (r"\.(self_attn|self_attention|attention\.attention)\.", ".attention."), (r"\.in_proj_", ".to_all."),
     (r"\.(to_q|q_proj|query|self\.query)\.", ".to_query."), (r"\.(to_k|k_proj|key|self\.key)\.", ".to_key."),
@@ -106,15 +109,16 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, parts: Iterab
     checkpoint.restore_weights(model, stays | tensors, path)
 
 
-def heads_of(path: Path, dim: int) -> int:
-    """Attention heads, which no tensor shows: as config.json beside the weights says, or those usual for the width."""
+def heads_of(path: Path, dim: int, part: str = "", activation: str = "gelu") -> int:
+    """Attention heads, which no tensor shows: as `part` of config.json beside the weights says, or usual for `dim`."""
     beside, said = folder_of(path) / "config.json", {}
     with checkpoint.trusting(beside):
         if beside.is_file():
             said = json.loads(beside.read_text())
+            said = said.get(part, said)
         heads = int(said.get("num_attention_heads", USUAL_HEADS.get(dim, 0)))
-    if said.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{path}: its activation is {said['hidden_act']}; only gelu will do.")
+    if said.get("hidden_act", activation) != activation:        # no tensor shows it either
+        raise UserError(f"{path}: its activation is {said['hidden_act']}; only {activation} will do.")
     if heads < 1 or dim % heads:
         raise UserError(f"{path}: put its config.json, which tells the number of attention heads, beside it.")
     return heads
@@ -123,3 +127,41 @@ def heads_of(path: Path, dim: int) -> int:
 def folder_of(path: Path) -> Path:
     """The folder that a path to weights names, or that the file lies in."""
     return path if path.is_dir() else path.parent
+
+
+def read_vocabulary(kind: type, vocab: str, weights: Path, size: int):
+    """A tokenizer of class `kind` of `vocab`, else of what lies beside the weights. Raises UserError if none fits."""
+    place = Path(vocab) if vocab else folder_of(weights)
+    if kind is Tokenizer and place.is_dir():
+        place = place / "vocab.txt"
+    try:
+        tokenizer = kind.read(place)
+    except UserError as error:
+        raise UserError(f"{weights} needs a vocabulary, beside it or by --vocab: {error}") from None
+    if len(tokenizer) != size:
+        raise UserError(f"{place} has {len(tokenizer)} pieces and {weights} {size}: they do not belong together.")
+    return tokenizer
+
+
+def depth_of(tensors: dict[str, Tensor], blocks: str) -> int:
+    """The number of blocks whose tensors' names begin with `blocks`."""
+    return len({name.removeprefix(blocks).split(".")[0] for name in tensors if name.startswith(blocks)})
+
+
+def fit_positions(tensors: dict[str, Tensor], grid: tuple[int, int], mode: str) -> None:
+    """Fit an image encoder's positions (1+N, D) to our `grid`, and add the first of them to the class token."""
+    first, rest = tensors["image_encoder.positions"].float().squeeze(0).tensor_split([1])     # (1, D), (N, D)
+    class_token = tensors["image_encoder.class_token"].view_as(first)        # a narrower one would be broadcast
+    side = math.isqrt(len(rest))
+    if side ** 2 == len(rest):      # else it is our grid already
+        rest = resized_grid(rest, (side, side), grid, mode)
+    tensors["image_encoder.class_token"] = (class_token + first)[None]
+    tensors["image_encoder.positions"] = rest[None]
+
+
+def resized_grid(table: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str, corners: bool = False) -> Tensor:
+    """A table (N, D) of a grid of rows and columns -> of another. With `corners` the corners of both coincide."""
+    if grid == to:
+        return table
+    square = table.T.unflatten(1, grid)[None]                                # (1, D, rows, columns)
+    return F.interpolate(square, to, mode=mode, align_corners=corners)[0].flatten(1).T

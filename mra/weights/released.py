@@ -86,33 +86,3 @@ class SwinEncoder(nn.Module):
             x = merge(stage(x))                                              # half the rows and columns, twice D
         x = self.norm(x).flatten(1, 2)                                       # (B, N, D)
         return torch.cat([x.mean(1, keepdim=True), x], 1)                    # (B, 1+N, D)
-
-
-def resized_table(table: Tensor, to: int) -> Tensor:
-    """Relative position biases (side^2, heads) -> (to^2, heads), as the released code resizes them.
-
-    The old positions are spaced geometrically, near ones densely, so that both tables reach equally far. Between them a
-    cubic spline with not-a-knot ends interpolates, both ways.
-    """
-    side = math.isqrt(len(table))
-    if side == to:
-        return table
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:        # bisection: the sum of the old distances becomes the largest new one
-        ratio = (low + high) / 2
-        if sum(ratio ** i for i in range(side // 2)) > to // 2:
-            high = ratio
-        else:
-            low = ratio
-    steps = torch.tensor([ratio ** i for i in range(side // 2)], dtype=torch.float64).cumsum(0)
-    x = torch.cat([-steps.flip(0), steps.new_zeros(1), steps])               # (side,)
-    at = torch.arange(-(to // 2), to // 2 + 1, dtype=torch.float64).clamp(x[0], x[-1])       # (to,)
-    spline = cubics(at, x) @ torch.linalg.inv(cubics(x, x))                  # (to, side)
-    square = table.detach().cpu().double().view(side, side, -1)
-    return torch.einsum("ai,bj,ijh->abh", spline, spline, square).flatten(0, 1).to(table.dtype)
-
-
-def cubics(points: Tensor, x: Tensor) -> Tensor:
-    """A basis, at these points, of the piecewise cubics with a knot at every x but the outer two at each end."""
-    powers = [points ** power for power in range(4)]
-    return torch.stack(powers + [(points - knot).clamp(min=0) ** 3 for knot in x[2:-2]], 1)

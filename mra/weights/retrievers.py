@@ -1,4 +1,4 @@
-"""Retrievers: made from a configuration, started from BERT and a ViT, or loaded from a checkpoint, ours or released.
+"""Retrievers: made from a configuration, started from weights from elsewhere, or loaded from a checkpoint of any kind.
 
 Tables of positions are interpolated for images of another size. Read next: run/stages.py.
 """
@@ -8,16 +8,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mra.config import PRESETS, ModelConfig, UserError
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever
 from mra.run import checkpoint
-from mra.weights.clip import CLIP_SIGNS, ClipRetriever, ClipTokenizer, clip_facts, read_clip, read_clip_vocabulary
-from mra.weights.files import fill, folder_of, heads_of, named, read
-from mra.weights.released import BinnedRetriever, SwinEncoder, resized_table
+from mra.weights.clip import ClipRetriever, ClipTokenizer, clip_facts, read_clip
+from mra.weights.files import depth_of, fill, fit_positions, heads_of, named, read, read_vocabulary, resized_grid
+from mra.weights.released import BinnedRetriever, SwinEncoder
 
 BERT_RULES = (
     (r"^(text_encoder\.)?(bert\.)?", ""), (r"^(pooler|cls\.seq_relationship)\..*|^embeddings\.position_ids$", ""),
@@ -31,10 +30,11 @@ BERT_RULES = (
     (r"\.(attention|cross)\.output\.LayerNorm\.", r".\1_norm."), (r"\.output\.LayerNorm\.", ".mlp_norm."))
 VIT_RULES = (       # names of torchvision, and of Hugging Face
     (r"^vit\.", ""), (r"^(heads\.head|pooler|classifier)\..*", ""),
-    (r"^(conv_proj|embeddings\.patch_embeddings\.projection)\.", "patches."),
-    (r"^(encoder\.pos_embedding|embeddings\.position_embeddings)$", "positions"),
-    (r"^embeddings\.cls_token$", "class_token"), (r"^(encoder\.ln|layernorm)\.", "norm."),
-    (r"^encoder\.(layers\.encoder_layer_|layer\.)", "blocks."), (r"\.mlp\.3\.", ".mlp.2."))
+    (r"^(conv_proj|embeddings\.patch_embeddings\.projection)\.", "image_encoder.patches."),
+    (r"^(encoder\.pos_embedding|embeddings\.position_embeddings)$", "image_encoder.positions"),
+    (r"^(class_token|embeddings\.cls_token)$", "image_encoder.class_token"),
+    (r"^(encoder\.ln|layernorm)\.", "image_encoder.norm."),
+    (r"^encoder\.(layers\.encoder_layer_|layer\.)", "image_encoder.blocks."), (r"\.mlp\.3\.", ".mlp.2."))
 RELEASED_RULES = (
     (r".*\.(relative_position_index|attn_mask)$", ""),      # they follow from the window
     (r"^vision_encoder\.", "image_encoder."), (r"\.patch_embed\.proj\.", ".patches."),
@@ -45,7 +45,6 @@ RELEASED_RULES = (
 # parts of a retriever that the files of BERT and ViT have or do not have; what neither has stays random
 PARTS = (r"image_encoder\.", r"text_encoder\.|fusion_encoder\..*\.(attention|mlp)", r"fusion_encoder\..*\.cross",
          r"word_head\.")
-CLIP_PARTS = r"(image|text)_(encoder|projection)\.|temperature$"
 
 
 def make_retriever(config: ModelConfig) -> Retriever:
@@ -74,11 +73,11 @@ def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str,
     The vocabulary is `vocab`, else the one beside BERT or CLIP, else the packaged one.
     """
     if clip_path:
-        return start_clip(config, Path(clip_path), vocab)
+        return read_clip(read(Path(clip_path)), config, Path(clip_path), vocab)
     found, tokenizer = {}, None
     if bert_path:
         found[bert_path], config = read_bert(Path(bert_path), config)
-        tokenizer = read_vocabulary(vocab, Path(bert_path), config.vocab)
+        tokenizer = read_vocabulary(Tokenizer, vocab, Path(bert_path), config.vocab)
     if vit_path:
         found[vit_path], config = read_vit(Path(vit_path), config)
     tokenizer = tokenizer or Tokenizer.read(Path(vocab or VOCAB_FILE))
@@ -88,21 +87,13 @@ def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str,
     return model, tokenizer
 
 
-def start_clip(config: ModelConfig, path: Path, vocab: str) -> tuple[ClipRetriever, ClipTokenizer]:
-    """A retriever of CLIP's encoders for images of the size of `config`; its fusion encoder is random."""
-    tensors, config = read_clip(path, config)
-    model = ClipRetriever(config)
-    fill(model, tensors, path, [CLIP_PARTS])
-    return model, read_clip_vocabulary(vocab, path, config.vocab)
-
-
 def read_bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
     """A Hugging Face BERT's tensors under our names, and the configuration with its sizes.
 
     Its layers, however many, are divided between text and fusion encoder as `config`'s are.
     """
     tensors = named(read(path), BERT_RULES, path)
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+    depth = depth_of(tensors, "layers.")
     text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)
     if not 0 < text_depth < depth:
         raise UserError(f"{path}: {depth} layers are too few for a text and a fusion encoder.")
@@ -133,35 +124,17 @@ def divided(tensors: dict[str, Tensor], text_depth: int) -> dict[str, Tensor]:
 
 
 def read_vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
-    """A ViT of torchvision or Hugging Face under our names, and the configuration with its sizes; the image's stays.
-
-    Position embeddings are interpolated to `config`'s image; the class token becomes one that the patches look at.
-    """
+    """A ViT of torchvision or Hugging Face under our names, and `config` with its sizes, but for the image's."""
     tensors = named(read(path), VIT_RULES, path)
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     with checkpoint.trusting(path):
-        dim, _, patch, _ = tensors["patches.weight"].shape
+        dim, _, patch, _ = tensors["image_encoder.patches.weight"].shape
         if config.height % patch or config.width % patch:
             raise UserError(f"{path}: its patches of {patch} pixels do not tile an image of "
                             f"{config.height}x{config.width}; choose another --preset.")
-        config = replace(config, patch=patch, image_dim=dim, image_depth=depth, window=0, class_token=True,
-                         image_heads=heads_of(path, dim))
-        first, rest = tensors["positions"].tensor_split([1], 1)              # (1, 1, D), (1, N, D)
-        side = math.isqrt(rest.shape[1])
-        tensors["class_token"] = tensors["class_token"].view_as(first) + first
-        tensors["positions"] = resized_grid(rest, (side, side), config.grid)
-    return {f"image_encoder.{name}": tensor for name, tensor in tensors.items()}, config
-
-
-def read_vocabulary(vocab: str, weights: Path, size: int) -> Tokenizer:
-    """The vocabulary `vocab`, else vocab.txt beside the weights. Raises UserError if it has not `size` pieces."""
-    file = Path(vocab) if vocab else folder_of(weights) / "vocab.txt"
-    if not file.is_file():
-        raise UserError(f"{weights} holds no vocabulary: put BERT's vocab.txt beside it, or give --vocab.")
-    tokenizer = Tokenizer.read(file)
-    if len(tokenizer) != size:
-        raise UserError(f"{file} has {len(tokenizer)} pieces and {weights} {size}: they do not belong together.")
-    return tokenizer
+        config = replace(config, patch=patch, image_dim=dim, image_depth=depth_of(tensors, "image_encoder.blocks."),
+                         image_heads=heads_of(path, dim), window=0, class_token=True)
+        fit_positions(tensors, config.grid, "bicubic")
+    return tensors, config
 
 
 # ---- checkpoints
@@ -169,19 +142,19 @@ def read_vocabulary(vocab: str, weights: Path, size: int) -> Tokenizer:
 def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[Retriever, Tokenizer, dict]:
     """The model, the tokenizer and the facts of a checkpoint: ours, a released one, a CLIP or one of IRRA's family.
 
-    It is told by its content. All but ours have their vocabulary in `vocab`, or beside the file.
+    Its content shows which. All but ours have their vocabulary in `vocab`, or beside the file.
     """
     facts = {}
     if path.suffix == ".safetensors" and not path.is_dir():
         tensors, facts = checkpoint.load(path)
     if not facts:
         tensors = read(path)
-        if any(name.endswith(CLIP_SIGNS) for name in tensors):
-            model, tokenizer = start_clip(PRESETS["clip"], path, vocab)
+        if any(name.endswith("class_embedding") for name in tensors):
+            model, tokenizer = read_clip(tensors, PRESETS["clip"], path, vocab)
             facts = clip_facts(tensors, model.config)
         elif any(name.startswith("vision_encoder.") for name in tensors):
             model, facts = read_released(tensors, path)
-            tokenizer = read_vocabulary(vocab, path, model.config.vocab)
+            tokenizer = read_vocabulary(Tokenizer, vocab, path, model.config.vocab)
         else:
             raise UserError(f"{path} holds no checkpoint of train.py, no released MRA model and no CLIP.")
         return model.to(device).eval(), tokenizer, facts
@@ -193,8 +166,7 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         else:
             tokenizer = Tokenizer(facts["vocab"], path)
         facts["model"].pop("released_regions", None)        # a field of older files, which only training read
-        config = checkpoint.config_of(ModelConfig, facts["model"], tokenizer)
-        model = make_retriever(config)
+        model = make_retriever(checkpoint.config_of(ModelConfig, facts["model"], tokenizer))
         checkpoint.restore_weights(model, tensors, path)
     return model.to(device).eval(), tokenizer, facts
 
@@ -231,16 +203,9 @@ def resized(model: Retriever, like: ModelConfig) -> Retriever:
     target, tensors = make_retriever(with_size(model.config, like)), checkpoint.weights(model)
     for name, own in checkpoint.weights(target).items():
         if name.endswith("relative_position_bias_table"):
-            tensors[name] = resized_table(tensors[name], math.isqrt(len(own)))
+            side, to = math.isqrt(len(tensors[name])), math.isqrt(len(own))
+            tensors[name] = resized_grid(tensors[name], (side, side), (to, to), "bicubic", corners=True)
         elif name == "image_encoder.positions":
-            tensors[name] = resized_grid(tensors[name], model.config.grid, target.config.grid)
+            tensors[name] = resized_grid(tensors[name][0], model.config.grid, target.config.grid, "bicubic")[None]
     checkpoint.restore_weights(target, tensors, Path("The resized model"))
     return target
-
-
-def resized_grid(positions: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, N, D) of a grid of rows and columns -> of another, bicubic."""
-    if grid == to:
-        return positions
-    square = positions.unflatten(1, grid).permute(0, 3, 1, 2)                # (1, D, rows, columns)
-    return F.interpolate(square, to, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)

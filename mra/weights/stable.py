@@ -21,7 +21,7 @@ from mra.weights.clip import TEXT_RULES, CausalTextEncoder, ClipTokenizer
 from mra.weights.files import fill, named, read
 
 STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
-PROMPT_RULES = *TEXT_RULES, (r"^text_encoder\.", "")
+PROMPT_RULES = (r"^(text_model\.)?", "text_encoder."), *TEXT_RULES, (r"^text_encoder\.", "")
 UNET_RULES = (
     (r"^time_embedding\.linear_1\.", "encoder.level.0."), (r"^time_embedding\.linear_2\.", "encoder.level.2."),
     (r"^conv_in\.", "encoder.first."), (r"^conv_norm_out\.", "last.0."), (r"^conv_out\.", "last.2."),
