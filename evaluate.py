@@ -41,21 +41,25 @@ def main() -> None:
         machine = replace(machine, precision="float32")
     path = Path(given.checkpoint) if given.checkpoint else checkpoint.newest(machine.say)
     model, tokenizer, facts = load_retriever(path, machine.device, given.vocab)
-    trained_on = facts["train"]["dataset"]
+    trained_on, shipped = facts["train"]["dataset"], path.resolve().parent == checkpoint.SHIPPED
     if not (given.dataset or given.gallery or trained_on):
         raise UserError(f"{path} does not say what it was trained on; give --dataset.")
+    if "found" in facts:
+        machine.say(facts["found"] + ", ranked by embeddings, without mirror images.")
     machine.say(harmless(f"{path}: trained on {trained_on or 'an unnamed set'}, pretrained on "
                          f"{facts['pretrained_on']}, seed {facts['train'].get('seed')}; evaluating on "
                          f"{machine.device}."))
-    config, fused = replace(given, dataset=given.dataset or (trained_on,)), "weight" in facts["val"]
+    usual = "icfg" if shipped else trained_on       # the demo's target is drawn sooner than the source
+    config, fused = replace(given, dataset=given.dataset or (usual,)), "weight" in facts["val"]
     if given.k > 0 and not fused:
         raise UserError(f"--k {given.k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
     if given.k < 0:
         config = replace(config, k=model.config.rerank if fused else 0)
     if given.weight < 0:
         config = replace(config, weight=facts["val"].get("weight", 0.0))
-    plan = ranking.Plan(config.k, config.mirror, config.batch, config.workers, machine.workers)
-    folder = Path(config.out) if config.out else path.parent
+    mirror = config.mirror and facts.get("mirror", True)
+    plan = ranking.Plan(config.k, mirror, config.batch, config.workers, machine.workers)
+    folder = Path(config.out or ("out/shipped" if shipped else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
     if config.query or config.queries:
         return answer(config, machine, plan, model, tokenizer, facts, folder)
@@ -100,10 +104,11 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
             facts: dict) -> tuple[dict, list[pictures.Row]]:
     """Print and return the metrics on every dataset, and rows of a picture: queries with their first images."""
     results, rows = {}, []
-    machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
     for dataset in config.dataset:
         started = time.perf_counter()
         source = load(config, facts, dataset, machine)
+        if not results:
+            machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
         captions, query_ids, paths, gallery_ids = ranking.queries_of(source, tokenizer)
         with machine.autocast():        # similarities and scores stay in float32
             found = ranking.search(model, tokenizer, captions, paths, plan)

@@ -242,7 +242,7 @@ class TrainConfig:
     head_lr: float = flag(5.0, "learning rate of the new heads, as a multiple of --lr", 0, 1e3)
     warmup: float = flag(0.1, "share of the steps with a rising learning rate; it then falls linearly to 0", 0, 1)
     weight_decay: float = flag(0.01, "weight decay of the matrices", 0, 10)
-    clip: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
+    max_norm: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
     beta: float = flag(0.8, "weight of the region losses", 0, 1e3)
     regions: bool = flag(True, "use the region losses for records with boxes")
     contrastive: str = flag("itc", "contrastive term: the paper's itc, or IRRA's sdm", choices=("itc", "sdm"))

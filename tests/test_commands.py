@@ -563,8 +563,15 @@ def test_candidates_without_a_trained_fusion_encoder(work):
     assert "fusion encoder is not trained yet" in refused(work, "evaluate.py", "--k", "4")
 
 
-def test_evaluation_before_any_training(tmp_path):
-    assert "python train.py" in refused(tmp_path, "evaluate.py")
+def test_evaluation_before_any_training(work, in_town, tmp_path, monkeypatch):
+    """Takes the shipped retriever and says so; its answers do not go into the package."""
+    shipped, folder = tmp_path / "shipped", in_town("fresh")
+    shipped.mkdir()
+    shutil.copy(work / BEST, shipped / "demo.safetensors")
+    monkeypatch.setattr(checkpoint, "SHIPPED", shipped)
+    out = succeed(folder, "evaluate.py", "--query", "a man in a red jacket")
+    assert "There is no checkpoint under out/ yet, so this is the shipped retriever." in out
+    assert (folder / "out/shipped/query.json").exists() and len(list(shipped.iterdir())) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -296,8 +296,8 @@ def test_accumulated_batches_are_one_batch(town, tmp_path, monkeypatch):
                         lambda values, counts, workers: (values * counts).sum() / len(values))
     monkeypatch.setattr(losses, "total", lambda terms, beta: terms["mlm"])
     for name, flags in (("two", ("--batch", "4", "--accumulate", "2")), ("one", ("--batch", "8"))):
-        succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", "--clip", "1e9",
-                *flags, "--out", str(tmp_path / name))
+        succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", "--max-norm",
+                "1e9", *flags, "--out", str(tmp_path / name))
     one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
     gradients = [name for name in one if name.startswith("optimizer.exp_avg.")]
     assert one.keys() == two.keys() and len(gradients) > 30

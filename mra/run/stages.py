@@ -24,7 +24,7 @@ from mra.weights import retrievers
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
-OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"      # flags that matter in pretraining alone
+OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"      # in pretraining alone
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
@@ -108,7 +108,7 @@ def plan_of(config: TrainConfig, pairs: int, world: int) -> tuple[Fit, int, froz
     """How the loop trains, the first step with ITM and MLM, and the steps after which val is evaluated."""
     steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
     fit = Fit(steps, config.batch * world, config.lr, config.warmup, betas=(0.9, 0.98),
-              weight_decay=config.weight_decay, clip=config.clip, average=0.0, accumulate=config.accumulate)
+              weight_decay=config.weight_decay, clip=config.max_norm, average=0.0, accumulate=config.accumulate)
     evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
     return fit, round(config.fusion_from * steps), frozenset({*evals, steps})
 
@@ -154,7 +154,7 @@ def check(config: TrainConfig) -> None:
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
         raise UserError(f"--dataset {config.dataset}: choose one of {', '.join(DATASETS)}, or give a set's folder.")
     check_whole(Path(config.dataset))
-    if not fresh and not Path(config.init).is_file():
+    if not fresh and not Path(config.init).exists():
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if (config.bert or config.vit or config.clip) and not fresh:
         raise UserError("--bert, --vit and --clip start a new model, --init continues one: give one or the other.")

@@ -42,7 +42,8 @@ def sentences(config: EvalConfig, dataset: str, tokenizer: Tokenizer) -> list[st
     for place, sentence in asked:
         pieces = tokenizer.encode(sentence)[1:-1]
         unknown = pieces.count(tokenizer.unk_id)
-        known = [i for i in pieces if i != tokenizer.unk_id and tokenizer.pieces[i].strip("#").isalnum()]
+        words = [tokenizer.pieces[i].removesuffix("</w>").strip("#") for i in pieces if i != tokenizer.unk_id]
+        known = [word for word in words if word.isalnum()]
         if not known or not any(map(str.isalnum, tokenizer.clean(sentence, dataset))):
             raise UserError(f"{place} {shown(sentence)}: there is no word in it that the model knows.")
         if unknown:
