@@ -16,7 +16,8 @@ Beside the method, which imports none of it:
 
     formats/              annotation files of the real sets, --check
     town/                 drawn people in the real sets' formats, for a demo and for exact answers
-    weights/              weights from elsewhere: BERT, ViT, the released MRA models, Stable Diffusion
+    weights/              weights from elsewhere: BERT, ViT, CLIP, IRRA's and the released MRA models, Stable Diffusion;
+                          the shipped retriever
     run/                  command line, machine, checkpoints, the one training loop, the contrastive loss of large
                           batches, what is kept on disk
     show/                 pictures, a folder of photographs, answers to sentences
