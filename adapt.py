@@ -8,8 +8,9 @@
     torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
-set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it, `train.py --dataset cuhk` finds it.
-Thresholds of the filters can be changed without making the images again.
+set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it. In the demo `train.py --dataset cuhk`
+finds the set that was made with the default flags. Thresholds of the filters can be changed without making the images
+again.
 """
 
 import json

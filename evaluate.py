@@ -131,7 +131,7 @@ def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retr
     if machine.world > 1:
         raise UserError("--query and --queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
-    if not dataset:
+    if not dataset and isinstance(tokenizer, Tokenizer):
         machine.say("This checkpoint names no set, so sentences are not cleaned. If it was trained on ICFG-PEDES or "
                     "RSTPReid, name that set by --dataset.")
     asked = gallery.sentences(config, dataset, tokenizer)

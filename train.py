@@ -1,11 +1,13 @@
 """Train a retriever: pretraining on pairs with boxes, or fine-tuning on a target set.
 
-    python train.py --dataset icfg                     the demo: pretrain on the drawn source, fine-tune on drawn ICFG
+    python train.py --dataset icfg                     the demo: fine-tune the shipped retriever on drawn ICFG
+    python train.py --dataset icfg --init scratch      pretrain on the drawn source first
     python train.py --dataset sda                      pretraining alone, with the region losses
     python train.py --dataset icfg --init none         fine-tuning from random weights
     python train.py --dataset cuhk --preset base --data-root DIR --init out/sda-base-s0/best.safetensors
     python train.py --dataset sda --preset base --data-root DIR --bert bert-base-uncased --vit vit_b_16.pth
     python train.py --dataset cuhk --preset swin --data-root DIR --init pretrain.pth        from the released model
+    python train.py --dataset cuhk --preset clip --data-root DIR --clip FOLDER --init none  from CLIP
     torchrun --nproc_per_node=2 train.py ...           data-parallel
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 

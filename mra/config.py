@@ -59,8 +59,9 @@ PRESETS = {
     # the released models: a Swin-B, at the sizes of fine-tuning and of pretraining
     "swin":     ModelConfig(384, 256, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=8, bins=3),
     "swin-224": ModelConfig(224, 224, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=7, bins=3),
-    # CLIP ViT-B/16 with the images of IRRA, and a new fusion encoder of its depth
-    "clip":     ModelConfig(384, 128, 16, 768, 12, 12, 512, 12, 4, 8, 512, 512, 0.0, 77, 77, clip=True),
+    # CLIP ViT-B/16 with the images of IRRA, and a new fusion encoder of IRRA's depth
+    "clip":     ModelConfig(384, 128, 16, 768, 12, 12, 512, 12, 4, 8, 512, 512, dropout=0.0,
+                            positions=77, max_tokens=77, clip=True),
 }
 
 
@@ -129,7 +130,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class DadRecipe:
-    """How the networks of DaD are trained at one size; the last three are not trained beside Stable Diffusion."""
+    """How the networks of DaD are trained at one size. Beside Stable Diffusion some are None: not trained."""
 
     branch: Fit
     judge: Fit
@@ -225,7 +226,7 @@ class TrainConfig:
     preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
     data_root: str = flag("", "folder of the real sets; empty: the demo town, drawn on first use")
     check: bool = flag(False, "read the set, decode its images, list what is wrong, and stop")
-    init: str = flag("", "checkpoint, none, or scratch (pretrain first); empty: the shipped one, or else scratch")
+    init: str = flag("", "checkpoint, none, or scratch (pretrain first); empty: to fine-tune, the shipped one")
     bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
     vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
     clip: str = flag("", "for --preset clip: a CLIP ViT-B/16, folder or file with its vocabulary beside it")
@@ -251,7 +252,7 @@ class TrainConfig:
     erase: float = flag(0.0, "chance of random erasing in fine-tuning", 0, 1)
     light: float = flag(0.0, "chance of a random exposure, colour cast, haze and grain in pretraining", 0, 1)
     fusion_from: float = flag(0.0, "share of the steps before ITM and MLM join the other losses", 0, 1)
-    evals: int = flag(10, "evaluations on val, evenly spaced; the best checkpoint is kept", 1, 1e6)
+    evals: int = flag(10, "evaluations on val, evenly spaced: the best checkpoint is kept, the state saved", 1, 1e6)
     log_every: int = flag(20, "steps between lines of progress", 1, 1e9)
     workers: int = flag(0, "data loading processes", 0, 256)
     allow_missing: bool = flag(False, "drop records whose image is missing")
@@ -299,7 +300,7 @@ class AdaptConfig:
 class EvalConfig:
     """What evaluate.py evaluates, and how."""
 
-    checkpoint: str = flag("", "ours, or a released one (.pth); empty: the newest out/*/best.safetensors")
+    checkpoint: str = flag("", "ours, released, CLIP's or IRRA's; empty: the newest under out/, else the shipped")
     vocab: str = flag("", "BERT's vocab.txt for a released checkpoint; empty: the one beside it")
     dataset: tuple[str, ...] = flag((), "sets to evaluate on; empty: the checkpoint's training set")
     split: str = flag("test", "split to evaluate on", choices=("train", "val", "test"))

@@ -56,7 +56,7 @@ class WordHead(nn.Module):
 class Retriever(nn.Module):
     """Image and text encoders with a shared contrastive space, and a fusion encoder that judges pairs."""
 
-    new_parts = "image_projection", "text_projection", "matching_head", "word_head"     # their rate is --head-lr
+    new_parts = "image_projection", "text_projection", "matching_head", "word_head"     # at --lr x --head-lr
 
     def __init__(self, config: ModelConfig, image_encoder: nn.Module | None = None,
                  text_encoder: nn.Module | None = None):
