@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mra.config import UserError
 from mra.data.files import harmless, write_json
+from mra.data.records import Record
 from mra.data.tokenizer import Tokenizer
 from mra.ranking import Plan
 from mra.retriever import Retriever
@@ -154,7 +155,8 @@ def in_gallery(folder: Path, model) -> None:
 def in_part(folder: Path, _) -> None:
     (folder / "parts").mkdir(exist_ok=True)
     images = torch.randint(0, 256, (2, 3, 64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    write_part(folder / "parts/000000.json", images, [{"caption": "x" * 9000}, {"caption": "y"}], {})
+    drafts = [Record("a.jpg", ("x" * 9000,), 0), Record("b.jpg", ("y",), 1)]
+    write_part(folder / "parts/000000.json", drafts, images, {})
 
 
 WRITES: dict[str, Callable[[Path, object], object]] = {
