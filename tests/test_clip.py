@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import evaluate
 import train
 from mra import losses
-from mra.config import PRESETS, ModelConfig
+from mra.config import PRESETS, ModelConfig, UserError
 from mra.data.batches import Batch
 from mra.data.tokenizer import MAX_MASKED, mask_words, pad
 from mra.retriever import Objective
@@ -428,17 +428,34 @@ def test_a_caption_alone_is_what_it_is_in_a_padded_batch(config, tokenizer):
     torch.testing.assert_close(features, F.normalize(model.text_projection(tokens[:, 0]), dim=1))
 
 
-def test_the_commands_take_a_clip(small, root, monkeypatch):
-    """evaluate.py ranks by its embeddings alone; train.py fine-tunes it and writes one of our files."""
+def test_the_commands_take_a_clip(small, root, monkeypatch, capsys):
+    """evaluate.py ranks by its embeddings alone, sets and photographs; train.py fine-tunes it and writes our files."""
     folder = write_hugging_face(root / "clip")
     common = ("--dataset", "cuhk", "--data-root", root, "--device", "cpu")
-    once = ("--steps", 1, "--batch", 2, "--evals", 1, "--workers", 0)
+    once = ("--preset", "clip", "--steps", 1, "--batch", 2, "--evals", 1, "--workers", 0)
+    photographs = ("--gallery", root / "CUHK-PEDES/imgs/test", "--query", "a man in red &amp; blue")
     for script, flags in (
             (evaluate, ("--checkpoint", folder, "--out", root / "out")),
-            (train, ("--preset", "clip", "--init", folder / "model.safetensors", *once, "--out", root / "one")),
+            (evaluate, ("--checkpoint", folder, "--out", root / "out", *photographs)),
+            (train, ("--init", "none", "--clip", folder, "--contrastive", "sdm", *once, "--out", root / "one")),
+            (train, ("--init", folder, *once, "--out", root / "two")),
             (evaluate, ("--checkpoint", root / "one" / "best.safetensors", "--out", root / "one"))):
         monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *map(str, (*common, *flags))])
         script.main()
+    said = capsys.readouterr().out
+    assert "CLIP with Hugging Face's names" in said and "ranked by embeddings, without mirror images." in said
     for file, fused in (("out/results-cuhk.json", False), ("one/results.json", True)):
         results = json.loads((root / file).read_text())["results"]["cuhk"]
         assert results["queries"] == 12 and ("re-ranked" in results) == fused
+    hit, *_ = json.loads((root / "out/query.json").read_text())["answers"][0]["first"]
+    assert -1 <= hit["similarity"] <= 1 and "match" not in hit
+
+
+def test_a_clip_and_its_preset_go_together(small, root, monkeypatch):
+    """Either without the other is refused, and so is a start from both --clip and --init."""
+    folder = write_hugging_face(root / "clip")
+    for flags in (("--preset", "clip"), ("--preset", "tiny", "--clip", folder),
+                  ("--preset", "clip", "--clip", folder, "--init", folder)):
+        monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "icfg", *map(str, flags)])
+        with pytest.raises(UserError, match="--clip"):
+            train.main()
