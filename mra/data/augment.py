@@ -48,22 +48,17 @@ def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random,
     """The whole image, mirrored half of the time. With probability `erase`, a rectangle gets the mean colour."""
     mirrored, erased = rng.random() < 0.5, rng.random() < erase
     pixels = tensor_of(image, size, mirrored=mirrored)              # (3, H, W)
-    if erased:
-        _erase(pixels, rng)
-    return View(pixels, None, mirrored)
-
-
-def _erase(pixels: Tensor, rng: random.Random) -> None:
-    """Set a random rectangle of `pixels` (3, H, W) to 0, the mean colour: the first of ten draws that fits."""
-    rows, columns = pixels.shape[1:]
-    for _ in range(10):
+    rows, columns = size
+    tries = 10 if erased else 0         # the first rectangle that fits becomes 0, the mean colour
+    for _ in range(tries):
         area = rng.uniform(*ERASE_AREA) * rows * columns
         aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < height < rows and 0 < width < columns:
             top, left = rng.randrange(rows - height + 1), rng.randrange(columns - width + 1)
             pixels[:, top:top + height, left:left + width] = 0
-            return
+            break
+    return View(pixels, None, mirrored)
 
 
 def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:

@@ -30,8 +30,7 @@ class RecordSet:
 class Packed:
     """Lists of plain values in one buffer, which forked loading processes share.
 
-    SDA has 1.5 million pairs. Reading a Python object writes its reference count, so each process would soon own a copy
-    of all of them.
+    SDA has 1.5 million pairs. Reading a Python object writes its reference count, so each process would copy them all.
     """
 
     def __init__(self, items: Iterable[list]):

@@ -94,7 +94,18 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
     picked, unless all have more than 10 pieces. As in BERT's whole-word masking each piece draws for itself: 80 %
     become [MASK], 10 % a random piece, 10 % stay.
     """
-    masked, at = list(ids), _pick(tokenizer.words_of(ids), rng)
+    words, picked = tokenizer.words_of(ids), set()
+    budget = min(MAX_MASKED, max(1, round(MASK_RATE * sum(map(len, words)))))
+    for start in rng.sample(range(len(words)), len(words)):
+        length = rng.choice((2, 3)) if rng.random() < SPAN_RATE else 1
+        if words[start][0] in picked:
+            continue
+        for word in words[start:start + length]:
+            grown = picked.union(word)
+            if len(grown) > (budget if picked else MAX_MASKED):     # the first word may exceed the budget
+                break
+            picked = grown
+    masked, at = list(ids), sorted(picked)
     for i in at:
         fate = rng.random()
         if fate < 0.8:
@@ -102,19 +113,3 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
         elif fate < 0.9:
             masked[i] = rng.choice(tokenizer.ordinary_ids)
     return masked, at
-
-
-def _pick(words: list[list[int]], rng: random.Random) -> list[int]:
-    """Positions to predict: words in random order, as long as they fit the budget. The first one may exceed it."""
-    budget = min(MAX_MASKED, max(1, round(MASK_RATE * sum(map(len, words)))))
-    picked: set[int] = set()
-    for start in rng.sample(range(len(words)), len(words)):
-        length = rng.choice((2, 3)) if rng.random() < SPAN_RATE else 1
-        if words[start][0] in picked:
-            continue
-        for word in words[start:start + length]:
-            grown = picked.union(word)
-            if len(grown) > (budget if picked else MAX_MASKED):
-                break
-            picked = grown
-    return sorted(picked)

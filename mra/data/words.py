@@ -73,7 +73,11 @@ def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
     for term in sorted(chosen, key=re.Match.start, reverse=True):
-        synonym = _cased(_synonym(term, rng), term[0])
+        synonym = _synonym(term, rng)
+        if term[0].isupper():
+            synonym = synonym.upper()
+        elif term[0][0].isupper():
+            synonym = synonym[0].upper() + synonym[1:]
         text = _agreeing(text[:term.start()], synonym) + synonym + text[term.end():]
     return text
 
@@ -115,13 +119,6 @@ def _changes(text: str, alpha: float) -> int:
 
 def _synonym(term: re.Match, rng: random.Random) -> str:
     return rng.choice(SYNONYMS[" ".join(term[0].lower().split())])
-
-
-def _cased(word: str, like: str) -> str:
-    """`word` in the letter case of `like`: in capitals, with a capital, or neither."""
-    if like.isupper():
-        return word.upper()
-    return word[0].upper() + word[1:] if like[0].isupper() else word
 
 
 def _agreeing(before: str, word: str) -> str:

@@ -2,9 +2,7 @@
 
 The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level has two residual blocks in the encoder
 and three in the decoder. A transformer follows each block, except at the lowest resolution: pixels attend to each
-other and to the caption. The middle is block, transformer, block.
-
-The domain branch adds its outputs to the skips and the middle of the frozen denoiser. Read next: base.py.
+other and to the caption. The middle is block, transformer, block. Read next: base.py.
 """
 
 import copy
@@ -26,7 +24,6 @@ STABLE_EPS = 1e-5       # in the norms of Stable Diffusion's denoiser, except th
 @dataclass(frozen=True)
 class Prompt:
     """Encoded captions: states (B, T, D) and keep (B, T), True = attend to it."""
-
     states: Tensor
     keep: Tensor
 
@@ -54,12 +51,9 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, if it `attends`, a transformer.
+    """A residual block and, if it `attends`, a transformer."""
 
-    With `recompute` activations are computed again in the backward pass: gradient checkpointing (Chen et al. 2016).
-    """
-
-    recompute = False
+    recompute = False       # the activations in the backward pass: gradient checkpointing (Chen et al. 2016)
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int, config: DiffusionConfig, attends: bool):
         super().__init__()

@@ -17,14 +17,10 @@ Denoise = Callable[[Tensor, Tensor], Tensor]    # latents (B, C, h, w), t (B,) -
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise, or nearly).
-
-    With `predicts_noise` the denoiser learns the noise e in place of v.
-    """
-
+    """alpha and sigma (K,) of the noise levels t = 0 (almost clean) to K - 1 (pure noise, or nearly)."""
     alpha: Tensor
     sigma: Tensor
-    predicts_noise: bool = False
+    predicts_noise: bool = False        # the denoiser learns the noise e in place of v
 
     @staticmethod
     def cosine() -> "Schedule":

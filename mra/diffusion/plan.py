@@ -28,7 +28,6 @@ MOVERS = 1000       # source images that `match_moments` takes the source's mean
 @dataclass(frozen=True)
 class SetPlan:
     """What one run makes. A draft is a record to make: its caption is the prompt, its path the image it comes from."""
-
     drafts: list[Record]
     probes: list[Record]        # drafts to sample for the calibration; empty: no calibration
     movers: list[Record]        # see MOVERS; empty unless images are restyled

@@ -47,7 +47,10 @@ def variant(caption: str, number: int, rng: random.Random) -> str:
         return caption
     first = next(filter(PERSON.search, phrases), None)
     others = [phrase for phrase in phrases if phrase is not first and not ANYBODY.fullmatch(phrase)]
-    first = first or who(caption)
+    if first is None and SHE.search(caption):           # no noun names the person, so a pronoun tells
+        first = "a woman"
+    elif first is None:
+        first = "a man" if HE.search(caption) else "a person"
     if number % 4 == 0 or stays_whole(caption):     # synonyms for some terms
         return replace_synonyms(caption, rng, ALPHA)
     if number % 4 == 1:                 # a phrase again at the end, in other words
@@ -62,10 +65,3 @@ def stays_whole(caption: str) -> bool:
     if OTHERS.search(caption) or NOT.search(caption) or len(A_PERSON.findall(caption)) > 1:
         return True
     return any(one.search(caption) and other.search(caption) for one, other in ((HE, SHE), (GROWN, CHILD)))
-
-
-def who(caption: str) -> str:
-    """The person of a caption with no noun for them, by its pronouns."""
-    if SHE.search(caption):
-        return "a woman"
-    return "a man" if HE.search(caption) else "a person"

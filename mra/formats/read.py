@@ -238,10 +238,14 @@ def _box(value) -> Box:
 
 
 def _of_split(rows: list[Row], split: str, source: Source, say) -> list[Row]:
-    """The rows of a split. Where a set has no val split, a part of its training identities becomes val."""
+    """The rows of a split. Where a set has no val split, some training identities become val, always the same ones."""
     if source.hold_out and split != "test" and all(row.split != "val" for row in rows):
         train = [row for row in rows if row.split == "train"]
-        held = _held_out(train)
+        images, held, count = Counter(row.identity for row in train), set(), 0
+        for identity in random.Random(0).sample(sorted(images), math.ceil(VAL_SHARE * (len(images) - 1))):
+            if count + images[identity] <= VAL_IMAGES:
+                held.add(identity)
+                count += images[identity]
         chosen = [row for row in train if (row.identity in held) == (split == "val")]
         say(f"without a val split: {len(held)} training identities, the same each time, are held out as val")
     else:
@@ -249,13 +253,3 @@ def _of_split(rows: list[Row], split: str, source: Source, say) -> list[Row]:
     if not chosen:
         raise UserError(f"{shown(source.files[0])} has no record for the split {split}")
     return chosen
-
-
-def _held_out(train: list[Row]) -> set[str]:
-    """Identities for val: they depend on the training identities and their numbers of images alone."""
-    images, held, count = Counter(row.identity for row in train), set(), 0
-    for identity in random.Random(0).sample(sorted(images), math.ceil(VAL_SHARE * (len(images) - 1))):
-        if count + images[identity] <= VAL_IMAGES:
-            held.add(identity)
-            count += images[identity]
-    return held

@@ -89,8 +89,7 @@ def shots_of(set_name: str, split: str, number: int, person: Person, count: int,
 def build(root: Path, set_name: str, sizes: Sizes, seed: int, workers: int, say=print) -> None:
     """Write a set under root in its real layout, unless it is there already with the same manifest town.json.
 
-    A set is drawn in a scratch folder, which is renamed when it is complete. Raises UserError if the folder of the set
-    holds anything else.
+    It is drawn in a scratch folder and renamed when complete. Raises UserError if its folder holds anything else.
     """
     folder, scratch = root / FOLDERS[set_name], root / f"{FOLDERS[set_name]}.tmp"
     twins = [[number + FIRST_ID[set_name] for number in pair] for pair in twin_pairs(sizes)]
