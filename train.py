@@ -116,7 +116,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
                 "pairs": len(dataset), "adapted": key["content of the adapted set"], "processes": machine.world,
                 "versions": checkpoint.VERSIONS, "step": done, "val": result}
-            weights = checkpoint.halves(model) if config.half else checkpoint.weights(model)
+            weights = checkpoint.weights(model, config.half)
             machine.first(lambda: checkpoint.save(path, weights, facts))
         return {"val": result, "best": best}
 

@@ -88,15 +88,11 @@ def config_of(kind: type, values: dict, tokenizer):
     return config
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name. The tied table of word embeddings is there once."""
-    return {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())
-            if not name.endswith(INDICES)}
-
-
-def halves(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name, in half precision."""
-    return {name: tensor.half() for name, tensor in weights(model).items()}
+def weights(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
+    """The model's tensors by name, on request in half precision. The tied table of word embeddings is there once."""
+    found = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())
+             if not name.endswith(INDICES)}
+    return {name: tensor.half() for name, tensor in found.items()} if half else found
 
 
 def digest(model: nn.Module) -> str:

@@ -1,7 +1,6 @@
-"""Results that are made once and kept on disk.
+"""Results that are made once and kept on disk, until their key changes.
 
-Beside each result lies its key, JSON of all that decides it: branch.safetensors has branch.key.json. If the key of a
-run differs from it, the result is made anew, and the changes are printed.
+Beside each result lies its key, JSON of all that decides it: branch.safetensors has branch.key.json.
 """
 
 import json

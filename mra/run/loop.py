@@ -1,9 +1,8 @@
 """The one training loop: of the retriever, and of every network of DaD.
 
-It resumes, accumulates, averages, logs and stops. Each worker computes the loss and the gradients of its own samples,
-and the mean over workers is taken (workers.py). All that is random in a step depends on (seed, step, part, worker). So
-a run that was stopped goes on bit for bit on the CPU, and two threads compute what two processes do. A run that goes on
-appends to its log: the steps after the last save are there twice. Read next: train.py, networks.py.
+It resumes, accumulates, averages, logs and stops. All that is random in a step depends on (seed, step, part, worker).
+So a run that was stopped goes on bit for bit on the CPU, and two threads compute what two processes do. A run that goes
+on appends to its log: the steps after the last save are there twice. Read workers.py before it, train.py after it.
 """
 
 import json

@@ -1,8 +1,7 @@
 """Where a run computes: its device and precision, the processes of torchrun, and the threads of one process.
 
 One process on the CPU computes the two halves of a step in two threads, which is faster than sharing out every single
-operation. Threads exchange tensors as processes do, so results do not depend on the number of cores, and only rounding
-differs between threads and processes. Read next: loop.py.
+operation. Threads exchange tensors as processes do, so only rounding differs between the two. Read next: loop.py.
 """
 
 import fcntl
@@ -15,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,6 +28,8 @@ from mra.town import sets
 from mra.workers import Workers
 
 THREADS = 2     # of a step on the CPU; a fixed number, so that results do not depend on the number of cores
+# for the whole run: new threads in each step would allocate memory anew, a seventh of its time
+POOL = ThreadPoolExecutor(THREADS)
 
 
 # ---- workers
@@ -162,7 +162,7 @@ class Machine:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // THREADS))
         try:
-            return list(pool().map(function, items))
+            return list(POOL.map(function, items))
         finally:
             torch.set_num_threads(threads)
 
@@ -174,12 +174,6 @@ class Machine:
             return [self.workers]
         slots, barrier = [None] * THREADS, threading.Barrier(THREADS)
         return [Threads(rank, slots, barrier) for rank in range(THREADS)]
-
-
-@cache
-def pool() -> ThreadPoolExecutor:
-    """The threads of the whole run. New threads in each step would allocate memory anew, a seventh of its time."""
-    return ThreadPoolExecutor(THREADS)
 
 
 def choose_device(name: str) -> torch.device:

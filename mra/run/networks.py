@@ -4,7 +4,6 @@ Every function is one of them: what it learns from, its loss and its key. adapt.
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,6 @@ from mra.run.loop import Loop, Share, Task
 from mra.run.machine import Machine
 from mra.weights.stable import read_stable
 
-SHIPPED = Path(__file__).parents[1] / "diffusion"      # folder of base-demo.safetensors
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
 LIT = 0.75              # share of the autoencoder's images under random light
 
@@ -63,19 +61,17 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
 
 def read_pairs(records: RecordSet, size: DiffusionConfig, workers: int) -> tuple[Tensor, list[tuple[int, str]], str]:
     """Images (N, 3, H, W) uint8, every pair (number of the image, caption), and a hash of both."""
-    images, pairs = read_images([record.path for record in records.records], size, workers), []
-    found = hashlib.sha256(images.numpy())
-    for i, record in enumerate(records.records):
-        pairs += [(i, caption) for caption in record.captions]
-        found.update("\n".join(record.captions).encode() + b"\0")
-    return images, pairs, found.hexdigest()[:16]
+    images = read_images([record.path for record in records.records], size, workers)
+    pairs = [(i, caption) for i, record in enumerate(records.records) for caption in record.captions]
+    captions = ["\n".join(record.captions).encode() + b"\0" for record in records.records]
+    return images, pairs, checkpoint.digest_of([images.numpy(), *captions])
 
 
 # ---- the base
 
 def base_file(config: AdaptConfig) -> Path:
     """The file of the base: that of --base, else the shipped one of this size, else the one that is trained."""
-    shipped = SHIPPED / f"base-{config.size}.safetensors"
+    shipped = Path(__file__).parents[1] / f"diffusion/base-{config.size}.safetensors"
     if config.base or shipped.exists():
         return Path(config.base or shipped)
     return base_folder(config) / "base.safetensors"
@@ -113,7 +109,7 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
 
     learn("denoiser", base.denoiser, prepare, recipe.denoiser, folder, key, machine)
     facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
-    machine.first(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.halves(base), facts))
+    machine.first(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.weights(base, half=True), facts))
     machine.say(f"{folder / 'base.safetensors'} is ready.")
 
 
@@ -138,7 +134,11 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         base, told = read_stable(Path(config.weights), size), f"{config.weights}, Stable Diffusion"
     else:
         path = base_file(config)
-        base, facts = read_base(path)
+        tensors, facts = checkpoint.load(path)
+        with checkpoint.trusting(path):
+            tokenizer = Tokenizer(facts["vocab"], path)
+            base = Diffusion.new(checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer), tokenizer)
+            checkpoint.restore_weights(base, tensors, path)
         if base.config.shape != size.shape:
             raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
         if not config.base and path.parent == base_folder(config) and facts.get("root") != source_root(config):
@@ -147,17 +147,6 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         told = f"{path}, trained on {harmless(facts.get('images'))} images of {harmless(facts.get('source'))}"
     machine.say(f"Base: {told}.")
     return base.to(machine.device).eval().requires_grad_(False)
-
-
-def read_base(path: Path) -> tuple[Diffusion, dict]:
-    """A base that `train_base` wrote, and the facts of its file."""
-    tensors, facts = checkpoint.load(path)
-    with checkpoint.trusting(path):
-        tokenizer = Tokenizer(facts["vocab"], path)
-        size = checkpoint.config_of(DiffusionConfig, facts["size"], tokenizer)
-        base = Diffusion.new(size, tokenizer)
-        checkpoint.restore_weights(base, tensors, path)
-    return base, facts
 
 
 # ---- what learns the target
@@ -242,15 +231,12 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
 
 
 def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
-    """A judge of malformed people, which learns half of the target's images against damaged copies of them.
-
-    The other half stays unseen, to measure the judge (tests/study/gap.py).
-    """
+    """A judge of malformed people, which learns half of the target's images against damaged copies of them."""
     torch.manual_seed(config.seed)
     judge = Judge().to(machine.device, memory_format=torch.channels_last)
 
     def prepare() -> Loss:
-        good = target.images[:len(target.images) // 2]
+        good = target.images[:len(target.images) // 2]      # tests/study/gap.py measures the judge on the others
         bad = distort(good, DAMAGE, 0)
         return lambda share: judge_loss(judge, good, bad, share.draw, share.count)
 

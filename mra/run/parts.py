@@ -117,10 +117,7 @@ def write_part(file: Path, drafts: list[Record], images: Tensor, scores: dict[st
 
 
 def finish(config: AdaptConfig, out: Path, target: Tensor, key: dict, machine: Machine) -> None:
-    """Write the annotation files of what passes the filters, pictures, and the report.
-
-    target (N, 3, H, W): the target's images. Raises UserError where nothing passes.
-    """
+    """Write annotation files of what passes the filters, pictures and a report. Raises UserError if no image passes."""
     rows = [row for part in sorted((out / "parts").glob("*.json")) for row in read_json(part, list)]
     for row in rows:
         row["dropped_by"] = filters_of(config, row)

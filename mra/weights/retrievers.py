@@ -191,16 +191,10 @@ def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, di
     return model, {"train": train, "val": {"weight": 0.0}, "pretrained_on": "sda"}
 
 
-# ---- images of another size
-
-def with_size(config: ModelConfig, like: ModelConfig) -> ModelConfig:
-    """The configuration for images of the size of `like`, and its windows."""
-    return replace(config, height=like.height, width=like.width, window=like.window)
-
-
 def resized(model: Retriever, like: ModelConfig) -> Retriever:
     """The model for images of the size of `like` and with its windows; tables of positions are interpolated."""
-    target, tensors = make_retriever(with_size(model.config, like)), checkpoint.weights(model)
+    target = make_retriever(replace(model.config, height=like.height, width=like.width, window=like.window))
+    tensors = checkpoint.weights(model)
     for name, own in checkpoint.weights(target).items():
         if name.endswith("relative_position_bias_table"):
             side, to = math.isqrt(len(tensors[name])), math.isqrt(len(own))

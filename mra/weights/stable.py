@@ -72,10 +72,7 @@ class PixelAttention(nn.Module):
 
 
 class StableAutoencoder(nn.Module):
-    """Stable Diffusion's (Rombach et al. 2022, KL-f8): images (B, 3, H, W) in -1..1 <-> latents (B, 4, H/8, W/8).
-
-    Two blocks a level down, three up; between them a block, attention, a block. It adds no grain.
-    """
+    """Stable Diffusion's (Rombach et al. 2022, KL-f8): images (B, 3, H, W) in -1..1 <-> latents (B, 4, H/8, W/8)."""
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()

@@ -67,7 +67,7 @@ from mra.run import checkpoint, stages  # noqa: E402
 from mra.run.command import parse, run  # noqa: E402
 from mra.run.loop import Loop, Task  # noqa: E402
 from mra.run.machine import Machine  # noqa: E402
-from mra.run.networks import read_base  # noqa: E402
+from mra.run.networks import load_base  # noqa: E402
 from mra.show import gallery, pictures  # noqa: E402
 from mra.weights import retrievers  # noqa: E402
 from tests.study import study, town  # noqa: E402
@@ -383,7 +383,7 @@ class Whole:
         return {"best": ask, "last": lambda: self.loop(path),
                 "gallery": lambda: gallery.encode(self.folder / "photos", self.model, path, Plan(0, batch=4),
                                                   say=lambda line: None),
-                "base": lambda: read_base(path)[0].read(["a man"]),
+                "base": lambda: load_base(AdaptConfig(size="tiny", base=str(path)), MACHINE).read(["a man"]),
                 "bert": lambda: retrievers.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
                 "vit": lambda: retrievers.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
 
