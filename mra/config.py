@@ -122,7 +122,7 @@ class Fit:
     warmup: float = 0.05          # share of the steps with a rising learning rate
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
-    clip: float = 1.0             # largest gradient norm
+    max_norm: float = 1.0         # largest gradient norm
     average: float = 0.999        # decay of the moving average of the weights, which becomes the result; 0: none
     accumulate: int = 1           # batches of a step
     save_every: int = 200         # steps

@@ -1,7 +1,7 @@
 """The plan of a set: the images to make, their prompts, and the boxes of their phrases.
 
 The paper runs an open-set detector on its images. Here a phrase gets the average box of its last word, the noun, in the
-source set: README.md says what attention maps added. Read next: filters.py; run/parts.py, which makes the images.
+source set; README.md has how true these boxes are. Read next: filters.py; run/parts.py, which makes the images.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """From annotation files to a RecordSet: find the files of a split, read them, check every record, choose the split.
 
 A benchmark has one file of all splits, or the released files of one split each. SDA and MALS have parts, and every part
-is training data. A row of LAYOUTS adds a format. Whatever is wrong in a file is said here in one sentence, so the
-method trusts a `Record`. Read next: check.py.
+is training data. Whatever is wrong in a file is said here in one sentence, so the method trusts a `Record`. A row of
+LAYOUTS adds a format; a set to pretrain on is also named in config.pretrains. Read next: check.py.
 """
 
 import json

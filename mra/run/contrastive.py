@@ -34,8 +34,8 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
         image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
     wide = torch.promote_types(image.dtype, torch.float32)
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=image.device)
-    # a compiled model runs the chunks uncompiled; as a decorator `disable` would load the compiler, which takes two
-    # seconds, in every process that imports this file
+    # chunks are compiled by themselves, so a compiled model must not trace them; as a decorator `disable` would load
+    # the compiler, which takes two seconds, in every process that imports this file
     chunked = torch.compiler.disable(Contrastive.apply)
     with torch.autocast(device, enabled=False):
         return chunked(image, text, scale, classes, smoothing, workers)

@@ -40,7 +40,7 @@ class Task:
     key: dict = field(default_factory=dict)             # all that must be the same to resume
     groups: list[dict] | None = None    # of the optimiser, each with its "peak" learning rate; None: a single one
     log_every: int = 0                  # steps between two lines of progress; 0: at saves alone
-    save_after: frozenset[int] = frozenset()            # steps after which the state is saved
+    save_after: frozenset[int] = frozenset()            # steps to save the state after; train.py: evaluations
     evaluate: Callable[[int, dict], dict] | None = None     # after a save, with its results before
     after_step: Callable[[], None] = lambda: None
     advice: str = ""                    # what to do if the state has another key; empty: the training begins anew
@@ -98,7 +98,7 @@ class Loop:
                 task.network.train()
                 # ----------------------------------------------------------------------------------------------------
                 terms.append(self.backward(step, parts))
-                terms[-1]["gradient"] = nn.utils.clip_grad_norm_(self.parameters.values(), fit.clip)
+                terms[-1]["gradient"] = nn.utils.clip_grad_norm_(self.parameters.values(), fit.max_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 # ----------------------------------------------------------------------------------------------------

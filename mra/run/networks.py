@@ -1,4 +1,4 @@
-"""The networks of DaD, each trained once and kept: the base, then, on the target, branch, decoder and judge.
+"""The networks of DaD, each trained once and kept: the base; then, on the target, decoder, branch and judge.
 
 Every function is one of them: what it learns from, its loss and its key. adapt.py calls them in this order.
 """

@@ -24,7 +24,7 @@ from mra.weights import retrievers
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
-OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"      # in pretraining alone
+OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # the shipped one has the defaults
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
@@ -34,8 +34,8 @@ ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that o
 def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     """The stages of a call: each starts from the best checkpoint of the one before.
 
-    Before a fine-tuning on the demo town stand the source and, if there is one, the adapted set. The shipped retriever
-    replaces the source unless a flag asks for another pretraining.
+    Before a fine-tuning without --data-root stand the source and, if there is one, the adapted set. The shipped
+    retriever replaces the source unless a flag asks for another pretraining.
     """
     if config.init not in PRETRAINED or pretrains(config.dataset):
         return [config]
@@ -49,7 +49,7 @@ def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
     if usual and shipped.exists():
-        plan[:2] = [replace(plan[1], init=str(shipped))]
+        plan[:2] = [replace(plan[1], init=str(shipped))]        # the source goes, the next stage starts from the file
     return plan
 
 
@@ -108,7 +108,7 @@ def plan_of(config: TrainConfig, pairs: int, world: int) -> tuple[Fit, int, froz
     """How the loop trains, the first step with ITM and MLM, and the steps after which val is evaluated."""
     steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
     fit = Fit(steps, config.batch * world, config.lr, config.warmup, betas=(0.9, 0.98),
-              weight_decay=config.weight_decay, clip=config.max_norm, average=0.0, accumulate=config.accumulate)
+              weight_decay=config.weight_decay, max_norm=config.max_norm, average=0.0, accumulate=config.accumulate)
     evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
     return fit, round(config.fusion_from * steps), frozenset({*evals, steps})
 
@@ -128,7 +128,7 @@ def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: T
     key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in NOT_AS_GIVEN}
     key["--dataset"] = config.dataset if config.dataset in DATASETS else "a folder"
     key["--batch x processes"] = config.batch * machine.world
-    key["content of the first weights (--init, --bert, --vit)"] = checkpoint.digest(model)
+    key["content of the first weights (--init, --bert, --vit, --clip)"] = checkpoint.digest(model)
     key["content of the vocabulary"] = checkpoint.digest_of([json.dumps(tokenizer.pieces).encode()])
     report = Path(config.dataset) / "report.json"           # adapt.py wrote it
     key["content of the adapted set"] = checkpoint.digest_of([report.read_bytes()]) if report.is_file() else ""
