@@ -331,6 +331,9 @@ def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):
         (tmp_path / "out/sda" / name / "report.json").write_text("{}")
     for preset, name in (("demo", "icfg"), ("small", "icfg-small"), ("base", None)):
         assert stages.adapted_set(TrainConfig(preset=preset)) == (name and Path("out/sda", name))
+    assert stages.adapted_set(TrainConfig(share=0.1)) is None       # icfg was made from all labels
+    (tmp_path / "out/sda/icfg").rename(tmp_path / "out/sda/icfg-0.1")
+    assert stages.adapted_set(TrainConfig(share=0.1)) == Path("out/sda/icfg-0.1")
 
 
 def test_a_known_name_is_never_a_folder(tmp_path, monkeypatch):

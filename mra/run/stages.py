@@ -57,7 +57,12 @@ def adapted_set(config: TrainConfig) -> Path | None:
     """The set that adapt.py made for this target, if there is one. Raises UserError for an unfinished one."""
     if config.dataset not in DATASETS:
         return None
-    made = Path("out/sda") / (config.dataset if config.preset == "demo" else f"{config.dataset}-{config.preset}")
+    name = config.dataset       # as adapt.py names it
+    if config.preset != "demo":
+        name += f"-{config.preset}"
+    if config.share < 1:        # a set of all labels would tell a run more than its share of them
+        name += f"-{config.share:g}"
+    made = Path("out/sda") / name
     check_whole(made)
     return made if (made / "report.json").exists() else None
 
