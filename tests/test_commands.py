@@ -296,7 +296,7 @@ def test_a_run_goes_on_with_the_same_content_alone(work):
     assert "step 2 of 2" in succeed(work, "train.py", "--dataset", "icfg", "--init", "./out/P/best.safetensors", *flags)
     succeed(work, "train.py", "--dataset", "sda", *TINY, "--steps", "3", "--out", "out/P", "--no-resume")
     message = refused(work, "train.py", "--dataset", "icfg", "--init", "out/P/best.safetensors", *flags)
-    assert "content of the first weights (--init, --bert, --vit) has changed" in message
+    assert "content of the first weights (--init, --bert, --vit, --clip) has changed" in message
     own, flags = work / "own", (*TINY, "--init", "none", "--steps", "2", "--out", "out/own")
     own.mkdir()
     records = [{"image": f"imgs/{i}.jpg", "caption": f"a red coat {i}", "image_id": i // 2} for i in range(24)]
