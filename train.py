@@ -39,6 +39,8 @@ from mra.run import checkpoint, contrastive, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Share, Task, write_line
 from mra.run.machine import Machine, claimed, root_of
+from mra.weights.clip import ClipTokenizer
+from mra.weights.files import folder_of
 from mra.weights.retrievers import model_facts
 
 
@@ -47,7 +49,10 @@ def main() -> None:
     stages.check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     if config.check:
-        tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
+        if config.clip:
+            tokenizer = ClipTokenizer.read(Path(config.vocab or folder_of(Path(config.clip))))
+        else:
+            tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
         root = root_of(config.data_root, config.dataset, config.preset == "tiny", machine)
         well = check_set(config.dataset, root, tokenizer, PRESETS[config.preset].max_tokens,
                          config.workers or machine.cores, machine.say)

@@ -442,7 +442,12 @@ def test_the_commands_take_a_clip(small, root, monkeypatch, capsys):
             (evaluate, ("--checkpoint", root / "one" / "best.safetensors", "--out", root / "one"))):
         monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *map(str, (*common, *flags))])
         script.main()
+    checks = *common, "--check", "--preset", "clip", "--clip", folder
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, checks)])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
     said = capsys.readouterr().out
+    assert ended.value.code == 0 and "All is well." in said and "that the vocabulary lacks" not in said
     assert "CLIP with Hugging Face's names" in said and "ranked by embeddings, without mirror images." in said
     for file, fused in (("out/results-cuhk.json", False), ("one/results.json", True)):
         results = json.loads((root / file).read_text())["results"]["cuhk"]

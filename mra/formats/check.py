@@ -10,7 +10,6 @@ from pathlib import Path
 from mra.config import UserError
 from mra.data.files import examined, in_processes, shown
 from mra.data.tokenizer import Tokenizer
-from mra.data.words import clean
 from mra.formats.read import SPLITS, Row, locate, read_rows
 
 PUBLISHED = {   # identities, images and captions of each split, from the benchmark table of the MRA paper
@@ -57,7 +56,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
         if row.missing:
             faults["missing image"].append(row.place)
         for caption in row.record.captions:
-            words, place = clean(caption, dataset), f"{row.place}: {shown(caption)}"
+            words, place = tokenizer.clean(caption, dataset), f"{row.place}: {shown(caption)}"
             ids = tokenizer.encode(words, longest + 1)
             if len(ids) > longest:
                 notes[f"caption of more than {longest - 2} word pieces, which the model cuts"].append(place)
