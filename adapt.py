@@ -9,8 +9,7 @@
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
 set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it. In the demo `train.py --dataset cuhk`
-finds the set that was made with the default flags. Thresholds of the filters can be changed without making the images
-again.
+finds the set made with the default flags. Thresholds of the filters can be changed without making the images again.
 """
 
 import json

@@ -16,10 +16,8 @@ Beside the method, which imports none of it:
 
     formats/              annotation files of the real sets, --check
     town/                 drawn people in the real sets' formats, for a demo and for exact answers
-    weights/              weights from elsewhere: BERT, ViT, CLIP, IRRA's and the released MRA models, Stable Diffusion;
-                          the shipped retriever
-    run/                  command line, machine, checkpoints, the one training loop, the contrastive loss of large
-                          batches, what is kept on disk
+    weights/              the shipped retriever; BERT, ViT, CLIP, IRRA's and the released MRA models, Stable Diffusion
+    run/                  command line, machine, checkpoints, the one training loop, large batches, what is kept
     show/                 pictures, a folder of photographs, answers to sentences
     train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
 
