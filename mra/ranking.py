@@ -249,7 +249,8 @@ def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool
     model.eval()
     found = search(model, tokenizer, captions, paths, plan)
     embedded = found.metrics(query_ids, gallery_ids, found.candidates)
-    result = {"embeddings": embedded, "quality": [fused, quality(embedded)]}       # "quality" compares checkpoints
+    # checkpoints are compared by this list, so one that re-ranks is better than any that does not
+    result = {"embeddings": embedded, "quality": [fused, quality(embedded)]}
     if fused:
         weight, reranked = choose_weight(found, query_ids, gallery_ids)
         result |= {"reranked": reranked, "weight": weight, "quality": [fused, quality(reranked)]}
