@@ -24,7 +24,7 @@ from mra.weights import retrievers
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
-OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # at their defaults in the shipped one
+OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # the shipped one has the defaults
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
