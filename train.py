@@ -133,7 +133,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     if loop.results and not path.exists():
         raise UserError(f"{task.state} goes on from a {path.name} that is gone: put it back, or give --no-resume.")
     # each batch is a list of one Batch for every thread; their order depends on the seed alone
-    keys = order(len(dataset), config.batch, config.seed, loop.first * config.accumulate,
+    keys = order(dataset.lengths, config.batch, config.seed, loop.first * config.accumulate,
                  fit.steps * config.accumulate, machine.rank, machine.world)
     loop.run(loader(dataset, config.workers, batch_sampler=keys, pin_memory=machine.device.type == "cuda",
                     collate_fn=partial(dataset.collate_parts, parts=len(loop.workers))))

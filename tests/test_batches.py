@@ -9,7 +9,7 @@ import torch
 from conftest import spelt
 
 from mra.config import TrainConfig
-from mra.data.batches import Batch, PairDataset, order
+from mra.data.batches import WINDOW, Batch, PairDataset, order
 from mra.data.records import Record, RecordSet
 from mra.data.tokenizer import MAX_MASKED
 
@@ -35,20 +35,36 @@ def equal(one, other) -> bool:
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(one, other, strict=True))
 
 
+LENGTHS = [30, 12, 25, 12, 18, 40, 7, 33, 21, 15]
+
+
 def keys(steps: int, **changes) -> list[list[tuple[int, int]]]:
-    return list(order(**{"count": 10, "batch": 4, "seed": 3, "start": 0, "stop": steps} | changes))
+    return list(order(**{"lengths": LENGTHS, "batch": 4, "seed": 3, "start": 0, "stop": steps} | changes))
 
 
 # ---- order
 
-@pytest.mark.parametrize("count, batch, steps", [(10, 4, 15), (3, 8, 9), (7, 7, 4), (1, 2, 3)])
-def test_every_epoch_is_a_permutation(count, batch, steps):
+@pytest.mark.parametrize("count, batch", [(10, 4), (3, 8), (7, 7), (1, 2)])
+def test_every_epoch_is_a_permutation(count, batch):
     """Also where batches straddle epochs, or hold several."""
-    stream = [key for step in keys(steps, count=count, batch=batch) for key in step]
-    assert [epoch for epoch, _ in stream] == [position // count for position in range(batch * steps)]
+    steps = 2 * WINDOW
+    stream = [key for step in keys(steps, lengths=LENGTHS[:count], batch=batch) for key in step]
+    assert sorted(epoch for epoch, _ in stream) == [position // count for position in range(batch * steps)]
     orders = [[index for e, index in stream if e == epoch] for epoch in range(batch * steps // count)]
     assert len(orders) > 1 and all(sorted(order) == list(range(count)) for order in orders)
-    assert count == 1 or orders[0] != orders[1]
+    assert count == 1 or any(order != orders[0] for order in orders)
+
+
+def test_a_window_of_steps_is_sorted_by_length():
+    """No step of 5 holds lengths between those of another, and no pair twice, where a window is one epoch."""
+    lengths = [7 * i % 80 for i in range(80)]
+    for window in (keys(WINDOW, lengths=lengths, batch=5), keys(2 * WINDOW, lengths=lengths, batch=5)[WINDOW:]):
+        ranges = [sorted(lengths[index] for _, index in step) for step in window]
+        assert sorted(ranges) == [list(range(start, start + 5)) for start in range(0, 80, 5)] != ranges
+
+
+def test_no_step_holds_a_pair_twice_though_a_window_holds_several_epochs():
+    assert all(len({index for _, index in step}) == 5 for step in keys(2 * WINDOW, batch=5))
 
 
 def test_the_order_depends_on_the_seed_alone():
@@ -57,21 +73,21 @@ def test_the_order_depends_on_the_seed_alone():
 
 
 def test_two_ranks_are_one_process_with_the_joined_batch():
-    ranks = [keys(15, rank=rank, world=2) for rank in range(2)]
-    assert [a + b for a, b in zip(*ranks)] == keys(15, batch=8)
+    ranks = [keys(20, rank=rank, world=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks)] == keys(20, batch=8)
 
 
 @pytest.mark.parametrize("world, rank", [(1, 0), (2, 1)])
-@pytest.mark.parametrize("start", [1, 4, 13])
+@pytest.mark.parametrize("start", [1, 4, 15, 16, 33])
 def test_a_later_start_goes_on_with_the_same_stream(start, world, rank):
-    assert keys(15, start=start, world=world, rank=rank) == keys(15, world=world, rank=rank)[start:]
+    assert keys(40, start=start, world=world, rank=rank) == keys(40, world=world, rank=rank)[start:]
 
 
 # ---- randomness
 
 def test_the_number_of_workers_changes_nothing(pairs):
     dataset = pairs()
-    batches = [list(torch.utils.data.DataLoader(dataset, batch_sampler=order(10, 4, 0, 0, 6), num_workers=workers,
+    batches = [list(torch.utils.data.DataLoader(dataset, batch_sampler=order(LENGTHS, 4, 0, 0, 6), num_workers=workers,
                                                 collate_fn=dataset.collate)) for workers in (0, 2)]
     assert len(batches[0]) == 6 and all(equal(a, b) for a, b in zip(*batches, strict=True))
 

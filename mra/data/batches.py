@@ -20,6 +20,7 @@ from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad
 from mra.data.words import eda, swap_left_right
 
 WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
+WINDOW = 16     # steps whose pairs are sorted by length together
 
 
 class Sample(NamedTuple):
@@ -62,6 +63,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.model, self.train = model, train
         self.pairs = Packed([caption, record.path, record.identity, record.boxes, record.phrases]
                             for record in source.records for caption in record.captions)
+        self.lengths = [len(caption) for record in source.records for caption in record.captions]
         has_boxes = any(record.boxes for record in source.records)
         self.with_regions = train.regions and has_boxes
         self.pretraining = has_boxes or pretrains(source.name)
@@ -129,16 +131,27 @@ def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.uti
                                        multiprocessing_context="fork" if workers else None)
 
 
-def order(count: int, batch: int, seed: int, start: int, stop: int, rank: int = 0,
+def order(lengths: list[int], batch: int, seed: int, start: int, stop: int, rank: int = 0,
           world: int = 1) -> Iterator[list[tuple[int, int]]]:
     """Batches `start` to `stop` of (epoch, index), from one stream of permutations that all W processes share.
 
-    Batch s of all processes is at positions s*W*B .. (s+1)*W*B of the stream; rank r takes the r-th B of them.
+    The captions of a step have similar `lengths`, so little of it is padding. Rank r takes its r-th B pairs.
     """
     for step in range(start, stop):
-        first = (step * world + rank) * batch
-        places = [divmod(position, count) for position in range(first, first + batch)]
-        yield [(epoch, _permutation(count, seed, epoch)[place]) for epoch, place in places]
+        if step == start or step % WINDOW == 0:
+            steps = _window(lengths, batch * world, seed, step // WINDOW)
+        yield steps[step % WINDOW][rank * batch:(rank + 1) * batch]
+
+
+def _window(lengths: list[int], pairs: int, seed: int, number: int) -> list[list[tuple[int, int]]]:
+    """WINDOW steps of `pairs` (epoch, index) each: a part of the stream, sorted by length and cut into steps."""
+    first = number * WINDOW * pairs
+    places = [divmod(position, len(lengths)) for position in range(first, first + WINDOW * pairs)]
+    keys = [(epoch, _permutation(len(lengths), seed, epoch)[place]) for epoch, place in places]
+    keys.sort(key=lambda key: (key[0], lengths[key[1]]))        # by epoch first: no pair stands twice in a step
+    steps = [keys[start:start + pairs] for start in range(0, len(keys), pairs)]
+    random.Random(f"{seed}-{number}").shuffle(steps)
+    return steps
 
 
 @lru_cache(1)

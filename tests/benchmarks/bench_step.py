@@ -5,9 +5,10 @@
     python -m tests.benchmarks.bench_step --batch 2 4 --target 40 --sides eager       on the CPU: extrapolates memory
 
 --loop trains `demo` on batches of the drawn source in two ways that take turns, step by step: as train.py did until
-November 2026 (one worker, each operation shared out over all cores, PyTorch's own dropout, the batch read before the
-step) and as it does now (two threads, each with half of the batch and dropout masks of its own, the next batch read
-meanwhile). It prints medians of seconds and of images a second.
+November 2026 and as it does now. Before: one worker, each operation shared out over all cores, PyTorch's own dropout,
+captions of any length in a batch, which is read before the step. Now: two threads, each with half of the batch and
+dropout masks of its own, captions of similar length in a batch, the next batch read meanwhile. It prints medians of
+seconds and of images a second.
 
 Else a fine-tuning step (ITC, ITM, MLM, EDA captions; AdamW) at a preset's full size, eager beside compiled, as train.py
 does with --compile, in bf16; and beside the 383 ms and 27.1 GiB that a plain step of the released model takes at batch
@@ -98,7 +99,7 @@ def training(preset: str, now: bool):
     own = loops.Loop(loops.Task("", model, fit, 0, groups=stages.groups(model, config)), loss_of, machine)
     if not now:
         own.workers = [machine.workers]
-    keys = order(len(dataset), fit.batch, 0, 0, 10**6)
+    keys = order(dataset.lengths if now else [0] * len(dataset), fit.batch, 0, 0, 10**6)
     batches = iter(loader(dataset, config.workers if now else 0, batch_sampler=keys,
                           collate_fn=partial(dataset.collate_parts, parts=len(own.workers))))
     masks = machine_module.OwnRandomness
