@@ -178,7 +178,7 @@ CLIP = {
 DEMO = {
     "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100,
                      workers=1),
-    "finetune": dict(epochs=12, batch=32, lr=4e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100, workers=1),
+    "finetune": dict(epochs=10, batch=32, lr=2e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100, workers=1),
 }
 
 
