@@ -1,15 +1,16 @@
-"""Evaluate a retriever on test splits, or search a gallery for sentences.
+"""Evaluate a retriever on test splits, or search a gallery for sentences and pictures.
 
     python evaluate.py                                        the newest checkpoint, on its own dataset's test split
     python evaluate.py --dataset icfg cuhk rstp               on other datasets, too
     python evaluate.py --checkpoint out/icfg-demo-s0/best.safetensors --k 64
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
     python evaluate.py --queries FILE --gallery DIR           for every line of a text file
+    python evaluate.py --query-image FILE --gallery DIR       for a picture, with or without sentences
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages, and writes results.json and
-ranking.png. Flags add to these names, as in results-cuhk-split-val.json. For sentences it writes query.json and
+ranking.png. Flags add to these names, as in results-cuhk-split-val.json. For queries it writes query.json and
 query.png and, with --gallery, the gallery's embeddings for the next search. mra/weights/README.md explains --weight for
 a released checkpoint.
 """
@@ -61,7 +62,7 @@ def main() -> None:
     plan = ranking.Plan(config.k, mirror, config.batch, config.workers, machine.workers)
     folder = Path(config.out or ("out/shipped" if shipped else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
-    if config.query or config.queries:
+    if config.query or config.queries or config.query_image:
         return answer(config, machine, plan, model, tokenizer, facts, folder)
     results, rows = measure(config, machine, plan, model, tokenizer, facts)
     if machine.rank == 0:
@@ -82,14 +83,15 @@ def main() -> None:
 
 def check(config: EvalConfig) -> None:
     """Raise UserError for flags that exclude each other, or unknown datasets."""
-    asked = config.query or config.queries
+    asked = config.query or config.queries or config.query_image
     if asked and len(config.dataset) > 1:
-        raise UserError("--query and --queries rank one gallery: give one --dataset.")
+        raise UserError("--query, --queries and --query-image rank one gallery: give one --dataset.")
     for dataset in config.dataset:
         if dataset not in DATASETS and not Path(dataset).is_dir():
             raise UserError(f"--dataset {dataset}: choose from {', '.join(DATASETS)}, or give a set's folder.")
-    if config.gallery and not asked:
-        raise UserError("--gallery needs --query or --queries: the sentences to rank its images for.")
+    for flag, given in (("--gallery", config.gallery), ("--threshold", config.threshold > -1)):
+        if given and not asked:
+            raise UserError(f"{flag} is for a search: give --query, --queries or --query-image, too.")
 
 
 def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> RecordSet:
@@ -110,6 +112,10 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
         if not results:
             machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
         captions, query_ids, paths, gallery_ids = ranking.queries_of(source, tokenizer)
+        people = set(gallery_ids.tolist())
+        lost = sum(identity not in people for identity in query_ids.tolist())
+        if lost:
+            machine.say(f"{lost} of {len(captions)} queries are of people without an image, and are not counted.")
         with machine.autocast():        # similarities and scores stay in float32
             found = ranking.search(model, tokenizer, captions, paths, plan)
         last = found.reranked(config.weight)
@@ -119,35 +125,33 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
         for stage, values in metrics.items():
             machine.say(f"{source.name + ' ' + stage:24}" + "".join(f"{value:8.2f}" for value in values.values()))
         results[dataset] = metrics | {"queries": len(captions), "gallery": len(paths),
-                                      "identities": len(set(gallery_ids.tolist())),
-                                      "seconds": round(time.perf_counter() - started, 1)}
+                                      "identities": len(people), "seconds": round(time.perf_counter() - started, 1)}
         rows += pictures.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])
     return results, rows
 
 
 def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retriever, tokenizer: Tokenizer,
            facts: dict, folder: Path) -> None:
-    """Rank a folder of photographs, or the images of the split, for every sentence."""
+    """Rank a folder of photographs, or the images of the split, for every query."""
     if machine.world > 1:
-        raise UserError("--query and --queries are answered by one process: start it without torchrun.")
+        raise UserError("Queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
-    if not dataset and isinstance(tokenizer, Tokenizer):
+    if (config.query or config.queries) and not dataset and isinstance(tokenizer, Tokenizer):
         machine.say("This checkpoint names no set, so sentences are not cleaned. If it was trained on ICFG-PEDES or "
                     "RSTPReid, name that set by --dataset.")
-    asked = gallery.sentences(config, dataset, tokenizer)
-    features, left_out = None, []
+    queries, left_out = gallery.queries_of(config, dataset, tokenizer, model.config.max_tokens), []
     with machine.autocast():
         if config.gallery:
             cache = folder / "gallery.safetensors"
             paths, features, left_out = gallery.encode(Path(config.gallery), model, cache, plan)
         else:
-            paths = [record.path for record in load(config, facts, dataset, machine).records]
-        cleaned = [tokenizer.clean(sentence, dataset) for sentence in asked]
-        found = ranking.search(model, tokenizer, cleaned, paths, plan, features)
-    last = found.reranked(config.weight)
-    answers = gallery.answer(model, tokenizer, asked, paths, found, last, folder / "query.png")
-    write_json(folder / "query.json", {"gallery": config.gallery or dataset, "images": len(paths),
-                                       "left_out": left_out, "answers": answers})
+            paths = [record.path for record in load(config, facts, dataset, machine).records if record.path]
+            features = ranking.encode_gallery(model, ranking.Images(paths, model.config), plan)
+        searched = gallery.Gallery(model, tokenizer, dataset, paths, features, plan, config.weight)
+        answers = gallery.answer(config, searched, queries, folder / "query.png")
+    write_json(folder / "query.json", {
+        "gallery": config.gallery or dataset, "images": len(paths), "left_out": left_out, "meaning": gallery.MEANING,
+        "query_image": config.query_image, "threshold": config.threshold, "answers": answers})
     print(f"Wrote {folder / 'query.json'} and {folder / 'query.png'}.")
 
 

@@ -88,7 +88,8 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
                           for split in ("train", "val"))
     model, tokenizer, pretrained_on = stages.load_model(config, machine)
     for record in val_set.records:          # a broken image is found now, not after an epoch
-        open_image(record.path)
+        if record.path:
+            open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
     # ---- plan and loss
     fit, fusion_from, evals = stages.plan_of(config, len(dataset), machine.world)

@@ -25,7 +25,7 @@ from mra.retriever import Retriever
 from mra.workers import Workers
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-FIRST = 10                          # images found for each query, at least
+FIRST = 10                          # images shown for each query
 BLOCK = 512                         # queries compared with the gallery at a time
 CHUNK = 65536                       # gallery images in a block of similarities
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
@@ -76,6 +76,7 @@ class Plan:
     batch: int = 64                 # images encoded at a time
     loading: int = 0                # image decoding processes
     workers: Workers = Workers()
+    first: int = FIRST              # images found for each query, at least
 
 
 @dataclass(frozen=True)
@@ -110,18 +111,26 @@ class Found:
 
 @torch.inference_mode()
 def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], plan: Plan,
-           features: Tensor | None = None) -> Found:
-    """Rank the images `paths` for every caption. `features` (G, 2, E) are those of `encode_gallery`, if known."""
+           features: Tensor | None = None, examples: Tensor | None = None) -> Found:
+    """Rank the images `paths` for every caption. `features` (G, 2, E) are those of `encode_gallery`, if known.
+
+    `examples` (Q, passes, E) are those of a picture for each query, NaN where there is none. The similarity is then the
+    mean of the picture's and the caption's; an empty caption has none.
+    """
     images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
     if plan.mirror:
         passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
     if features is None:
         features = encode_gallery(model, images, plan)
+    queries = torch.stack([feature for _, _, feature in passes], 1)                # (Q, passes, E)
+    if examples is not None:
+        queries[torch.tensor([not caption for caption in captions])] = torch.nan
+        queries = torch.stack([queries, examples]).nanmean(0)                      # the mean of what there is
     # one product of queries and gallery is the mean of the passes' similarities
-    queries = torch.cat([feature for _, _, feature in passes], 1) / len(passes)    # (Q, passes * E)
+    queries = queries.flatten(1) / len(passes)                                     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):
-        values, candidates = top_k(queries, gallery, max(plan.k, FIRST))           # (Q, K)
+        values, candidates = top_k(queries, gallery, max(plan.k, plan.first))      # (Q, K)
     match = match_candidates(model, images, passes, candidates[:, :plan.k], plan)  # (Q, k)
     return Found(queries, gallery, values.cpu(), candidates.cpu(), match.cpu())
 
@@ -229,11 +238,15 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
 
 
 def queries_of(source: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
-    """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query."""
+    """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query.
+
+    An image without a caption is a distractor. A record without an image adds queries alone.
+    """
     captions = [tokenizer.clean(caption, source.name) for record in source.records for caption in record.captions]
     query_ids = torch.tensor([record.identity for record in source.records for _ in record.captions])
-    gallery_ids = torch.tensor([record.identity for record in source.records])
-    return captions, query_ids, [record.path for record in source.records], gallery_ids
+    images = [record for record in source.records if record.path]
+    gallery_ids = torch.tensor([record.identity for record in images])
+    return captions, query_ids, [record.path for record in images], gallery_ids
 
 
 def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:

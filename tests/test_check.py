@@ -205,6 +205,29 @@ def test_a_set_of_ones_own_needs_no_val_and_no_test(checked, root):
     assert checked("--dataset", "mine")[0] == 1
 
 
+def test_distractors_and_queries_without_an_image_are_counted(checked, root):
+    """Three images without a caption; two records without an image, of three captions. Neither is a fault."""
+    images = [f"CUHK-PEDES/imgs/test/{person}_{view}.png" for person in range(3) for view in range(2)]
+    items = [{"image": image, "caption": [], "image_id": number} for number, image in enumerate(images[:3])]
+    items += [{"image": image, "caption": f"a man {image[-7]}", "image_id": image[-7]} for image in images[3:]]
+    items += [{"image": None, "caption": ["a hat", "a bag"], "image_id": "1"},
+              {"image": "", "caption": "a coat", "image_id": 9}]
+    (root / "test.json").write_text(json.dumps(items))
+    status, out = checked("--dataset", ".")
+    assert status == 0 and "test: 4 identities, 6 images, 6 captions\n" in out
+    assert "\ntest: 3 of these images are distractors, without a caption\n" in out
+    assert "\ntest: 3 of these captions have no image\n" in out and "6 of 6 images decoded" in out
+    (root / "test.json").write_text(json.dumps(items[3:6]))
+    status, out = checked("--dataset", ".")
+    assert status == 0 and "of these" not in out
+    (root / "test.json").write_text(json.dumps(items[:3]))
+    status, out = checked("--dataset", ".")
+    assert status == 1 and "Fault: 1 x split in which no caption is of a person with an image, such as\n  test: " in out
+    (root / "test.json").rename(root / "train.json").write_text(json.dumps(items))
+    status, out = checked("--dataset", ".")
+    assert status == 1 and "Fault: 5 x unusable" in out and "of these" not in out
+
+
 def test_drawn_data_is_not_held_against_the_published_counts(checked, root):
     (root / "CUHK-PEDES/town.json").write_text("{}")
     records_of(root, lambda items: items.pop())

@@ -1,6 +1,8 @@
-"""`evaluate.py --gallery`: any folder of photographs ranked for sentences, each pair as by hand; encoded only once."""
+"""`evaluate.py --gallery`: photographs ranked for sentences and pictures, each pair as by hand; encoded only once."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -8,15 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
 
 import evaluate
 from mra import ranking
 from mra.config import UserError
 from mra.data import files, words
+from mra.data.augment import tensor_of
+from mra.data.files import open_image
 from mra.ranking import Plan
 from mra.run import checkpoint
 from mra.run.command import run
 from mra.show import gallery
+from mra.show.gallery import Gallery, Query, unread
+from mra.weights.clip import ClipTokenizer
 from mra.weights.retrievers import model_facts
 from tests.test_ranking import pair_by_hand
 from tests.test_released import small, write  # noqa: F401 (fixtures: a small released checkpoint)
@@ -72,7 +79,10 @@ def ask(monkeypatch, tmp_path, capsys):
 
 
 def test_a_folder_is_ranked_as_by_hand(ask, ours, folder, model, tokenizer):
-    """Logit + 1 x similarity, each the mean with the mirrored photograph and the mirrored words."""
+    """Logit + 1 x similarity, each the mean with the mirrored photograph and the mirrored words.
+
+    What is said is the logit's probability.
+    """
     Path("asked.txt").write_text("\ufeff" + "\n\n".join(ASKED[1:]) + "\n", encoding="utf-8")
     out, found, encoded = ask("--query", ASKED[0], "--queries", "asked.txt", "--gallery", "photos")
     paths = [f"photos/{name}" for name in ("a.png", "b/c d.JPG", "b/f.TIFF", "b/ünï/e.webp", "g.jp2")]
@@ -86,10 +96,15 @@ def test_a_folder_is_ranked_as_by_hand(ask, ours, folder, model, tokenizer):
             truth[path] = torch.tensor(passes).mean(0).tolist()
         assert [row["path"] for row in answer["first"]] == sorted(paths, key=lambda path: -sum(truth[path]))
         for row in answer["first"]:
-            assert (row["similarity"], row["match"]) == pytest.approx(truth[row["path"]], abs=1e-5)
+            similarity, logit = truth[row["path"]]
+            assert row["similarity"] == pytest.approx(similarity, abs=1e-5)
+            assert row["match"] == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)
+    assert set(found["meaning"]) == {"similarity", "match"} and (found["query_image"], found["threshold"]) == ("", -1)
+    for name, meaning in found["meaning"].items():
+        assert f"\n{name}: {meaning}.\n" in out
     assert len(found["left_out"]) == 1 and "photos/b/broken.jpg" in found["left_out"][0]
     assert re.search("^Left out: .*photos/b/broken.jpg", out, re.M) and "2 '.heic', 1 '.txt'" in out
-    assert len(re.findall(r"^ +\d+  similarity -?[01]\.\d{3}  match +-?\d+\.\d\d  '.*photos/", out, re.M)) == 15
+    assert len(re.findall(r"^ +\d+  similarity -?[01]\.\d{3}  match [01]\.\d{3}  '.*photos/", out, re.M)) == 15
     with Image.open("out/ours/query.png") as picture:
         assert picture.height > 3 * 192
 
@@ -203,6 +218,157 @@ def test_a_released_checkpoint_ranks_a_folder(ask, write, folder):  # noqa: F811
         _, found, encoded = ask("--checkpoint", path, "--query", ASKED[0], "--gallery", "photos", "--out", "found",
                                 out="found")
         assert encoded == expected and len(found["answers"][0]["first"]) == 5
+
+
+# ---- the interface, and pictures as queries
+
+@pytest.fixture
+def twelve(model, tokenizer, paint) -> Gallery:
+    """Twelve photographs, the first five re-scored."""
+    paths = [paint(f"{number:02}.png", seed=number) for number in range(12)]
+    plan = Plan(5)
+    features = ranking.encode_gallery(model, ranking.Images(paths, model.config), plan)
+    return Gallery(model, tokenizer, "cuhk", paths, features, plan, 2.0)
+
+
+def test_more_hits_than_usual_and_fewer(twelve, monkeypatch):
+    """The first are the same whatever their number, and of them the five most similar have a match."""
+    read, real = [], ranking.open_image
+    monkeypatch.setattr(ranking, "open_image", lambda path: read.append(path) or real(path))
+    every, = twelve.search([Query(ASKED[0])], first=100)
+    assert sorted(hit.path for hit in every) == twelve.paths and len(read) == 5
+    assert [hit.match is not None for hit in every] == 5 * [True] + 7 * [False]
+    scores = [math.log(hit.match / (1 - hit.match)) + 2 * hit.similarity for hit in every[:5]]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 5
+    rest = [hit.similarity for hit in every[5:]]
+    assert rest == sorted(rest, reverse=True) and rest[0] <= min(hit.similarity for hit in every[:5])
+    for flags, count in (({}, 10), ({"first": 3}, 3), ({"first": 11}, 11)):
+        _, found = twelve.search([Query(ASKED[1]), Query(ASKED[0])], **flags)
+        assert [hit.path for hit in found] == [hit.path for hit in every[:count]]
+        assert [hit.similarity for hit in found] == pytest.approx([hit.similarity for hit in every[:count]], abs=1e-6)
+
+
+def test_a_threshold_drops_hits_before_the_first_are_taken(twelve):
+    """A hit that matches well but is less similar gives way to the next."""
+    every, = twelve.search([Query(ASKED[0])], first=12)
+    for dropped in range(13):
+        limit = sorted(hit.similarity for hit in every)[dropped] if dropped < 12 else 1.0
+        kept = [hit.path for hit in every if hit.similarity >= limit]
+        found, = twelve.search([Query(ASKED[0])], first=2, threshold=limit)
+        assert [hit.path for hit in found] == kept[:2] and len(kept) == 12 - dropped
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_a_picture_ranks_as_by_hand(twelve, paint, mirror):
+    """Similarity of picture and photograph, and of their mirror images; with a sentence the mean of both."""
+    model = twelve.model
+    searched = dataclasses.replace(twelve, plan=Plan(5, mirror), weight=1.0)
+    mine, other = open_image(twelve.paths[7]), open_image(paint("other.png", seed=99))
+
+    def feature(picture: Image.Image, mirrored: bool) -> torch.Tensor:
+        pixels = tensor_of(picture, (model.config.height, model.config.width), mirrored=mirrored)[None]
+        with torch.inference_mode():
+            return model.encode_image(pixels)[1][0]
+
+    def by_hand(query: Query, path: str) -> float:
+        found = []
+        for mirrored in ([False, True] if mirror else [False]):
+            words_seen = words.swap_left_right(query.sentence) if mirrored else query.sentence
+            parts = []
+            if query.sentence:
+                parts.append(pair_by_hand(model, twelve.tokenizer, words_seen, path, mirrored)[0])
+            if query.image:
+                parts.append((feature(query.image, mirrored) @ feature(open_image(path), mirrored)).item())
+            found.append(sum(parts) / len(parts))
+        return sum(found) / len(found)
+
+    queries = [Query(image=mine), Query(ASKED[0], mine), Query(ASKED[0]), Query(ASKED[0], other), Query(image=other)]
+    for query, hits in zip(queries, searched.search(queries, first=12)):
+        truth = {path: by_hand(query, path) for path in twelve.paths}
+        assert {hit.path: hit.similarity for hit in hits} == pytest.approx(truth, abs=1e-5)
+        assert [hit.path for hit in hits] == sorted(truth, key=lambda path: -truth[path])
+        assert all(hit.match is None for hit in hits)
+    assert searched.search(queries[:1])[0][0] == (twelve.paths[7], pytest.approx(1), None)
+    alone, = searched.search([Query(ASKED[0])])
+    assert alone[0].match is not None       # pictures of other calls change nothing
+
+
+def test_a_picture_is_encoded_once_for_many_sentences(twelve, paint, monkeypatch):
+    picture, real, counted = open_image(paint("other.png", seed=99)), ranking.encode_gallery, []
+    monkeypatch.setattr(ranking, "encode_gallery", lambda model, images, plan: counted.append(len(images))
+                        or real(model, images, plan))
+    assert len(twelve.search([Query(sentence, picture) for sentence in ASKED])) == 3 and counted == [1]
+
+
+def test_a_picture_on_the_command_line(ask, ours, folder):
+    name = "a man in a red coat.png"        # no sentence, for all that
+    Image.open(folder / "a.png").save(name)
+    flags = ("--query-image", name, "--gallery", "photos")
+    out, found, _ = ask(*flags)
+    answer, = found["answers"]
+    best = answer["first"][0]
+    assert (answer["query"], found["query_image"], best["path"]) == ("", name, "photos/a.png")
+    assert best["similarity"] == pytest.approx(1)
+    assert all("match" not in hit for hit in answer["first"]) and "match:" not in out
+    assert f"\n{name!r}:\n" in out and "similarity alone ranks" in out and "no word" not in out
+    with Image.open("out/ours/query.png") as picture:
+        alone = picture.size
+    out, found, _ = ask(*flags, "--query", *ASKED[1:])
+    assert [answer["query"] for answer in found["answers"]] == ASKED[1:] and f"\n{ASKED[1]!r}:\n" in out
+    with Image.open("out/ours/query.png") as picture:
+        assert picture.height == 2 * alone[1]
+
+
+def test_a_threshold_on_the_command_line(ask, ours, folder):
+    flags = ("--query", *ASKED, "--gallery", "photos")
+    _, every, _ = ask(*flags)
+    limit = sorted(hit["similarity"] for answer in every["answers"] for hit in answer["first"])[9]
+    out, found, _ = ask(*flags, "--threshold", limit)
+    for whole, some in zip(every["answers"], found["answers"]):
+        assert some["first"] == [hit for hit in whole["first"] if hit["similarity"] >= limit]
+    assert found["threshold"] == limit and len(re.findall(r"^ +\d+  similarity", out, re.M)) == 6
+    out, found, _ = ask(*flags, "--threshold", "1")
+    note = "no image has a similarity of 1.0 or more"
+    assert [answer["first"] for answer in found["answers"]] == [[], [], []]
+    assert [answer["note"] for answer in found["answers"]] == [note] * 3 and out.count(note) == 3
+    with Image.open("out/ours/query.png") as picture:
+        assert picture.height > 3 * 192
+
+
+def test_words_that_are_not_read_are_counted(tokenizer, ask, ours, folder):
+    """56 ids are [CLS], 54 pieces and [SEP]; "xq" is two pieces. Without merges CLIP has a piece for each letter."""
+    assert unread("a " * 54, tokenizer, "cuhk", 56) == []
+    assert unread("a " * 53 + "xq", tokenizer, "cuhk", 56) == [
+        "The sentence: the model does not read the last 1 of its 54 words."]
+    assert "the last 7 of its 61 words" in unread("a-" * 60 + "a", tokenizer, "icfg", 56)[0]     # as it is cleaned
+    assert len(unread("a " * 60 + "穿", tokenizer, "cuhk", 56)) == 1
+    letters = sorted(ByteLevel.alphabet())
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    clip = ClipTokenizer(pieces, [], Path("letters"))
+    assert unread("red coat bag", clip, "", 12) == []
+    for longest, count in ((11, 1), (9, 1), (8, 2), (4, 3)):
+        assert f"the last {count} of its 3 words" in unread("red coat bag", clip, "", longest)[0]
+    with pytest.raises(UserError, match="^The sentence: there is no word"):
+        unread("?!", clip, "", 77)
+    out, _, _ = ask("--query", "a coat " * 30, "--gallery", "photos")
+    assert re.search(r"^--query 'a coat .*the model does not read the last 6 of its 60 words\.$", out, re.M)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (("--query-image", "photos/b/broken.jpg", "--gallery", "photos"), "the image 'photos/b/broken.jpg' cannot be read"),
+    (("--query-image", "nowhere.png"), "the image 'nowhere.png' cannot be read"),
+    (("--query-image", "photos/a.png", "--query", "?!"), "no word in it"),
+    (("--query-image", "photos/a.png", "--dataset", "cuhk", "icfg"), "one --dataset"),
+    (("--threshold", "0.5"), "--threshold is for a search"),
+    (("--query", "a coat", "--threshold", "1.5"), "--threshold 1.5"),
+    (("--gallery", "photos"), "--gallery is for a search")])
+def test_mistakes_in_a_search(ours, folder, tmp_path, monkeypatch, capsys, flags, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--device", "cpu", *flags])
+    with pytest.raises(SystemExit) as end:
+        run(evaluate.main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and named in err and re.fullmatch(r"error: \S.*\S\n", err)
 
 
 @pytest.mark.parametrize("content, named", [

@@ -9,6 +9,7 @@ import torch
 from mra import ranking
 from mra.data.augment import tensor_of
 from mra.data.files import open_image
+from mra.data.records import Record, RecordSet
 from mra.ranking import Found, Plan, choose_weight, retrieval_metrics, search
 
 CAPTIONS = ["a man in a red coat with a bag on his left", "a woman",
@@ -94,6 +95,22 @@ def test_a_query_without_a_match_is_left_out():
     assert with_and_without["mAP"] == 50 and with_and_without["R@1"] == 0
     nothing = checked_metrics(scores, torch.tensor([8, 9]), gallery)
     assert tuple(nothing) == NAMES and all(math.isnan(value) for value in nothing.values())
+
+
+def test_distractors_and_queries_without_an_image(tokenizer):
+    """Gallery: a0 b0 d d a1, where d has no caption. Queries: a0's two, b0's, one of a and one of c without an image.
+
+    Person a is at ranks 2 and 4 of the three of its queries, b at rank 1, and c is in no image, so it is not counted.
+        R@1 1/4; AP of a (1/2 + 2/4) / 2 = 1/2, of b 1; INP of a 2/4, of b 1
+    """
+    records = (Record("a0", ("red", "coat"), 0), Record("b0", ("blue",), 1), Record("d0", (), 2),
+               Record("", ("hat",), 0), Record("d1", (), 3), Record("", ("bag",), 4), Record("a1", (), 0))
+    captions, query_ids, paths, gallery_ids = ranking.queries_of(RecordSet("own", "test", records), tokenizer)
+    assert captions == ["red", "coat", "blue", "hat", "bag"] and query_ids.tolist() == [0, 0, 1, 0, 4]
+    assert paths == ["a0", "b0", "d0", "d1", "a1"] and gallery_ids.tolist() == [0, 1, 2, 3, 0]
+    of_a, of_b = [4.0, 1, 5, 3, 2], [4.0, 5, 3, 2, 1]           # d0 a0 d1 a1 b0, and b0 first
+    metrics = checked_metrics(torch.tensor([of_a, of_a, of_b, of_a, of_b]), query_ids, gallery_ids)
+    assert metrics == pytest.approx(dict(zip(NAMES, (25, 100, 100, 100 * (3 / 2 + 1) / 4, 100 * (3 / 2 + 1) / 4))))
 
 
 def test_a_gallery_of_one_image():
@@ -261,10 +278,9 @@ def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
     assert nothing.reranked(8.0).tolist() == nothing.candidates.tolist() == everything.candidates.tolist()
 
 
-def test_the_candidates_are_the_most_similar(model, tokenizer, paths, monkeypatch):
+def test_the_candidates_are_the_most_similar(model, tokenizer, paths):
     """Two are re-scored, three found, the last two ranked for the metrics alone."""
-    monkeypatch.setattr(ranking, "FIRST", 3)
-    found = search(model, tokenizer, CAPTIONS, paths, Plan(2))
+    found = search(model, tokenizer, CAPTIONS, paths, Plan(2, first=3))
     ranks = matrix(found).argsort(dim=1, descending=True)
     assert found.candidates.tolist() == ranks[:, :3].tolist() and found.match.shape == (5, 2)
     assert found.reranked(1.0)[:, :2].sort(1).values.tolist() == ranks[:, :2].sort(1).values.tolist()

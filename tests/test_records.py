@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
+import train
 from mra.config import TrainConfig, UserError
 from mra.data import files
 from mra.data.batches import PairDataset
@@ -213,6 +215,70 @@ def test_own_set_in_finetune_format(tmp_path, prefix):
     write(tmp_path / f"judge/{prefix}test.json", items[:1])               # is not taken for a part of train
     assert "train.json" in refusal(str(tmp_path / "judge"), "train", tmp_path)
     assert len(load(str(tmp_path / "judge"), "test", tmp_path, say=quiet).records) == 1
+
+
+ALONE = [{"image": "1.jpg", "caption": [], "image_id": "b"},
+         {"image": None, "caption": ["a hat", "a bag"], "image_id": 7},
+         {"image": "0.jpg", "caption": "a man", "image_id": "a"},
+         {"image": "", "caption": "a coat", "image_id": "a"}]
+
+
+def test_images_and_captions_alone(tmp_path):
+    """In val and test; records without an image stay apart, whoever they are of."""
+    touch(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    write(tmp_path / "train.json", [{"image": "2.jpg", "caption": "a boy", "image_id": 3}] * 2)
+    for split in ("val", "test"):
+        write(tmp_path / f"{split}.json", ALONE)
+        lines = []
+        records = load(str(tmp_path), split, tmp_path, say=lines.append).records
+        assert [(Path(r.path).name, r.captions, r.identity) for r in records] == [
+            ("1.jpg", (), 0), ("", ("a hat", "a bag"), 1), ("0.jpg", ("a man",), 2), ("", ("a coat",), 2)]
+        assert "2 images, 4 captions, 3 identities" in lines[0]
+    os.remove(tmp_path / "1.jpg")
+    assert "1 of 2 images are missing" in refusal(str(tmp_path), "test", tmp_path)
+    kept = load(str(tmp_path), "test", tmp_path, allow_missing=True, say=quiet).records
+    assert [r.captions for r in kept] == [("a hat", "a bag"), ("a man",), ("a coat",)]
+    os.remove(tmp_path / "0.jpg")
+    assert "2 of 2 images are missing" in refusal(str(tmp_path), "test", tmp_path, allow_missing=True)
+
+
+def test_images_and_captions_alone_where_they_help_nobody(tmp_path):
+    """In train, or held out of it as val; and where nothing of a split can be found."""
+    touch(tmp_path, "0.jpg", "1.jpg")
+    for bad, name in ((ALONE[0], "'1.jpg'"), (ALONE[1], "None"), (ALONE[3], "''")):
+        write(tmp_path / "train.json", [ALONE[2], bad])
+        for split in ("train", "val"):
+            assert f"train.json', record 1 (the first is 0), image {name}: it needs an image and a caption" in refusal(
+                str(tmp_path), split, tmp_path)
+    write(tmp_path / "test.json", [ALONE[2], ALONE[1] | {"caption": []}])
+    assert "record 1 " in refusal(str(tmp_path), "test", tmp_path)
+    for useless in (ALONE[:2], ALONE[:1], ALONE[1:2]):
+        write(tmp_path / "test.json", useless)
+        assert "test.json': in the split test no caption is of a person with an image" in refusal(
+            str(tmp_path), "test", tmp_path)
+
+
+def test_a_set_with_images_and_captions_alone_is_trained_on_and_evaluated(root, monkeypatch, capsys):
+    """Six images and eight captions of val and test: one of a person without an image, two more of no image."""
+    images = [f"{person}_{view}.png" for person in range(3) for view in range(2)]
+    items = {split: [{"image": f"CUHK-PEDES/imgs/{split}/{image}", "caption": "a man", "image_id": image[0]}
+                     for image in images] for split in SPLITS}
+    for split in ("val", "test"):
+        items[split][0]["caption"] = []
+        items[split] += [{"image": None, "caption": ["a coat", "a hat"], "image_id": "2"},
+                         {"image": None, "caption": "a bag", "image_id": "nobody"}]
+    for split in SPLITS:
+        write(root / f"{split}.json", items[split])
+    monkeypatch.chdir(root)
+    common = ("--dataset", ".", "--device", "cpu")
+    once = ("--preset", "tiny", "--init", "none", "--steps", "1", "--evals", "1", "--batch", "2", "--out", "out/one")
+    for script, flags in ((train, once), (evaluate, ()), (evaluate, ("--query", "a coat"))):
+        monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *common, *flags])
+        script.main()
+    assert "1 of 8 queries are of people without an image, and are not counted." in capsys.readouterr().out
+    results, = json.loads((root / "out/one/results.json").read_text())["results"].values()
+    assert (results["queries"], results["gallery"], results["identities"]) == (8, 6, 3)
+    assert len(json.loads((root / "out/one/query.json").read_text())["answers"][0]["first"]) == 6
 
 
 def test_boxes_of_an_own_set_in_finetune_format(tmp_path):

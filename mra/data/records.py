@@ -11,8 +11,11 @@ Box = tuple[float, float, float, float]    # (cx, cy, w, h), fractions of the im
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image of one person. A record of SDA takes about 2 kB of memory."""
-    path: str
+    """One image of one person. A record of SDA takes about 2 kB of memory.
+
+    In val and test an image without a caption is a distractor, and captions without an image are queries alone.
+    """
+    path: str                       # empty: no image
     captions: tuple[str, ...]
     identity: int                   # 0 .. K-1 within its RecordSet
     boxes: tuple[Box, ...] = ()     # of SDA (MRA section 2): a box for each phrase of the caption

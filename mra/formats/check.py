@@ -50,7 +50,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
         _count(split, [row for row in rows if row.split == split], PUBLISHED.get(dataset, {}), faults, notes, say)
     first, said = {}, {}        # the first row of each image, and of each caption in a split
     for row in rows:
-        before = first.setdefault(row.record.path, row)
+        before = first.setdefault(row.record.path or row.place, row)
         if before is not row:       # a model that trains on an image of val or test has seen the answer
             faults["image that has two records"].append(f"{row.place}: also in {before.split}, {before.place}")
         if row.missing:
@@ -66,7 +66,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
             before = said.setdefault((row.split, words.lower()), row)
             if before.identity != row.identity:
                 notes["caption of several people"].append(f"{place} and {before.place}")
-    paths = [path for path, row in first.items() if not row.missing]
+    paths = [row.record.path for row in first.values() if row.record.path and not row.missing]
     for number, (trouble, width, height) in enumerate(in_processes(examined, paths, workers, CHUNK), 1):
         if trouble:
             faults["image that does not decode"].append(trouble)
@@ -86,7 +86,8 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
 
 def _count(split: str, rows: list[Row], published: dict, faults: dict, notes: dict, say: Callable) -> None:
     """Say what a split holds, beside the published numbers. A part of a split can be trained on."""
-    counts = len({row.identity for row in rows}), len(rows), sum(len(row.record.captions) for row in rows)
+    images = [row.record for row in rows if row.record.path]
+    counts = len({row.identity for row in rows}), len(images), sum(len(row.record.captions) for row in rows)
     line = "{}: {:,} identities, {:,} images, {:,} captions".format(split, *counts)
     if split in published:
         line += "; published {:,}, {:,} and {:,}".format(*published[split])
@@ -94,5 +95,13 @@ def _count(split: str, rows: list[Row], published: dict, faults: dict, notes: di
             faults["empty split"].append(line)
         elif counts != published[split]:
             notes["split without the published counts"].append(line)
+    pictured = {row.identity for row in rows if row.record.path}
+    if rows and pictured.isdisjoint(row.identity for row in rows if row.record.captions):
+        faults["split in which no caption is of a person with an image"].append(line)
     if rows or split in published:
         say(line)
+    distractors = sum(not record.captions for record in images)
+    alone = counts[2] - sum(len(record.captions) for record in images)
+    for number, kind in ((distractors, "images are distractors, without a caption"), (alone, "captions have no image")):
+        if number:
+            say(f"{split}: {number:,} of these {kind}")

@@ -61,7 +61,7 @@ class Row(NamedTuple):
     split: str
     identity: str                   # in the annotation file
     place: str                      # for messages: annotation file, record number, image
-    missing: bool                   # there is no such image; the record's path is then that of the annotation file
+    missing: bool                   # the image is not there; the record's path is then that of the annotation file
     record: Record                  # with identity 0
 
 
@@ -69,28 +69,32 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     """Read a split of one of DATASETS under `data_root`, or of the folder `dataset`. Raises UserError.
 
     A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same ones;
-    train leaves them out. `allow_missing` drops the records whose image is missing.
+    train leaves them out. `allow_missing` drops the records whose image is missing. Val and test may hold records
+    without a caption (distractors) or without an image (queries alone), train may not.
     """
     source = locate(dataset, split, Path(data_root))
     rows, refused = read_rows(source)
     if refused:
         raise UserError(refused[0])
     rows = _of_split(rows, split, source, say)
-    missing = [row.place for row in rows if row.missing]
+    images = [row for row in rows if row.record.path]
+    missing = [row.place for row in images if row.missing]
     if missing:
-        told = f"{len(missing)} of {len(rows)} images are missing in {shown(source.images)}"
-        if len(missing) == len(rows) or not allow_missing:
+        told = f"{len(missing)} of {len(images)} images are missing in {shown(source.images)}"
+        if len(missing) == len(images) or not allow_missing:
             hint = "complete it" if allow_missing else "complete it or add --allow-missing"
             raise UserError(f"{told}; {hint}: {'; '.join(missing[:5])}")
         say(f"{told} and left out")
-        rows = [row for row in rows if not row.missing]
+        rows, images = ([row for row in some if not row.missing] for some in (rows, images))
+    if {row.identity for row in rows if row.record.captions}.isdisjoint(row.identity for row in images):
+        raise UserError(f"{shown(source.files[0])}: in the split {split} no caption is of a person with an image")
     numbers = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
     records = [replace(row.record, identity=numbers[row.identity]) for row in rows]
     captions = sum(len(record.captions) for record in records)
     if (source.images / "town.json").is_file():
         say(f"{shown(source.images)} is drawn data, not photographs.")
     others = " and others" if len(source.files) > 1 else ""
-    say(f"{shown(dataset)} {split}: {len(records)} images, {captions} captions, {len(numbers)} identities, "
+    say(f"{shown(dataset)} {split}: {len(images)} images, {captions} captions, {len(numbers)} identities, "
         f"read from {shown(source.files[0])}{others}")
     return RecordSet(dataset, split, records)
 
@@ -152,7 +156,7 @@ def read_rows(source: Source) -> tuple[list[Row], list[str]]:
             place = f"{name}, record {number} (the first is 0), image {shown(image)}"
             try:
                 row = _row(item, source, place, listing)
-                key = row.record.path if source.grouped else len(rows)
+                key = row.record.path if source.grouped and row.record.path else len(rows)
                 rows[key] = _joined(rows[key], row) if key in rows else row
             except ValueError as error:
                 refused.append(f"{place}: {error}")
@@ -163,7 +167,7 @@ def _row(item, source: Source, place: str, listing) -> Row:
     """Check one record and look for its image. Raises ValueError saying what is wrong with the record."""
     if not isinstance(item, dict):
         raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
-    image = _field(item, IMAGE, str)
+    image = _field(item, IMAGE, str, type(None)) or ""
     captions = _field(item, CAPTIONS, str, list)
     identity = str(_field(item, IDENTITY, int, str))
     split = source.split or _field(item, ("split",), str)
@@ -174,14 +178,17 @@ def _row(item, source: Source, place: str, listing) -> Row:
     if "boxes" in item or "phrases" in item:
         boxes = tuple(map(_box, _field(item, ("boxes",), list)))
         phrases = _texts(_field(item, ("phrases",), list), "phrase")
-    if not captions or len(boxes) != len(phrases):
-        raise ValueError(f"it has {len(captions)} captions, {len(boxes)} boxes and {len(phrases)} phrases")
-    if not image or image[0] == "/" or "\\" in image or ".." in image.split("/"):
-        raise ValueError("the path is empty, holds a backslash, or leads out of the image folder")
+    if len(boxes) != len(phrases):
+        raise ValueError(f"it has {len(boxes)} boxes and {len(phrases)} phrases")
+    if not (image or captions) or split == "train" and not (image and captions):
+        raise ValueError("it needs an image and a caption; in val and test one of the two is enough")
+    if image.startswith("/") or "\\" in image or ".." in image.split("/"):
+        raise ValueError("the path holds a backslash, or leads out of the image folder")
     below, _, name = image.rpartition("/")
     found = [root + image for root in (f"{source.images}/imgs/", f"{source.images}/") if name in listing(root + below)]
     path = found[0] if found else image
-    return Row(split, identity, place, not found, Record(path, captions, 0, boxes, phrases))
+    missing = image != "" and not found
+    return Row(split, identity, place, missing, Record(path, captions, 0, boxes, phrases))
 
 
 def _joined(before: Row, row: Row) -> Row:

@@ -138,7 +138,7 @@ def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: T
     report = Path(config.dataset) / "report.json"           # adapt.py wrote it
     key["content of the adapted set"] = checkpoint.digest_of([report.read_bytes()]) if report.is_file() else ""
     for one in sets_used:
-        inside = len(os.path.commonprefix([record.path for record in one.records]))         # the folder may be moved
+        inside = len(os.path.commonprefix([record.path for record in one.records if record.path]))    # it may be moved
         key[f"content of the {one.split} records"] = checkpoint.digest_of(
             repr((record.path[inside:], record.captions, record.identity, record.boxes, record.phrases)).encode()
             for record in one.records)

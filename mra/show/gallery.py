@@ -1,4 +1,4 @@
-"""Sentences asked of a folder of photographs: the photographs are encoded and cached, the answers printed and drawn.
+"""A gallery of photographs searched for sentences and pictures: encoded and cached, the answers printed and drawn.
 
 The cache is a safetensors file with the features of each photograph. Their name is a stamp, a digest of the
 photograph's path, size and time of last change. The model and the precision are the cache key.
@@ -8,8 +8,10 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -17,18 +19,93 @@ from torch import Tensor
 
 from mra import ranking
 from mra.config import EvalConfig, UserError
-from mra.data.files import IMAGE_FORMATS, examined, shown
+from mra.data.augment import tensor_of
+from mra.data.files import IMAGE_FORMATS, examined, open_image, shown
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.show import pictures
 
 PART = 2000     # photographs encoded between two writings of the cache
-PICTURED = 20   # sentences shown in query.png
+PICTURED = 20   # queries shown in query.png
+MEANING = {     # of a hit's numbers
+    "similarity": "the cosine of the embeddings of query and image, -1 to 1, comparable within one model alone",
+    "match": "the fusion encoder's probability that sentence and image belong together, 0 to 1, for the most similar "
+             "images, which it re-ranks together with the similarity"}
 
 
-def sentences(config: EvalConfig, dataset: str, tokenizer: Tokenizer) -> list[str]:
-    """--query, then the lines of the file --queries. Raises UserError for a sentence without a known word."""
+class Query(NamedTuple):
+    """What a gallery is searched for: a sentence, a picture, or both."""
+    sentence: str = ""
+    image: Image.Image | None = None
+
+
+class Hit(NamedTuple):
+    """A photograph that was found. MEANING says what the numbers are."""
+    path: str
+    similarity: float
+    match: float | None = None      # None beyond the `plan.k` most similar, and in a search by pictures
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Encoded photographs to search. Several threads may search at once."""
+
+    model: Retriever
+    tokenizer: Tokenizer
+    dataset: str            # its rules clean the sentences; empty: none do
+    paths: list[str]
+    features: Tensor        # (G, passes, E) of ranking.encode_gallery
+    plan: ranking.Plan
+    weight: float           # of the similarity beside the match
+
+    def search(self, queries: list[Query], first: int = ranking.FIRST, threshold: float = -1.0) -> list[list[Hit]]:
+        """The `first` hits of each query, best first, without those of a similarity below the threshold.
+
+        A picture and a sentence count the same: the similarity is the mean of both. A call with a picture ranks by
+        similarity alone, for the fusion encoder matches no image with an image. Call it under the model's autocast.
+        """
+        plan, examples = replace(self.plan, first=first), None
+        images = {id(query.image): query.image for query in queries if query.image}     # each is encoded once
+        if images:
+            plan, size = replace(plan, k=0), (self.model.config.height, self.model.config.width)
+            pixels = [tensor_of(image, size) for image in images.values()]
+            features = ranking.encode_gallery(self.model, pixels, plan)                 # (I, passes, E)
+            known, none = dict(zip(images, features)), torch.full_like(features[0], torch.nan)
+            examples = torch.stack([known.get(id(query.image), none) for query in queries])     # (Q, passes, E)
+        sentences = [self.tokenizer.clean(query.sentence, self.dataset) for query in queries]
+        found = ranking.search(self.model, self.tokenizer, sentences, self.paths, plan, self.features, examples)
+        rows = found.candidates, found.similarity, found.match.sigmoid(), found.reranked(self.weight)
+        results = []
+        for candidates, similarity, match, order in zip(*[row.tolist() for row in rows]):
+            numbers = {g: pair for g, *pair in zip_longest(candidates, similarity, match)}      # (similarity, match)
+            hits = [Hit(self.paths[g], *numbers[g]) for g in order]
+            results.append([hit for hit in hits if hit.similarity >= threshold][:first])
+        return results
+
+
+def unread(sentence: str, tokenizer: Tokenizer, dataset: str, longest: int, name: str = "The sentence") -> list[str]:
+    """Sentences on what the model, which reads `longest` ids, does not read. Raises UserError if it knows no word."""
+    pieces, words = tokenizer.encode(sentence)[1:-1], tokenizer.clean(sentence, dataset).split()
+    unknown = pieces.count(tokenizer.unk_id)
+    spelt = [tokenizer.pieces[i].removesuffix("</w>").strip("#") for i in pieces if i != tokenizer.unk_id]
+    if not any(map(str.isalnum, spelt)) or not any(map(str.isalnum, "".join(words))):
+        raise UserError(f"{name}: there is no word in it that the model knows.")
+    ends = accumulate(len(tokenizer.encode(word, longest + 1)) - 2 for word in words)       # [CLS] and [SEP] are 2 ids
+    beyond = sum(end > longest - 2 for end in ends)
+    said = []
+    if unknown:
+        said.append(f"{name}: the model does not know {unknown} of its {len(pieces)} word pieces.")
+    if beyond:
+        said.append(f"{name}: the model does not read the last {beyond} of its {len(words)} words.")
+    return said
+
+
+def queries_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest: int) -> list[Query]:
+    """--query, then the lines of the file --queries, each with the picture --query-image, or that alone.
+
+    Prints what the model does not read. Raises UserError, also for a sentence without a known word.
+    """
     asked = [("--query", sentence) for sentence in config.query]        # where a sentence stands, and the sentence
     if config.queries:
         try:
@@ -40,15 +117,14 @@ def sentences(config: EvalConfig, dataset: str, tokenizer: Tokenizer) -> list[st
         if not asked:
             raise UserError(f"--queries {config.queries}: there is no word in it.")
     for place, sentence in asked:
-        pieces = tokenizer.encode(sentence)[1:-1]
-        unknown = pieces.count(tokenizer.unk_id)
-        words = [tokenizer.pieces[i].removesuffix("</w>").strip("#") for i in pieces if i != tokenizer.unk_id]
-        known = [word for word in words if word.isalnum()]
-        if not known or not any(map(str.isalnum, tokenizer.clean(sentence, dataset))):
-            raise UserError(f"{place} {shown(sentence)}: there is no word in it that the model knows.")
-        if unknown:
-            print(f"{place} {shown(sentence)}: the model does not know {unknown} of its {len(pieces)} word pieces.")
-    return [sentence for _, sentence in asked]
+        for line in unread(sentence, tokenizer, dataset, longest, f"{place} {shown(sentence)}"):
+            print(line)
+    if not config.query_image:
+        return [Query(sentence) for _, sentence in asked]
+    image = open_image(config.query_image)
+    print(f"With {shown(Path(config.query_image))} as query, similarity alone ranks the images: the fusion encoder "
+          "matches them with sentences only.")
+    return [Query(sentence, image) for _, sentence in asked] or [Query("", image)]
 
 
 def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]:
@@ -78,13 +154,12 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
         cached, written_with = checkpoint.load(cache)
     except UserError:       # it is missing or damaged
         cached, written_with = {}, {}
-    stamps, known = {}, {}
+    stamps = {}
     for path in photographs(folder, cache.parent, say):
         facts = os.stat(path)
         stamp = f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
         stamps[path] = hashlib.blake2b(os.fsencode(stamp), digest_size=16).hexdigest()
-        if written_with == key and stamps[path] in cached:
-            known[stamps[path]] = cached[stamps[path]]
+    known = {stamp: cached[stamp] for stamp in stamps.values() if written_with == key and stamp in cached}
     new = [path for path, stamp in stamps.items() if stamp not in known]
     say(f"{shown(folder)}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     for start in range(0, len(new), PART):
@@ -115,25 +190,26 @@ class Photographs(ranking.Images):
             return torch.full((3, *self.size), torch.nan)
 
 
-def answer(model: Retriever, tokenizer: Tokenizer, asked: list[str], paths: list[str], found: ranking.Found,
-           order: Tensor, picture: Path) -> list[dict]:
-    """Print the first images of every sentence, draw them, and return them; order (Q, K) is the last stage's."""
+def answer(config: EvalConfig, searched: Gallery, queries: list[Query], picture: Path) -> list[dict]:
+    """Search for every query; print the first images, draw them, and return them."""
     answers, rows = [], []
-    for q, sentence in enumerate(asked):
-        print(f"{shown(sentence)}:")
-        hits, candidates = [], found.candidates[q].tolist()
-        for rank, g in enumerate(order[q, :ranking.FIRST].tolist(), 1):
-            place = candidates.index(g)
-            hit = {"path": paths[g], "similarity": found.similarity[q, place].item()}
-            said = f"similarity {hit['similarity']:.3f}"
-            if place < found.match.shape[1]:       # it was re-scored
-                hit["match"] = found.match[q, place].item()
-                said += f"  match {hit['match']:6.2f}"
-            hits.append(hit)
-            print(f"{rank:3}  {said}  {shown(Path(paths[g]))}")
-        answers.append({"query": sentence, "first": hits})
-        if q < PICTURED:
-            framed = [(hit["path"], pictures.GREY) for hit in hits]
-            rows.append(pictures.ranked(model, tokenizer, sentence, framed))
+    for query, hits in zip(queries, searched.search(queries, threshold=config.threshold)):
+        print(f"{shown(query.sentence or Path(config.query_image))}:")
+        for rank, hit in enumerate(hits, 1):
+            match = "" if hit.match is None else f"  match {hit.match:.3f}"
+            print(f"{rank:3}  similarity {hit.similarity:.3f}{match}  {shown(Path(hit.path))}")
+        answers.append({"query": query.sentence, "first": [
+            {name: value for name, value in hit._asdict().items() if value is not None} for hit in hits]})
+        if not hits:
+            answers[-1]["note"] = f"no image has a similarity of {config.threshold} or more"
+            print(f"  {answers[-1]['note']}")
+        if len(rows) < PICTURED:
+            framed = [(hit.path, pictures.GREY) for hit in hits]
+            rows.append(pictures.ranked(searched.model, searched.tokenizer, query.sentence, framed))
+            if query.image:
+                rows[-1][1].insert(0, (query.image.resize(pictures.CELL), pictures.INK, "query"))
+    for name, meaning in MEANING.items():
+        if any(name in hit for one in answers for hit in one["first"]):
+            print(f"{name}: {meaning}.")
     pictures.table(rows, picture)
     return answers

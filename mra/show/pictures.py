@@ -37,7 +37,8 @@ def examples(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths:
 def ranked(model: Retriever, tokenizer: Tokenizer, sentence: str, framed: list[tuple]) -> Row:
     """A sentence with its first images, (path, colour) each, and heat maps of two of its phrases in the first image."""
     cells = [(open_image(path).resize(CELL), colour, "") for path, colour in framed]
-    for phrase in noun_phrases(sentence)[-2:]:
+    phrases = noun_phrases(sentence)[-2:] if framed else []
+    for phrase in phrases:
         cells.append((heat_map(model, tokenizer, framed[0][0], phrase), GREY, phrase))
     return sentence, cells
 
