@@ -39,12 +39,9 @@ class ImageEncoder(nn.Module):
         x = self.first_norm(x)
         for block in self.blocks:
             x = block(x)
-        count = self.positions.shape[1]
-        if self.clip:
-            x = self.norm(x)
-            return torch.cat([x[:, count:], x[:, :count]], 1)                # (B, 1+N, D)
-        x = self.norm(x[:, :count])
-        return torch.cat([x.mean(1, keepdim=True), x], 1)                    # (B, 1+N, D)
+        patches, class_token = self.norm(x).tensor_split([self.positions.shape[1]], 1)
+        first = class_token if self.clip else patches.mean(1, keepdim=True)
+        return torch.cat([first, patches], 1)                                # (B, 1+N, D)
 
 
 class TextEncoder(nn.Module):

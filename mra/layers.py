@@ -47,11 +47,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
         return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask, is_causal=causal)
 
 
-class MLP(nn.Sequential):
+def mlp(dim: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
     """Two linear maps with an exact GELU, or another activation, between them."""
-
-    def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = nn.GELU):
-        super().__init__(nn.Linear(dim, hidden), activation(), nn.Linear(hidden, dim))
+    return nn.Sequential(nn.Linear(dim, 4 * dim), activation(), nn.Linear(4 * dim, dim))
 
 
 class QuickGELU(nn.Module):
@@ -81,7 +79,7 @@ class PreNormBlock(nn.Module):
         super().__init__()
         self.causal = causal
         self.attention_norm, self.attention = nn.LayerNorm(dim, eps), Attention(dim, heads)
-        self.mlp_norm, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, 4 * dim, activation)
+        self.mlp_norm, self.mlp = nn.LayerNorm(dim, eps), mlp(dim, activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +95,7 @@ class PostNormBlock(nn.Module):
         self.attention, self.attention_norm = Attention(dim, heads), nn.LayerNorm(dim, 1e-12)
         if context_dim:
             self.cross, self.cross_norm = Attention(dim, heads, context_dim), nn.LayerNorm(dim, 1e-12)
-        self.mlp, self.mlp_norm = MLP(dim, 4 * dim), nn.LayerNorm(dim, 1e-12)
+        self.mlp, self.mlp_norm = mlp(dim), nn.LayerNorm(dim, 1e-12)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:

@@ -43,11 +43,9 @@ def distribution_matching(image_features: Tensor, text_features: Tensor, tempera
     """
     logits = (image_features @ text_features.T).float() / temperature        # (B, B)
     log_targets = (soft_targets(classes, smoothing) + 1e-8).log()
-    loss = 0.0
-    for rows in (logits, logits.T):
-        log_chances = rows.log_softmax(1)
-        loss = loss + (log_chances.exp() * (log_chances - log_targets)).sum(1).mean()
-    return loss
+    divergences = [F.kl_div(log_targets, rows.log_softmax(1), reduction="batchmean", log_target=True)
+                   for rows in (logits, logits.T)]
+    return sum(divergences)
 
 
 def hard_negatives(similarity: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from mra.layers import initialise
 @dataclass(frozen=True)
 class Objective:
     """Which loss terms a step has, and how they are taken over a batch that several workers may share."""
-
     fuse: bool = True           # with ITM and MLM; RPM, whose phrases are short, is cheap enough to have always
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
@@ -34,7 +33,6 @@ class Objective:
 
 class Seen(NamedTuple):
     """Encoded images for their captions, or regions for their phrases."""
-
     feature: Tensor                     # (B, E) of unit length
     keys_values: list[Tensor] | None    # of each fusion block; None: nothing is fused
     keep: Tensor | None = None          # (B, S), True = a token that may be attended to; None: all

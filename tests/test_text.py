@@ -103,8 +103,7 @@ def test_learning_is_repeatable_and_obeys_the_size():
     assert pieces == learn_pieces(50, 400) and len(set(pieces)) == len(pieces) <= 400
 
 
-def test_cut_at_56_words_then_at_max_tokens_with_sep_last(tokenizer):
-    assert len(tokenizer.encode("red " * 80, 1000)) == 58 and len(tokenizer.encode("red " * 56, 1000)) == 58
+def test_cut_at_max_tokens_with_sep_last(tokenizer):
     for limit in (2, 3, 20, 56):
         ids = tokenizer.encode("red " * 80, limit)
         assert len(ids) == limit and ids[0] == tokenizer.cls_id and ids[-1] == tokenizer.sep_id
@@ -217,10 +216,10 @@ def test_masking_edges(tokenizer):
 
 # --- cleaning, left and right ---
 
-def test_clean():
+def test_clean(tokenizer):
     text = "A man's RED T-shirt,  №5 人 <br>.\n"
-    assert words.clean(text, "icfg") == words.clean(text, "rstp") == "a man s red t shirt 5 br"
-    assert words.clean(text, "cuhk") == words.clean(text, "sda") == text
+    assert tokenizer.clean(text, "icfg") == tokenizer.clean(text, "rstp") == "a man s red t shirt 5 br"
+    assert tokenizer.clean(text, "cuhk") == tokenizer.clean(text, "sda") == text
 
 
 def test_swap_left_right():

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from mra.config import UserError
-from mra.formats.read import SPLITS, load
+from mra.formats.read import load
 from mra.town import drawing, people, sets
 from mra.town.drawing import DOMAINS, Pose, render
 from mra.town.people import Person, describe, sample_person, twin_of
@@ -201,16 +200,6 @@ def test_shots(set_name):
     assert all(len(set(used)) == len(used) for used in cameras.values())
     test = [shot for shot in made if shot.split == "test"]
     assert len({shot.identity for shot in test}) >= 200 and len(test) >= 600
-
-
-def test_images_of_a_person_may_be_an_average():
-    """Seven people with ten images: one or two each, and the first ones those that whole numbers give."""
-    some = list(shots("cuhk", [("train", 7, 10 / 7), ("val", 3, 1), ("test", 4, 2.5)], 0))
-    counts = {split: Counter(shot.identity for shot in some if shot.split == split) for split in SPLITS}
-    assert [sum(count.values()) for count in counts.values()] == [10, 3, 10]
-    assert set(counts["train"].values()) == {1, 2} and set(counts["test"].values()) == {2, 3}
-    whole = set(shots("cuhk", [("train", 7, 2), ("val", 3, 1), ("test", 4, 3)], 0))
-    assert set(some) < whole
 
 
 def test_sets_have_their_own_people():

@@ -8,17 +8,14 @@ import random
 import re
 from pathlib import Path
 
-import numpy as np
+import tokenizers
 import torch
-from tokenizers import Tokenizer as Engine
 from tokenizers import models, normalizers, pre_tokenizers
 
 from mra.config import UserError
-from mra.data.words import clean
 
 VOCAB_FILE = Path(__file__).with_name("vocab.txt")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_WORDS = 56       # a caption is cut here before it is split into pieces
 MASK_RATE = 0.25     # share of a caption's pieces to predict
 MAX_MASKED = 10      # most pieces to predict
 SPAN_RATE = 0.2      # share of the picked words that grow to 2 or 3 words
@@ -29,27 +26,27 @@ class Tokenizer:
 
     def __init__(self, pieces: list[str], source: Path):
         """`source` is the file that the pieces come from. Raises UserError if they make no vocabulary."""
-        if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-            raise UserError(f"{source}: its vocabulary is no list of word pieces")
         missing = [piece for piece in SPECIAL if piece not in pieces]
         if missing:
             raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
         self.pieces = pieces
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[piece] for piece in SPECIAL)
-        self.starts_word = np.array([not piece.startswith("##") for piece in pieces])               # (V,)
-        self.is_special = np.array([re.fullmatch(r"(?s)\[.+\]", piece) is not None for piece in pieces])   # (V,)
-        self.ordinary_ids = np.flatnonzero(~self.is_special).tolist()    # without BERT's "[unused7]", too
+        self.starts_word = [not piece.startswith("##") for piece in pieces]
+        self.is_special = [re.fullmatch(r"(?s)\[.+\]", piece) is not None for piece in pieces]
+        self.ordinary_ids = [i for i, special in enumerate(self.is_special) if not special]     # no "[unused7]" either
         # BERT's normaliser (lower case, no accents) and splitter (spaces, punctuation, CJK)
-        self.engine = Engine(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        self.engine = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
         self.engine.normalizer = normalizers.BertNormalizer()
         self.engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     @staticmethod
     def read(vocab_file: Path = VOCAB_FILE) -> "Tokenizer":
-        """Read a BERT vocabulary file, one piece a line. Raises UserError when it is not one."""
+        """Read a BERT vocabulary, one piece a line, or the vocab.txt of a folder. Raises UserError for others."""
+        if vocab_file.is_dir():
+            vocab_file /= "vocab.txt"
         try:
-            pieces = Path(vocab_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            pieces = vocab_file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{vocab_file}: no readable UTF-8 vocabulary ({error}); give a vocab.txt") from None
         return Tokenizer(pieces, vocab_file)
@@ -58,8 +55,10 @@ class Tokenizer:
         return len(self.pieces)
 
     def clean(self, caption: str, dataset: str) -> str:
-        """A caption of this set as the model reads it, see words.py."""
-        return clean(caption, dataset)
+        """The caption; of ICFG-PEDES and RSTPReid in lower case, with one space for all but letters and digits."""
+        if dataset not in ("icfg", "rstp"):
+            return caption
+        return re.sub(r"[^a-z0-9]+", " ", caption.lower()).strip()
 
     def words_of(self, ids: list[int]) -> list[list[int]]:
         """The positions of the pieces of each word, without special ids."""
@@ -71,11 +70,8 @@ class Tokenizer:
         return [word for word in words if not self.is_special[ids[word[0]]]]
 
     def encode(self, text: str, max_tokens: int = 56) -> list[int]:
-        """[CLS] pieces [SEP] of the first 56 words, at most `max_tokens` >= 2 ids. "[SEP]" is plain text."""
+        """[CLS] pieces [SEP], at most `max_tokens` >= 2 ids. In a text "[SEP]" is no special id."""
         text = text.encode("utf-8", "ignore").decode()                   # lone surrogates go, as in BERT
-        words = text.split(maxsplit=MAX_WORDS)
-        if len(words) > MAX_WORDS:
-            text = " ".join(words[:MAX_WORDS])
         return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
 
 

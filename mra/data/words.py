@@ -1,4 +1,4 @@
-"""What is done to captions alone: cleaning, exchange of left and right, noun phrases, and EDA.
+"""What is done to captions alone: exchange of left and right, noun phrases, and EDA.
 
 EDA (Wei & Zou, EMNLP 2019) makes the second, augmented caption of fine-tuning (MRA section 3). Synonyms and noun
 phrases also make the prompts of the diffusion (section 2). Read next: tokenizer.py.
@@ -25,7 +25,7 @@ MANY = rf"men|women|gentlemen|ladies|children|people|passers-by|(?:{ONE})s"
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
 
 # The longest term wins, so "dark gray" is never read as "gray". A genitive is neither a term nor a person: neither
-# "man's" nor the "man s" that `clean` makes of it.
+# "man's" nor the "man s" that `Tokenizer.clean` makes of it.
 TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w'\u2019-]| s\b)" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
 PERSON = re.compile(rf"\b(?:man|woman|gentleman|lady|passer-by|{ONE}|{MANY})\b(?!['\u2019]| s\b)", re.IGNORECASE)
@@ -37,13 +37,6 @@ BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|wh
 SIDE = re.compile(rf"\b(?:{'|'.join(OTHER_SIDE)})(?=(?i:hand|handed|wards?|most)?\b)")
 ARTICLE = re.compile(r"(?<![\w'\u2019-])(a)n?(?=\s*$)", re.IGNORECASE)              # at the end of a text
 VOWEL = re.compile(r"(?!uni|use|one|eu)[aeiou]|hour|honest|heir", re.IGNORECASE)   # how a word after "an" begins
-
-
-def clean(caption: str, dataset: str) -> str:
-    """The caption; of ICFG-PEDES and RSTPReid in lower case, with one space for all that is not a letter or digit."""
-    if dataset not in ("icfg", "rstp"):
-        return caption
-    return re.sub(r"[^a-z0-9]+", " ", caption.lower()).strip()
 
 
 def swap_left_right(text: str) -> str:

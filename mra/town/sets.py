@@ -28,8 +28,8 @@ CUHK_CAMERAS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market")
 TWIN_SHARE = 0.3    # share of the test identities that belong to a pair of twins: they differ in one attribute
 PART = 5000         # records in one file of the source
 
-# The splits of each set: name, people, average images of a person. ICFG-PEDES has no val split.
-Sizes = list[tuple[str, int, float]]
+# The splits of each set: name, people, images of a person. ICFG-PEDES has no val split.
+Sizes = list[tuple[str, int, int]]
 DEFAULT = {"source": [("train", 3000, 2), ("test", 200, 3)],
            "cuhk": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)],
            "icfg": [("train", 400, 4), ("train", 100, 3), ("test", 240, 3)],
@@ -65,9 +65,7 @@ def shots(set_name: str, sizes: Sizes, seed: int) -> Iterator[Shot]:
         for number in range(first, first + people):
             rng = random.Random(f"{seed}/{set_name}/{first}/{number}")
             person = twin_of(person, rng) if number in twins else sample_person(rng)
-            before = round(images * (number - first))       # images of the people before
-            count = round(images * (number - first + 1)) - before
-            yield from shots_of(set_name, split, number, person, count, rng)
+            yield from shots_of(set_name, split, number, person, images, rng)
         first += people
 
 
@@ -110,8 +108,6 @@ def build(root: Path, set_name: str, sizes: Sizes, seed: int, workers: int, say=
         for number, (name, record) in enumerate(drawn):
             start = number // PART * PART
             records[name.format(start, start + PART)].append(json.dumps(record))
-            if (number + 1) % PART == 0:
-                say(f"  {number + 1} images drawn")
         for name, lines in records.items():
             (scratch / name).parent.mkdir(exist_ok=True)
             write_text(scratch / name, "[\n" + ",\n".join(lines) + "\n]\n")

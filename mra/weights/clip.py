@@ -1,67 +1,48 @@
-"""CLIP (Radford et al. 2021): its byte-level BPE, its causal text encoder, a retriever of its two encoders, its files.
+"""CLIP (Radford et al. 2021): its byte-level BPE, its causal text encoder, a retriever of its two encoders.
 
-Its files are Hugging Face's, open_clip's with OpenAI's names, and those of IRRA's code (arXiv 2303.12501), which most
-methods since 2023 share. Stable Diffusion reads its prompts with the text side. Read next: retrievers.py, stable.py.
+Stable Diffusion reads its prompts with the text side. Read next: retrievers.py, which reads CLIP's files, stable.py.
 """
 
 import gzip
 import html
-import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Engine
 from torch import Tensor, nn
 
 from mra.config import DiffusionConfig, ModelConfig, UserError
 from mra.layers import PreNormBlock, QuickGELU
 from mra.retriever import Retriever
-from mra.run import checkpoint
-from mra.weights.files import depth_of, fill, fit_positions, heads_of, named, read_vocabulary
 
-OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
-OPENAI_MERGES = 49152 - 256 - 2     # the first lines of that file, which has more
+MERGE_FILES = "merges.txt", "bpe_simple_vocab_16e6.txt.gz"      # Hugging Face's, OpenAI's
+MERGES = 49152 - 256 - 2            # the first of OpenAI's file, which has more
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-TEXT_RULES = (      # names of Hugging Face and of OpenAI
-    (r".*embeddings\.position_ids$", ""), (r"^text_model\.", "text_encoder."),
-    (r"\.(encoder\.layers|transformer\.resblocks)\.", ".blocks."), (r"\.(embeddings\.)?token_embedding\.", ".words."),
-    (r"^text_encoder\.embeddings\.position_embedding\.", "text_encoder.positions."),
-    (r"\.(final_layer_norm|ln_final)\.", ".norm."))
-CLIP_RULES = (      # IRRA has OpenAI's names, and parts that only its training uses
-    (r"^base_model\.|^(input_resolution|context_length|vocab_size)$", ""),
-    (r"^(classifier|cross_attn|cross_modal_transformer|ln_pre_t|ln_pre_i|ln_post|mlm_head)\..*", ""),
-    (r"^visual\.proj$", "image_projection.columns"), (r"^text_projection$", "text_projection.columns"),
-    (r"^visual_projection\.", "image_projection."), (r"^(visual|vision_model)\.", "image_encoder."),
-    (r"^(token_embedding|transformer|ln_final)\.", r"text_encoder.\1."),
-    (r"^positional_embedding$", "text_encoder.positions.weight"),
-    (r"\.(conv1|embeddings\.patch_embedding)\.", ".patches."), (r"\.(embeddings\.)?class_embedding$", ".class_token"),
-    (r"^image_encoder\.(positional_embedding|embeddings\.position_embedding\.weight)$", "image_encoder.positions"),
-    (r"\.(ln_pre|pre_layrnorm)\.", ".first_norm."), (r"\.(ln_post|post_layernorm)\.", ".norm."),
-    (r"\.attn\.", ".attention."), (r"\.mlp\.c_fc\.", ".mlp.0."), (r"\.mlp\.c_proj\.", ".mlp.2."), *TEXT_RULES)
 
 
 class ClipTokenizer:
     """CLIP's byte-level BPE, with the interface of data/tokenizer.py's `Tokenizer`.
 
-    Bytes spell every text, so nothing is unknown. CLIP marks the last piece of a word. In a causal encoder that piece
-    has seen the others of its word, so `starts_word` is True there. As in IRRA, the mask is the last word's id.
+    Bytes spell every text, so nothing is unknown. CLIP marks the last piece of a word. As in IRRA (arXiv 2303.12501),
+    the mask is the last word's id.
     """
 
-    def __init__(self, pieces: list[str], merges: list[list[str]], source: Path):
-        """Pieces in the order of their ids, and the pairs of pieces to join in the order of their rank."""
-        ids = {piece: i for i, piece in enumerate(pieces)}
+    def __init__(self, merges: list[list[str]], source: Path):
+        """`merges` are the pairs of pieces to join, in the order of their rank; the ids of all pieces follow."""
+        signs = sorted(pre_tokenizers.ByteLevel.alphabet())              # a printable one for each byte
+        self.pieces = [*signs, *(sign + "</w>" for sign in signs), *map("".join, merges),
+                       "<|startoftext|>", "<|endoftext|>"]
+        ids = {piece: i for i, piece in enumerate(self.pieces)}
         try:
-            self.engine = Engine(models.BPE(ids, [(one, other) for one, other in merges], end_of_word_suffix="</w>"))
-            self.cls_id, self.sep_id = ids["<|startoftext|>"], ids["<|endoftext|>"]
+            pairs = [(one, other) for one, other in merges]
+            self.engine = tokenizers.Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>"))
         except Exception as error:      # the engine raises nothing more special
             raise UserError(f"{source}: no vocabulary of CLIP ({error!r}).") from None
-        self.pieces, self.merges = pieces, merges
+        self.merges = merges
+        self.cls_id, self.sep_id = ids["<|startoftext|>"], ids["<|endoftext|>"]
         self.pad_id, self.unk_id, self.mask_id = self.sep_id, None, self.cls_id - 1
-        self.starts_word = np.array([piece.endswith("</w>") for piece in pieces])                   # (V,)
         self.ordinary_ids = list(range(self.mask_id))
         self.engine.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -71,24 +52,16 @@ class ClipTokenizer:
 
     @staticmethod
     def read(path: Path) -> "ClipTokenizer":
-        """Read OpenAI's file of merges, or the two files of Hugging Face in a folder. Raises UserError for others."""
-        file = path / OPENAI_FILE if (path / OPENAI_FILE).is_file() else path
+        """Read a file of merges, or one of MERGE_FILES in a folder. Raises UserError for others."""
+        file = next((path / name for name in MERGE_FILES if (path / name).is_file()), path)
         try:
-            if file.is_file():
-                lines = gzip.open(file, "rt", encoding="utf-8").read().split("\n")[1:1 + OPENAI_MERGES]
-                merges = [line.split() for line in lines]
-                signs = sorted(pre_tokenizers.ByteLevel.alphabet())          # a printable one for each byte
-                pieces = [*signs, *(sign + "</w>" for sign in signs), *("".join(pair) for pair in merges),
-                          "<|startoftext|>", "<|endoftext|>"]
-            else:
-                ids = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-                pieces = sorted(ids, key=ids.get)
-                lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-                merges = [line.split() for line in lines if line and not line.startswith("#version")]
-        except (OSError, EOFError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{path}: no readable vocabulary of CLIP, vocab.json and merges.txt or {OPENAI_FILE} "
-                            f"({error}).") from None
-        return ClipTokenizer(pieces, merges, path)
+            text = file.read_bytes()
+            if file.suffix == ".gz":
+                text = gzip.decompress(text)
+            lines = text.decode().split("\n")[1:1 + MERGES]              # the first line is a version
+        except Exception as error:      # broken archives raise many types
+            raise UserError(f"{path}: no readable vocabulary of CLIP, {' or '.join(MERGE_FILES)} ({error}).") from None
+        return ClipTokenizer([line.split() for line in lines if line], path)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -105,7 +78,7 @@ class ClipTokenizer:
                 if ended:
                     words.append([])
                 words[-1].append(position)
-                ended = self.starts_word[piece]
+                ended = self.pieces[piece].endswith("</w>")
         return words
 
     def encode(self, text: str, max_tokens: int = 77) -> list[int]:
@@ -140,9 +113,6 @@ class ClipRetriever(Retriever):
 
     new_parts = "fusion_encoder", "matching_head", "word_head"
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config, text_encoder=CausalTextEncoder(config))
-
     def encode_text(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Pieces (B, T) -> tokens (B, T, D) and unit features (B, E): the projection of <|endoftext|>.
 
@@ -153,41 +123,3 @@ class ClipRetriever(Retriever):
         end = tokens[torch.arange(len(tokens), device=tokens.device), last]  # (B, D)
         tokens = torch.cat([end[:, None], tokens[:, 1:]], 1)
         return tokens, F.normalize(self.text_projection(end), dim=-1)
-
-
-def read_clip(tensors: dict[str, Tensor], like: ModelConfig, path: Path,
-              vocab: str) -> tuple[ClipRetriever, ClipTokenizer]:
-    """A retriever of the tensors of a CLIP file, for images of the size of `like`, and its vocabulary.
-
-    Its fusion encoder is random. Raises UserError for tensors or a vocabulary that do not fit.
-    """
-    tensors = named(tensors, CLIP_RULES, path)
-    with checkpoint.trusting(path):
-        for name in ("image_projection", "text_projection"):
-            if f"{name}.columns" in tensors:
-                tensors[f"{name}.weight"] = tensors.pop(f"{name}.columns").T
-        scale = tensors.pop("logit_scale", torch.tensor(50.0).log())         # IRRA's is fixed, and in no file
-        tensors["temperature"] = (-scale.float()).exp()
-        dim, _, patch, _ = tensors["image_encoder.patches.weight"].shape
-        tokenizer = read_vocabulary(ClipTokenizer, vocab, path, len(tensors["text_encoder.words.weight"]))
-        positions, text_dim = tensors["text_encoder.positions.weight"].shape
-        config = replace(like, patch=patch, image_dim=dim, image_depth=depth_of(tensors, "image_encoder.blocks."),
-                         image_heads=heads_of(path, dim, "vision_config", "quick_gelu"), text_dim=text_dim,
-                         text_heads=heads_of(path, text_dim, "text_config", "quick_gelu"),
-                         text_depth=depth_of(tensors, "text_encoder.blocks."), vocab=len(tokenizer),
-                         positions=positions, max_tokens=positions, embed=len(tensors["image_projection.weight"]))
-        fit_positions(tensors, config.grid, "bilinear")                      # as in IRRA's code
-        model = ClipRetriever(config)
-    fill(model, tensors, path, [r"(image|text)_(encoder|projection)\.|temperature$"])
-    return model, tokenizer
-
-
-def clip_facts(tensors: dict[str, Tensor], config: ModelConfig) -> dict:
-    """The facts of a checkpoint of ours for the tensors of a CLIP file, with a sentence on what was found."""
-    names = "Hugging Face's" if any(name.startswith("vision_model.") for name in tensors) else "OpenAI's"
-    found = f"CLIP with {names} names, {config.image_depth} + {config.text_depth} layers, images of " \
-            f"{config.height}x{config.width}"
-    if "classifier.weight" in tensors:
-        found = f"IRRA's {found}; its head of {len(tensors['classifier.weight'])} identities is left out"
-    train = {"preset": "clip", "dataset": "", "seed": "unknown", "data_root": "real data"}
-    return {"train": train, "val": {}, "pretrained_on": "unknown pairs", "found": found, "mirror": False}

@@ -4,10 +4,11 @@
 executed beyond tables of tensors. Read next: retrievers.py, stable.py.
 """
 
+import configparser
 import json
 import math
 import re
-import zipfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,28 +18,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mra.config import UserError
-from mra.data.tokenizer import Tokenizer
 from mra.run import checkpoint
 
 FILES = [f"{stem}{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin")
          for stem in ("model", "pytorch_model", "diffusion_pytorch_model")]
 USUAL_HEADS = {512: 8, 768: 12, 1024: 16, 1280: 16}      # CLIP's text; BERT and ViT, base and large; vit_h_14
-BLOCK_RULES = (         # parts of a transformer block in BERT, CLIP, Stable Diffusion and the ViTs
-    (r"\.(self_attn|self_attention|attention\.attention)\.", ".attention."), (r"\.in_proj_", ".to_all."),
-    (r"\.(to_q|q_proj|query|self\.query)\.", ".to_query."), (r"\.(to_k|k_proj|key|self\.key)\.", ".to_key."),
-    (r"\.(to_v|v_proj|value|self\.value)\.", ".to_value."), (r"\.(to_out\.0|out_proj|proj_attn)\.", ".to_out."),
-    (r"\.(attention|cross)\.output\.dense\.", r".\1.to_out."),
-    (r"\.(ln_1|layer_norm1|layernorm_before)\.", ".attention_norm."),
-    (r"\.(ln_2|layer_norm2|layernorm_after)\.", ".mlp_norm."),
-    (r"\.(mlp\.linear_1|mlp\.fc1|intermediate\.dense)\.", ".mlp.0."),
-    (r"\.(mlp\.linear_2|mlp\.fc2|output\.dense)\.", ".mlp.2."))
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of weights, or of the first of FILES in a folder. Raises UserError for anything else.
 
-    A file may hold them in a table under "model", "state_dict" or "model_state_dict". A "module." before all names,
-    which DataParallel adds, is dropped.
+    A file may hold them in a table under "model", "state_dict" or "model_state_dict". A "module." before a name, which
+    DataParallel adds, is dropped.
     """
     path = next((path / name for name in FILES if (path / name).is_file()), path)
     if not path.is_file():
@@ -46,43 +37,33 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)
-        elif is_torchscript(path):
-            raise UserError(f"{path} is a TorchScript archive, which holds code. Give the model's Hugging Face folder, "
-                            "or an open_clip safetensors file, in its place.")
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):      # of TorchScript, which is refused
+                found = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("model", "state_dict", "model_state_dict"):
             found = found.get(name, found)
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
             raise TypeError("not all of it are named tensors")
-    except UserError:
-        raise
     except Exception as error:      # broken files raise almost every type
         raise UserError(f"{path} cannot be read as weights: it is broken, or is no table of tensors "
-                        f"({type(error).__name__}).") from error
-    if all(name.startswith("module.") for name in found):
-        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
-    return found
+                        f"({type(error).__name__}). In place of a TorchScript archive, which holds code, give the "
+                        "model's Hugging Face folder or an open_clip safetensors file.") from error
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether torch.jit.save wrote this file; torch.save writes no constants.pkl."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+def named(given: dict[str, Tensor], path: Path, *kinds: str) -> dict[str, Tensor]:
+    """The tensors of the file `path` under our names, by the rules of `kinds` and then of "block" in names.ini.
 
-
-def named(given: dict[str, Tensor], rules: Iterable[tuple[str, str]], path: Path) -> dict[str, Tensor]:
-    """The tensors of the file `path` under our names.
-
-    `rules`, then BLOCK_RULES, are patterns in a name and what takes their place, one after another. A name that becomes
-    empty is dropped. The keys and values of an attention become one tensor, as ours are.
+    The keys and values of an attention become one tensor, as ours are.
     """
+    rules = configparser.RawConfigParser(delimiters=("->",))
+    rules.optionxform = str         # upper and lower case differ
+    rules.read(Path(__file__).with_name("names.ini"))
     found = {}
     for name, tensor in given.items():
-        for pattern, put in (*rules, *BLOCK_RULES):
-            name = re.sub(pattern, put, name)
+        for kind in (*kinds, "block"):
+            for pattern, put in rules[kind].items():
+                name = re.sub(pattern, put, name)
         if name in found:
             raise UserError(f"{path}: {name} is there twice, under two names.")
         if name:
@@ -132,8 +113,6 @@ def folder_of(path: Path) -> Path:
 def read_vocabulary(kind: type, vocab: str, weights: Path, size: int):
     """A tokenizer of class `kind` of `vocab`, else of what lies beside the weights. Raises UserError if none fits."""
     place = Path(vocab) if vocab else folder_of(weights)
-    if kind is Tokenizer and place.is_dir():
-        place = place / "vocab.txt"
     try:
         tokenizer = kind.read(place)
     except UserError as error:

@@ -56,8 +56,6 @@ def binned(tokens: Tensor, bins: int) -> Tensor:
     return F.adaptive_avg_pool1d(tokens.transpose(1, 2), bins).transpose(1, 2).flatten(1)
 
 
-# ---- the image encoder
-
 class SwinEncoder(nn.Module):
     """Image (B, 3, H, W) -> tokens (B, 1+N, D) of a Swin transformer (Liu et al. 2021); token 0 is their mean.
 

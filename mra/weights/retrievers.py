@@ -1,6 +1,8 @@
 """Retrievers: made from a configuration, started from weights from elsewhere, or loaded from a checkpoint of any kind.
 
-Tables of positions are interpolated for images of another size. Read next: run/stages.py.
+CLIP's files are Hugging Face's, open_clip's with OpenAI's names, and those of IRRA's code (arXiv 2303.12501), which
+most methods since 2023 share. Tables of positions are interpolated for images of another size. Read next:
+run/stages.py.
 """
 
 import math
@@ -14,34 +16,10 @@ from mra.config import PRESETS, ModelConfig, UserError
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.retriever import Retriever
 from mra.run import checkpoint
-from mra.weights.clip import ClipRetriever, ClipTokenizer, clip_facts, read_clip
+from mra.weights.clip import CausalTextEncoder, ClipRetriever, ClipTokenizer
 from mra.weights.files import depth_of, fill, fit_positions, heads_of, named, read, read_vocabulary, resized_grid
 from mra.weights.released import BinnedRetriever, SwinEncoder
 
-BERT_RULES = (
-    (r"^(text_encoder\.)?(bert\.)?", ""), (r"^(pooler|cls\.seq_relationship)\..*|^embeddings\.position_ids$", ""),
-    (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^embeddings\.(word|position)_embeddings\.", r"text_encoder.\1s."),
-    (r"^embeddings\.token_type_embeddings\.", "types."), (r"^embeddings\.LayerNorm\.", "text_encoder.norm."),
-    (r"^cls\.predictions\.bias$", "word_head.decoder.bias"), (r"^cls\.predictions\.decoder\..*", ""),    # tied
-    (r"^cls\.predictions\.transform\.dense\.", "word_head.transform.0."),
-    (r"^cls\.predictions\.transform\.LayerNorm\.", "word_head.transform.2."),
-    (r"^encoder\.layer\.", "layers."), (r"\.crossattention\.", ".cross."),
-    (r"\.(attention|cross)\.output\.LayerNorm\.", r".\1_norm."), (r"\.output\.LayerNorm\.", ".mlp_norm."))
-VIT_RULES = (       # names of torchvision, and of Hugging Face
-    (r"^vit\.", ""), (r"^(heads\.head|pooler|classifier)\..*", ""),
-    (r"^(conv_proj|embeddings\.patch_embeddings\.projection)\.", "image_encoder.patches."),
-    (r"^(encoder\.pos_embedding|embeddings\.position_embeddings)$", "image_encoder.positions"),
-    (r"^(class_token|embeddings\.cls_token)$", "image_encoder.class_token"),
-    (r"^(encoder\.ln|layernorm)\.", "image_encoder.norm."),
-    (r"^encoder\.(layers\.encoder_layer_|layer\.)", "image_encoder.blocks."), (r"\.mlp\.3\.", ".mlp.2."))
-RELEASED_RULES = (
-    (r".*\.(relative_position_index|attn_mask)$", ""),      # they follow from the window
-    (r"^vision_encoder\.", "image_encoder."), (r"\.patch_embed\.proj\.", ".patches."),
-    (r"\.patch_embed\.norm\.", ".patch_norm."), (r"\.layers\.(\d)\.blocks\.", r".stages.\1."),
-    (r"\.layers\.(\d)\.downsample\.", r".merges.\1."), (r"\.mlp\.fc2\.", ".mlp.3."),
-    (r"^vision_proj\.", "image_projection."), (r"^text_proj\.", "text_projection."), (r"^temp$", "temperature"),
-    (r"^itm_head\.", "matching_head."), *BERT_RULES)
 # parts of a retriever that the files of BERT and ViT have or do not have; what neither has stays random
 PARTS = (r"image_encoder\.", r"text_encoder\.|fusion_encoder\..*\.(attention|mlp)", r"fusion_encoder\..*\.cross",
          r"word_head\.")
@@ -50,7 +28,7 @@ PARTS = (r"image_encoder\.", r"text_encoder\.|fusion_encoder\..*\.(attention|mlp
 def make_retriever(config: ModelConfig) -> Retriever:
     """A retriever with random weights, with the parts of the released ones that its configuration asks for."""
     if config.clip:
-        return ClipRetriever(config)
+        return ClipRetriever(config, text_encoder=CausalTextEncoder(config))
     image_encoder = SwinEncoder(config) if config.window else None
     kind = BinnedRetriever if config.bins else Retriever
     return kind(config, image_encoder)
@@ -92,7 +70,7 @@ def read_bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Model
 
     Its layers, however many, are divided between text and fusion encoder as `config`'s are.
     """
-    tensors = named(read(path), BERT_RULES, path)
+    tensors = named(read(path), path, "bert")
     depth = depth_of(tensors, "layers.")
     text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)
     if not 0 < text_depth < depth:
@@ -125,7 +103,7 @@ def divided(tensors: dict[str, Tensor], text_depth: int) -> dict[str, Tensor]:
 
 def read_vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
     """A ViT of torchvision or Hugging Face under our names, and `config` with its sizes, but for the image's."""
-    tensors = named(read(path), VIT_RULES, path)
+    tensors = named(read(path), path, "vit")
     with checkpoint.trusting(path):
         dim, _, patch, _ = tensors["image_encoder.patches.weight"].shape
         if config.height % patch or config.width % patch:
@@ -135,6 +113,33 @@ def read_vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelC
                          image_heads=heads_of(path, dim), window=0, class_token=True)
         fit_positions(tensors, config.grid, "bicubic")
     return tensors, config
+
+
+def read_clip(tensors: dict[str, Tensor], like: ModelConfig, path: Path,
+              vocab: str) -> tuple[Retriever, ClipTokenizer]:
+    """A retriever of the tensors of a CLIP file, for images of the size of `like`, and its vocabulary.
+
+    Its fusion encoder is random. Raises UserError for tensors or a vocabulary that do not fit.
+    """
+    tensors = named(tensors, path, "clip", "clip text")
+    with checkpoint.trusting(path):
+        for name in ("image_projection", "text_projection"):
+            if f"{name}.columns" in tensors:
+                tensors[f"{name}.weight"] = tensors.pop(f"{name}.columns").T
+        scale = tensors.pop("logit_scale", torch.tensor(50.0).log())         # IRRA's is fixed, and in no file
+        tensors["temperature"] = (-scale.float()).exp()
+        dim, _, patch, _ = tensors["image_encoder.patches.weight"].shape
+        tokenizer = read_vocabulary(ClipTokenizer, vocab, path, len(tensors["text_encoder.words.weight"]))
+        positions, text_dim = tensors["text_encoder.positions.weight"].shape
+        config = replace(like, patch=patch, image_dim=dim, image_depth=depth_of(tensors, "image_encoder.blocks."),
+                         image_heads=heads_of(path, dim, "vision_config", "quick_gelu"), text_dim=text_dim,
+                         text_heads=heads_of(path, text_dim, "text_config", "quick_gelu"),
+                         text_depth=depth_of(tensors, "text_encoder.blocks."), vocab=len(tokenizer),
+                         positions=positions, max_tokens=positions, embed=len(tensors["image_projection.weight"]))
+        fit_positions(tensors, config.grid, "bilinear")                      # as in IRRA's code
+    model = make_retriever(config)
+    fill(model, tensors, path, [r"(image|text)_(encoder|projection)\.|temperature$"])
+    return model, tokenizer
 
 
 # ---- checkpoints
@@ -151,7 +156,10 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         tensors = read(path)
         if any(name.endswith("class_embedding") for name in tensors):
             model, tokenizer = read_clip(tensors, PRESETS["clip"], path, vocab)
-            facts = clip_facts(tensors, model.config)
+            size = model.config
+            found = f"A CLIP of {size.image_depth} + {size.text_depth} layers, for images of {size.height}x{size.width}"
+            train = {"preset": "clip", "dataset": "", "seed": "unknown", "data_root": "real data"}
+            facts = {"train": train, "val": {}, "pretrained_on": "unknown pairs", "found": found, "mirror": False}
         elif any(name.startswith("vision_encoder.") for name in tensors):
             model, facts = read_released(tensors, path)
             tokenizer = read_vocabulary(Tokenizer, vocab, path, model.config.vocab)
@@ -162,7 +170,7 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
     with checkpoint.trusting(path):
         if facts["model"].get("clip"):
-            tokenizer = ClipTokenizer(facts["vocab"], facts["merges"], path)
+            tokenizer = ClipTokenizer(facts["merges"], path)
         else:
             tokenizer = Tokenizer(facts["vocab"], path)
         facts["model"].pop("released_regions", None)        # a field of older files, which only training read
@@ -176,7 +184,7 @@ def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, di
 
     They are a Swin, BERT's layers as text and fusion encoder, and the heads. The score is the matching logit.
     """
-    tensors = named(tensors, RELEASED_RULES, path)
+    tensors = named(tensors, path, "released", "bert")
     with checkpoint.trusting(path):
         table = tensors["image_encoder.stages.0.0.attn.relative_position_bias_table"]
         preset = "swin" if len(table) == 15 ** 2 else "swin-224"             # windows of 8 or of 7 patches
@@ -192,14 +200,12 @@ def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, di
 
 
 def resized(model: Retriever, like: ModelConfig) -> Retriever:
-    """The model for images of the size of `like` and with its windows; tables of positions are interpolated."""
+    """A released model for images of the size of `like` and with its windows; tables of positions are interpolated."""
     target = make_retriever(replace(model.config, height=like.height, width=like.width, window=like.window))
     tensors = checkpoint.weights(model)
     for name, own in checkpoint.weights(target).items():
         if name.endswith("relative_position_bias_table"):
             side, to = math.isqrt(len(tensors[name])), math.isqrt(len(own))
             tensors[name] = resized_grid(tensors[name], (side, side), (to, to), "bicubic", corners=True)
-        elif name == "image_encoder.positions":
-            tensors[name] = resized_grid(tensors[name][0], model.config.grid, target.config.grid, "bicubic")[None]
     checkpoint.restore_weights(target, tensors, Path("The resized model"))
     return target

@@ -17,31 +17,10 @@ from mra.diffusion.base import Diffusion
 from mra.diffusion.denoiser import Denoiser
 from mra.diffusion.noising import Schedule
 from mra.layers import Attention
-from mra.weights.clip import TEXT_RULES, CausalTextEncoder, ClipTokenizer
+from mra.weights.clip import CausalTextEncoder, ClipTokenizer
 from mra.weights.files import fill, named, read
 
 STABLE_SCALE = 0.18215          # makes the variance of Stable Diffusion's latents 1
-PROMPT_RULES = (r"^(text_model\.)?", "text_encoder."), *TEXT_RULES, (r"^text_encoder\.", "")
-UNET_RULES = (
-    (r"^time_embedding\.linear_1\.", "encoder.level.0."), (r"^time_embedding\.linear_2\.", "encoder.level.2."),
-    (r"^conv_in\.", "encoder.first."), (r"^conv_norm_out\.", "last.0."), (r"^conv_out\.", "last.2."),
-    (r"\.time_emb_proj\.", ".modulation."), (r"\.conv_shortcut\.", ".skip."),
-    (r"^up_blocks\.(\d)\.upsamplers\.0\.conv\.", r"ups.\1.1."), (r"\.downsamplers\.0\.conv\.", ".2."),
-    (r"\.resnets\.(\d)\.", r".\1.block."), (r"\.attentions\.(\d)\.", r".\1.transformer."),
-    (r"^mid_block\.", "encoder.middle."),
-    # ours stand in one list, three to a level
-    *((rf"^down_blocks\.{i // 3}\.{i % 3}\.", f"encoder.stages.{i}.") for i in range(12)),
-    *((rf"^up_blocks\.{i // 3}\.{i % 3}\.", f"stages.{i}.") for i in range(12)),
-    (r"\.proj_in\.", ".to_in."), (r"\.proj_out\.", ".to_out."), (r"\.transformer_blocks\.0\.", "."),
-    (r"\.transformer\.norm1\.", ".transformer.self_norm."), (r"\.transformer\.norm2\.", ".transformer.cross_norm."),
-    (r"\.transformer\.norm3\.", ".transformer.mlp_norm."), (r"\.attn1\.", ".attention."), (r"\.attn2\.", ".cross."),
-    (r"\.ff\.net\.0\.proj\.", ".mlp.to_hidden."), (r"\.ff\.net\.2\.", ".mlp.to_out."))
-VAE_RULES = (
-    (r"^quant_conv\.", "encoder.quant_conv."), (r"^post_quant_conv\.", "decoder.post_quant_conv."),
-    (r"\.mid_block\.resnets\.1\.", ".mid_block.2."), (r"\.resnets\.(\d)\.", r".\1."),
-    (r"\.attentions\.0\.group_norm\.", ".1.norm."), (r"\.attentions\.0\.", ".1.attention."),
-    (r"\.downsamplers\.0\.conv\.", ".2.1."), (r"\.upsamplers\.0\.conv\.", ".3.1."),
-    (r"\.conv_shortcut\.", ".skip."))
 
 
 def read_stable(folder: Path, size: DiffusionConfig) -> Diffusion:
@@ -52,10 +31,10 @@ def read_stable(folder: Path, size: DiffusionConfig) -> Diffusion:
         base = Diffusion(size, tokenizer, StableAutoencoder(size), Denoiser(size, CausalTextEncoder(size)), schedule)
     base.to_empty(device="cpu")
     unet = nn.ModuleDict(base.denoiser.named_children())
-    text_encoder = unet.pop("text_encoder")
-    for part, model, rules in (("unet", unet, UNET_RULES), ("vae", base.autoencoder, VAE_RULES),
-                               ("text_encoder", text_encoder, PROMPT_RULES)):
-        fill(model, named(read(folder / part), rules, folder / part), folder / part)
+    text = nn.ModuleDict({"text_encoder": unet.pop("text_encoder")})
+    for part, model, *kinds in (("unet", unet, "unet"), ("vae", base.autoencoder, "vae"),
+                                ("text_encoder", text, "prompt", "clip text")):
+        fill(model, named(read(folder / part), folder / part, *kinds), folder / part)
     return base
 
 
