@@ -74,7 +74,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     branch = networks.train_branch(config, base, target, machine)
     judge = networks.train_judge(config, target, machine)
     # ---- samples, calibrated and decoded, and their scores for the filters
-    painter = Painter(config, base, branch, target.images, plan.movers)
+    painter = Painter(config, base, branch, target.images, plan.source_sample)
     parts.make_parts(painter, judge, plan, out, machine)
     # ---- the set: what passes the filters
     machine.first(lambda: parts.finish(config, out, target.images, set_key, machine))

@@ -37,7 +37,7 @@ from mra.formats.read import load
 from mra.retriever import Objective
 from mra.run import checkpoint, contrastive, stages
 from mra.run.command import parse, run
-from mra.run.loop import Loop, Share, Task, write_line
+from mra.run.loop import Loop, Portion, Task, write_line
 from mra.run.machine import Machine, claimed, root_of
 from mra.weights.clip import ClipTokenizer
 from mra.weights.files import folder_of
@@ -97,13 +97,13 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     log = path.with_name("log.jsonl")
     step_model = torch.compile(model) if config.compile else model
 
-    def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(portion: Portion) -> dict[str, Tensor]:
         """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM) of one worker's pairs."""
-        objective = Objective(share.step >= fusion_from, config.smoothing, config.eda,
-                              partial(contrastive.CONTRASTIVE[config.contrastive], workers=share.workers),
-                              partial(contrastive.mean_where, workers=share.workers))
-        terms = step_model(share.batch.to(machine.device), objective)
-        return losses.total(terms, config.beta), terms
+        objective = Objective(portion.step >= fusion_from, config.smoothing, config.eda,
+                              partial(contrastive.CONTRASTIVE[config.contrastive], workers=portion.workers),
+                              partial(contrastive.mean_where, workers=portion.workers))
+        terms = step_model(portion.batch.to(machine.device), objective)
+        return terms | {"loss": losses.total(terms, config.beta)}
 
     # ---- after each of the steps `evals`: val, and the best checkpoint
     def keep_best(done: int, before: dict) -> dict:
@@ -127,8 +127,8 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
         return {"val": result, "best": best}
 
     # ---- loop
-    task = Task(name="", network=model, fit=fit, seed=config.seed, state=path.with_name("last.safetensors"), log=log,
-                key=key, groups=stages.groups(model, config), log_every=config.log_every, save_after=evals,
+    task = Task(name="retriever", network=model, fit=fit, seed=config.seed, state=path.with_name("last.safetensors"),
+                log=log, key=key, groups=stages.groups(model, config), log_every=config.log_every, save_after=evals,
                 evaluate=keep_best, after_step=model.limit_temperature, advice=stages.ADVICE, resume=config.resume)
     loop = Loop(task, loss_of, machine)
     if loop.results and not path.exists():

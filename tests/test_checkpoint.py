@@ -258,7 +258,7 @@ def test_without_advice_a_training_begins_anew(tmp_path, model, batch, capsys):
     saved_by(loop)
     task = Task("branch", model, Fit(7, 4, 0.1, average=0.0), 0, tmp_path / "last.safetensors", key={"steps": 8})
     assert Loop(task, None, machine()).first == 0
-    assert "last.safetensors is begun anew" in capsys.readouterr().out and not task.state.exists()
+    assert "last.safetensors is made anew" in capsys.readouterr().out and not task.state.exists()
 
 
 def test_a_damaged_state_is_refused(tmp_path, model, batch):

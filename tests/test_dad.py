@@ -186,9 +186,8 @@ def test_damage_is_damage_and_the_judge_learns_it():
         assert torch.equal(damaged, distort(images[:20], [kind], 0))
     judge, damaged = Judge(), distort(images[:100], DAMAGE, 0)
 
-    def loss_of(share):
-        loss = judge_loss(judge, images[:100], damaged, share.draw, share.count)
-        return loss, {"loss": loss}
+    def loss_of(portion):
+        return {"loss": judge_loss(judge, images[:100], damaged, portion.draw, portion.count)}
 
     Loop(Task("judge", judge, replace(DAD_RECIPES["demo"].judge, steps=60), 0), loss_of, Machine.of("cpu", "")).run()
     judge.eval()
@@ -231,7 +230,7 @@ def test_the_digest_of_a_plan_knows_pixels_of_what_is_restyled(tmp_path):
     draft, digests = Record(str(tmp_path / "a.bmp"), ("a man",), 0), []
     for colour in ("red", "blue"):                      # two files of as many bytes
         Image.new("RGB", (8, 8), colour).save(draft.path)
-        digests += [SetPlan([draft], [], movers).digest() for movers in ([draft], [])]
+        digests += [SetPlan([draft], [], sample).digest() for sample in ([draft], [])]
     assert digests[0] != digests[2] and digests[1] == digests[3]
     boxed = replace(draft, boxes=((0.5, 0.5, 1.0, 1.0),), phrases=("a man",))
     assert SetPlan([boxed], [], [draft]).digest() != digests[2]
@@ -310,11 +309,11 @@ def test_what_is_made_anew_says_what_has_changed(made):
     images = {path: path.read_bytes() for path in (folder / "out/anew/imgs").rglob("*.png")}
     status, said, err = command(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags, "--steps", "7")
     assert status == 2 and "branch" not in said             # before anything is trained anew
-    assert "out/anew was made otherwise: flags.steps was 0 and is 7; give another --out" in err
+    assert "out/anew/parts was made otherwise: flags.steps was 0 and is 7; give another --out" in err
     assert {path: path.read_bytes() for path in (folder / "out/anew/imgs").rglob("*.png")} == images
     said = adapt(folder, *flags, "--steps", "7", "--images", "3", "--no-resume")
     assert "branch.safetensors is made anew: fit.steps was 5 and is 7." in said
-    assert "out/anew is made anew: flags.images was 8 and is 3; flags.steps was 0 and is 7; plan was" in said
+    assert "out/anew/parts is made anew: flags.images was 8 and is 3; flags.steps was 0 and is 7; plan was" in said
     assert len(list((folder / "out/anew/imgs").rglob("*.png"))) == 3      # what no longer belongs has gone
     flags = (*flags, "--images", "3")
     (folder / "out/anew/sda_5000_10000.json").write_text("[]")
@@ -335,7 +334,7 @@ def test_another_source_makes_another_set(made):
     for file in (folder / "own/SDA").glob("sda_*.json"):
         file.write_text(re.sub(r'"caption": "', '"caption": "Look, ', file.read_text()))
     status, _, err = command(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags)
-    assert status == 2 and "out/own was made otherwise: plan was" in err
+    assert status == 2 and "out/own/parts was made otherwise: plan was" in err
     assert "Making 8 images" in adapt(folder, *flags, "--no-resume")
     rows = json.loads((folder / "out/own/sda_0_5000.json").read_text())
     assert len(rows) == 8 and all(row["caption"].startswith("Look, ") for row in rows)
@@ -394,7 +393,7 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
                                           "--out", f"out/compile{len(flags)}", *flags])
         adapt_main()
     first, second = (json.loads((folder / f"out/compile{n}/sda_0_5000.json").read_text()) for n in (7, 6))
-    assert len(compiled) == 2 and len(first) == 8       # denoiser and branch
+    assert len(compiled) == 1 and len(first) == 8       # the denoiser, which calls the branch
     for one, other in zip(first, second, strict=True):
         images = [np.asarray(Image.open(folder / f"out/compile{n}/imgs" / row["image"]), np.int16)
                   for n, row in ((7, one), (6, other))]

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -186,14 +187,14 @@ def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     branch, prompt = DomainBranch(base.denoiser), base.read(CAPTIONS)
     z, t = torch.randn(3, *base.config.shape), torch.tensor([1, 500, 999])
     plain = base.denoiser(z, t, prompt)
-    assert torch.equal(base.denoiser(z, t, prompt, branch(z, t, prompt)), plain)
+    assert torch.equal(base.denoiser(z, t, prompt, branch), plain)
     assert len(branch.outputs) == 3 * len(base.config.widths) + 1
     for parameter in [branch.condition.weight, *branch.outputs.parameters()]:
         torch.nn.init.normal_(parameter, std=0.1)
-    changed = base.denoiser(z, t, prompt, branch(z, t, prompt))
+    changed = base.denoiser(z, t, prompt, branch)
     assert (changed - plain).abs().amax((1, 2, 3)).min() > 1e-3
     torch.nn.init.zeros_(branch.condition.weight)
-    other = base.denoiser(z, t, prompt, branch(z, t, prompt))
+    other = base.denoiser(z, t, prompt, branch)
     assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the white condition has an effect
 
 
@@ -210,7 +211,7 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
     branch = DomainBranch(base.denoiser)
     pairs = LatentPairs(base, images, [(i, CAPTIONS[i % 3]) for i in range(5)])
     first = {name: value.clone() for name, value in branch.state_dict().items()}
-    learn("branch", branch, lambda: lambda share: pairs.loss(branch, share.draw, share.count), Fit(4, 8, 1e-2),
+    learn("branch", branch, lambda: partial(pairs.loss, branch=branch), Fit(4, 8, 1e-2),
           tmp_path, {"seed": 0}, MACHINE)
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
     assert all(parameter.requires_grad for parameter in branch.parameters())
@@ -254,8 +255,8 @@ def test_guidance_of_one_costs_and_changes_nothing(base):
     def v(guidance: float, span: tuple = (0, 1000)) -> torch.Tensor:
         return guide(base.denoiser, branch, both, guidance, span)(z, t)
 
-    words = base.denoiser(z, t, prompt, branch(z, t, prompt))
-    empty = base.denoiser(z, t, nothing, branch(z, t, nothing))
+    words = base.denoiser(z, t, prompt, branch)
+    empty = base.denoiser(z, t, nothing, branch)
     assert torch.equal(v(1), words) and passes == [3, 3, 3]
     assert torch.allclose(v(3), empty + 3 * (words - empty), atol=1e-5) and passes[-1] == 6
     assert torch.equal(v(3, (700, 700)), v(3))
@@ -284,7 +285,7 @@ def test_strength_zero_gives_the_reconstruction(base, images):
 def test_cached_latents_and_mirror_images_give_the_same_loss(base, images):
     captions = [(i, f"{CAPTIONS[i % 3]} in the left hand") for i in range(5)]
     pairs = LatentPairs(base, images, captions)
-    cached = pairs.loss(None, torch.Generator().manual_seed(3), 64)
+    cached = pairs.loss(torch.Generator().manual_seed(3), 64)
     draw = torch.Generator().manual_seed(3)                        # the same draws, everything made anew
     pair = torch.randint(10, (64,), generator=draw)
     dropped = torch.rand(64, generator=draw) < 0.1
@@ -312,11 +313,11 @@ def fit_line(folder, steps: int, stop_at: int | None = None, seed: int = 0, lr: 
     model = torch.nn.Linear(1, 1, bias=False)
     calls = []
 
-    def loss(share) -> torch.Tensor:
+    def loss(draw, count) -> torch.Tensor:
         calls.append(None)
         if stop_at and len(calls) > stop_at:
             stop()
-        x = torch.randn(share.count, 1, generator=share.draw)
+        x = torch.randn(count, 1, generator=draw)
         return (model(x) - 3 * x).square().mean()
 
     learn("line", model, lambda: loss, Fit(steps, 8, lr, save_every=5), folder, {"of": "a test", "seed": seed}, MACHINE)
@@ -350,9 +351,9 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
     torch.manual_seed(0)
     model, calls = torch.nn.Linear(1, 1, bias=False), itertools.count(1)
 
-    def loss(share) -> torch.Tensor:
+    def loss(draw, count) -> torch.Tensor:
         number = next(calls)        # two halves, in threads, a step
-        value = model(torch.randn(share.count, 1, generator=share.draw)).square().mean()
+        value = model(torch.randn(count, 1, generator=draw)).square().mean()
         if number == 19:
             value.register_hook(lambda gradient: gradient * math.nan)
         return value
@@ -380,11 +381,11 @@ def test_a_gradient_that_is_not_finite_stops_a_fit_before_it_is_saved(tmp_path):
 def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_path, capsys):
     model = torch.nn.Linear(2, 1)
 
-    def loss(share):
-        counts.append(share.count)
+    def loss(draw, count):
+        counts.append(count)
         if len(counts) == 13:
             os.kill(os.getpid(), signal.SIGINT)
-        return model(torch.randn(share.count, 2, generator=share.draw)).square().mean()
+        return model(torch.randn(count, 2, generator=draw)).square().mean()
 
     def train(machine: Machine, prepare=lambda: loss) -> None:
         learn("line", model, prepare, Fit(8, 8, 1e-2, save_every=5), tmp_path, {"seed": 0}, machine)
@@ -409,10 +410,10 @@ def test_an_unfinished_fit_of_another_precision_begins_anew(tmp_path, capsys):
         fit_line(tmp_path, 20, stop_at=15)
     capsys.readouterr()
     model = torch.nn.Linear(1, 1, bias=False)
-    learn("line", model, lambda: lambda share: model(torch.randn(share.count, 1, generator=share.draw)).square().mean(),
+    learn("line", model, lambda: lambda draw, count: model(torch.randn(count, 1, generator=draw)).square().mean(),
           Fit(20, 8, 0.1, save_every=5), tmp_path, {"of": "a test", "seed": 0},
           dataclasses.replace(MACHINE, precision="bf16"))
-    assert "line.part is begun anew: precision was float32 and is bf16." in capsys.readouterr().out
+    assert "line.part is made anew: precision was float32 and is bf16." in capsys.readouterr().out
 
 
 def test_a_fit_of_another_key_is_made_anew_and_says_why(tmp_path, capsys):

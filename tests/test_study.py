@@ -6,7 +6,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,11 +166,10 @@ def test_quick_runs_from_start_to_table(quick):
 def test_a_run_with_other_rates_is_neither_finished_nor_in_the_table(quick, monkeypatch):
     folder, _ = quick
     one, said = study.Run("source", "regions", "icfg", 0, 60, "tiny"), []
-    here = SimpleNamespace(say=said.append)
     file = folder / "out/study" / one.name / "run.json"
-    assert study.is_kept(file, one.key, here) and not said
+    assert study.is_kept(file, one.key, said.append) and not said
     monkeypatch.setattr(study, "RATES", {"tenth": 1.0, "all": 4e-4})
-    assert not study.is_kept(file, one.key, here)
+    assert not study.is_kept(file, one.key, said.append)
     assert said == [f"{file} is made anew: rates.tenth was 0.0001 and is 1.0."]
     with pytest.raises(study.UserError, match="no finished run of size tiny with --images 60"):
         study.report(folder / "out/study", study.of_kind(one))

@@ -28,7 +28,7 @@ from mra.formats.read import load
 from mra.ranking import Plan
 from mra.retriever import Objective, Retriever
 from mra.run import checkpoint, contrastive, stages
-from mra.run.loop import Loop, Share, Task, schedule
+from mra.run.loop import Loop, Portion, Task, schedule
 from mra.run.machine import (
     Machine,
     OwnRandomness,
@@ -366,10 +366,9 @@ def fitted(workers: Workers) -> torch.Tensor:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Dropout(0.25), torch.nn.Linear(3, 1))
 
-    def loss_of(share: Share) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        x = torch.randn(share.count, 3, generator=share.draw)
-        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
-        return loss, {"loss": loss}
+    def loss_of(portion: Portion) -> dict[str, torch.Tensor]:
+        x = torch.randn(portion.count, 3, generator=portion.draw)
+        return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
 
     Loop(Task("line", model, Fit(9, 16, 0.1), 0), loss_of, Machine(torch.device("cpu"), "float32", workers)).run()
     return model[1].weight.detach()
@@ -439,10 +438,10 @@ def test_an_error_in_one_thread_ends_the_step(monkeypatch):
     """The other thread, which waits for it, ends too, and the error is the one that is raised."""
     model = torch.nn.Linear(2, 1)
 
-    def loss_of(share: Share) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if share.workers.rank == 1:
+    def loss_of(portion: Portion) -> dict[str, torch.Tensor]:
+        if portion.workers.rank == 1:
             raise UserError("no loss")
-        return share.workers.gathered(model(torch.ones(2, 2))).mean(), {}
+        return {"loss": portion.workers.gathered(model(torch.ones(2, 2))).mean()}
 
     with pytest.raises(UserError, match="no loss"):
         Loop(Task("one", model, Fit(2, 4, 0.1), 0), loss_of, machine_of(0, 1)).run()

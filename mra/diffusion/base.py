@@ -16,7 +16,7 @@ from mra.config import DiffusionConfig
 from mra.data.files import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.diffusion.autoencoder import Autoencoder
-from mra.diffusion.denoiser import Denoiser, Prompt
+from mra.diffusion.denoiser import Denoiser, TextStates
 from mra.diffusion.noising import Schedule
 
 PIXELS = 2**19      # pixels of a batch of the autoencoder
@@ -37,7 +37,7 @@ class Diffusion(nn.Module):
         """Our architecture with random weights."""
         return Diffusion(config, tokenizer, Autoencoder(config), Denoiser(config), Schedule.cosine())
 
-    def read(self, captions: Sequence[str]) -> Prompt:
+    def read(self, captions: Sequence[str]) -> TextStates:
         """Encode captions; guidance steers away from the empty one."""
         ids, keep = pad([self.tokenizer.encode(caption, self.config.max_tokens) for caption in captions],
                         self.tokenizer.pad_id)

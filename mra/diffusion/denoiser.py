@@ -8,6 +8,7 @@ other and to the caption. The middle is block, transformer, block. Read next: ba
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,13 @@ STABLE_EPS = 1e-5       # in the norms of Stable Diffusion's denoiser, except th
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TextStates:
     """Encoded captions: states (B, T, D) and keep (B, T), True = attend to it."""
     states: Tensor
     keep: Tensor
 
-    def __getitem__(self, index) -> "Prompt":
-        return Prompt(self.states[index], self.keep[index])
+    def __getitem__(self, index) -> "TextStates":
+        return TextStates(self.states[index], self.keep[index])
 
 
 class SpatialTransformer(nn.Module):
@@ -42,18 +43,16 @@ class SpatialTransformer(nn.Module):
         self.cross_norm, self.cross = nn.LayerNorm(dim), Attention(dim, heads, config.text_dim, bias)
         self.mlp_norm, self.mlp = nn.LayerNorm(dim), GEGLU(dim, 4 * dim)
 
-    def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
+    def forward(self, x: Tensor, text: TextStates) -> Tensor:
         tokens = self.to_in(self.norm(x)).flatten(2).transpose(1, 2)                          # (B, h*w, C)
         tokens = tokens + self.attention(self.self_norm(tokens))
-        tokens = tokens + self.cross(self.cross_norm(tokens), self.cross.keys_values(prompt.states), prompt.keep)
+        tokens = tokens + self.cross(self.cross_norm(tokens), self.cross.keys_values(text.states), text.keep)
         tokens = tokens + self.mlp(self.mlp_norm(tokens))
         return x + self.to_out(tokens.transpose(1, 2).reshape(x.shape))                       # (B, C, h, w)
 
 
 class Stage(nn.Module):
     """A residual block and, if it `attends`, a transformer."""
-
-    recompute = False       # the activations in the backward pass: gradient checkpointing (Chen et al. 2016)
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int, config: DiffusionConfig, attends: bool):
         super().__init__()
@@ -64,14 +63,9 @@ class Stage(nn.Module):
         self.block = ResBlock(dim_in, dim_out, embedding, *norms)
         self.transformer = SpatialTransformer(dim_out, config) if attends else None
 
-    def forward(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, embedding, prompt, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(x, embedding, prompt)
-
-    def compute(self, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, text: TextStates) -> Tensor:
         x = self.block(x, embedding)
-        return x if self.transformer is None else self.transformer(x, prompt)
+        return x if self.transformer is None else self.transformer(x, text)
 
 
 class Encoder(nn.Module):
@@ -100,22 +94,22 @@ class Encoder(nn.Module):
         angle = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
         return self.level(torch.cat([angle.cos(), angle.sin()], 1))
 
-    def forward(self, z: Tensor, embedding: Tensor, prompt: Prompt, hint: Tensor | None = None) -> list[Tensor]:
+    def forward(self, z: Tensor, embedding: Tensor, text: TextStates, hint: Tensor | None = None) -> list[Tensor]:
         """The skips from the first to the lowest, then the middle; `hint` (B, C, h, w) is added to the first."""
         x = self.first(z.contiguous(memory_format=torch.channels_last))
         if hint is not None:
             x = x + hint
         outputs = [x]
         for stage in self.stages:
-            x = stage(x, embedding, prompt) if isinstance(stage, Stage) else stage(x)
+            x = stage(x, embedding, text) if isinstance(stage, Stage) else stage(x)
             outputs.append(x)
         for stage in self.middle:
-            x = stage(x, embedding, prompt)
+            x = stage(x, embedding, text)
         return [*outputs, x]
 
 
 class Denoiser(nn.Module):
-    """Latents (B, C, h, w) at noise levels t (B,) and a prompt -> v or the noise (B, C, h, w), as the schedule says."""
+    """Latents (B, C, h, w) at noise levels t (B,), and text -> v or the noise (B, C, h, w), as the schedule says."""
 
     def __init__(self, config: DiffusionConfig, text_encoder: nn.Module | None = None):
         super().__init__()
@@ -137,23 +131,23 @@ class Denoiser(nn.Module):
                 zero(module.conv2 if isinstance(module, ResBlock) else module.to_out)
         zero(self.last[-1])
 
-    def read(self, ids: Tensor, keep: Tensor) -> Prompt:
+    def read(self, ids: Tensor, keep: Tensor) -> TextStates:
         """Encode word pieces (B, T). Stable Diffusion takes 77 of them, and also attends to the padding."""
         if self.config.stable:
             missing = self.config.positions - ids.shape[1]
             ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)       # each text ends with the id that pads
             keep = keep.new_ones(ids.shape)
-        return Prompt(self.text_encoder(ids, keep), keep)
+        return TextStates(self.text_encoder(ids, keep), keep)
 
-    def forward(self, z: Tensor, t: Tensor, prompt: Prompt, control: list[Tensor] | None = None) -> Tensor:
-        """`control`, the output of a branch, is added to the skips and the middle."""
+    def forward(self, z: Tensor, t: Tensor, text: TextStates, branch: "DomainBranch | None" = None) -> Tensor:
+        """What a `branch` returns is added to the skips and the middle."""
         embedding = self.encoder.embed(t)                                                     # (B, D)
-        outputs = self.encoder(z, embedding, prompt)
-        if control is not None:
-            outputs = [own + added for own, added in zip(outputs, control)]
+        outputs = self.encoder(z, embedding, text)
+        if branch is not None:
+            outputs = [own + added for own, added in zip(outputs, branch(z, t, text))]
         *skips, x = outputs
         for i, stage in enumerate(self.stages):
-            x = stage(torch.cat([x, skips.pop()], 1), embedding, prompt)
+            x = stage(torch.cat([x, skips.pop()], 1), embedding, text)
             if i % 3 == 2:                      # the last stage of a level
                 x = self.ups[i // 3](x)
         return self.last(x)                                                                   # (B, C, h, w)
@@ -175,21 +169,16 @@ class DomainBranch(nn.Module):
         self.condition = zero(nn.Conv2d(base.config.factor**2, dims[0], 1))
         self.outputs = nn.ModuleList(zero(nn.Conv2d(dim, dim, 1)) for dim in dims)
 
-    def forward(self, z: Tensor, t: Tensor, prompt: Prompt) -> list[Tensor]:
-        """The control that a denoiser adds to its skips and middle."""
+    def forward(self, z: Tensor, t: Tensor, text: TextStates) -> list[Tensor]:
+        """What a denoiser adds to its skips and middle."""
         white = z.new_ones(len(z), self.condition.in_channels, *z.shape[2:])
         embedding = self.encoder.embed(t) + self.domain
-        outputs = self.encoder(z, embedding, prompt, self.condition(white))
+        outputs = self.encoder(z, embedding, text, self.condition(white))
         return [convolution(x) for convolution, x in zip(self.outputs, outputs)]
 
 
-def controlled(denoiser: Denoiser, branch: DomainBranch | None, z: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
-    """What a denoiser predicts (B, C, h, w) with a branch beside it, or alone."""
-    return denoiser(z, t, prompt, None if branch is None else branch(z, t, prompt))
-
-
-def round_weights(network: nn.Module) -> None:
-    """Store the weights that autocast rounds at every use in bf16: half the memory, the same results."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(torch.bfloat16)
+def recompute_stages(network: nn.Module) -> None:
+    """Compute the activations of each stage again in the backward pass: gradient checkpointing (Chen et al. 2016)."""
+    for stage in network.modules():
+        if isinstance(stage, Stage):
+            stage.forward = partial(checkpoint, stage.forward, use_reentrant=False, preserve_rng_state=False)

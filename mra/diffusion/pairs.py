@@ -6,7 +6,7 @@ from torch import Tensor
 from mra.data.tokenizer import pad
 from mra.data.words import swap_left_right
 from mra.diffusion.base import Diffusion, encode
-from mra.diffusion.denoiser import DomainBranch, Prompt, controlled
+from mra.diffusion.denoiser import DomainBranch, TextStates
 from mra.diffusion.noising import diffusion_loss
 
 NO_WORDS = 0.1      # chance of an empty caption, which guidance needs
@@ -36,27 +36,27 @@ class LatentPairs:
         """Encode all captions once, by the base's frozen text encoder."""
         self.states, kept = [], []
         for ids, keep in zip(self.ids.split(256), self.keep.split(256)):
-            prompt = self.base.denoiser.read(ids, keep)
-            self.states.extend(prompt.states.to(dtype).cpu())
-            kept.append(prompt.keep)
+            text = self.base.denoiser.read(ids, keep)
+            self.states.extend(text.states.to(dtype).cpu())
+            kept.append(text.keep)
         self.keep = torch.cat(kept)
 
-    def prompt(self, caption: Tensor) -> Prompt:
-        """Encoded captions, by their numbers (B,) among the distinct ones."""
+    def text_states(self, caption: Tensor) -> TextStates:
+        """Of captions, by their numbers (B,) among the distinct ones."""
         keep = self.keep[caption]
         keep = keep[:, :int(keep.sum(1).max())]                                                 # (B, T)
         if self.states is None:
             return self.base.denoiser.read(self.ids[caption, :keep.shape[1]], keep)
         states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
-        return Prompt(states.to(keep.device), keep)
+        return TextStates(states.to(keep.device), keep)
 
-    def loss(self, branch: DomainBranch | None, generator: torch.Generator, count: int, middle: bool = False) -> Tensor:
-        """The diffusion loss of `count` random pairs, a scalar; `branch` is optional, `middle`: see `random_levels`."""
+    def loss(self, draw: torch.Generator, count: int, branch: DomainBranch | None = None) -> Tensor:
+        """The diffusion loss of `count` random pairs, a scalar. Our branch learns mostly at levels in the middle."""
         device, denoiser, schedule = self.latents.device, self.base.denoiser, self.base.schedule
-        pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
+        pair = torch.randint(len(self.image_of), (count,), generator=draw, device=device)
         latents = self.latents[self.image_of[pair]]                                             # (B, C, h, w)
-        pair[torch.rand(count, generator=generator, device=device) < NO_WORDS] = len(self.caption_of) - 1
-        prompt = self.prompt(self.caption_of[pair])
-        t = schedule.random_levels(count, generator, middle)                                    # (B,)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        return diffusion_loss(lambda z, t: controlled(denoiser, branch, z, t, prompt), latents, noise, t, schedule)
+        pair[torch.rand(count, generator=draw, device=device) < NO_WORDS] = len(self.caption_of) - 1
+        text = self.text_states(self.caption_of[pair])
+        t = schedule.random_levels(count, draw, middle=branch is not None and not self.base.config.stable)  # (B,)
+        noise = torch.randn(latents.shape, generator=draw, device=device)
+        return diffusion_loss(lambda z, t: denoiser(z, t, text, branch), latents, noise, t, schedule)

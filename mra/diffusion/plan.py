@@ -22,7 +22,7 @@ from mra.diffusion.base import Diffusion
 from mra.diffusion.prompts import prompts_of
 
 PLACED = 50_000     # source records whose boxes are averaged
-MOVERS = 1000       # source images that `match_moments` takes the source's mean and variance from
+SAMPLED = 1000      # source images that `match_moments` takes the source's mean and variance from
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class SetPlan:
     """What one run makes. A draft is a record to make: its caption is the prompt, its path the image it comes from."""
     drafts: list[Record]
     probes: list[Record]        # drafts to sample for the calibration; empty: no calibration
-    movers: list[Record]        # see MOVERS; empty unless images are restyled
+    source_sample: list[Record]     # see SAMPLED; empty unless images are restyled
 
     def digest(self) -> str:
         """A hash of this plan; when images are restyled, also of their files."""
         found = hashlib.sha256()
-        for draft in [*self.drafts, *self.probes, *self.movers]:
+        for draft in [*self.drafts, *self.probes, *self.source_sample]:
             found.update(str(draft).encode())
-            if self.movers:
+            if self.source_sample:
                 found.update(Path(draft.path).read_bytes())
         return found.hexdigest()[:16]
 
@@ -56,7 +56,7 @@ def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], ta
         pool = drafts_of(config, max(config.images, count), source if restyles else target, boxes, base.tokenizer)
         # with replacement; sorted, so that lengths stay together
         probes = [pool[i] for i in sorted(random.Random(config.seed).choices(range(len(pool)), k=count))]
-    return SetPlan(drafts, probes, list(islice(source, MOVERS)) if restyles else [])
+    return SetPlan(drafts, probes, list(islice(source, SAMPLED)) if restyles else [])
 
 
 def average_boxes(records: Iterable[Record]) -> dict[str, Box]:

@@ -8,11 +8,11 @@ from torch import Tensor
 from mra.config import AdaptConfig
 from mra.data.records import Record
 from mra.diffusion.base import Diffusion, encode, read_images
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, controlled
+from mra.diffusion.denoiser import Denoiser, DomainBranch, TextStates
 from mra.diffusion.noising import Denoise, dpm_solver, q_sample
 
 
-def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidance: float,
+def guide(denoiser: Denoiser, branch: DomainBranch | None, both: TextStates, guidance: float,
           span: tuple[float, float] = (0, 1000)) -> Denoise:
     """A `denoise` for the samplers with classifier-free guidance on the text (Ho & Salimans 2022).
 
@@ -25,8 +25,8 @@ def guide(denoiser: Denoiser, branch: DomainBranch | None, both: Prompt, guidanc
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         if guidance == 1 or not span[0] <= t[0] <= span[1]:
-            return controlled(denoiser, branch, z, t, both[:count]).float()
-        v = controlled(denoiser, branch, z.repeat(2, 1, 1, 1), t.repeat(2), both).float()
+            return denoiser(z, t, both[:count], branch).float()
+        v = denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), both, branch).float()
         words, empty = v.chunk(2)
         return empty + guidance * (words - empty)
 
@@ -37,14 +37,14 @@ class Painter:
     """Samples latents in the target's look, by the base and its branch."""
 
     def __init__(self, config: AdaptConfig, base: Diffusion, branch: DomainBranch, target: Tensor,
-                 movers: Sequence[Record]):
-        """With the target's images (N, 3, H, W). If images are restyled, those of `movers` stand for the source's."""
+                 source_sample: Sequence[Record]):
+        """With the target's images (N, 3, H, W), and records of the source if its images are restyled."""
         self.config, self.base, self.branch = config, base, branch
         self.target_latents = self.source_latents = None        # (N, C, h, w) each, where they are needed
-        if movers or not base.config.stable:
+        if source_sample or not base.config.stable:
             self.target_latents = encode(base.autoencoder, target)
-        if movers:
-            images = read_images([record.path for record in movers], base.config, config.workers)
+        if source_sample:
+            images = read_images([record.path for record in source_sample], base.config, config.workers)
             self.source_latents = encode(base.autoencoder, images)
 
     @torch.no_grad()

@@ -1,5 +1,5 @@
 """Running: command line and errors, device and processes, checkpoints, the one training loop, what is kept on disk.
 
-Read command.py, machine.py, checkpoint.py, loop.py, contrastive.py, kept.py. stages.py is train.py's, networks.py and
-parts.py are adapt.py's.
+Read command.py, machine.py, checkpoint.py, loop.py, contrastive.py. stages.py is train.py's, networks.py and parts.py
+are adapt.py's.
 """

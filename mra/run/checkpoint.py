@@ -1,8 +1,9 @@
-"""Checkpoints: safetensors files with facts as JSON in their metadata. No pickle is used anywhere.
+"""Checkpoints: safetensors files with facts as JSON in their metadata; and results kept until their key changes.
 
 `best.safetensors` holds the weights that are best on val. Its facts are the configuration, the vocabulary, the metrics
 and the versions, so evaluate.py and `--init` need no other file. `last.safetensors` also holds the optimiser's state,
-to resume from. Read next: machine.py, loop.py.
+to resume from. Beside each result of DaD lies its key: branch.safetensors has branch.key.json. No pickle is used
+anywhere. Read next: machine.py, loop.py.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mra.config import UserError
-from mra.data.files import replacing
+from mra.data.files import harmless, read_json, replacing, write_json
 
 VERSIONS = {"torch": torch.__version__, "torchvision": version("torchvision")}
 SHIPPED = Path(__file__).parents[1] / "weights/shipped"
@@ -90,9 +91,8 @@ def config_of(kind: type, values: dict, tokenizer):
 
 def weights(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
     """The model's tensors by name, on request in half precision. The tied table of word embeddings is there once."""
-    found = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())
-             if not name.endswith(INDICES)}
-    return {name: tensor.half() for name, tensor in found.items()} if half else found
+    return {name: tensor.half() if half else tensor
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()) if not name.endswith(INDICES)}
 
 
 def digest(model: nn.Module) -> str:
@@ -143,3 +143,46 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
         for kind in ("exp_avg", "exp_avg_sq"):
             moment = torch.empty_like(parameter)    # in the memory format of the parameter
             optimizer.state[parameter][kind] = moment.copy_(tensors[f"optimizer.{kind}.{name}"])
+
+
+# ---- results that are made once, for one key
+
+def is_kept(path: Path, key: dict, say: Callable, advice: str = "") -> bool:
+    """Whether `path` exists, and beside it this key: JSON of all that decides it. `advice`: see `same_key`."""
+    if not path.exists():
+        return False
+    file = key_file(path)
+    return same_key(path, read_json(file) if file.exists() else {}, key, say, advice)
+
+
+def same_key(path: Path, before: dict, now: dict, say: Callable, advice: str = "") -> bool:
+    """Whether two keys of `path` agree. Says what differs; raises UserError instead if `advice` says what to do."""
+    different = "; ".join(changes(before, now))
+    if different and advice:
+        raise UserError(f"{path} was made otherwise: {different}; {advice}.")
+    if different:
+        say(f"{path} is made anew: {different}.")
+    return not different
+
+
+def remember(path: Path, key: dict) -> None:
+    """Write the key of a finished result beside it."""
+    write_json(key_file(path), key)
+
+
+def key_file(path: Path) -> Path:
+    return path.with_name(path.stem + ".key.json")
+
+
+def changes(before: dict, now: dict, within: str = "") -> list[str]:
+    """A sentence for every value that differs between two keys. Digests, named "content of", are not shown."""
+    now, found = json.loads(json.dumps(now)), []        # `before` was read from a file: its tuples are lists
+    for name in before | now:
+        was, is_now = before.get(name, "nothing"), now.get(name, "nothing")
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            found += changes(was, is_now, f"{within}{name}.")
+        elif was != is_now and name.startswith("content of"):
+            found.append(f"the {name} has changed")
+        elif was != is_now:
+            found.append(f"{within}{name} was {harmless(was)} and is {harmless(is_now)}")
+    return found

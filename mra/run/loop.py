@@ -1,6 +1,6 @@
 """The one training loop: of the retriever, and of every network of DaD.
 
-It resumes, accumulates, averages, logs and stops. All that is random in a step depends on (seed, step, part, worker).
+It resumes, accumulates, averages, logs and stops. All that is random in a step depends on (seed, step, batch, worker).
 So a run that was stopped goes on bit for bit on the CPU, and two threads compute what two processes do. A run that goes
 on appends to its log: the steps after the last save are there twice. Read workers.py before it, train.py after it.
 """
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from mra.config import Fit, UserError
 from mra.run import checkpoint
-from mra.run.kept import changes
-from mra.run.machine import Machine, Threads, stoppable
+from mra.run.machine import Machine, stoppable
 from mra.workers import Workers
 
 
@@ -31,7 +30,7 @@ from mra.workers import Workers
 class Task:
     """A network to train, and all that must be known to resume its training."""
 
-    name: str                           # begins its lines of progress; empty: the retriever
+    name: str                           # begins its lines of progress
     network: nn.Module
     fit: Fit
     seed: int
@@ -43,13 +42,13 @@ class Task:
     save_after: frozenset[int] = frozenset()            # steps to save the state after; train.py: evaluations
     evaluate: Callable[[int, dict], dict] | None = None     # after a save, with its results before
     after_step: Callable[[], None] = lambda: None
-    advice: str = ""                    # what to do if the state has another key; empty: the training begins anew
+    advice: str = ""                    # what to do if the state has another key; empty: it begins anew
     resume: bool = True                 # False: it begins anew
 
 
 @dataclass(frozen=True)
-class Share:
-    """One worker's part of one batch of a step."""
+class Portion:
+    """One worker's portion of one batch of a step."""
 
     step: int
     batch: Any                  # its samples; None if the loss draws them itself ...
@@ -61,8 +60,8 @@ class Share:
 class Loop:
     """A task, ready to begin or to go on after `first` steps. `run` leaves the network with its averaged weights."""
 
-    def __init__(self, task: Task, loss_of: Callable[[Share], tuple[Tensor, dict[str, Tensor]]], machine: Machine):
-        """`loss_of` returns the loss and the terms to tell. Raises UserError for a state that does not fit the task."""
+    def __init__(self, task: Task, loss_of: Callable[[Portion], dict[str, Tensor]], machine: Machine):
+        """`loss_of` returns "loss", and terms to tell with it. Raises UserError for a state that does not fit."""
         fit = task.fit
         if fit.batch % machine.world:
             raise UserError(f"{task.name}: {machine.world} processes cannot share out the {fit.batch} samples of a "
@@ -87,7 +86,7 @@ class Loop:
         task, fit, machine = self.task, self.task.fit, self.machine
         with stoppable() as asked:
             # begun here, so that loading processes, too, leave signals to the loop
-            parts = iter(batches) if batches is not None else repeat([None] * len(self.workers))
+            batches = iter(batches) if batches is not None else repeat([None] * len(self.workers))
             if self.first in task.save_after and not self.evaluated:
                 self.evaluate(self.first)
             terms, since = [], time.perf_counter()      # of the steps after the last line of progress
@@ -97,7 +96,7 @@ class Loop:
                     group["lr"] = group["peak"] * rate
                 task.network.train()
                 # ----------------------------------------------------------------------------------------------------
-                terms.append(self.backward(step, parts))
+                terms.append(self.backward(step, batches))
                 terms[-1]["gradient"] = nn.utils.clip_grad_norm_(self.parameters.values(), fit.max_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -126,9 +125,14 @@ class Loop:
 
     def backward(self, step: int, batches: Iterator[list]) -> dict[str, Tensor]:
         """Set the gradients of a step, the mean over workers and batches; returns the loss terms, their mean here."""
-        fit, seen, total = self.task.fit, {}, {}
-        for part in range(fit.accumulate):
-            for terms, gradients in self.side_by_side(step, part, next(batches)):
+        task, fit, seen, total = self.task, self.task.fit, {}, {}
+        size = fit.batch // (self.machine.world * len(self.workers))
+        for number in range(fit.accumulate):
+            portions = []
+            for worker, samples in zip(self.workers, next(batches), strict=True):
+                draw = self.machine.generator(task.seed, step, number, worker.rank)
+                portions.append(Portion(step, samples, size, draw, worker))
+            for terms, gradients in self.side_by_side(portions):
                 if total:
                     torch._foreach_add_(list(total.values()), list(gradients.values()))
                 else:
@@ -140,30 +144,27 @@ class Loop:
             self.parameters[name].grad = self.machine.workers.summed(gradient).div_(self.machine.world)
         return {name: term / count for name, term in seen.items()}
 
-    def side_by_side(self, step: int, part: int, samples: list) -> list[tuple[dict, dict]]:
-        """`gradients_of` for each worker of this process, in threads if there are several."""
-        if len(self.workers) == 1:
-            return [self.gradients_of(self.workers[0], step, part, samples[0])]
+    def side_by_side(self, portions: list[Portion]) -> list[tuple[dict, dict]]:
+        """`gradients_of` each portion, in threads if there are several."""
+        if len(portions) == 1:
+            return [self.gradients_of(portions[0])]
 
-        def compute(worker: Threads):
+        def compute(portion: Portion):
             try:
-                return self.gradients_of(worker, step, part, samples[worker.rank])
+                return self.gradients_of(portion)
             except threading.BrokenBarrierError:        # the other thread has failed, and raises why
                 return None
             except BaseException:
-                worker.barrier.abort()                  # the other thread waits for no tensors of this one
+                portion.workers.barrier.abort()         # the other thread waits for no tensors of this one
                 raise
 
-        return self.machine.map(compute, self.workers)
+        return self.machine.map(compute, portions)
 
-    def gradients_of(self, worker: Workers, step: int, part: int,
-                     samples: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The loss terms of one worker's samples, and the gradient of each parameter that they depend on."""
-        count = self.task.fit.batch // (self.machine.world * len(self.workers))
-        draw = self.machine.generator(self.task.seed, step, part, worker.rank)
-        with self.machine.randomness(draw), self.machine.autocast():
-            loss, terms = self.loss_of(Share(step, samples, count, draw, worker))
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+    def gradients_of(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of a portion, and the gradient of each parameter that its loss depends on."""
+        with self.machine.randomness(portion.draw), self.machine.autocast():
+            terms = self.loss_of(portion)
+        gradients = torch.autograd.grad(terms["loss"], list(self.parameters.values()), allow_unused=True)
         # a term that has not begun leaves some parameters without a gradient
         used = {name: gradient for name, gradient in zip(self.parameters, gradients) if gradient is not None}
         return {name: term.detach() for name, term in terms.items()}, used
@@ -171,12 +172,11 @@ class Loop:
     def tell(self, step: int, terms: list[dict[str, Tensor]], seconds: float) -> None:
         """Write the means of the terms of the steps up to `step`. Raises UserError if one is not finite."""
         task, fit = self.task, self.task.fit
-        named = f"{task.name} " if task.name else ""
         means = {name: round(torch.stack([found[name] for found in terms if name in found]).mean().item(), 4)
                  for name in terms[-1]}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise UserError(f"{named}{name} is {mean} by step {step}; what was saved before it is kept. Try a "
+                raise UserError(f"{task.name} {name} is {mean} by step {step}; what was saved before it is kept. Try a "
                                 "smaller learning rate (--lr of train.py).")
         if task.log:
             rate = fit.lr * schedule(step - 1, fit.steps, fit.warmup)
@@ -185,7 +185,7 @@ class Loop:
             write_line(task.log, {"step": step, **means, "lr": rate, "images_per_second": round(speed, 1)},
                        self.machine)
             told = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-            self.machine.say(f"{named}step {step}/{fit.steps}  {told}  lr {rate:.1e}  {speed:.0f} images/s  "
+            self.machine.say(f"{task.name} step {step}/{fit.steps}  {told}  lr {rate:.1e}  {speed:.0f} images/s  "
                              f"{left:.1f} min left")
 
     def evaluate(self, step: int) -> None:
@@ -213,11 +213,7 @@ class Loop:
         task = self.task
         tensors, saved = checkpoint.load(task.state)
         with checkpoint.trusting(task.state):
-            different = changes(saved["key"], self.key)
-            if different and task.advice:
-                raise UserError(f"{task.state} was trained otherwise: {different[0]}; {task.advice}.")
-            if different:
-                self.machine.say(f"{task.state} is begun anew: {'; '.join(different)}.")
+            if not checkpoint.same_key(task.state, saved["key"], self.key, self.machine.say, task.advice):
                 return
             checkpoint.restore(task.network, self.optimizer, tensors, task.state)
             for name, average in self.average.items():

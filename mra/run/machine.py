@@ -130,7 +130,9 @@ class Machine:
             print(*words)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """Without its cache of rounded weights where two threads would share it, and add gradients in any order."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16",
+                              cache_enabled=self.device.type != "cpu")
 
     def generator(self, *seeds: int) -> torch.Generator:
         """A generator on this device, seeded by all these numbers."""

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,44 +19,39 @@ from mra.data.files import harmless
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
-from mra.diffusion.denoiser import DomainBranch, Stage, round_weights
+from mra.diffusion.denoiser import DomainBranch, recompute_stages
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss
 from mra.diffusion.pairs import LatentPairs
 from mra.run import checkpoint
-from mra.run.kept import kept
-from mra.run.loop import Loop, Share, Task
-from mra.run.machine import Machine
+from mra.run.loop import Loop, Task
+from mra.run.machine import Machine, claimed
 from mra.weights.stable import read_stable
 
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
 LIT = 0.75              # share of the autoencoder's images under random light
 
-Loss = Callable[[Share], Tensor]
+Loss = Callable[[torch.Generator, int], Tensor]     # of so many random samples
 
 
 def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, folder: Path, key: dict,
           machine: Machine) -> None:
     """Train the parameters of `network` that require gradients, unless `folder` holds them for the same key.
 
-    `prepare` is called if training is needed; it returns the loss of a share. The key also holds `fit`; its "seed"
-    decides all that is random. An unfinished training lies beside the result as .part.
+    `prepare` is called if training is needed; it returns the loss. The key also holds `fit`; its "seed" decides all
+    that is random. An unfinished training lies beside the result as .part.
     """
     key, path = {"network": name, "fit": asdict(fit), **key}, folder / f"{name}.safetensors"
-
-    def make() -> None:
-        loss, state = prepare(), path.with_suffix(".part")
-
-        def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
-            value = loss(share)
-            return value, {"loss": value}
-
-        save_after = frozenset(range(fit.save_every, fit.steps, fit.save_every))
-        task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=save_after)
-        Loop(task, loss_of, machine).run()
-        machine.first(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
-        machine.first(lambda: state.unlink(missing_ok=True))
-
-    kept(path, key, machine, make)
+    with claimed(folder, machine):
+        if checkpoint.is_kept(path, key, machine.say):
+            machine.say(f"{path} is there.")
+        else:
+            loss, state = prepare(), path.with_suffix(".part")
+            saves = frozenset(range(fit.save_every, fit.steps, fit.save_every))
+            task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=saves)
+            Loop(task, lambda portion: {"loss": loss(portion.draw, portion.count)}, machine).run()
+            machine.first(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
+            machine.first(lambda: checkpoint.remember(path, key))
+            machine.first(lambda: state.unlink(missing_ok=True))
     checkpoint.restore_weights(network, checkpoint.load(path)[0], path)
 
 
@@ -74,61 +70,43 @@ def base_file(config: AdaptConfig) -> Path:
     shipped = Path(__file__).parents[1] / f"diffusion/base-{config.size}.safetensors"
     if config.base or shipped.exists():
         return Path(config.base or shipped)
-    return base_folder(config) / "base.safetensors"
-
-
-def base_folder(config: AdaptConfig) -> Path:
-    """Where `train_base` writes."""
-    return Path("out") / f"base-{config.size}"
-
-
-def source_root(config: AdaptConfig) -> str:
-    """The folder of the source set; empty for the drawn one."""
-    return str(Path(config.source).resolve()) if config.source else ""
+    return Path(f"out/base-{config.size}/base.safetensors")
 
 
 def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> None:
     """Autoencoder, then denoiser, on the source's records alone; one file holds both."""
-    folder, recipe, size = base_folder(config), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
+    folder, recipe, size = Path(f"out/base-{config.size}"), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
     images, captions, contents = read_pairs(records, size, config.workers)
-    tokenizer = Tokenizer.read()
-    key = {"size": asdict(size), "source": records.name, "root": source_root(config), "images": len(images),
+    tokenizer, root = Tokenizer.read(), str(Path(config.source).resolve()) if config.source else ""
+    key = {"size": asdict(size), "source": records.name, "root": root, "images": len(images),
            "captions": len(captions), "contents": contents, "seed": config.seed}
     torch.manual_seed(config.seed)
     base = Diffusion.new(replace(size, vocab=len(tokenizer)), tokenizer).to(machine.device)
     machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
-    learn("autoencoder", base.autoencoder, lambda: autoencoder_loss(base, images), recipe.autoencoder, folder, key,
-          machine)
-    base.autoencoder.learn_scale(encode(base.autoencoder, images[:SCALE_IMAGES]))
+    some = images[:SCALE_IMAGES]
+    base.autoencoder.start(random_light(to_float(some), LIT, torch.Generator().manual_seed(0)).to(machine.device))
+    learn("autoencoder", base.autoencoder, lambda: partial(autoencoder_loss, base, images), recipe.autoencoder, folder,
+          key, machine)
+    base.autoencoder.learn_scale(encode(base.autoencoder, some))
     if config.compile:
         base.denoiser.compile()
-
-    def prepare() -> Loss:
-        pairs = LatentPairs(base, images, captions)
-        return lambda share: pairs.loss(None, share.draw, share.count)
-
-    learn("denoiser", base.denoiser, prepare, recipe.denoiser, folder, key, machine)
+    learn("denoiser", base.denoiser, lambda: LatentPairs(base, images, captions).loss, recipe.denoiser, folder, key,
+          machine)
     facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
     machine.first(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.weights(base, half=True), facts))
     machine.say(f"{folder / 'base.safetensors'} is ready.")
 
 
-def autoencoder_loss(base: Diffusion, images: Tensor) -> Loss:
-    """Start the base's autoencoder. Its loss: on images (N, 3, H, W) under random light, which no domain has."""
-    device, some = base.autoencoder.mean.device, to_float(images[:SCALE_IMAGES])
-    base.autoencoder.start(random_light(some, LIT, torch.Generator().manual_seed(0)).to(device))
-
-    def loss(share: Share) -> Tensor:
-        chosen = torch.randint(len(images), (share.count,), generator=share.draw, device=device).cpu()
-        lit = random_light(to_float(images[chosen].to(device)), LIT, share.draw)
-        noise = torch.randn(share.count, *base.config.shape, generator=share.draw, device=device)
-        return base.autoencoder.loss(lit, noise)
-
-    return loss
+def autoencoder_loss(base: Diffusion, images: Tensor, draw: torch.Generator, count: int) -> Tensor:
+    """Of the base's autoencoder, on `count` of the images (N, 3, H, W) under random light, which no domain has."""
+    chosen = torch.randint(len(images), (count,), generator=draw, device=draw.device).cpu()
+    lit = random_light(to_float(images[chosen].to(draw.device)), LIT, draw)
+    noise = torch.randn(count, *base.config.shape, generator=draw, device=draw.device)
+    return base.autoencoder.loss(lit, noise)
 
 
 def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
-    """The pretrained base, frozen. Raises UserError for a missing file, or one of another size or source."""
+    """The pretrained base, frozen. Raises UserError for a missing file, or one of another size."""
     size = DIFFUSION_PRESETS[config.size]
     if config.weights:
         base, told = read_stable(Path(config.weights), size), f"{config.weights}, Stable Diffusion"
@@ -141,10 +119,8 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
             checkpoint.restore_weights(base, tensors, path)
         if base.config.shape != size.shape:
             raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
-        if not config.base and path.parent == base_folder(config) and facts.get("root") != source_root(config):
-            raise UserError(f"{path} was trained on another --source, {facts.get('root')!r}; remove its folder, or "
-                            "give it as --base.")
-        told = f"{path}, trained on {harmless(facts.get('images'))} images of {harmless(facts.get('source'))}"
+        source = facts.get("root") or facts.get("source")       # the folder of a set that is not drawn
+        told = f"{path}, trained on {harmless(facts.get('images'))} images of {harmless(source)}"
     machine.say(f"Base: {told}.")
     return base.to(machine.device).eval().requires_grad_(False)
 
@@ -189,8 +165,8 @@ def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, mach
     def prepare() -> Loss:
         latents = encode(autoencoder, target.images)                                     # (N, C, h, w)
 
-        def loss(share: Share) -> Tensor:
-            chosen = torch.randint(len(latents), (share.count,), generator=share.draw, device=machine.device)
+        def loss(draw: torch.Generator, count: int) -> Tensor:
+            chosen = torch.randint(len(latents), (count,), generator=draw, device=machine.device)
             own = to_float(target.images[chosen.cpu()].to(machine.device))
             return autoencoder.decoder_loss(own, latents[chosen])
 
@@ -207,26 +183,20 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {len(captions)} captions.")
     torch.manual_seed(config.seed)
     branch = DomainBranch(base.denoiser).to(machine.device)
-    rounds = base.config.stable and machine.precision == "bf16"
-    if rounds:
-        round_weights(base.denoiser)
-    for stage in [*base.denoiser.modules(), *branch.modules()]:
-        if isinstance(stage, Stage):
-            stage.recompute = config.recompute
-    if config.compile:      # at their first call, here or when images are sampled
+    if config.recompute:
+        recompute_stages(base.denoiser)
+        recompute_stages(branch)
+    if config.compile:      # with the branch, at its first call, here or when images are sampled
         base.denoiser.compile()
-        branch.compile()
 
     def prepare() -> Loss:
         pairs = LatentPairs(base, target.images, captions)
         with machine.autocast():
             pairs.encode_captions(torch.bfloat16 if machine.precision == "bf16" else torch.float32)
-        return lambda share: pairs.loss(branch, share.draw, share.count, middle=not base.config.stable)
+        return partial(pairs.loss, branch=branch)
 
     steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * len(captions) / recipe.branch.batch)
     learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder, target.key, machine)
-    if rounds:
-        round_weights(branch)
     return branch.eval().requires_grad_(False)
 
 
@@ -234,11 +204,7 @@ def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
     """A judge of malformed people, which learns half of the target's images against damaged copies of them."""
     torch.manual_seed(config.seed)
     judge = Judge().to(machine.device, memory_format=torch.channels_last)
-
-    def prepare() -> Loss:
-        good = target.images[:len(target.images) // 2]      # tests/study/gap.py measures the judge on the others
-        bad = distort(good, DAMAGE, 0)
-        return lambda share: judge_loss(judge, good, bad, share.draw, share.count)
-
-    learn("judge", judge, prepare, DAD_RECIPES[config.size].judge, target.folder, target.key, machine)
+    good = target.images[:len(target.images) // 2]      # tests/study/gap.py measures the judge on the others
+    learn("judge", judge, lambda: partial(judge_loss, judge, good, distort(good, DAMAGE, 0)),
+          DAD_RECIPES[config.size].judge, target.folder, target.key, machine)
     return judge.eval()

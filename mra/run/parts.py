@@ -1,7 +1,8 @@
 """An adapted set on disk: its parts, made one by one by processes and threads, and the finished set with its report.
 
-Beside the parts lies their key, parts.key.json. The thresholds of the filters are not in it: they decide what the
-finished set keeps, and can be changed without making the images again. diffusion/plan.py says what is to be made.
+A part is PART images, which are made and written together: parts/000000.json has the records of imgs/000000. Beside
+the parts lies their key, parts.key.json. The thresholds of the filters are not in it: they decide what the finished set
+keeps, and can be changed without making the images again. diffusion/plan.py says what is to be made.
 """
 
 import random
@@ -21,11 +22,10 @@ from mra.diffusion.filters import FILTERS, Judge, filters_of, scores_of
 from mra.diffusion.plan import SetPlan, record_of
 from mra.diffusion.sampling import Painter, calibration
 from mra.run import checkpoint
-from mra.run.kept import changes, key_file, remember
 from mra.run.machine import Machine
 from mra.show import pictures
 
-PART = 64              # images of a part, which are made and written together
+PART = 64
 PROBE_SEED = 2**32     # the calibration's samples have the seeds from this number on, the parts those from 0
 FILE = 5000            # records of an annotation file
 PICTURED = 10          # images in a row of a picture
@@ -36,22 +36,16 @@ def begin(out: Path, key: dict, resume: bool, machine: Machine) -> None:
 
     Raises UserError where `out` holds such parts and `resume` is true, or records that adapt.py did not make.
     """
-    if any(out.glob("*.json")) and not (out / "parts").is_dir():
+    parts, advice = out / "parts", "give another --out, or --no-resume to make it anew"
+    if any(out.glob("*.json")) and not checkpoint.key_file(parts).exists():
         raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
-    file = key_file(out / "parts")
-    if file.exists():
-        different = changes(read_json(file), key)
-        if not different:
-            return
-        if resume:
-            raise UserError(f"{out} was made otherwise: {'; '.join(different)}; give another --out, or --no-resume to "
-                            "make it anew.")
-        machine.say(f"{out} is made anew: {'; '.join(different)}.")
+    if checkpoint.is_kept(parts, key, machine.say, advice if resume else ""):
+        return
     remove_annotation(out)
-    for folder in (out / "parts", out / "imgs"):
+    for folder in (parts, out / "imgs"):
         shutil.rmtree(folder, ignore_errors=True)
-    (out / "parts").mkdir()
-    remember(out / "parts", key)
+    checkpoint.remember(parts, key)
+    parts.mkdir()
 
 
 def remove_annotation(out: Path) -> None:
@@ -63,7 +57,7 @@ def remove_annotation(out: Path) -> None:
 def is_finished(out: Path, key: dict) -> bool:
     """Whether `out` holds the whole set of this key, which includes the thresholds."""
     report = out / "report.json"
-    return report.exists() and not changes(read_json(report).get("key", {}), key)
+    return report.exists() and not checkpoint.changes(read_json(report).get("key", {}), key)
 
 
 def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine: Machine) -> None:

@@ -5,8 +5,8 @@
     python -m tests.benchmarks.bench_diffusion --size sd15 --batch 8         on a GPU
 
 Sampling is DDIM with guidance (two passes in one). The last column is the share of what a large bf16 matrix product
-reaches on this machine; operations are counted by PyTorch's flop counter. For sd15, frozen weights are kept in bf16, as
-adapt.py does, and where diffusers is installed, its U-Net and ControlNet of the same sizes do the same work.
+reaches on this machine; operations are counted by PyTorch's flop counter. For sd15, where diffusers is installed, its
+U-Net and ControlNet of the same sizes do the same work, the frozen weights in bf16.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mra.config import DIFFUSION_PRESETS, DiffusionConfig
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.base import Diffusion
-from mra.diffusion.denoiser import Denoiser, DomainBranch, Prompt, round_weights
+from mra.diffusion.denoiser import Denoiser, DomainBranch, TextStates
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss
 from mra.diffusion.sampling import guide
 from mra.weights.clip import CausalTextEncoder
@@ -76,13 +76,10 @@ def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.devic
     base = random_base(size).to(device).requires_grad_(False)
     branch = DomainBranch(base.denoiser).to(device)
     side = copy.deepcopy(branch)
-    if size.stable:
-        round_weights(base.denoiser)
-        round_weights(side)
     optimizer = torch.optim.AdamW(branch.parameters(), 1e-4, fused=True)
     if size.stable:
-        both = Prompt(torch.randn(2 * batch, 77, size.text_dim, device=device),
-                      torch.ones(2 * batch, 77, dtype=torch.bool, device=device))
+        both = TextStates(torch.randn(2 * batch, 77, size.text_dim, device=device),
+                          torch.ones(2 * batch, 77, dtype=torch.bool, device=device))
     else:
         both = base.read([CAPTION] * batch + [""] * batch)
     latents, noise = torch.randn(2, batch, *size.shape, device=device)
@@ -91,8 +88,8 @@ def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.devic
 
     def train() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            diffusion_loss(lambda z, t: denoiser(z, t, both[:batch], trained(z, t, both[:batch])),
-                           latents, noise, t, base.schedule).backward()
+            diffusion_loss(lambda z, t: denoiser(z, t, both[:batch], trained), latents, noise, t,
+                           base.schedule).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

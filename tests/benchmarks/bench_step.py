@@ -88,15 +88,15 @@ def training(preset: str, now: bool):
     source = load("sda", "train", sets.ready("sda", preset == "tiny"), say=lambda line: None)
     dataset = PairDataset(source, tokenizer, model.config, config)
 
-    def loss_of(share: loops.Share):
-        objective = Objective(contrastive=partial(contrastive.contrastive, workers=share.workers),
-                              mean=partial(contrastive.mean_where, workers=share.workers))
-        terms = model(share.batch, objective)
-        return losses.total(terms, config.beta), terms
+    def loss_of(portion: loops.Portion):
+        objective = Objective(contrastive=partial(contrastive.contrastive, workers=portion.workers),
+                              mean=partial(contrastive.mean_where, workers=portion.workers))
+        terms = model(portion.batch, objective)
+        return terms | {"loss": losses.total(terms, config.beta)}
 
     fit = dataclasses.replace(stages.plan_of(config, len(dataset), 1)[0], steps=10**6,
                               batch=min(config.batch, len(dataset)))
-    own = loops.Loop(loops.Task("", model, fit, 0, groups=stages.groups(model, config)), loss_of, machine)
+    own = loops.Loop(loops.Task("retriever", model, fit, 0, groups=stages.groups(model, config)), loss_of, machine)
     if not now:
         own.workers = [machine.workers]
     keys = order(dataset.lengths if now else [0] * len(dataset), fit.batch, 0, 0, 10**6)

@@ -13,7 +13,7 @@ The networks of adapt.py are read from where adapt.py keeps them. Read next: gap
 import argparse
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -34,8 +34,7 @@ from mra.diffusion.plan import average_boxes
 from mra.formats.read import load
 from mra.run import checkpoint, networks
 from mra.run.command import run
-from mra.run.kept import changes
-from mra.run.loop import Loop, Share, Task
+from mra.run.loop import Loop, Portion, Task
 from mra.run.machine import Machine, claimed, root_of
 from mra.show import pictures
 from mra.town import sets
@@ -148,7 +147,7 @@ def trained_base(config: AdaptConfig, machine: Machine) -> Diffusion:
 
 def check_same(out: Path, key: dict, found: dict) -> None:
     """Raise UserError where the set's key differs from what is found here."""
-    different = changes({name: key.get(name) for name in found}, found)
+    different = checkpoint.changes({name: key.get(name) for name in found}, found)
     if different:
         raise UserError(f"{out} cannot be measured here: {'; '.join(different)}. A set is measured beside the demo "
                         "town and the networks that it was made with.")
@@ -284,7 +283,7 @@ def train_reader(size: str, machine: Machine) -> None:
     reader = Reader().to(machine.device)
     people, pixels = strangers(20 if size == "tiny" else 6000, seed=0), DIFFUSION_PRESETS[size]
 
-    def prepare() -> Callable[[Share], Tensor]:
+    def prepare() -> networks.Loss:
         images, cameras = [], []
         for domain in TARGETS:
             for one in portraits(domain, people, 0, (pixels.height, pixels.width), machine.cores):
@@ -293,11 +292,11 @@ def train_reader(size: str, machine: Machine) -> None:
         images = stacked(images)                                                         # (N, 3, H, W)
         labels = torch.cat([labels_of(people).repeat(len(TARGETS), 1), torch.tensor(cameras)[:, None]], 1)
 
-        def loss_of(share: Share) -> Tensor:
-            chosen = torch.randint(len(images), (share.count,), generator=share.draw, device=machine.device).cpu()
+        def loss(draw: torch.Generator, count: int) -> Tensor:
+            chosen = torch.randint(len(images), (count,), generator=draw, device=machine.device).cpu()
             return reading_loss(reader, images[chosen].to(machine.device), labels[chosen].to(machine.device))
 
-        return loss_of
+        return loss
 
     networks.learn("reader", reader, prepare, READERS[size], reader_file(size).parent,
                    {"people": len(people), "seed": 0}, machine)
@@ -380,9 +379,8 @@ def tell_apart(first: Tensor, second: Tensor, fit: Fit, seed: int, machine: Mach
     torch.manual_seed(seed)
     judge = Judge().to(machine.device, memory_format=torch.channels_last)
 
-    def loss_of(share: Share) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = judge_loss(judge, first, second, share.draw, share.count)
-        return loss, {"loss": loss}
+    def loss_of(portion: Portion) -> dict[str, Tensor]:
+        return {"loss": judge_loss(judge, first, second, portion.draw, portion.count)}
 
     Loop(Task("classifier", judge, fit, seed), loss_of, replace(machine, precision="float32")).run()
     return judge.eval()

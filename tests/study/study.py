@@ -43,8 +43,8 @@ from mra.data.records import Record, RecordSet, share_of
 from mra.diffusion.base import read_images, stacked
 from mra.formats.read import load
 from mra.run import checkpoint
+from mra.run.checkpoint import is_kept, remember
 from mra.run.command import parse
-from mra.run.kept import is_kept, remember
 from mra.run.machine import Machine, choose_device, claimed
 from mra.town import sets
 from mra.weights.retrievers import load_retriever
@@ -204,7 +204,7 @@ def make(one: Run, out: Path, told: str, machine: Machine) -> None:
     """Make a run unless it is finished. Its checkpoints go once run.json holds the results. Raises BlockingIOError."""
     folder = out / one.name
     with claimed(folder, machine):
-        if not is_kept(folder / "run.json", one.key, machine):
+        if not is_kept(folder / "run.json", one.key, machine.say):
             print(told, flush=True)
             write_json(folder / "run.json", perform(one, out))
             remember(folder / "run.json", one.key)
@@ -344,7 +344,7 @@ def image_set(one: Run, out: Path, share: float) -> Path:
     folder = out / "sets" / f"{one.images_of(one.arm)}-{share:g}"
     file, key = folder / "report.json", set_key(one, share)
     with alone(folder.with_name(f"{folder.name}.lock")):
-        if not is_kept(file, key, Machine.of("", "")):
+        if not is_kept(file, key, Machine.of("", "").say):
             make_set(one, share, folder)
             remember(file, key)
     return folder
