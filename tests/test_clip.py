@@ -175,7 +175,7 @@ def test_irra_in_full(irra):
 
 def test_what_is_said_of_irra(irra):
     model, tokenizer, facts = irra
-    assert facts["found"] == "A CLIP of 12 + 12 layers, for images of 384x128" and len(tokenizer) == 49408
+    assert "IRRA" in facts["found"] and "11 identities is left out" in facts["found"] and len(tokenizer) == 49408
     expected = dataclasses.replace(PRESETS["clip"], vocab=49408)
     assert model.config == expected and model.temperature.item() == pytest.approx(0.02)
 
@@ -262,7 +262,7 @@ def close_to_stored(model: ClipRetriever, tokenizer: ClipTokenizer, kind: str) -
 
 def test_hugging_faces_folder(small, tmp_path):
     model, tokenizer, facts = load_retriever(write_hugging_face(tmp_path), CPU)
-    assert facts["found"].startswith("A CLIP of 2 + 2 layers") and facts["val"] == {}
+    assert facts["found"].startswith("CLIP with Hugging Face's names, 2 + 2 layers") and facts["val"] == {}
     close_to_stored(model, tokenizer, "hf")
     config = model.config
     assert (config.image_dim, config.image_heads, config.text_dim, config.text_heads) == (128, 2, 64, 1)
@@ -270,13 +270,15 @@ def test_hugging_faces_folder(small, tmp_path):
 
 
 def test_open_clips_file(small, tmp_path):
-    model, tokenizer, _ = load_retriever(write_open_clip(tmp_path), CPU)
+    model, tokenizer, facts = load_retriever(write_open_clip(tmp_path), CPU)
+    assert facts["found"].startswith("CLIP with OpenAI's names")
     close_to_stored(model, tokenizer, "open_clip")
 
 
 @pytest.mark.parametrize("prefix", ["base_model.", "module.base_model."])
 def test_an_irra_file_in_half_precision(small, tmp_path, prefix):
-    found, _, _ = load_retriever(write_irra(tmp_path / "irra", prefix), CPU)
+    found, _, facts = load_retriever(write_irra(tmp_path / "irra", prefix), CPU)
+    assert "IRRA" in facts["found"] and "7 identities" in facts["found"]
     model, _, _ = load_retriever(write_open_clip(tmp_path / "own"), CPU)
     own = checkpoint.weights(found)
     for name, tensor in checkpoint.weights(model).items():
@@ -443,7 +445,7 @@ def test_the_commands_take_a_clip(small, root, monkeypatch, capsys):
         train.main()
     said = capsys.readouterr().out
     assert ended.value.code == 0 and "All is well." in said and "that the vocabulary lacks" not in said
-    assert "A CLIP of 2 + 2 layers" in said and "ranked by embeddings, without mirror images." in said
+    assert "CLIP with Hugging Face's names" in said and "ranked by embeddings, without mirror images." in said
     for file, fused in (("out/results-cuhk.json", False), ("one/results.json", True)):
         results = json.loads((root / file).read_text())["results"]["cuhk"]
         assert results["queries"] == 12 and ("re-ranked" in results) == fused

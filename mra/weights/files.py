@@ -8,7 +8,7 @@ import configparser
 import json
 import math
 import re
-import warnings
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,18 +37,29 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)
+        elif is_torchscript(path):
+            raise UserError(f"{path} is a TorchScript archive, which holds code. Give the model's Hugging Face folder, "
+                            "or an open_clip safetensors file, in its place.")
         else:
-            with warnings.catch_warnings(action="ignore"):      # of TorchScript, which is refused
-                found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("model", "state_dict", "model_state_dict"):
             found = found.get(name, found)
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
             raise TypeError("not all of it are named tensors")
+    except UserError:
+        raise
     except Exception as error:      # broken files raise almost every type
         raise UserError(f"{path} cannot be read as weights: it is broken, or is no table of tensors "
-                        f"({type(error).__name__}). In place of a TorchScript archive, which holds code, give the "
-                        "model's Hugging Face folder or an open_clip safetensors file.") from error
+                        f"({type(error).__name__}).") from error
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether torch.jit.save wrote this file; torch.save writes no constants.pkl."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def named(given: dict[str, Tensor], path: Path, *kinds: str) -> dict[str, Tensor]:

@@ -142,6 +142,17 @@ def read_clip(tensors: dict[str, Tensor], like: ModelConfig, path: Path,
     return model, tokenizer
 
 
+def clip_facts(tensors: dict[str, Tensor], config: ModelConfig) -> dict:
+    """The facts of a checkpoint of ours for the tensors of a CLIP file, with a sentence on what was found."""
+    names = "Hugging Face's" if any(name.startswith("vision_model.") for name in tensors) else "OpenAI's"
+    found = f"CLIP with {names} names, {config.image_depth} + {config.text_depth} layers, images of " \
+            f"{config.height}x{config.width}"
+    if "classifier.weight" in tensors:
+        found = f"IRRA's {found}; its head of {len(tensors['classifier.weight'])} identities is left out"
+    train = {"preset": "clip", "dataset": "", "seed": "unknown", "data_root": "real data"}
+    return {"train": train, "val": {}, "pretrained_on": "unknown pairs", "found": found, "mirror": False}
+
+
 # ---- checkpoints
 
 def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[Retriever, Tokenizer, dict]:
@@ -156,10 +167,7 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         tensors = read(path)
         if any(name.endswith("class_embedding") for name in tensors):
             model, tokenizer = read_clip(tensors, PRESETS["clip"], path, vocab)
-            size = model.config
-            found = f"A CLIP of {size.image_depth} + {size.text_depth} layers, for images of {size.height}x{size.width}"
-            train = {"preset": "clip", "dataset": "", "seed": "unknown", "data_root": "real data"}
-            facts = {"train": train, "val": {}, "pretrained_on": "unknown pairs", "found": found, "mirror": False}
+            facts = clip_facts(tensors, model.config)
         elif any(name.startswith("vision_encoder.") for name in tensors):
             model, facts = read_released(tensors, path)
             tokenizer = read_vocabulary(Tokenizer, vocab, path, model.config.vocab)
