@@ -20,13 +20,14 @@ FORKSERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "ad
 
 
 class Fresh:
-    """A call of `function` in a process and session of its own; `logs` gets what it prints."""
+    """A call of `function` in a process and session of its own, with as many threads; `logs` gets what it prints."""
 
     def __init__(self, logs: Path, folder: Path, function: Callable, *given: str, **environment: str):
         logs.mkdir(parents=True, exist_ok=True)
         self.said, self.told = logs / "stdout", logs / "stderr"
         places = str(folder), str(self.said), str(self.told)
-        self.process = FORKSERVER.Process(target=_begin, args=(places, environment, function, *given))
+        self.process = FORKSERVER.Process(target=_begin, args=(places, torch.get_num_threads(), environment, function,
+                                                               *given))
         self.process.start()
 
     @property
@@ -84,8 +85,10 @@ def script(name: str, *flags: str) -> None:
     runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
-def _begin(places: tuple[str, str, str], environment: dict[str, str], function: Callable, *given: str) -> None:
+def _begin(places: tuple[str, str, str], threads: int, environment: dict[str, str], function: Callable,
+           *given: str) -> None:
     folder, *logs = places
+    torch.set_num_threads(threads)
     os.setsid()
     os.environ |= environment
     os.chdir(folder)

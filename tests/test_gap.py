@@ -14,7 +14,6 @@ from test_commands import ROOT, command, succeed
 
 from mra.config import Fit
 from mra.diffusion.filters import DAMAGE, distort
-from mra.diffusion.sampling import match_moments
 from mra.formats.read import load
 from mra.run.machine import Machine
 from mra.town.drawing import render
@@ -61,17 +60,6 @@ def test_fourier_takes_the_low_frequencies(pair):
     fine = [x - torch.nn.functional.avg_pool2d(x, 5, 1, 2) for x in (moved, bright.float(), dark.float())]
     likeness = [torch.corrcoef(torch.stack([fine[0].flatten(), other.flatten()]))[0, 1] for other in fine[1:]]
     assert likeness[0] > 0.5 > likeness[1]                                # details are still the source's
-
-
-def test_latent_moments_match_person_and_background_apart():
-    torch.manual_seed(0)
-    source, target = torch.randn(50, 4, 16, 8), 2 * torch.randn(60, 4, 16, 8) + 1
-    target[:, :, :, :2] -= 5
-    moved = match_moments(source, source, target)
-    a, b = moved[:, :, 1:-1, 2:-2], target[:, :, 1:-1, 2:-2]              # the person
-    assert torch.allclose(a.mean((0, 2, 3)), b.mean((0, 2, 3)), atol=1e-4)
-    assert torch.allclose(a.std((0, 2, 3)), b.std((0, 2, 3)), rtol=1e-2)
-    assert (moved - moved.mean()).sign().eq((source * 2 + 1 - moved.mean()).sign()).float().mean() > 0.6
 
 
 # ---- measures
@@ -234,8 +222,12 @@ def adapt(folder, *flags: str) -> str:
 
 @pytest.fixture(scope="module")
 def measured(adapted, tmp_path_factory):
-    """A folder with a set, its gap.json, a trained reader, and what the measurement printed. Not to be changed."""
+    """A folder with a set, its gap.json, a trained reader, and what the measurement printed. Not to be changed.
+
+    The set is a smaller one of the same networks: for each of its images several people are drawn.
+    """
     folder = Path(shutil.copytree(adapted[0], tmp_path_factory.mktemp("gap"), dirs_exist_ok=True))
+    adapt(folder, "--images", "24", "--no-resume")
     status, _, err = command(folder, "tests/study/gap.py", OUT)
     assert status == 2 and "--train-reader --size tiny" in err and err.count("\n") == 1
     assert "reader.safetensors is ready" in succeed(folder, "tests/study/gap.py", "--train-reader", "--size", "tiny")
@@ -257,7 +249,7 @@ def test_a_set_is_measured_against_every_other_way(measured):
     assert table["source"]["distance_closed"] == 0 and table["exact"]["distance_closed"] == 1
     assert "upper_colour" in table["dad generate"] and "upper_colour" not in table["target"]
     assert f"| dad generate | {table['dad generate']['frechet']:.3f} |" in said
-    assert report["made"] == report["kept"] == 70 and report["key"]["flags"]["target"] == "icfg"
+    assert report["made"] == report["kept"] == 24 and report["key"]["flags"]["target"] == "icfg"
     assert report["boxes"]["phrases"] > 0 and 0 <= report["boxes"]["made"] <= 1
     assert set(report["nearest training image"]) == {"made", "held out"}
     assert set(report["judge of malformed people"]) == {"good images kept", "damaged images dropped"}
@@ -267,9 +259,9 @@ def test_a_measured_set_is_a_set_as_before(measured):
     """gap.json is not taken for records, and nothing that adapt.py wrote has changed but its picture."""
     folder, _ = measured
     records = load(str(folder / OUT), "train", folder, say=lambda line: None).records
-    assert len(records) > 50
+    assert len(records) > 15
     before = {path: path.read_bytes() for path in sorted((folder / OUT).rglob("*")) if path.is_file()}
-    assert "is complete" in adapt(folder, "--images", "70")
+    assert "is complete" in adapt(folder, "--images", "24")
     succeed(folder, "tests/study/gap.py", OUT)
     assert {path: path.read_bytes() for path in before} == before       # the same numbers again
 
@@ -335,4 +327,4 @@ def test_the_table_is_made_of_old_reports_and_of_new_ones(measured, capsys):
     assert "| dad generate | 35.3 +- 1.5 | 60.9 +- 1.7 % | 0.969" in said        # as in tests/study/README.md
     gap_table.main([str(folder / OUT / "gap.json")])
     said = capsys.readouterr().out
-    assert "icfg, generate, seeds [0], 70 images" in said and "| exact |" in said and "- boxes, made: 0." in said
+    assert "icfg, generate, seeds [0], 24 images" in said and "| exact |" in said and "- boxes, made: 0." in said

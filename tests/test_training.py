@@ -129,9 +129,13 @@ def test_steps_after_the_last_checkpoint_are_done_again(town, whole, tmp_path, m
 
 def test_two_processes_of_several_threads_train_alike(town, tmp_path):
     """This process and a fresh one: nothing may be summed in an order that threads decide."""
-    flags = (*SIX, "--dataset", "sda", "--batch", "10", "--device", "cpu", "--out")
-    succeed(town, "train.py", *flags, str(tmp_path / "one"))
-    fresh = Fresh(tmp_path, town, script, "train.py", *flags, str(tmp_path / "other"))
+    flags, before = (*SIX, "--dataset", "sda", "--batch", "10", "--device", "cpu", "--out"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fresh = Fresh(tmp_path, town, script, "train.py", *flags, str(tmp_path / "other"))
+        succeed(town, "train.py", *flags, str(tmp_path / "one"))
+    finally:
+        torch.set_num_threads(before)
     assert fresh.status() == 0, fresh.err
     assert same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other"))
 
