@@ -6,6 +6,7 @@
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
     python evaluate.py --queries FILE --gallery DIR           for every line of a text file
     python evaluate.py --query-image FILE --gallery DIR       for a picture, with or without sentences
+    python evaluate.py --gallery DIR --serve                  a page to search it from, at http://127.0.0.1:8000/
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
@@ -30,7 +31,7 @@ from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import parse, run
 from mra.run.machine import Machine, root_of
-from mra.show import gallery, pictures
+from mra.show import gallery, page, pictures
 from mra.weights.retrievers import load_retriever
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     plan = ranking.Plan(config.k, mirror, config.batch, config.workers, machine.workers)
     folder = Path(config.out or ("out/shipped" if shipped else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
-    if config.query or config.queries or config.query_image:
+    if config.query or config.queries or config.query_image or config.serve >= 0:
         return answer(config, machine, plan, model, tokenizer, facts, folder)
     results, rows = measure(config, machine, plan, model, tokenizer, facts)
     if machine.rank == 0:
@@ -84,14 +85,16 @@ def main() -> None:
 def check(config: EvalConfig) -> None:
     """Raise UserError for flags that exclude each other, or unknown datasets."""
     asked = config.query or config.queries or config.query_image
-    if asked and len(config.dataset) > 1:
-        raise UserError("--query, --queries and --query-image rank one gallery: give one --dataset.")
+    if asked and config.serve >= 0:
+        raise UserError("--serve gets its queries from the page: leave out --query, --queries and --query-image.")
+    if (asked or config.serve >= 0) and len(config.dataset) > 1:
+        raise UserError("A search, by a query or --serve, has one gallery: give one --dataset.")
     for dataset in config.dataset:
         if dataset not in DATASETS and not Path(dataset).is_dir():
             raise UserError(f"--dataset {dataset}: choose from {', '.join(DATASETS)}, or give a set's folder.")
     for flag, given in (("--gallery", config.gallery), ("--threshold", config.threshold > -1)):
-        if given and not asked:
-            raise UserError(f"{flag} is for a search: give --query, --queries or --query-image, too.")
+        if given and not asked and config.serve < 0:
+            raise UserError(f"{flag} is for a search: give --query, --queries, --query-image or --serve, too.")
 
 
 def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> RecordSet:
@@ -132,11 +135,12 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
 
 def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retriever, tokenizer: Tokenizer,
            facts: dict, folder: Path) -> None:
-    """Rank a folder of photographs, or the images of the split, for every query."""
+    """Rank a folder of photographs, or the images of the split, for every query or for those of the page."""
     if machine.world > 1:
         raise UserError("Queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
-    if (config.query or config.queries) and not dataset and isinstance(tokenizer, Tokenizer):
+    server = page.Server(config.serve) if config.serve >= 0 else None      # it claims its port before the encoding
+    if (config.query or config.queries or server) and not dataset and isinstance(tokenizer, Tokenizer):
         machine.say("This checkpoint names no set, so sentences are not cleaned. If it was trained on ICFG-PEDES or "
                     "RSTPReid, name that set by --dataset.")
     queries, left_out = gallery.queries_of(config, dataset, tokenizer, model.config.max_tokens), []
@@ -148,6 +152,8 @@ def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retr
             paths = [record.path for record in load(config, facts, dataset, machine).records if record.path]
             features = ranking.encode_gallery(model, ranking.Images(paths, model.config), plan)
         searched = gallery.Gallery(model, tokenizer, dataset, paths, features, plan, config.weight)
+        if server:
+            return server.serve(searched, config.gallery or dataset, config.threshold, machine.autocast)
         answers = gallery.answer(config, searched, queries, folder / "query.png")
     write_json(folder / "query.json", {
         "gallery": config.gallery or dataset, "images": len(paths), "left_out": left_out, "meaning": gallery.MEANING,

@@ -18,7 +18,7 @@ Beside the method, which imports none of it:
     town/                 drawn people in the real sets' formats, for a demo and for exact answers
     weights/              the shipped retriever; BERT, ViT, CLIP, IRRA's and the released MRA models, Stable Diffusion
     run/                  command line, machine, checkpoints, the one training loop, large batches, what is kept
-    show/                 pictures, a folder of photographs, answers to sentences
+    show/                 pictures, a folder of photographs, answers to sentences, a page to search from
     train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
 
 Shape letters; a docstring explains any other. Masks end in `_keep`, True = use it:

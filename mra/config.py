@@ -202,9 +202,11 @@ def recipe(dataset: str, preset: str) -> dict:
 
 # ---- flags of the scripts
 
-def flag(default, text: str, least: float | None = None, most: float | None = None, choices: tuple[str, ...] = ()):
-    """A field that is a flag: its default, its help text, and a number's range or a word's choices."""
-    return field(default=default, metadata={"text": text, "least": least, "most": most, "choices": choices})
+def flag(default, text: str, least: float | None = None, most: float | None = None, choices: tuple[str, ...] = (),
+         bare: int | None = None):
+    """A field that is a flag: its default, help text, a number's range or a word's choices, its value if given bare."""
+    facts = {"text": text, "least": least, "most": most, "choices": choices, "bare": bare}
+    return field(default=default, metadata=facts)
 
 
 def check_values(config) -> None:
@@ -313,6 +315,7 @@ class EvalConfig:
     query_image: str = flag("", "a picture: rank a gallery by it, or by it and each sentence")
     threshold: float = flag(-1.0, "leave out images of a lower similarity to the query; -1: none", -1, 1)
     gallery: str = flag("", "a folder of photographs for these queries; empty: the test images")
+    serve: int = flag(-1, "a page to search from, at this port or 8000; 0: a free one; -1: none", -1, 65535, bare=8000)
     out: str = flag("", "folder of results and pictures; empty: the checkpoint's")
     batch: int = flag(64, "images encoded at a time", 1, 1e6)
     workers: int = flag(0, "image decoding processes", 0, 256)

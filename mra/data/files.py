@@ -77,7 +77,7 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
 
 
 def open_image(path) -> Image.Image:
-    """The first frame as RGB, upright, on white where transparent. Raises UserError naming the file."""
+    """The first frame of a file, named or open, as RGB, upright, on white where transparent. Raises UserError."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:
@@ -92,6 +92,8 @@ def open_image(path) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:      # decoders raise almost every type on broken data
+        if hasattr(path, "read"):   # an open file, without a name
+            raise UserError("The picture cannot be read: it is damaged, of an unknown format or too large.") from error
         raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
 
 

@@ -33,6 +33,8 @@ def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callab
             takes = dict(action=argparse.BooleanOptionalAction)
         elif field.type == tuple[str, ...]:
             takes = dict(nargs="+")
+        elif field.metadata["bare"] is not None:
+            takes = dict(type=field.type, nargs="?", const=field.metadata["bare"])
         else:
             takes = dict(type=field.type)
         parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **takes)

@@ -1,1 +1,1 @@
-"""For people: pictures, a folder of photographs, answers to sentences."""
+"""For people: pictures, a folder of photographs, answers to sentences, a page to search from."""

@@ -44,7 +44,8 @@ def ranked(model: Retriever, tokenizer: Tokenizer, sentence: str, framed: list[t
 
 
 @torch.inference_mode()
-def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> Image.Image:
+def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str,
+             size: tuple[int, int] = CELL) -> Image.Image:
     """The photograph, red where its patches are similar to the phrase in the space of the region losses."""
     config, device = model.config, next(model.parameters()).device
     picture = open_image(path)
@@ -54,8 +55,8 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str) -> 
     _, feature = model.encode_text(ids.to(device), keep.to(device))                       # (1, E)
     heat = (patches @ feature[0]).view(config.grid).float()                               # (rows, columns)
     heat = 0.6 * (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
-    mask = Image.fromarray((255 * heat).byte().cpu().numpy()).resize(CELL)
-    return Image.composite(Image.new("RGB", CELL, (255, 60, 0)), picture.resize(CELL), mask)
+    mask = Image.fromarray((255 * heat).byte().cpu().numpy()).resize(size)
+    return Image.composite(Image.new("RGB", size, (255, 60, 0)), picture.resize(size), mask)
 
 
 def sheet(rows: dict[str, Tensor], path: Path) -> None:
