@@ -4,6 +4,7 @@ EDA (Wei & Zou, EMNLP 2019) makes the second, augmented caption of fine-tuning (
 phrases also make the prompts of the diffusion (section 2). Read next: tokenizer.py.
 """
 
+import configparser
 import random
 import re
 from pathlib import Path
@@ -14,26 +15,20 @@ LEXICON = Path(__file__).with_name("lexicon.txt").read_text(encoding="utf-8")
 GROUPS = [tuple(" ".join(term.split()) for term in group.split(",")) for group in LEXICON.split(";")]
 SYNONYMS = {term: tuple(other for other in group if other != term)
             for group in GROUPS if len(group) > 1 for term in group}
-# things.txt: what a person wears, carries and shows; not all have synonyms.
-THINGS = Path(__file__).with_name("things.txt").read_text(encoding="utf-8").split()
-COLOUR = ("black|white|gray|grey|red|crimson|blue|navy|green|yellow|orange|purple|violet|pink|brown|beige|cream|ivory|"
-          "gold|golden|silver|maroon|burgundy|charcoal|lavender|lilac|fuchsia|khaki|sand|tan")
-# Nouns for a person: ONE with a plural in "s", MANY for several people.
-ONE = ("boy|girl|guy|fellow|lad|lass|child|kid|teen|teenager|adolescent|youth|youngster|student|adult|person|"
-       "pedestrian|individual|male|female")
-MANY = rf"men|women|gentlemen|ladies|children|people|passers-by|(?:{ONE})s"
+FILE = configparser.RawConfigParser()
+FILE.read(Path(__file__).with_name("phrases.ini"), encoding="utf-8")
+ANY_OF = {kind: "|".join(words.split()) for kind, words in FILE["words"].items()}
+COLOUR = ANY_OF["colour"]
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
 
 # The longest term wins, so "dark gray" is never read as "gray". A genitive is neither a term nor a person: neither
 # "man's" nor the "man s" that `Tokenizer.clean` makes of it.
 TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w'\u2019-]| s\b)" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
-PERSON = re.compile(rf"\b(?:man|woman|gentleman|lady|passer-by|{ONE}|{MANY})\b(?!['\u2019]| s\b)", re.IGNORECASE)
-THING = re.compile(rf"\b(?:{'|'.join(THINGS)}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
+PERSON = re.compile(rf"\b(?:{ANY_OF['people']}|(?:{ANY_OF['person']})s?)\b(?!['\u2019]| s\b)", re.IGNORECASE)
+THING = re.compile(rf"\b(?:{ANY_OF['thing']}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
 TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
-BETWEEN = re.compile(r"[,.;:]|\b(?:and|with|in|on|over|under|of|to|is|are|has|who|wearing|wears|carrying|carries|"
-                     r"dressed|holding|holds|feet|that|which|whose|while|was|were|above|below|he|she|her|his|the|from)\b",
-                     re.IGNORECASE)
+BETWEEN = re.compile(rf"[,.;:]|\b(?:{ANY_OF['between']})\b", re.IGNORECASE)
 SIDE = re.compile(rf"\b(?:{'|'.join(OTHER_SIDE)})(?=(?i:hand|handed|wards?|most)?\b)")
 ARTICLE = re.compile(r"(?<![\w'\u2019-])(a)n?(?=\s*$)", re.IGNORECASE)              # at the end of a text
 VOWEL = re.compile(r"(?!uni|use|one|eu)[aeiou]|hour|honest|heir", re.IGNORECASE)   # how a word after "an" begins

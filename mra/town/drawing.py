@@ -144,8 +144,14 @@ def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> t
     light = light.reduce(SCALE).filter(ImageFilter.BoxBlur(1))
     pixels = ground * (1 - _array(cover)) + _array(colour.reduce(SCALE)) * (_array(light) * 1.275)
     parts = np.array(part.resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.NEAREST))                    # (2H, 2W)
-    if rng.random() < cam.occlusion:
-        _occlude(pixels, parts, rng)
+    if rng.random() < cam.occlusion:        # a post beside the person, or a barrier before the feet
+        left = int(WIDTH * rng.choice((rng.uniform(.12, .3), rng.uniform(.62, .8))))
+        post = slice(0, HEIGHT), slice(left, left + rng.randint(5, 9))
+        barrier = slice(int(HEIGHT * rng.uniform(.82, .92)), HEIGHT), slice(0, WIDTH)
+        rows, columns = rng.choice((post, barrier))
+        pixels[rows, columns] = rng.uniform(.2, .7)
+        pixels[rows, columns] *= np.linspace(1.3, .7, columns.stop - columns.start, dtype=np.float32)[:, None]
+        parts[rows.start * 2:, columns.start * 2:columns.stop * 2] = 0
     return _expose(pixels, cam, rng), _boxes(parts)
 
 
@@ -197,17 +203,6 @@ def _draw(pens: list, stroke: Stroke, cam: Domain, centre: np.ndarray, across: n
 def _array(image: Image.Image) -> np.ndarray:
     """(H, W, 3) from 0 to 1; (H, W, 1) for a grey image."""
     return np.asarray(image, np.float32).reshape(image.height, image.width, -1) / 255
-
-
-def _occlude(pixels: np.ndarray, parts: np.ndarray, rng: random.Random) -> None:
-    """A post beside the person or a barrier before the feet, over pixels (H, W, 3) and parts (2H, 2W)."""
-    left = int(WIDTH * rng.choice((rng.uniform(.12, .3), rng.uniform(.62, .8))))
-    post = slice(0, HEIGHT), slice(left, left + rng.randint(5, 9))
-    barrier = slice(int(HEIGHT * rng.uniform(.82, .92)), HEIGHT), slice(0, WIDTH)
-    rows, columns = rng.choice((post, barrier))
-    pixels[rows, columns] = rng.uniform(.2, .7)
-    pixels[rows, columns] *= np.linspace(1.3, .7, columns.stop - columns.start, dtype=np.float32)[:, None]
-    parts[rows.start * 2:, columns.start * 2:columns.stop * 2] = 0
 
 
 def _expose(pixels: np.ndarray, cam: Domain, rng: random.Random) -> Image.Image:

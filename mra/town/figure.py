@@ -10,14 +10,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from PIL.ImageColor import getrgb
 
-from mra.town.people import Person
+from mra.town.people import FILE, Person
 
-PAINT = {"": (0, 0, 0), "black": (30, 30, 34), "white": (240, 240, 236), "grey": (134, 136, 140), "red": (206, 30, 38),
-         "blue": (48, 112, 222), "navy": (28, 36, 104), "green": (34, 140, 62), "yellow": (244, 208, 40),
-         "orange": (242, 124, 24), "purple": (122, 52, 160), "pink": (244, 138, 180), "brown": (112, 66, 34)}
-HAIR_PAINT = {"black": (26, 22, 24), "brown": (92, 54, 28), "blond": (232, 196, 108), "grey": (168, 168, 172),
-              "red": (172, 70, 24)}
+PAINT, HAIR_PAINT = FILE["paint"], FILE["hair paint"]
 SKINS = ((246, 212, 188), (222, 176, 140), (166, 114, 80), (104, 68, 50))
 STOUT = {"slim": 0.84, "average": 1.0, "heavy": 1.24}           # factor on widths
 FLAT, FIRST, LAST, BOTH = (0, 1), (-1, 1), (0, 2), (-1, 2)      # t where a stroke ends, by which ends are round
@@ -74,8 +71,8 @@ def strokes(person: Person, pose: Pose) -> list[Stroke]:
 
 
 def paint(colour: str, factor: float = 1.0) -> tuple[int, int, int]:
-    """A named colour; with factor < 1 a darker shade, or a lighter one of a dark colour."""
-    values = PAINT[colour]
+    """A named colour, black for ""; with factor < 1 a darker shade, or a lighter one of a dark colour."""
+    values = getrgb(PAINT[colour]) if colour else (0, 0, 0)
     if max(values) > 90:
         return tuple(int(v * factor) for v in values)
     return tuple(int(v + 120 * (1 - factor)) for v in values)
@@ -175,7 +172,7 @@ def _arms(person: Person, pose: Pose) -> Iterator[Stroke]:
 
 
 def _head(person: Person, pose: Pose) -> Iterator[Stroke]:
-    hair, skin = HAIR_PAINT[person.hair_colour], SKINS[person.skin]
+    hair, skin = getrgb(HAIR_PAINT[person.hair_colour]), SKINS[person.skin]
     yield Stroke(3, "person", skin, _egg(0, .160, .004, .055, .060))
     yield Stroke(3, "hair", hair, _egg(-.014, .128, -.014, .066, .062))
     if pose.cos > -.35:                 # the face shows: its skin, mouth and eyes

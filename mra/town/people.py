@@ -4,7 +4,6 @@
 phrases with their boxes, as in the SDA set of the MRA paper. Every word is true and about something visible. "left" and
 "right" are those of the image. An example, seen from the front by the annotator random.Random(136874):
 
-    person   slim woman, long blond hair, red jacket over white, black jeans, white sneakers, green handbag
     boxes    cx cy w h: person .50 .52 .40 .90, hair .50 .14 .18 .20, upper .50 .32 .34 .32,
              inner .50 .31 .08 .26, lower .50 .67 .28 .40, shoes .50 .93 .30 .08, bag .64 .55 .12 .12
     phrases  "a slim woman" (person), "long blond hair" (hair), "an open red jacket over a white top" (upper),
@@ -12,61 +11,29 @@ phrases with their boxes, as in the SDA set of the MRA paper. Every word is true
     caption  "a slim woman with long blond hair wears an open red jacket over a white top, black jeans and
              white sneakers. she is carrying a green handbag in the right hand."
 
-Read next: figure.py, which gives the person a body.
+The words are in town.ini. Read next: figure.py, which gives the person a body.
 """
 
+import configparser
 import random
 import re
 from collections import namedtuple
+from pathlib import Path
 from typing import NamedTuple
 
 from mra.data.records import Box
 
-# A value and the names that annotators have for it; no name stands for two values.
-COLOURS = {"black": ("black",), "white": ("white",), "grey": ("grey", "gray"), "blue": ("blue",),
-           "red": ("red", "crimson", "bright red"), "navy": ("navy", "dark blue", "navy blue"),
-           "green": ("green",), "yellow": ("yellow",), "orange": ("orange",), "purple": ("purple", "violet"),
-           "pink": ("pink",), "brown": ("brown",)}
-HAIR_COLOURS = {"black": ("black",), "brown": ("brown",), "blond": ("blond",), "grey": ("grey", "gray"),
-                "red": ("red", "ginger")}
-HAIR = {"short": ("short {} hair", "{} short hair"), "long": ("long {} hair", "{} long hair"),
-        "ponytail": ("a {} ponytail", "{} hair in a ponytail")}
-HEADGEAR = {"cap": ("cap", "baseball cap"), "beanie": ("beanie", "knitted cap"), "hat": ("hat", "felt hat")}
-UPPERS = {"t-shirt": ("t-shirt", "tee"), "shirt": ("shirt", "button-up shirt", "dress shirt"),
-          "sweater": ("sweater", "pullover", "jumper"), "hoodie": ("hoodie", "hooded sweatshirt"),
-          "jacket": ("jacket", "short coat"), "coat": ("long coat", "overcoat"),
-          "vest": ("padded vest", "gilet"), "tank top": ("tank top", "sleeveless shirt")}
-PATTERNS = {"plain": ("{0} {2}",), "striped": ("{0} and {1} striped {2}", "{0} {2} with {1} stripes"),
-            "checked": ("{0} and {1} checked {2}", "{0} {2} with {1} checks"),
-            "two-tone": ("{2} that is {0} above and {1} below", "{0} {2} with a lower half in {1}"),
-            "logo": ("{0} {2} with a logo in {1}", "{0} {2} with a print in {1}")}
-LOWERS = {"trousers": ("trousers", "pants", "slacks"), "jeans": ("jeans", "denim trousers"), "shorts": ("shorts",),
-          "leggings": ("leggings", "tights"), "skirt": ("short skirt", "miniskirt"), "long skirt": ("long skirt",)}
-SHOES = {"sneakers": ("sneakers", "trainers", "running shoes"), "boots": ("boots", "high boots"),
-         "shoes": ("leather shoes", "dress shoes")}
-BAGS = {"backpack": ("backpack", "rucksack"), "shoulder bag": ("shoulder bag", "messenger bag"),
-        "handbag": ("handbag", "purse"), "waist bag": ("waist bag", "belt bag")}
-CARRIED = {"umbrella": ("umbrella", "closed umbrella"), "suitcase": ("suitcase", "rolling case"),
-           "shopping bag": ("shopping bag", "carrier bag"), "book": ("book",), "skateboard": ("skateboard",)}
-GENDERS = {"woman": ("woman", "lady", "female pedestrian"), "man": ("man", "guy", "male pedestrian")}
-BUILDS = {"slim": ("slim", "thin"), "average": ("",), "heavy": ("stout", "heavyset")}
-PLACES = {"shoulder bag": "at the {} hip"} | dict.fromkeys(
-    ("handbag", "umbrella", "suitcase", "shopping bag", "skateboard"), "in the {} hand")
-VIEWS = {"front": ("walking towards the camera", "seen from the front", "facing the camera"),
-         "back": ("seen from behind", "walking away from the camera", "shown with the back to the camera"),
-         "left": ("walking to the left", "facing left", "seen from the side walking left"),
-         "right": ("walking to the right", "facing right", "seen from the side walking right")}
+FILE = configparser.RawConfigParser()
+FILE.read(Path(__file__).with_name("town.ini"), encoding="utf-8")
+WORDS = {section: {value: tuple(names.split(", ")) for value, names in FILE[section].items()} for section in FILE}
+COLOURS, HAIR_COLOURS, HAIR, HEADGEAR = (WORDS[name] for name in ("colours", "hair colours", "hair", "headgear"))
+UPPERS, PATTERNS, LOWERS, SHOES = (WORDS[name] for name in ("uppers", "patterns", "lowers", "shoes"))
+BAGS, CARRIED, GENDERS, PRONOUNS = (WORDS[name] for name in ("bags", "carried", "genders", "pronouns"))
+BUILDS, VIEWS, PLACES, TEMPLATES = WORDS["builds"], WORDS["views"], FILE["places"], tuple(FILE["templates"].values())
 OPENING = ("jacket", "coat")     # may be worn open over something; a vest always shows the sleeves under it
 WOMENS = ("leggings", "skirt", "long skirt")
 TWINS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "lower": ("trousers", "shorts", *WOMENS),
          "upper": ("t-shirt", "shirt", "sweater", "hoodie", "tank top")}
-PRONOUNS = {"woman": ("she", "her"), "man": ("he", "his")}
-# {a+b} lists the parts a and b, if the caption mentions them. [...] is left out if it mentions none of its parts.
-TEMPLATES = (
-    "{person}[ with {headgear+hair}] wears {upper+lower+shoes}.[ {she} is carrying {bag+carried}.][ {she} is {view}.]",
-    "[{view}, ]{person} in {lower+upper}[, with {headgear+hair}][, on {her} feet {shoes}][, carrying {bag+carried}].",
-    "{person} is wearing {upper+lower+shoes}[, has {headgear+hair}][ and carries {bag+carried}].[ {she} is {view}.]",
-    "this is {person}[ {view}].[ {she} has {bag+carried+hair}.] {her} clothes are {headgear+upper+lower+shoes}.")
 
 
 # An identity: about 40 bits of attributes, each a word; "" is for a thing that the person does not have.
@@ -164,8 +131,7 @@ def _phrases(person: Person, view: str, boxes: dict[str, Box], rng: random.Rando
     texts["upper"] = f"{_a(upper)} over {_a(inner)} top" if "inner" in boxes else _a(upper)
     lower = named("lower", LOWERS)
     texts["lower"] = _a(lower) if "skirt" in person.lower else lower
-    texts["shoes"] = named("shoes", SHOES)
-    texts |= {"bag": _a(named("bag", BAGS)), "carried": _a(named("carried", CARRIED))}
+    texts |= {"shoes": named("shoes", SHOES), "bag": _a(named("bag", BAGS)), "carried": _a(named("carried", CARRIED))}
     for part in ("bag", "carried"):
         place = PLACES.get(getattr(person, part))
         if part in boxes and place and view in ("front", "back"):

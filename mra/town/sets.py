@@ -116,10 +116,7 @@ def build(root: Path, set_name: str, sizes: Sizes, seed: int, workers: int, say=
 
 
 def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
-    """Draw and save one image. Returns the name of its annotation file and its record, in the set's own format.
-
-    The name of a training file of the source contains the numbers of its records; here "{}" stands for them.
-    """
+    """Draw and save one image. Returns the name of its annotation file and its record, in the set's own format."""
     image, boxes = render(shot.person, shot.pose, set_name, shot.camera, shot.seed)
     file = folder / "imgs" / shot.path
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +125,7 @@ def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
     captions = [one.caption for one in words]
     if set_name == "source" and shot.split == "test":
         return "finetune/sda_test.json", {"image": shot.path, "caption": captions, "image_id": shot.identity}
-    if set_name == "source":
+    if set_name == "source":        # in the file's name "{}" stands for the numbers of its records
         rng = random.Random(shot.seed)
         logits = [round(rng.uniform(0.35, 0.9), 4) for _ in words[0].boxes]    # the real ones: a model's confidence
         rounded = [[round(v, 4) for v in box] for box in words[0].boxes]
