@@ -604,7 +604,7 @@ def test_a_misspelt_set_is_found_before_pretraining(tmp_path):
 def test_help_lists_the_flags(tmp_path, script):
     out = succeed(tmp_path, script, "--help")
     assert "--dataset" in out and "--batch" in out and f"python {script}" in out
-    assert script != "train.py" or "(default: 12)" in out       # epochs of the bare command, by its recipe
+    assert script != "train.py" or "(default: 10)" in out       # epochs of the bare command, by its recipe
 
 
 # ---- what is written about the commands
