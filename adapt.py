@@ -21,7 +21,7 @@ from mra.data.records import RecordSet, share_of
 from mra.diffusion.plan import make_plan
 from mra.diffusion.sampling import Painter
 from mra.formats.read import load
-from mra.run import networks, parts
+from mra.run import checkpoint, networks, parts
 from mra.run.command import parse, run
 from mra.run.machine import Machine, claimed, root_of
 from mra.town import sets
@@ -64,7 +64,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
         machine.say("All regions are whole images, since no phrase has a box: --source gives boxes.")
     key = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
            "precision": machine.precision, "recipe": asdict(DAD_RECIPES[config.size]), **target.key,
-           "plan": plan.digest()}
+           "plan": checkpoint.digest_of(plan.content())}
     set_key = key | {name: getattr(config, name) for name in THRESHOLDS}
     machine.first(lambda: parts.begin(out, key, config.resume, machine))
     if parts.is_finished(out, set_key):

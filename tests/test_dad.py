@@ -26,6 +26,7 @@ from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import Painter, calibration, match_moments
 from mra.formats.read import load
 from mra.run import networks, parts
+from mra.run.checkpoint import digest_of
 from mra.run.loop import Loop, Task
 from mra.run.machine import Machine
 from mra.town import sets
@@ -230,10 +231,10 @@ def test_the_digest_of_a_plan_knows_pixels_of_what_is_restyled(tmp_path):
     draft, digests = Record(str(tmp_path / "a.bmp"), ("a man",), 0), []
     for colour in ("red", "blue"):                      # two files of as many bytes
         Image.new("RGB", (8, 8), colour).save(draft.path)
-        digests += [SetPlan([draft], [], sample).digest() for sample in ([draft], [])]
+        digests += [digest_of(SetPlan([draft], [], sample).content()) for sample in ([draft], [])]
     assert digests[0] != digests[2] and digests[1] == digests[3]
     boxed = replace(draft, boxes=((0.5, 0.5, 1.0, 1.0),), phrases=("a man",))
-    assert SetPlan([boxed], [], [draft]).digest() != digests[2]
+    assert digest_of(SetPlan([boxed], [], [draft]).content()) != digests[2]
 
 
 # ---- adapt.py, at tiny size

@@ -2,7 +2,6 @@
 
 Read noising.py, autoencoder.py, denoiser.py, base.py (the model), pairs.py (what it learns from), sampling.py
 (guidance, samples, calibration), prompts.py, plan.py (what to make, with a box for each phrase) and filters.py.
-README.md beside this file has what was measured.
 """
 
 from mra.diffusion.noising import ddim, dpm_solver

@@ -42,7 +42,6 @@ def group_norm(dim: int, least: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """The module with all parameters 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -51,11 +50,6 @@ def zero(module: nn.Module) -> nn.Module:
 def upsample(dim: int) -> nn.Sequential:
     """Twice the resolution: nearest neighbour, then a convolution."""
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim, 3, padding=1))
-
-
-def mix(matrix: Tensor, x: Tensor) -> Tensor:
-    """Multiply the colour of each pixel of images (B, 3, H, W) by a matrix (3, 3)."""
-    return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
 
 class Autoencoder(nn.Module):
@@ -69,8 +63,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config: DiffusionConfig):
         super().__init__()
         widths, stem, latent, factor = config.autoencoder, config.stem, config.latent, config.factor
-        self.factor = factor
-        first, lowest = widths[0], widths[-1]
+        self.factor, first, lowest = factor, widths[0], widths[-1]
         encoder = [nn.PixelUnshuffle(stem), nn.Conv2d(3 * stem**2, first, 3, padding=1), ResBlock(first, first)]
         for above, here in zip(widths, widths[1:]):
             encoder += [nn.Conv2d(above, here, 3, stride=2, padding=1), ResBlock(here, here)]
@@ -141,7 +134,7 @@ class Autoencoder(nn.Module):
         likelihood of a Laplace distribution is largest where b is the mean of |r'|.
         """
         rebuilt, grain = (x.float() for x in self.picture(latents))
-        off = mix(OPPONENT, (image - rebuilt).detach()).abs()
+        off = torch.einsum("ij,bjhw->bihw", OPPONENT.to(image), (image - rebuilt).detach()).abs()
         return (rebuilt - image).abs().mean() + grain_weight * (off * (-grain).exp() + grain).mean()
 
     @torch.no_grad()

@@ -55,11 +55,7 @@ def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0)
 
 
 def _read(paths: list[str], size: tuple[int, int]) -> Tensor:
-    return stacked([np.asarray(open_image(path).resize(size, Image.Resampling.BICUBIC)) for path in paths])
-
-
-def stacked(pictures: list[np.ndarray]) -> Tensor:
-    """Pictures (H, W, 3) of one size -> (N, 3, H, W)."""
+    pictures = [np.asarray(open_image(path).resize(size, Image.Resampling.BICUBIC)) for path in paths]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 

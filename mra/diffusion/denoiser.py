@@ -38,7 +38,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, dim: int, config: DiffusionConfig):
         super().__init__()
         heads, bias = config.heads, not config.stable
-        self.norm, self.to_in, self.to_out = group_norm(dim), nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)
+        self.norm, self.to_in, self.to_out = group_norm(dim), nn.Conv2d(dim, dim, 1), zero(nn.Conv2d(dim, dim, 1))
         self.self_norm, self.attention = nn.LayerNorm(dim), Attention(dim, heads, bias=bias)
         self.cross_norm, self.cross = nn.LayerNorm(dim), Attention(dim, heads, config.text_dim, bias)
         self.mlp_norm, self.mlp = nn.LayerNorm(dim), GEGLU(dim, 4 * dim)
@@ -52,7 +52,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, if it `attends`, a transformer."""
+    """A residual block and, if it `attends`, a transformer; both start as the identity."""
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int, config: DiffusionConfig, attends: bool):
         super().__init__()
@@ -61,6 +61,7 @@ class Stage(nn.Module):
         else:   # the second norm has wide groups: over few channels it would remove the embedding again
             norms = group_norm(dim_in), group_norm(dim_out, least=8)
         self.block = ResBlock(dim_in, dim_out, embedding, *norms)
+        zero(self.block.conv2)
         self.transformer = SpatialTransformer(dim_out, config) if attends else None
 
     def forward(self, x: Tensor, embedding: Tensor, text: TextStates) -> Tensor:
@@ -126,10 +127,7 @@ class Denoiser(nn.Module):
         norm = group_norm(dim, eps=STABLE_EPS if config.stable else 1e-6)
         self.last = nn.Sequential(norm, nn.SiLU(), nn.Conv2d(dim, config.latent, 3, padding=1))
         self.text_encoder.apply(initialise)
-        for module in self.modules():    # every block starts as the identity, and v as 0
-            if isinstance(module, ResBlock | SpatialTransformer):
-                zero(module.conv2 if isinstance(module, ResBlock) else module.to_out)
-        zero(self.last[-1])
+        zero(self.last[-1])     # v starts as 0
 
     def read(self, ids: Tensor, keep: Tensor) -> TextStates:
         """Encode word pieces (B, T). Stable Diffusion takes 77 of them, and also attends to the padding."""

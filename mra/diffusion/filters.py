@@ -36,8 +36,7 @@ def filters_of(config: AdaptConfig, scores: dict) -> list[str]:
 class Judge(nn.Module):
     """A small convolutional network: images (B, 3, H, W) in -1..1 -> features (B, 128) -> scores (B, outputs).
 
-    It sees the image and, so that grain and blur count, the difference to its 3x3 mean. Four strips from head to foot
-    are pooled separately.
+    It sees the image and, for grain and blur, the difference to the 3x3 mean. Strips of the body are pooled apart.
     """
 
     outputs = 1

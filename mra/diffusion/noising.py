@@ -2,8 +2,7 @@
 
 Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1. The denoiser learns
 v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). Our schedule ends in pure noise: alpha is exactly 0 (Lin et al. 2024).
-If some signal were left, very dark and very bright images could not be made, and a change of light needs those.
-Read next: autoencoder.py, denoiser.py.
+If some signal were left, no image could be very dark or very bright. Read next: autoencoder.py, denoiser.py.
 """
 
 from collections.abc import Callable
@@ -79,8 +78,7 @@ def diffusion_loss(denoise: Denoise, latents: Tensor, noise: Tensor, t: Tensor, 
 def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
     """DDIM (Song et al. 2021), deterministic: from noise to clean latents (B, C, h, w).
 
-    With strength < 1, `noise` must be latents at the level schedule.trailing(steps, strength)[0] (see `q_sample`). At
-    strength 0 it is returned unchanged.
+    With strength < 1, `noise` is latents at level schedule.trailing(steps, strength)[0]; at 0 it is returned unchanged.
     """
     z = noise
     visited = schedule.trailing(steps, strength)

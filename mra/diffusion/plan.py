@@ -4,12 +4,10 @@ The paper runs an open-set detector on its images. Here a phrase gets the averag
 source set; README.md has how true these boxes are. Read next: filters.py; run/parts.py, which makes the images.
 """
 
-import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -32,14 +30,12 @@ class SetPlan:
     probes: list[Record]        # drafts to sample for the calibration; empty: no calibration
     source_sample: list[Record]     # see SAMPLED; empty unless images are restyled
 
-    def digest(self) -> str:
-        """A hash of this plan; when images are restyled, also of their files."""
-        found = hashlib.sha256()
+    def content(self) -> Iterator[bytes]:
+        """All that decides the images, for a digest: records and, when images are restyled, their files."""
         for draft in [*self.drafts, *self.probes, *self.source_sample]:
-            found.update(str(draft).encode())
+            yield str(draft).encode()
             if self.source_sample:
-                found.update(Path(draft.path).read_bytes())
-        return found.hexdigest()[:16]
+                yield Path(draft.path).read_bytes()
 
 
 def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], target: Sequence[Record]) -> SetPlan:
@@ -56,13 +52,13 @@ def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], ta
         pool = drafts_of(config, max(config.images, count), source if restyles else target, boxes, base.tokenizer)
         # with replacement; sorted, so that lengths stay together
         probes = [pool[i] for i in sorted(random.Random(config.seed).choices(range(len(pool)), k=count))]
-    return SetPlan(drafts, probes, list(islice(source, SAMPLED)) if restyles else [])
+    return SetPlan(drafts, probes, list(source[:SAMPLED]) if restyles else [])
 
 
-def average_boxes(records: Iterable[Record]) -> dict[str, Box]:
+def average_boxes(records: Sequence[Record]) -> dict[str, Box]:
     """For the last word of each phrase, the mean of its boxes in the first PLACED records."""
     found = defaultdict(list)
-    for record in islice(records, PLACED):
+    for record in records[:PLACED]:
         for phrase, box in zip(record.phrases, record.boxes):
             found[phrase.split()[-1]].append(box)
     return {noun: tuple(fmean(side) for side in zip(*own)) for noun, own in found.items()}
@@ -76,8 +72,7 @@ def drafts_of(config: AdaptConfig, count: int, records: Sequence[Record], boxes:
     Drafts are sorted by length, so that few prompts need padding.
     """
     if config.mode == "restyle":
-        chosen = random.Random(config.seed).sample(range(len(records)), min(count, len(records)))
-        return [records[i] for i in chosen]
+        return random.Random(config.seed).sample(records, min(count, len(records)))
     pairs, drafts = [(caption, record.path) for record in records for caption in record.captions], []
     for i, prompt in prompts_of([caption for caption, _ in pairs], count, config.seed):
         phrases = tuple(phrase for phrase in dict.fromkeys(noun_phrases(prompt)) if phrase.split()[-1] in boxes)

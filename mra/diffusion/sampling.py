@@ -26,8 +26,7 @@ def guide(denoiser: Denoiser, branch: DomainBranch | None, both: TextStates, gui
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         if guidance == 1 or not span[0] <= t[0] <= span[1]:
             return denoiser(z, t, both[:count], branch).float()
-        v = denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), both, branch).float()
-        words, empty = v.chunk(2)
+        words, empty = denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), both, branch).float().chunk(2)
         return empty + guidance * (words - empty)
 
     return denoise
@@ -49,36 +48,29 @@ class Painter:
 
     @torch.no_grad()
     def sample(self, drafts: Sequence[Record], draw: torch.Generator) -> Tensor:
-        """Latents (B, C, h, w) for the first captions of drafts."""
+        """Latents (B, C, h, w) for the first captions of drafts, from pure noise or from the drafts' noised images."""
         config, base = self.config, self.base
-        start, strength = self.start(drafts, draw)
+        noise = torch.randn(len(drafts), *base.config.shape, generator=draw, device=draw.device)
+        start, strength = noise, 1.0
+        if config.mode == "restyle":
+            images, strength = read_images([draft.path for draft in drafts], base.config), config.strength
+            start = match_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
+            visited = base.schedule.trailing(config.sampling_steps, strength)
+            if visited:
+                t = torch.full((len(drafts),), visited[0], device=draw.device)
+                start = q_sample(start, noise, t, base.schedule)
         both = base.read([draft.captions[0] for draft in drafts] + [""] * len(drafts))
         levels = len(base.schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
         denoise = guide(base.denoiser, self.branch, both, config.guidance, span)
         return dpm_solver(denoise, start, base.schedule, config.sampling_steps, strength)
 
-    def start(self, drafts: Sequence[Record], draw: torch.Generator) -> tuple[Tensor, float]:
-        """Latents (B, C, h, w) and strength that sampling starts with: pure noise, or the drafts' noised images."""
-        base, device, strength = self.base, draw.device, self.config.strength
-        noise = torch.randn(len(drafts), *base.config.shape, generator=draw, device=device)
-        if self.config.mode == "generate":
-            return noise, 1.0
-        images = read_images([draft.path for draft in drafts], base.config)
-        moved = match_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
-        visited = base.schedule.trailing(self.config.sampling_steps, strength)
-        if not visited:
-            return moved, strength
-        t = torch.full((len(drafts),), visited[0], device=device)
-        return q_sample(moved, noise, t, base.schedule), strength
-
 
 def calibration(samples: Tensor, target_latents: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (C, h, w): all sampled latents are replaced by scale * latents + shift. Not in the paper.
 
-    A branch that was trained for few steps gets the mean and variance at a place a little wrong, for example the usual
-    background. Scale and shift give `samples` (N, C, h, w) the target's mean and variance at every place. The samples
-    must be many and typical of the whole set.
+    This gives `samples` (N, C, h, w) the target's mean and variance at every place, which a branch trained for few
+    steps gets a little wrong. The samples must be many and typical of the whole set.
     """
     std, mean = torch.std_mean(samples, 0)
     target_std, target_mean = torch.std_mean(target_latents, 0)

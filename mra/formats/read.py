@@ -116,12 +116,11 @@ def locate(dataset: str, split: str, root: Path) -> Source:
         raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")
     if files:
         return Source(files, images, wanted, hold_out, grouped=True)
-    sought = [path.format(wanted) for path in (layout.whole, *layout.of_split) if path]
-    if layout.parts and wanted == "train":
-        parts = _files(base, layout.parts)
-        if parts:
-            return Source(parts, images, wanted, hold_out)
-        sought.append(layout.parts)
+    parts = layout.parts if wanted == "train" else ""
+    files = _files(base, parts)
+    if files:
+        return Source(files, images, wanted, hold_out)
+    sought = [path.format(wanted) for path in (layout.whole, *layout.of_split, parts) if path]
     hint = ""
     if (images / "caption_all.json").is_file():
         hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
@@ -150,9 +149,8 @@ def read_rows(source: Source) -> tuple[list[Row], list[str]]:
             refused.append(f"{name} must hold a list of records and holds {shown(items)}")
             continue
         for number, item in enumerate(items):
-            image = None
-            if isinstance(item, dict):
-                image = next((item[key] for key in IMAGE if key in item), None)
+            named = item if isinstance(item, dict) else {}
+            image = next((named[key] for key in IMAGE if key in named), None)
             place = f"{name}, record {number} (the first is 0), image {shown(image)}"
             try:
                 row = _row(item, source, place, listing)

@@ -1,9 +1,8 @@
 """Checkpoints: safetensors files with facts as JSON in their metadata; and results kept until their key changes.
 
 `best.safetensors` holds the weights that are best on val. Its facts are the configuration, the vocabulary, the metrics
-and the versions, so evaluate.py and `--init` need no other file. `last.safetensors` also holds the optimiser's state,
-to resume from. Beside each result of DaD lies its key: branch.safetensors has branch.key.json. No pickle is used
-anywhere. Read next: machine.py, loop.py.
+and the versions, so evaluate.py and `--init` need no other file. A run resumes from `last.safetensors`, which also
+holds the optimiser's state. Beside branch.safetensors of DaD lies its key, branch.key.json. Read next: machine.py.
 """
 
 import hashlib
@@ -55,11 +54,10 @@ def shipped(preset: str) -> Path:
 
 def newest(say: Callable) -> Path:
     """The newest best.safetensors under out/, or else the shipped one. Says so if the run has not ended."""
-    found = sorted(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    best = max(Path("out").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
+    if best is None:
         say("There is no checkpoint under out/ yet, so this is the shipped retriever.")
         return shipped("demo")
-    best = found[-1]
     last = best.with_name("last.safetensors")
     if last.exists() and last.stat().st_mtime > best.stat().st_mtime:       # train.py touches the best one at its end
         say(f"{last} is of a run that has not ended: {best.name} is its best so far, or that of the run before.")
@@ -96,7 +94,6 @@ def weights(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
 
 
 def digest(model: nn.Module) -> str:
-    """`digest_of` the model's weights."""
     return digest_of(name.encode() + tensor.detach().float().cpu().numpy().tobytes()
                      for name, tensor in sorted(weights(model).items()))
 
@@ -136,10 +133,9 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     """Restore what `state` returned. Raises UserError for weights that do not fit, KeyError for a missing moment."""
     restore_weights(model, tensors, path)
     for name, parameter in model.named_parameters():
-        step = tensors.get(f"optimizer.step.{name}")
-        if step is None:            # the parameter had no gradient yet
+        if f"optimizer.step.{name}" not in tensors:     # the parameter had no gradient yet
             continue
-        optimizer.state[parameter] = {"step": step.to(parameter.device)}
+        optimizer.state[parameter] = {"step": tensors[f"optimizer.step.{name}"].to(parameter.device)}
         for kind in ("exp_avg", "exp_avg_sq"):
             moment = torch.empty_like(parameter)    # in the memory format of the parameter
             optimizer.state[parameter][kind] = moment.copy_(tensors[f"optimizer.{kind}.{name}"])
@@ -166,7 +162,6 @@ def same_key(path: Path, before: dict, now: dict, say: Callable, advice: str = "
 
 
 def remember(path: Path, key: dict) -> None:
-    """Write the key of a finished result beside it."""
     write_json(key_file(path), key)
 
 

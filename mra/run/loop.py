@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ class Loop:
             self.go_back()
         if not self.first:
             for file in filter(None, (task.state, task.log)):
-                machine.first(partial(file.unlink, missing_ok=True))        # after all processes have looked
+                machine.first(lambda: file.unlink(missing_ok=True))        # after all processes have looked
 
     def run(self, batches: Iterable[list] | None = None) -> None:
         """Train to the last step. Each of the batches is a list of what every worker here gets of it."""
@@ -189,7 +188,6 @@ class Loop:
                              f"{left:.1f} min left")
 
     def evaluate(self, step: int) -> None:
-        """Call the task's `evaluate`, if it has one, and save its results."""
         if self.task.evaluate:
             self.results = self.task.evaluate(step, self.results)
             self.save(step, evaluated=True)
@@ -230,7 +228,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def write_line(path: Path, line: dict, machine: Machine) -> None:
-    """Add a line to a log."""
     if machine.rank == 0:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

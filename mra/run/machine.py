@@ -98,8 +98,6 @@ class OwnRandomness(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes."""
-
     device: torch.device
     precision: str
     workers: Workers        # the processes

@@ -157,24 +157,20 @@ def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, mach
     """
     if base.config.stable:
         return base
-    autoencoder = copy.deepcopy(base.autoencoder).requires_grad_(False)
-    autoencoder.learn_scale(encode(autoencoder, target.images))
+    autoencoder, images = copy.deepcopy(base.autoencoder).requires_grad_(False), target.images
+    autoencoder.learn_scale(encode(autoencoder, images))
     for part in (autoencoder.decoder, autoencoder.linear_out):
         part.requires_grad_(True)
+    learn("decoder", autoencoder, lambda: partial(decoder_loss, autoencoder, images, encode(autoencoder, images)),
+          DAD_RECIPES[config.size].decoder, target.folder, target.key, machine)
+    adapted = Diffusion(base.config, base.tokenizer, autoencoder, base.denoiser, base.schedule)
+    return adapted.eval().requires_grad_(False)
 
-    def prepare() -> Loss:
-        latents = encode(autoencoder, target.images)                                     # (N, C, h, w)
 
-        def loss(draw: torch.Generator, count: int) -> Tensor:
-            chosen = torch.randint(len(latents), (count,), generator=draw, device=machine.device)
-            own = to_float(target.images[chosen.cpu()].to(machine.device))
-            return autoencoder.decoder_loss(own, latents[chosen])
-
-        return loss
-
-    learn("decoder", autoencoder, prepare, DAD_RECIPES[config.size].decoder, target.folder, target.key, machine)
-    autoencoder = autoencoder.eval().requires_grad_(False)
-    return Diffusion(base.config, base.tokenizer, autoencoder, base.denoiser, base.schedule).eval()
+def decoder_loss(autoencoder: nn.Module, images: Tensor, latents: Tensor, draw: torch.Generator, count: int) -> Tensor:
+    """Of the autoencoder's decoder, on `count` of the images (N, 3, H, W) and their latents (N, C, h, w)."""
+    chosen = torch.randint(len(latents), (count,), generator=draw, device=draw.device)
+    return autoencoder.decoder_loss(to_float(images[chosen.cpu()].to(draw.device)), latents[chosen])
 
 
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> DomainBranch:

@@ -66,9 +66,16 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     missing = [number for number in range(machine.rank, len(parts), machine.world) if not files[number].exists()]
     machine.say(f"Making {len(plan.drafts)} images in {out}.")
+
+    def sample(start: int) -> Tensor:
+        draw = machine.generator(painter.config.seed, PROBE_SEED + start // PART)
+        with machine.autocast():
+            return painter.sample(plan.probes[start:start + PART], draw)                 # (B, C, h, w)
+
     scale, shift = 1.0, 0.0
     if missing and plan.probes:
-        scale, shift = calibrate(painter, plan.probes, machine)
+        samples = torch.cat(machine.map(sample, range(0, len(plan.probes), PART)))
+        scale, shift = calibration(samples, painter.target_latents)                      # (C, h, w) each
     started, done = time.perf_counter(), []
 
     def make_part(number: int) -> None:
@@ -84,17 +91,6 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
 
     machine.map(make_part, missing)
     machine.any(False)          # returns when all processes have made theirs
-
-
-def calibrate(painter: Painter, probes: list[Record], machine: Machine) -> tuple[Tensor, Tensor]:
-    """The calibration's scale and shift, (C, h, w) each, from samples of the probes."""
-    def sample(start: int) -> Tensor:
-        draw = machine.generator(painter.config.seed, PROBE_SEED + start // PART)
-        with machine.autocast():
-            return painter.sample(probes[start:start + PART], draw)                      # (B, C, h, w)
-
-    samples = torch.cat(machine.map(sample, range(0, len(probes), PART)))
-    return calibration(samples, painter.target_latents)
 
 
 def write_part(file: Path, drafts: list[Record], images: Tensor, scores: dict[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from adapt import THRESHOLDS, source_records
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
 from mra.data.files import read_json, write_json
 from mra.data.records import Box, Record, share_of
-from mra.diffusion.base import Diffusion, read_images, stacked, to_float
+from mra.diffusion.base import Diffusion, read_images, to_float
 from mra.diffusion.filters import Judge, distort, judge_loss
 from mra.diffusion.plan import average_boxes
 from mra.formats.read import load
@@ -56,6 +56,11 @@ SIZES = [*map(len, KINDS.values()), len(CAMERAS)]                   # the reader
 GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # the colours that the report counts
 READERS = {"tiny": Fit(5, 16, 2e-3), "demo": Fit(3000, 64, 2e-3), "small": Fit(6000, 64, 1e-3),
            "base": Fit(10_000, 64, 1e-3)}                           # how the reader of each size is trained
+
+
+def stacked(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures (H, W, 3) of one size -> (N, 3, H, W)."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 class Reader(Judge):

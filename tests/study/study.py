@@ -40,7 +40,7 @@ from mra import ranking
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError, flag
 from mra.data.files import read_json, replacing, save_image, write_json
 from mra.data.records import Record, RecordSet, share_of
-from mra.diffusion.base import read_images, stacked
+from mra.diffusion.base import read_images
 from mra.formats.read import load
 from mra.run import checkpoint
 from mra.run.checkpoint import is_kept, remember
@@ -49,7 +49,7 @@ from mra.run.machine import Machine, choose_device, claimed
 from mra.town import sets
 from mra.weights.retrievers import load_retriever
 from tests.study import charts, comparisons
-from tests.study.gap import TARGETS, trained_base
+from tests.study.gap import TARGETS, stacked, trained_base
 from tests.study.portraits import portraits
 from tests.study.transfers import transferred
 

@@ -8,13 +8,18 @@ Images are (B, 3, H, W) uint8. Read next: gap.py.
 import torch
 from torch import Tensor
 
-from mra.diffusion.autoencoder import OPPONENT, Autoencoder, mix
+from mra.diffusion.autoencoder import OPPONENT, Autoencoder
 from mra.diffusion.base import decode, encode, to_bytes, to_float
 from mra.diffusion.sampling import match_moments
 
 # RGB -> cone responses, whose logarithms OPPONENT makes nearly independent (Reinhard et al. 2001)
 LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
 LOW = 0.08          # share of the spectrum's height and width: the frequencies whose amplitudes FDA swaps
+
+
+def mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiply the colour of each pixel of images (B, 3, H, W) by a matrix (3, 3)."""
+    return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
 
 def reinhard(images: Tensor, targets: Tensor) -> Tensor:
