@@ -28,7 +28,7 @@ from mra.town import sets
 
 BASE_PEOPLE = [("train", 12_000, 2), ("test", 800, 3)]       # whom the shipped base has seen
 THRESHOLDS = "grey_mean", "grey_variance", "malformed"
-# flags that do not decide the images; digests in the key stand for the files that flags name
+# Flags left out of the key. Some change no image. For the precision and for named files the key has other entries.
 NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_base", "workers", "device", "precision",
               "recompute", *THRESHOLDS}
 
@@ -39,7 +39,7 @@ def main() -> None:
     check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
-                f"Running on {machine.device} in {machine.precision}, {machine.world} process(es).")
+                f"Running on {machine.device} in {machine.precision}, {machine.workers.count} process(es).")
     if config.train_base:
         train_base(config, machine)
     else:
@@ -51,7 +51,7 @@ def main() -> None:
 def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way: base, plan, autoencoder, branch, samples, filters, set."""
     # ---- the frozen base, and the pairs of target and source
-    if not (config.weights or config.base or networks.base_file(config).exists()):      # which takes hours
+    if not (config.weights or config.base or networks.base_file(config).exists()):      # training one takes hours
         train_base(replace(config, seed=0), machine)
     base = networks.load_base(config, machine)
     root = root_of(config.data_root, config.target, config.size == "tiny", machine)
@@ -80,8 +80,6 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     machine.first(lambda: parts.finish(config, out, target.images, set_key, machine))
 
 
-# ---- base and source
-
 def train_base(config: AdaptConfig, machine: Machine) -> None:
     """Train the base on the source; for the demo on more drawn people than the demo's source has."""
     if config.source or config.size == "tiny":
@@ -99,8 +97,6 @@ def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
     return load(name, "train", root, say=machine.say)
 
-
-# ---- flags
 
 def default_out(config: AdaptConfig) -> str:
     """out/sda/<target>, and the values that differ from the defaults."""

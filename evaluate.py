@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mra import ranking
 from mra.config import EvalConfig, UserError
-from mra.data.files import harmless, write_json
+from mra.data.files import harmless, open_image, write_json
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.formats import read
@@ -66,7 +66,7 @@ def main() -> None:
     if config.query or config.queries or config.query_image or config.serve >= 0:
         return answer(config, machine, plan, model, tokenizer, facts, folder)
     results, rows = measure(config, machine, plan, model, tokenizer, facts)
-    if machine.rank == 0:
+    if machine.workers.rank == 0:
         # the names say which flags differ from the defaults, so results with other flags stay
         ending = ""
         if given.dataset != (trained_on,):
@@ -136,14 +136,15 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
 def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retriever, tokenizer: Tokenizer,
            facts: dict, folder: Path) -> None:
     """Rank a folder of photographs, or the images of the split, for every query or for those of the page."""
-    if machine.world > 1:
+    if machine.workers.count > 1:
         raise UserError("Queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
     server = page.Server(config.serve) if config.serve >= 0 else None      # it claims its port before the encoding
     if (config.query or config.queries or server) and not dataset and isinstance(tokenizer, Tokenizer):
         machine.say("This checkpoint names no set, so sentences are not cleaned. If it was trained on ICFG-PEDES or "
                     "RSTPReid, name that set by --dataset.")
-    queries, left_out = gallery.queries_of(config, dataset, tokenizer, model.config.max_tokens), []
+    image, left_out = open_image(config.query_image) if config.query_image else None, []
+    sentences = gallery.sentences_of(config, dataset, tokenizer, model.config.max_tokens)
     with machine.autocast():
         if config.gallery:
             cache = folder / "gallery.safetensors"
@@ -154,7 +155,7 @@ def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retr
         searched = gallery.Gallery(model, tokenizer, dataset, paths, features, plan, config.weight)
         if server:
             return server.serve(searched, config.gallery or dataset, config.threshold, machine.autocast)
-        answers = gallery.answer(config, searched, queries, folder / "query.png")
+        answers = gallery.answer(config, searched, sentences, image, folder / "query.png")
     write_json(folder / "query.json", {
         "gallery": config.gallery or dataset, "images": len(paths), "left_out": left_out, "meaning": gallery.MEANING,
         "query_image": config.query_image, "threshold": config.threshold, "answers": answers})

@@ -11,8 +11,8 @@
     torchrun --nproc_per_node=2 train.py ...           data-parallel
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
-Every field of mra.config.TrainConfig is a flag. A recipe there sets some by dataset and preset. The checkpoint that is
-best on val is `out`/best.safetensors. mra/run/loop.py has the loop.
+Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The
+checkpoint that is best on val is `out`/best.safetensors. mra/run/loop.py has the loop.
 """
 
 import json
@@ -73,7 +73,7 @@ def train(config: TrainConfig, machine: Machine) -> Path:
     config = replace(config, out=str(path.parent))
     with claimed(path.parent, machine):
         machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
-                    f"Training on {machine.device} in {machine.precision}, {machine.world} process(es).")
+                    f"Training on {machine.device} in {machine.precision}, {machine.workers.count} process(es).")
         best = train_stage(config, path, machine)
     machine.first(path.touch)       # evaluate.py takes the newest checkpoint, also if this run had nothing left to do
     machine.say(f"Best on val: {stages.describe(best)}\n{path} is ready after {time.perf_counter() - started:.0f} s.")
@@ -92,7 +92,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
             open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
     # ---- plan and loss
-    fit, fusion_from, evals = stages.plan_of(config, len(dataset), machine.world)
+    fit, fusion_from, evals = stages.plan_of(config, len(dataset), machine.workers.count)
     key = stages.key_of(config, machine, model, tokenizer, [train_set, val_set])
     log = path.with_name("log.jsonl")
     step_model = torch.compile(model) if config.compile else model
@@ -110,7 +110,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
         """Evaluate after `done` steps, and save the weights if they are the best; returns this result and the best."""
         fused = done > fusion_from
         plan = ranking.Plan(model.config.rerank if fused else 0, loading=config.workers, workers=machine.workers)
-        autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # like evaluate.py
+        autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py does
         with autocast:
             result = ranking.validate(model, tokenizer, val_set, fused, plan)
         write_line(log, {"step": done, "val": result}, machine)
@@ -120,7 +120,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
             best = result
             facts = model_facts(model, tokenizer) | {
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
-                "pairs": len(dataset), "adapted": key["content of the adapted set"], "processes": machine.world,
+                "pairs": len(dataset), "adapted": key["content of the adapted set"], "processes": machine.workers.count,
                 "versions": checkpoint.VERSIONS, "step": done, "val": result}
             weights = checkpoint.weights(model, config.half)
             machine.first(lambda: checkpoint.save(path, weights, facts))
@@ -133,9 +133,9 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     loop = Loop(task, loss_of, machine)
     if loop.results and not path.exists():
         raise UserError(f"{task.state} goes on from a {path.name} that is gone: put it back, or give --no-resume.")
-    # each batch is a list of one Batch for every thread; their order depends on the seed alone
+    # each item is a list of one Batch for every thread; the seed and the pairs of a batch decide their order
     keys = order(dataset.lengths, config.batch, config.seed, loop.first * config.accumulate,
-                 fit.steps * config.accumulate, machine.rank, machine.world)
+                 fit.steps * config.accumulate, machine.workers.rank, machine.workers.count)
     loop.run(loader(dataset, config.workers, batch_sampler=keys, pin_memory=machine.device.type == "cuda",
                     collate_fn=partial(dataset.collate_parts, parts=len(loop.workers))))
     return loop.results["best"]

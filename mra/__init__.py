@@ -12,7 +12,7 @@ The method, in reading order; each file's docstring says what to read next:
     diffusion/            DaD: images that look as if the target's cameras had taken them
     workers.py            how a step or a search is shared out
 
-Beside the method, which imports none of it:
+Beside the method; the method imports none of these:
 
     formats/              annotation files of the real sets, --check
     town/                 drawn people in the real sets' formats, for a demo and for exact answers

@@ -130,7 +130,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class DadRecipe:
-    """How the networks of DaD are trained at one size. Beside Stable Diffusion some are None: not trained."""
+    """How the networks of DaD are trained at one size. None: the network is Stable Diffusion's, and is not trained."""
 
     branch: Fit
     judge: Fit
@@ -228,7 +228,7 @@ class TrainConfig:
     preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
     data_root: str = flag("", "folder of the real sets; empty: the demo town, drawn on first use")
     check: bool = flag(False, "read the set, decode its images, list what is wrong, and stop")
-    init: str = flag("", "checkpoint, none, or scratch (pretrain first); empty: to fine-tune, the shipped one")
+    init: str = flag("", "a checkpoint; none: random weights; scratch: pretrain first; empty: shipped, else scratch")
     bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
     vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
     clip: str = flag("", "for --preset clip: a CLIP ViT-B/16, folder or file with its vocabulary beside it")
@@ -288,8 +288,8 @@ class AdaptConfig:
     guidance_from: float = flag(0.2, "lowest noise level with guidance; 0: clean", 0, 1)
     guidance_to: float = flag(0.8, "highest noise level with guidance; 1: pure noise", 0, 1)
     strength: float = flag(0.8, "noise level that restyling starts from; 0: no diffusion, 1: pure noise", 0, 1)
-    grey_mean: float = flag(0.02, "drop an image as greyscale: mean of its channel differences below this, and", 0, 1)
-    grey_variance: float = flag(0.0005, "variance of its channel differences below this", 0, 1)
+    grey_mean: float = flag(0.02, "drop as greyscale: mean channel difference below this; needs --grey-variance", 0, 1)
+    grey_variance: float = flag(0.0005, "drop as greyscale: variance of these differences below this, too", 0, 1)
     malformed: float = flag(1.0, "drop an image as malformed: log-odds of the judge above this", -1e3, 1e3)
     seed: int = flag(0, "seed of all random numbers", 0, 2**31)
     workers: int = flag(0, "image decoding processes", 0, 256)

@@ -81,7 +81,7 @@ class FusionEncoder(nn.Module):
 
     def forward(self, started: Tensor, keep: Tensor, at: Tensor, keys_values: list[Tensor],
                 image_keep: Tensor | None = None) -> Tensor:
-        """Text tokens from `start` -> fused tokens at the positions `at` (B, M), all that the last block computes."""
+        """Text tokens from `start` -> fused tokens (B, M, D): the last block computes the positions `at` alone."""
         x, last = started, len(self.blocks) - 1
         for i, (block, context) in enumerate(zip(self.blocks, keys_values)):
             if i > 0:

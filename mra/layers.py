@@ -28,7 +28,7 @@ class Attention(nn.Module):
                 causal: bool = False) -> Tensor:
         """Attend from x (B, T, D) to itself, or to `keys_values` of S tokens; keep (B, S).
 
-        With `causal`, and without `keep`, each token attends to itself and to the tokens before it.
+        With `causal`, which excludes `keep`, each token attends to itself and to the tokens before it.
         """
         if keys_values is None:
             keys_values = self.keys_values(x)
@@ -88,7 +88,7 @@ class PreNormBlock(nn.Module):
 
 
 class PostNormBlock(nn.Module):
-    """norm(x + self-attention), with `context_dim` norm(x + cross-attention), norm(x + mlp(x)): BERT's block."""
+    """BERT's block: self-attention, with `context_dim` cross-attention, MLP; after each, norm(x + its output)."""
 
     def __init__(self, dim: int, heads: int, dropout: float, context_dim: int | None = None):
         super().__init__()

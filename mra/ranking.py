@@ -1,8 +1,8 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k images.
 
 A candidate's score is match + weight * similarity. The match is the fusion encoder's logit [matched] - [mismatched],
-the similarity is the cosine of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score
-depends on its pair alone; MRA section 3 normalises scores over all pairs, so other queries change a query's order.
+the similarity is the cosine of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score here
+depends on its pair alone. MRA section 3 normalises scores over all pairs: there a query's order depends on the others.
 With `Plan.mirror` both stages average two passes: images and captions as they are, then mirrored images and captions
 with left and right exchanged. Read next: workers.py, evaluate.py.
 """
@@ -38,7 +38,7 @@ GATHERED = 4 * 2**30                # bytes of their keys and values, at most
 def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
     """METRICS of each query (Q', 5) from order (Q, G), the gallery's indices, best first; ids are (Q,) and (G,).
 
-    A query without a match is left out. mINP: the mean of the number of matches / rank of the last (Ye et al. 2021).
+    A query without a right image is left out. mINP: mean of right images / rank of the last one (Ye et al. 2021).
     """
     hit = gallery_ids[order] == query_ids[:, None]                                 # (Q, G)
     hit = hit[hit.any(1)].double()
@@ -83,7 +83,7 @@ class Plan:
 class Found:
     """The result of a search for Q queries in G images: K candidates of each query, the first k of them re-scored."""
 
-    queries: Tensor         # (Q, E') unit features of all passes
+    queries: Tensor         # (Q, E') features of all passes / their number: queries @ gallery.T is the mean similarity
     gallery: Tensor         # (G, E') may lie in a file
     similarity: Tensor      # (Q, K) of the candidates; this and what follows is on the CPU
     candidates: Tensor      # (Q, K) indices of the most similar images, best first
@@ -111,11 +111,11 @@ class Found:
 
 @torch.inference_mode()
 def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], plan: Plan,
-           features: Tensor | None = None, examples: Tensor | None = None) -> Found:
+           features: Tensor | None = None, example: Tensor | None = None) -> Found:
     """Rank the images `paths` for every caption. `features` (G, 2, E) are those of `encode_gallery`, if known.
 
-    `examples` (Q, passes, E) are those of a picture for each query, NaN where there is none. The similarity is then the
-    mean of the picture's and the caption's; an empty caption has none.
+    `example` (passes, E) are the features of a picture. The similarity is then the mean of the picture's and the
+    caption's; with an empty caption it is the picture's alone.
     """
     images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
     if plan.mirror:
@@ -123,9 +123,9 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     if features is None:
         features = encode_gallery(model, images, plan)
     queries = torch.stack([feature for _, _, feature in passes], 1)                # (Q, passes, E)
-    if examples is not None:
-        queries[torch.tensor([not caption for caption in captions])] = torch.nan
-        queries = torch.stack([queries, examples]).nanmean(0)                      # the mean of what there is
+    if example is not None:
+        spoken = torch.tensor([bool(caption) for caption in captions], device=queries.device)[:, None, None]
+        queries = torch.where(spoken, (queries + example) / 2, example)
     # one product of queries and gallery is the mean of the passes' similarities
     queries = queries.flatten(1) / len(passes)                                     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
@@ -151,7 +151,7 @@ class Images(Dataset):
 @torch.inference_mode()
 def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
                    batch: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (Q, T, D) as the fusion encoder starts from them, keep (Q, T), and unit features (Q, E) of captions."""
+    """Captions -> text tokens (Q, T, D) from `fusion_encoder.start`, keep (Q, T), and unit features (Q, E)."""
     device = next(model.parameters()).device
     pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
     ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)

@@ -1,9 +1,9 @@
 """MRA, multi-granularity relation alignment (section 3): encoders, heads, and the loss terms of one batch.
 
 `Retriever.forward` names the stages of the paper's figure. Whole images with captions, and regions with phrases, go
-through the same `align`. A region is the mean of the tokens whose patches its box touches, followed by these tokens;
-the others stay in place and are masked. The region-phrase contrastive loss compares that mean with the phrase, and the
-fusion encoder sees it too. Read next: ranking.py.
+through the same `align`. A region keeps the tokens of its image, but token 0 becomes the mean of the patches that its
+box touches, and the other patches are masked. The region-phrase contrastive loss compares that mean with the phrase.
+The fusion encoder attends to the mean and to these patches. Read next: ranking.py.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from mra.layers import initialise
 @dataclass(frozen=True)
 class Objective:
     """Which loss terms a step has, and how they are taken over a batch that several workers may share."""
-    fuse: bool = True           # with ITM and MLM; RPM, whose phrases are short, is cheap enough to have always
+    fuse: bool = True           # adds ITM and MLM; RPM is computed in any case, since its short phrases make it cheap
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
     contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all workers' pairs

@@ -22,7 +22,7 @@ from mra.ranking import Plan
 from mra.run import checkpoint
 from mra.run.command import run
 from mra.show import gallery
-from mra.show.gallery import Gallery, Query, unread
+from mra.show.gallery import Gallery, unread
 from mra.weights.clip import ClipTokenizer
 from mra.weights.retrievers import model_facts
 from tests.test_ranking import pair_by_hand
@@ -235,7 +235,7 @@ def test_more_hits_than_usual_and_fewer(twelve, monkeypatch):
     """The first are the same whatever their number, and of them the five most similar have a match."""
     read, real = [], ranking.open_image
     monkeypatch.setattr(ranking, "open_image", lambda path: read.append(path) or real(path))
-    every, = twelve.search([Query(ASKED[0])], first=100)
+    every, = twelve.search([ASKED[0]], first=100)
     assert sorted(hit.path for hit in every) == twelve.paths and len(read) == 5
     assert [hit.match is not None for hit in every] == 5 * [True] + 7 * [False]
     scores = [math.log(hit.match / (1 - hit.match)) + 2 * hit.similarity for hit in every[:5]]
@@ -243,18 +243,18 @@ def test_more_hits_than_usual_and_fewer(twelve, monkeypatch):
     rest = [hit.similarity for hit in every[5:]]
     assert rest == sorted(rest, reverse=True) and rest[0] <= min(hit.similarity for hit in every[:5])
     for flags, count in (({}, 10), ({"first": 3}, 3), ({"first": 11}, 11)):
-        _, found = twelve.search([Query(ASKED[1]), Query(ASKED[0])], **flags)
+        _, found = twelve.search([ASKED[1], ASKED[0]], **flags)
         assert [hit.path for hit in found] == [hit.path for hit in every[:count]]
         assert [hit.similarity for hit in found] == pytest.approx([hit.similarity for hit in every[:count]], abs=1e-6)
 
 
 def test_a_threshold_drops_hits_before_the_first_are_taken(twelve):
     """A hit that matches well but is less similar gives way to the next."""
-    every, = twelve.search([Query(ASKED[0])], first=12)
+    every, = twelve.search([ASKED[0]], first=12)
     for dropped in range(13):
         limit = sorted(hit.similarity for hit in every)[dropped] if dropped < 12 else 1.0
         kept = [hit.path for hit in every if hit.similarity >= limit]
-        found, = twelve.search([Query(ASKED[0])], first=2, threshold=limit)
+        found, = twelve.search([ASKED[0]], first=2, threshold=limit)
         assert [hit.path for hit in found] == kept[:2] and len(kept) == 12 - dropped
 
 
@@ -270,34 +270,31 @@ def test_a_picture_ranks_as_by_hand(twelve, paint, mirror):
         with torch.inference_mode():
             return model.encode_image(pixels)[1][0]
 
-    def by_hand(query: Query, path: str) -> float:
+    def by_hand(sentence: str, image: Image.Image, path: str) -> float:
         found = []
         for mirrored in ([False, True] if mirror else [False]):
-            words_seen = words.swap_left_right(query.sentence) if mirrored else query.sentence
-            parts = []
-            if query.sentence:
+            parts = [(feature(image, mirrored) @ feature(open_image(path), mirrored)).item()]
+            if sentence:
+                words_seen = words.swap_left_right(sentence) if mirrored else sentence
                 parts.append(pair_by_hand(model, twelve.tokenizer, words_seen, path, mirrored)[0])
-            if query.image:
-                parts.append((feature(query.image, mirrored) @ feature(open_image(path), mirrored)).item())
             found.append(sum(parts) / len(parts))
         return sum(found) / len(found)
 
-    queries = [Query(image=mine), Query(ASKED[0], mine), Query(ASKED[0]), Query(ASKED[0], other), Query(image=other)]
-    for query, hits in zip(queries, searched.search(queries, first=12)):
-        truth = {path: by_hand(query, path) for path in twelve.paths}
-        assert {hit.path: hit.similarity for hit in hits} == pytest.approx(truth, abs=1e-5)
-        assert [hit.path for hit in hits] == sorted(truth, key=lambda path: -truth[path])
-        assert all(hit.match is None for hit in hits)
-    assert searched.search(queries[:1])[0][0] == (twelve.paths[7], pytest.approx(1), None)
-    alone, = searched.search([Query(ASKED[0])])
-    assert alone[0].match is not None       # pictures of other calls change nothing
+    for image in (mine, other):
+        asked = ["", ASKED[0], ASKED[1]]
+        for sentence, hits in zip(asked, searched.search(asked, image, first=12), strict=True):
+            truth = {path: by_hand(sentence, image, path) for path in twelve.paths}
+            assert {hit.path: hit.similarity for hit in hits} == pytest.approx(truth, abs=1e-5)
+            assert [hit.path for hit in hits] == sorted(truth, key=lambda path: -truth[path])
+            assert all(hit.match is None for hit in hits)
+    assert searched.search([""], mine)[0][0] == (twelve.paths[7], pytest.approx(1), None)
 
 
 def test_a_picture_is_encoded_once_for_many_sentences(twelve, paint, monkeypatch):
     picture, real, counted = open_image(paint("other.png", seed=99)), ranking.encode_gallery, []
     monkeypatch.setattr(ranking, "encode_gallery", lambda model, images, plan: counted.append(len(images))
                         or real(model, images, plan))
-    assert len(twelve.search([Query(sentence, picture) for sentence in ASKED])) == 3 and counted == [1]
+    assert len(twelve.search(list(ASKED), picture)) == 3 and counted == [1]
 
 
 def test_a_picture_on_the_command_line(ask, ours, folder):

@@ -100,12 +100,12 @@ def png(width: int = 20, height: int = 40) -> bytes:
 
 def test_a_search_answers_as_the_gallery_does(ask, server):
     found = ask(search(ASKED), "POST").json
-    hits, = server.gallery.search([gallery.Query(ASKED)], page.LISTED)
+    hits, = server.gallery.search([ASKED], first=page.LISTED)
     assert [(server.gallery.paths[hit["photo"]], hit["similarity"], hit["match"]) for hit in found["hits"]] == hits
     assert len(hits) == 30 and sum(hit.match is not None for hit in hits) == 8
     assert found["phrases"] == ["a woman", "a red coat", "a black backpack"]
     assert found["notes"] == [] and 0 < found["seconds"] < 60
-    both, = server.gallery.search([gallery.Query("a hat", Image.new("RGB", (20, 40), "red"))], page.LISTED)
+    both, = server.gallery.search(["a hat"], Image.new("RGB", (20, 40), "red"), page.LISTED)
     found = ask(search("a hat"), "POST", png()).json
     assert [hit["similarity"] for hit in found["hits"]] == pytest.approx([hit.similarity for hit in both], abs=1e-6)
     assert ask(search("hatless"), "POST").json["phrases"] == ["hatless"]
@@ -347,7 +347,7 @@ def test_a_search_by_keyboard_alone(visit, server):
     assert visit.focus() == "sentence" and visit.texts("#gallery") == ["30 photographs in my <b>photos</b>"]
     found(visit, ASKED, ENTER)
     visit.until("document.querySelectorAll('.hit').length === 24")
-    hits, = server.gallery.search([gallery.Query(ASKED)], page.LISTED)
+    hits, = server.gallery.search([ASKED], first=page.LISTED)
     assert visit.texts(".number:nth-child(3) b") == [f"{hit.similarity:.3f}" for hit in hits[:24]]
     matches = [f"{100 * hit.match:.1f}\xa0%" for hit in hits[:8]]       # of the candidates
     assert visit.texts(".number:nth-child(4) b") == matches + ["\u2013"] * 16
@@ -384,7 +384,7 @@ def test_a_search_by_keyboard_alone(visit, server):
 
 def test_the_threshold(visit, server):
     found(visit, ASKED, ENTER)
-    hits, = server.gallery.search([gallery.Query(ASKED)], page.LISTED)
+    hits, = server.gallery.search([ASKED], first=page.LISTED)
     middle = sorted(hit.similarity for hit in hits)[20]
     visit.run(f"slider.value = {middle:.3f}; slider.dispatchEvent(new Event('input'))")
     kept = sum(hit.similarity >= round(middle, 3) for hit in hits)

@@ -1,7 +1,7 @@
 """From records to a Batch, the model's input.
 
-All randomness of a sample comes from (seed, epoch, index), and the order of the samples depends on the seed alone.
-The number of loading processes changes nothing, and neither does a restart. Read next: layers.py, or retriever.py.
+All randomness of a sample comes from (seed, epoch, index). The order of the samples depends on the seed, the lengths of
+the captions and the pairs of a batch. Neither loading processes nor restarts change it. Read next: layers.py.
 """
 
 import random
@@ -20,7 +20,7 @@ from mra.data.tokenizer import MAX_MASKED, Tokenizer, mask_words, pad
 from mra.data.words import eda, swap_left_right
 
 WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
-WINDOW = 16     # steps whose pairs are sorted by length together
+WINDOW = 16     # batches whose pairs are sorted by length together
 
 
 class Sample(NamedTuple):
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's input. Every keep mask: True = use it."""
+    """One worker's part of a batch. Every keep mask: True = use it."""
     image: Tensor                       # (B, 3, H, W) normalised
     identity: Tensor                    # (B,)
     caption_ids: Tensor                 # (B, T)
@@ -126,32 +126,32 @@ class PairDataset(torch.utils.data.Dataset):
 
 
 def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.utils.data.DataLoader:
-    """A loader with forked processes. They need not read the records again, and treat signals like this process."""
+    """A loader with forked processes, which share the records in memory and handle signals as this process does."""
     return torch.utils.data.DataLoader(samples, num_workers=workers, **more,
                                        multiprocessing_context="fork" if workers else None)
 
 
 def order(lengths: list[int], batch: int, seed: int, start: int, stop: int, rank: int = 0,
           world: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """Batches `start` to `stop` of (epoch, index), from one stream of permutations that all W processes share.
+    """Batches `start` to `stop` of (epoch, index), from one stream of permutations that all `world` processes share.
 
-    The captions of a step have similar `lengths`, so little of it is padding. Rank r takes its r-th B pairs.
+    Captions of one batch have similar `lengths`, so few tokens are padding. Each rank takes its own `batch` pairs.
     """
-    for step in range(start, stop):
-        if step == start or step % WINDOW == 0:
-            steps = _window(lengths, batch * world, seed, step // WINDOW)
-        yield steps[step % WINDOW][rank * batch:(rank + 1) * batch]
+    for number in range(start, stop):
+        if number == start or number % WINDOW == 0:
+            batches = _window(lengths, batch * world, seed, number // WINDOW)
+        yield batches[number % WINDOW][rank * batch:(rank + 1) * batch]
 
 
 def _window(lengths: list[int], pairs: int, seed: int, number: int) -> list[list[tuple[int, int]]]:
-    """WINDOW steps of `pairs` (epoch, index) each: a part of the stream, sorted by length and cut into steps."""
+    """WINDOW batches of `pairs` (epoch, index) each: a part of the stream, sorted by length and cut into batches."""
     first = number * WINDOW * pairs
     places = [divmod(position, len(lengths)) for position in range(first, first + WINDOW * pairs)]
     keys = [(epoch, _permutation(len(lengths), seed, epoch)[place]) for epoch, place in places]
-    keys.sort(key=lambda key: (key[0], lengths[key[1]]))        # by epoch first: no pair stands twice in a step
-    steps = [keys[start:start + pairs] for start in range(0, len(keys), pairs)]
-    random.Random(f"{seed}-{number}").shuffle(steps)
-    return steps
+    keys.sort(key=lambda key: (key[0], lengths[key[1]]))        # by epoch first: no pair stands twice in a batch
+    batches = [keys[start:start + pairs] for start in range(0, len(keys), pairs)]
+    random.Random(f"{seed}-{number}").shuffle(batches)
+    return batches
 
 
 @lru_cache(1)

@@ -17,7 +17,7 @@ class Record:
     """
     path: str                       # empty: no image
     captions: tuple[str, ...]
-    identity: int                   # 0 .. K-1 within its RecordSet
+    identity: int                   # counted from 0 within its RecordSet
     boxes: tuple[Box, ...] = ()     # of SDA (MRA section 2): a box for each phrase of the caption
     phrases: tuple[str, ...] = ()   # parallel to boxes
 

@@ -98,7 +98,8 @@ def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tupl
             continue
         for word in words[start:start + length]:
             grown = picked.union(word)
-            if len(grown) > (budget if picked else MAX_MASKED):     # the first word may exceed the budget
+            limit = budget if picked else MAX_MASKED        # the first word may exceed the budget
+            if len(grown) > limit:
                 break
             picked = grown
     masked, at = list(ids), sorted(picked)

@@ -25,7 +25,8 @@ OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"
 # "man's" nor the "man s" that `Tokenizer.clean` makes of it.
 TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w'\u2019-]| s\b)" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
-PERSON = re.compile(rf"\b(?:{ANY_OF['people']}|(?:{ANY_OF['person']})s?)\b(?!['\u2019]| s\b)", re.IGNORECASE)
+MANY = rf"{ANY_OF['many']}|(?:{ANY_OF['person']})s"
+PERSON = re.compile(rf"\b(?:{ANY_OF['one']}|{ANY_OF['person']}|{MANY})\b(?!['\u2019]| s\b)", re.IGNORECASE)
 THING = re.compile(rf"\b(?:{ANY_OF['thing']}|{COLOUR})(?:e?s)?\b", re.IGNORECASE)
 TWO_COLOURS = re.compile(rf"\b({COLOUR})\s+and\s+(?=(?:dark |light |bright )?(?:{COLOUR})\b)", re.IGNORECASE)
 BETWEEN = re.compile(rf"[,.;:]|\b(?:{ANY_OF['between']})\b", re.IGNORECASE)

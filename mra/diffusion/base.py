@@ -1,6 +1,6 @@
 """The pretrained base of DaD: autoencoder, denoiser and noise schedule; and images as tensors.
 
-Read next: pairs.py, which trains on images and captions; sampling.py, which makes images.
+Read next: pairs.py, the training pairs and their loss; sampling.py, which makes images.
 """
 
 from collections.abc import Sequence

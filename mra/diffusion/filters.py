@@ -90,7 +90,9 @@ def shuffle_bands(image: Tensor, donor: Tensor, generator: torch.Generator) -> T
     """Four bands of the body in a wrong order."""
     bands = image.chunk(4, 1)
     order = torch.randperm(4, generator=generator).tolist()
-    return torch.cat([bands[i] for i in (order if order != [0, 1, 2, 3] else order[::-1])], 1)
+    if order == [0, 1, 2, 3]:
+        order.reverse()
+    return torch.cat([bands[i] for i in order], 1)
 
 
 def replace_block(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:

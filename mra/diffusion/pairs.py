@@ -42,7 +42,7 @@ class LatentPairs:
         self.keep = torch.cat(kept)
 
     def text_states(self, caption: Tensor) -> TextStates:
-        """Of captions, by their numbers (B,) among the distinct ones."""
+        """The text states of captions, given by their numbers (B,) among the distinct ones."""
         keep = self.keep[caption]
         keep = keep[:, :int(keep.sum(1).max())]                                                 # (B, T)
         if self.states is None:

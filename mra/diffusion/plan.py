@@ -47,10 +47,10 @@ def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], ta
     boxes, probes, restyles = average_boxes(source), [], config.mode == "restyle"
     chosen = source if restyles or config.captions == "source" else target
     drafts = drafts_of(config, config.images, chosen, boxes, base.tokenizer)
-    if not base.config.stable:      # which is not calibrated, as in the paper
+    if not base.config.stable:      # samples of Stable Diffusion are not calibrated, as in the paper
         count = DAD_RECIPES[config.size].probes
         pool = drafts_of(config, max(config.images, count), source if restyles else target, boxes, base.tokenizer)
-        # with replacement; sorted, so that lengths stay together
+        # with replacement; in the order of the pool, which sorts new prompts by length
         probes = [pool[i] for i in sorted(random.Random(config.seed).choices(range(len(pool)), k=count))]
     return SetPlan(drafts, probes, list(source[:SAMPLED]) if restyles else [])
 
@@ -69,7 +69,7 @@ def drafts_of(config: AdaptConfig, count: int, records: Sequence[Record], boxes:
     """`count` drafts, or as many as there are: records to restyle, or new prompts with the phrases that have a box.
 
     The identity of a new prompt is the number of its caption, since the prompts of one caption describe one person.
-    Drafts are sorted by length, so that few prompts need padding.
+    New prompts are sorted by length, so that few need padding. Records to restyle stay in random order.
     """
     if config.mode == "restyle":
         return random.Random(config.seed).sample(records, min(count, len(records)))

@@ -37,7 +37,7 @@ class Painter:
 
     def __init__(self, config: AdaptConfig, base: Diffusion, branch: DomainBranch, target: Tensor,
                  source_sample: Sequence[Record]):
-        """With the target's images (N, 3, H, W), and records of the source if its images are restyled."""
+        """`target`: uint8 images (N, 3, H, W). `source_sample`: source records, empty unless images are restyled."""
         self.config, self.base, self.branch = config, base, branch
         self.target_latents = self.source_latents = None        # (N, C, h, w) each, where they are needed
         if source_sample or not base.config.stable:

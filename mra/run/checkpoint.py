@@ -48,7 +48,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def shipped(preset: str) -> Path:
-    """Where a retriever of this preset would lie that was pretrained on the drawn source; there is one for demo."""
+    """The path of the shipped retriever of this preset. The file exists for demo alone."""
     return Path(os.path.relpath(SHIPPED / f"{preset}.safetensors"))
 
 
@@ -60,7 +60,7 @@ def newest(say: Callable) -> Path:
         return shipped("demo")
     last = best.with_name("last.safetensors")
     if last.exists() and last.stat().st_mtime > best.stat().st_mtime:       # train.py touches the best one at its end
-        say(f"{last} is of a run that has not ended: {best.name} is its best so far, or that of the run before.")
+        say(f"{last} is of a run that has not ended: {best.name} is the best so far, perhaps of an earlier run.")
     return best
 
 
@@ -144,7 +144,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
 # ---- results that are made once, for one key
 
 def is_kept(path: Path, key: dict, say: Callable, advice: str = "") -> bool:
-    """Whether `path` exists, and beside it this key: JSON of all that decides it. `advice`: see `same_key`."""
+    """Whether `path` exists and the key beside it equals `key`, all that decides the result; `advice`: `same_key`."""
     if not path.exists():
         return False
     file = key_file(path)
@@ -170,7 +170,7 @@ def key_file(path: Path) -> Path:
 
 
 def changes(before: dict, now: dict, within: str = "") -> list[str]:
-    """A sentence for every value that differs between two keys. Digests, named "content of", are not shown."""
+    """A sentence for every value that differs between two keys. Of one named "content of" it shows no value."""
     now, found = json.loads(json.dumps(now)), []        # `before` was read from a file: its tuples are lists
     for name in before | now:
         was, is_now = before.get(name, "nothing"), now.get(name, "nothing")

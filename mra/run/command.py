@@ -10,7 +10,7 @@ from dataclasses import fields
 from mra.config import UserError, check_values
 from mra.data.files import harmless
 
-# parts of the error if memory was lacking, or if the system killed a process for it
+# in the text of an error if memory ran out, or if the system killed a process to free memory
 MEMORY = "MemoryError", "allocate memory", "out of memory", "DataLoader worker (pid", "BrokenProcessPool"
 
 
@@ -55,7 +55,7 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
         return
     except KeyboardInterrupt:
-        said, status = "Stopped; the same command goes on after what was saved last.", 130
+        said, status = "Stopped. The same command goes on from what was saved last.", 130
     except (UserError, OSError) as mistake:     # OSError: a folder that is locked or read-only
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process adds its traceback
         said, status = f"error: {harmless(sentence)}", 2

@@ -115,7 +115,7 @@ def sums(*chunk) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def slopes(chunk: tuple, lse_row: Tensor, lse_column: Tensor) -> Tensor:
-    """N dL / dl_ij = (exp(l_ij - lse_row_i) + exp(l_ij - lse_column_j)) / 2 - target_ij, (R, N), as the features'."""
+    """N dL / dl_ij = (exp(l_ij - lse_row_i) + exp(l_ij - lse_column_j)) / 2 - target_ij, (R, N), in image's dtype."""
     logits, targets = logits_and_targets(*chunk)
     chances = ((logits - lse_row[:, None]).exp() + (logits - lse_column).exp()) / 2
     return (chances - targets).to(chunk[0].dtype)
@@ -140,6 +140,6 @@ CONTRASTIVE = {"itc": contrastive, "sdm": distribution_matching}       # by the 
 
 
 def mean_where(values: Tensor, counts: Tensor, workers: Workers) -> Tensor:
-    """`losses.mean_where` of the values of all workers: a share of it whose mean over workers is the joint mean."""
+    """This worker's share of `losses.mean_where` of all workers' values: the shares' mean is the joint mean."""
     count = workers.summed(counts.sum().float())
     return (values * counts).sum() * workers.count / count.clamp(min=1)

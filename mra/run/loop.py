@@ -62,11 +62,11 @@ class Loop:
     def __init__(self, task: Task, loss_of: Callable[[Portion], dict[str, Tensor]], machine: Machine):
         """`loss_of` returns "loss", and terms to tell with it. Raises UserError for a state that does not fit."""
         fit = task.fit
-        if fit.batch % machine.world:
-            raise UserError(f"{task.name}: {machine.world} processes cannot share out the {fit.batch} samples of a "
-                            "step evenly; start another number of them.")
+        if fit.batch % machine.workers.count:
+            raise UserError(f"{task.name}: {machine.workers.count} processes cannot share out the {fit.batch} samples "
+                            "of a step evenly; start another number of them.")
         self.task, self.loss_of, self.machine = task, loss_of, machine
-        self.workers = machine.step_workers(fit.batch // machine.world, task.network)
+        self.workers = machine.step_workers(fit.batch // machine.workers.count, task.network)
         self.parameters = {name: p for name, p in task.network.named_parameters() if p.requires_grad}
         groups = task.groups or [dict(params=list(self.parameters.values()), peak=fit.lr,
                                       weight_decay=fit.weight_decay)]
@@ -77,14 +77,14 @@ class Loop:
         if task.resume and task.state and task.state.exists():
             self.go_back()
         if not self.first:
-            for file in filter(None, (task.state, task.log)):
-                machine.first(lambda: file.unlink(missing_ok=True))        # after all processes have looked
+            for file in filter(None, (task.log, task.state)):      # at the log's barrier all have looked for the state
+                machine.first(lambda: file.unlink(missing_ok=True))
 
     def run(self, batches: Iterable[list] | None = None) -> None:
         """Train to the last step. Each of the batches is a list of what every worker here gets of it."""
         task, fit, machine = self.task, self.task.fit, self.machine
         with stoppable() as asked:
-            # begun here, so that loading processes, too, leave signals to the loop
+            # begun here, so that loading processes inherit the signal handlers of `stoppable`
             batches = iter(batches) if batches is not None else repeat([None] * len(self.workers))
             if self.first in task.save_after and not self.evaluated:
                 self.evaluate(self.first)
@@ -101,7 +101,7 @@ class Loop:
                 self.optimizer.zero_grad(set_to_none=True)
                 # ----------------------------------------------------------------------------------------------------
                 task.after_step()
-                if self.average:        # whose decay grows to that of `fit`
+                if self.average:        # its decay grows to `fit.average`
                     decay = min(fit.average, (1 + step) / (10 + step))
                     current = [p.detach() for p in self.parameters.values()]
                     torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
@@ -125,7 +125,7 @@ class Loop:
     def backward(self, step: int, batches: Iterator[list]) -> dict[str, Tensor]:
         """Set the gradients of a step, the mean over workers and batches; returns the loss terms, their mean here."""
         task, fit, seen, total = self.task, self.task.fit, {}, {}
-        size = fit.batch // (self.machine.world * len(self.workers))
+        size = fit.batch // (self.machine.workers.count * len(self.workers))
         for number in range(fit.accumulate):
             portions = []
             for worker, samples in zip(self.workers, next(batches), strict=True):
@@ -140,7 +140,7 @@ class Loop:
         count = fit.accumulate * len(self.workers)
         torch._foreach_div_(list(total.values()), count)
         for name, gradient in total.items():
-            self.parameters[name].grad = self.machine.workers.summed(gradient).div_(self.machine.world)
+            self.parameters[name].grad = self.machine.workers.summed(gradient).div_(self.machine.workers.count)
         return {name: term / count for name, term in seen.items()}
 
     def side_by_side(self, portions: list[Portion]) -> list[tuple[dict, dict]]:
@@ -198,10 +198,10 @@ class Loop:
         """Write weights, optimiser and average. `evaluated`: `evaluate` was called after this step."""
         if self.task.state is None:
             return
-        if self.machine.world > 1:
+        if self.machine.workers.count > 1:
             for buffer in self.task.network.buffers():      # batch norms have seen other samples in each process
                 dist.broadcast(buffer, 0)
-        if self.machine.rank == 0:
+        if self.machine.workers.rank == 0:
             averages = {f"average.{name}": value for name, value in self.average.items()}
             checkpoint.save(self.task.state, checkpoint.state(self.task.network, self.optimizer) | averages,
                             {"key": self.key, "step": step, "evaluated": evaluated, "results": self.results})
@@ -228,6 +228,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def write_line(path: Path, line: dict, machine: Machine) -> None:
-    if machine.rank == 0:
+    if machine.workers.rank == 0:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -114,21 +114,13 @@ class Machine:
             workers = Processes()
         return Machine(chosen, choose_precision(precision, chosen), workers, compiles)
 
-    @property
-    def rank(self) -> int:
-        return self.workers.rank
-
-    @property
-    def world(self) -> int:
-        return self.workers.count
-
     def say(self, *words) -> None:
         """Print, in rank 0 alone."""
-        if self.rank == 0:
+        if self.workers.rank == 0:
             print(*words)
 
     def autocast(self) -> torch.autocast:
-        """Without its cache of rounded weights where two threads would share it, and add gradients in any order."""
+        """Autocast. On the CPU without its cache: two threads would share it, and add gradients in any order."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16",
                               cache_enabled=self.device.type != "cpu")
 
@@ -145,13 +137,13 @@ class Machine:
 
     def first(self, make: Callable[[], object]) -> None:
         """Let rank 0 make something on disk while the other processes wait."""
-        if self.rank == 0:
+        if self.workers.rank == 0:
             make()
         self.any(False)         # a barrier
 
     def any(self, asked: bool) -> bool:
         """Whether `asked` is true in any process."""
-        if self.world == 1:
+        if self.workers.count == 1:
             return asked
         return bool(self.workers.summed(torch.tensor(float(asked), device=self.device)))
 
@@ -168,7 +160,7 @@ class Machine:
 
     def step_workers(self, batch: int, network: nn.Module) -> list[Workers]:
         """The workers of this process's `batch` samples of a step: threads on the CPU, else the process itself."""
-        halves = self.device.type == "cpu" and self.world == 1 and not self.compiles and batch % THREADS == 0
+        halves = self.device.type == "cpu" and self.workers.count == 1 and not self.compiles and batch % THREADS == 0
         # a batch norm must see all samples at once
         if not halves or any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
             return [self.workers]
@@ -216,7 +208,7 @@ def claimed(folder: Path, machine: Machine) -> Iterator[None]:
     with open(folder / ".lock", "w") as lock:       # the system releases the lock, however this process ends
         os.register_at_fork(after_in_child=lock.close)      # a loading process may live some seconds longer
         try:
-            if machine.rank == 0:
+            if machine.workers.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(f"{folder}: another run is writing there; wait for it to end.") from error

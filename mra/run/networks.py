@@ -1,6 +1,6 @@
 """The networks of DaD, each trained once and kept: the base; then, on the target, decoder, branch and judge.
 
-Every function is one of them: what it learns from, its loss and its key. adapt.py calls them in this order.
+A function for each network says what it learns from, its loss and its key. adapt.py calls them in this order.
 """
 
 import copy
@@ -30,7 +30,7 @@ from mra.weights.stable import read_stable
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
 LIT = 0.75              # share of the autoencoder's images under random light
 
-Loss = Callable[[torch.Generator, int], Tensor]     # of so many random samples
+Loss = Callable[[torch.Generator, int], Tensor]     # (generator, n) -> the loss of n random samples
 
 
 def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, folder: Path, key: dict,
@@ -98,7 +98,7 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
 
 
 def autoencoder_loss(base: Diffusion, images: Tensor, draw: torch.Generator, count: int) -> Tensor:
-    """Of the base's autoencoder, on `count` of the images (N, 3, H, W) under random light, which no domain has."""
+    """The autoencoder's loss on `count` random images of (N, 3, H, W), under a random light that no domain has."""
     chosen = torch.randint(len(images), (count,), generator=draw, device=draw.device).cpu()
     lit = random_light(to_float(images[chosen].to(draw.device)), LIT, draw)
     noise = torch.randn(count, *base.config.shape, generator=draw, device=draw.device)
@@ -182,7 +182,7 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     if config.recompute:
         recompute_stages(base.denoiser)
         recompute_stages(branch)
-    if config.compile:      # with the branch, at its first call, here or when images are sampled
+    if config.compile:      # base and branch are compiled together, at their first call in training or in sampling
         base.denoiser.compile()
 
     def prepare() -> Loss:

@@ -64,7 +64,8 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
     """Make the parts that are not on disk, after the calibration; processes and threads share them out."""
     parts = [plan.drafts[start:start + PART] for start in range(0, len(plan.drafts), PART)]
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
-    missing = [number for number in range(machine.rank, len(parts), machine.world) if not files[number].exists()]
+    own = range(machine.workers.rank, len(parts), machine.workers.count)
+    missing = [number for number in own if not files[number].exists()]
     machine.say(f"Making {len(plan.drafts)} images in {out}.")
 
     def sample(start: int) -> Tensor:

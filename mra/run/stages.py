@@ -41,7 +41,7 @@ def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
         return [config]
     config = replace(config, out=config.out or default_out(config))
     flags = recipe("sda", config.preset) | {name: getattr(config, name) for name in SHARED}
-    batch = max(2, flags["batch"] // machine.world)     # a step has the same pairs with any number of processes
+    batch = max(2, flags["batch"] // machine.workers.count)     # a step has the same pairs with any number of processes
     source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
     plan, adapted = [source, config], adapted_set(config)
     if adapted:
@@ -49,7 +49,7 @@ def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
     if usual and shipped.exists():
-        plan[:2] = [replace(plan[1], init=str(shipped))]        # the source goes, the next stage starts from the file
+        plan = [replace(plan[1], init=str(shipped)), *plan[2:]]     # the file replaces the source
     return plan
 
 
@@ -60,7 +60,7 @@ def adapted_set(config: TrainConfig) -> Path | None:
     name = config.dataset       # as adapt.py names it
     if config.preset != "demo":
         name += f"-{config.preset}"
-    if config.share < 1:        # a set of all labels would tell a run more than its share of them
+    if config.share < 1:        # a set made from all labels would leak those beyond the share
         name += f"-{config.share:g}"
     made = Path("out/sda") / name
     check_whole(made)
@@ -132,7 +132,7 @@ def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: T
     """All that must stay the same to resume a run, by the names that the user reads."""
     key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in NOT_AS_GIVEN}
     key["--dataset"] = config.dataset if config.dataset in DATASETS else "a folder"
-    key["--batch x processes"] = config.batch * machine.world
+    key["--batch x processes"] = config.batch * machine.workers.count
     key["content of the first weights (--init, --bert, --vit, --clip)"] = checkpoint.digest(model)
     key["content of the vocabulary"] = checkpoint.digest_of([json.dumps(tokenizer.pieces).encode()])
     report = Path(config.dataset) / "report.json"           # adapt.py wrote it

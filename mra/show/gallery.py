@@ -20,7 +20,7 @@ from torch import Tensor
 from mra import ranking
 from mra.config import EvalConfig, UserError
 from mra.data.augment import tensor_of
-from mra.data.files import IMAGE_FORMATS, examined, open_image, shown
+from mra.data.files import IMAGE_FORMATS, examined, shown
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 from mra.run import checkpoint
@@ -32,12 +32,6 @@ MEANING = {     # of a hit's numbers
     "similarity": "the cosine of the embeddings of query and image, -1 to 1, comparable within one model alone",
     "match": "the fusion encoder's probability that sentence and image belong together, 0 to 1, for the most similar "
              "images, which it re-ranks together with the similarity"}
-
-
-class Query(NamedTuple):
-    """What a gallery is searched for: a sentence, a picture, or both."""
-    sentence: str = ""
-    image: Image.Image | None = None
 
 
 class Hit(NamedTuple):
@@ -59,27 +53,25 @@ class Gallery:
     plan: ranking.Plan
     weight: float           # of the similarity beside the match
 
-    def search(self, queries: list[Query], first: int = ranking.FIRST, threshold: float = -1.0) -> list[list[Hit]]:
-        """The `first` hits of each query, best first, without those of a similarity below the threshold.
+    def search(self, sentences: list[str], image: Image.Image | None = None, first: int = ranking.FIRST,
+               threshold: float = -1.0) -> list[list[Hit]]:
+        """The `first` hits of each sentence, best first, without those of a similarity below the threshold.
 
-        A picture and a sentence count the same: the similarity is the mean of both. A call with a picture ranks by
-        similarity alone, for the fusion encoder matches no image with an image. Call it under the model's autocast.
+        A picture `image` goes with each sentence: the similarity is the mean of both, or the picture's for an empty
+        sentence. Similarity alone then ranks, for the fusion encoder matches no image with an image. Call it under the
+        model's autocast.
         """
-        plan, examples = replace(self.plan, first=first), None
-        images = {id(query.image): query.image for query in queries if query.image}     # each is encoded once
-        if images:
+        plan, example = replace(self.plan, first=first), None
+        if image:
             plan, size = replace(plan, k=0), (self.model.config.height, self.model.config.width)
-            pixels = [tensor_of(image, size) for image in images.values()]
-            features = ranking.encode_gallery(self.model, pixels, plan)                 # (I, passes, E)
-            known, none = dict(zip(images, features)), torch.full_like(features[0], torch.nan)
-            examples = torch.stack([known.get(id(query.image), none) for query in queries])     # (Q, passes, E)
-        sentences = [self.tokenizer.clean(query.sentence, self.dataset) for query in queries]
-        found = ranking.search(self.model, self.tokenizer, sentences, self.paths, plan, self.features, examples)
+            example = ranking.encode_gallery(self.model, [tensor_of(image, size)], plan)[0]     # (passes, E)
+        cleaned = [self.tokenizer.clean(sentence, self.dataset) for sentence in sentences]
+        found = ranking.search(self.model, self.tokenizer, cleaned, self.paths, plan, self.features, example)
         rows = found.candidates, found.similarity, found.match.sigmoid(), found.reranked(self.weight)
         results = []
         for candidates, similarity, match, order in zip(*[row.tolist() for row in rows]):
-            numbers = {g: pair for g, *pair in zip_longest(candidates, similarity, match)}      # (similarity, match)
-            hits = [Hit(self.paths[g], *numbers[g]) for g in order]
+            hit_of = {g: Hit(self.paths[g], *pair) for g, *pair in zip_longest(candidates, similarity, match)}
+            hits = [hit_of[g] for g in order]           # beyond the first k a match is None
             results.append([hit for hit in hits if hit.similarity >= threshold][:first])
         return results
 
@@ -101,8 +93,8 @@ def unread(sentence: str, tokenizer: Tokenizer, dataset: str, longest: int, name
     return said
 
 
-def queries_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest: int) -> list[Query]:
-    """--query, then the lines of the file --queries, each with the picture --query-image, or that alone.
+def sentences_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest: int) -> list[str]:
+    """The sentences of --query, then the lines of the file --queries; an empty one for a picture alone.
 
     Prints what the model does not read. Raises UserError, also for a sentence without a known word.
     """
@@ -119,12 +111,10 @@ def queries_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest: 
     for place, sentence in asked:
         for line in unread(sentence, tokenizer, dataset, longest, f"{place} {shown(sentence)}"):
             print(line)
-    if not config.query_image:
-        return [Query(sentence) for _, sentence in asked]
-    image = open_image(config.query_image)
-    print(f"With {shown(Path(config.query_image))} as query, similarity alone ranks the images: the fusion encoder "
-          "matches them with sentences only.")
-    return [Query(sentence, image) for _, sentence in asked] or [Query("", image)]
+    if config.query_image:
+        print(f"With {shown(Path(config.query_image))} as query, similarity alone ranks the images: the fusion encoder "
+              "matches them with sentences only.")
+    return [sentence for _, sentence in asked] or [""]
 
 
 def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]:
@@ -190,24 +180,25 @@ class Photographs(ranking.Images):
             return torch.full((3, *self.size), torch.nan)
 
 
-def answer(config: EvalConfig, searched: Gallery, queries: list[Query], picture: Path) -> list[dict]:
-    """Search for every query; print the first images, draw them, and return them."""
+def answer(config: EvalConfig, searched: Gallery, sentences: list[str], image: Image.Image | None,
+           picture: Path) -> list[dict]:
+    """Search for every sentence and the picture `image`; print the first images, draw them, and return them."""
     answers, rows = [], []
-    for query, hits in zip(queries, searched.search(queries, threshold=config.threshold)):
-        print(f"{shown(query.sentence or Path(config.query_image))}:")
+    for sentence, hits in zip(sentences, searched.search(sentences, image, threshold=config.threshold)):
+        print(f"{shown(sentence or Path(config.query_image))}:")
         for rank, hit in enumerate(hits, 1):
             match = "" if hit.match is None else f"  match {hit.match:.3f}"
             print(f"{rank:3}  similarity {hit.similarity:.3f}{match}  {shown(Path(hit.path))}")
-        answers.append({"query": query.sentence, "first": [
+        answers.append({"query": sentence, "first": [
             {name: value for name, value in hit._asdict().items() if value is not None} for hit in hits]})
         if not hits:
             answers[-1]["note"] = f"no image has a similarity of {config.threshold} or more"
             print(f"  {answers[-1]['note']}")
         if len(rows) < PICTURED:
             framed = [(hit.path, pictures.GREY) for hit in hits]
-            rows.append(pictures.ranked(searched.model, searched.tokenizer, query.sentence, framed))
-            if query.image:
-                rows[-1][1].insert(0, (query.image.resize(pictures.CELL), pictures.INK, "query"))
+            rows.append(pictures.ranked(searched.model, searched.tokenizer, sentence, framed))
+            if image:
+                rows[-1][1].insert(0, (image.resize(pictures.CELL), pictures.INK, "query"))
     for name, meaning in MEANING.items():
         if any(name in hit for one in answers for hit in one["first"]):
             print(f"{name}: {meaning}.")

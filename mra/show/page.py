@@ -22,7 +22,7 @@ from urllib.parse import parse_qs
 from mra.config import UserError
 from mra.data.files import harmless, open_image, shown
 from mra.data.words import noun_phrases
-from mra.show.gallery import MEANING, Gallery, Query, unread
+from mra.show.gallery import MEANING, Gallery, unread
 from mra.show.pictures import heat_map
 
 LISTED = 1000           # photographs of an answer, at most
@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.model, self.server.autocast():
             image = open_image(io.BytesIO(picture)) if picture else None
             started = time.perf_counter()
-            hits, = gallery.search([Query(sentence, image)], LISTED)
+            hits, = gallery.search([sentence], image, LISTED)
         seconds = time.perf_counter() - started
         rows = [{"photo": self.server.numbers[hit.path], "similarity": hit.similarity, "match": hit.match,
                  "name": harmless(os.path.relpath(hit.path, self.server.home))} for hit in hits]

@@ -50,7 +50,7 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str,
     config, device = model.config, next(model.parameters()).device
     picture = open_image(path)
     tokens, _ = model.encode_image(tensor_of(picture, (config.height, config.width))[None].to(device))
-    patches = model.image_feature(tokens[0, 1:, None].expand(-1, 2, -1))                  # (N, E)
+    patches = model.image_feature(tokens[0, 1:, None].expand(-1, 2, -1))     # (N, E): each patch as token 0
     ids, keep = pad([tokenizer.encode(phrase, config.max_tokens)], tokenizer.pad_id)
     _, feature = model.encode_text(ids.to(device), keep.to(device))                       # (1, E)
     heat = (patches @ feature[0]).view(config.grid).float()                               # (rows, columns)
