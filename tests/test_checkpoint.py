@@ -210,7 +210,7 @@ START = torch.nn.Linear(1, 1)       # stands for the model that every run starts
 def going_on(folder, model, train: TrainConfig, where: Machine = machine(), caption: str = "a bag") -> Loop:
     """The loop of train.py on what lies in `folder`, 7 steps long, on one record."""
     used = RecordSet("cuhk", "train", [Record("images/1.jpg", (caption,), 0)])
-    task = Task("", model, Fit(7, train.batch * where.world, train.lr, average=0.0), train.seed,
+    task = Task("", model, Fit(7, train.batch * where.workers.count, train.lr, average=0.0), train.seed,
                 folder / "last.safetensors", key=stages.key_of(train, where, START, Tokenizer.read(), [used]),
                 groups=stages.groups(model, train), advice=stages.ADVICE)
     return Loop(task, None, where)

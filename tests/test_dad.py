@@ -386,7 +386,8 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
     monkeypatch.chdir(folder)
     real, compiled = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or real(module, backend="eager"))
-    monkeypatch.setattr(parts, "calibrate", lambda *given: (1.0, 0.0))       # of other sizes, to be traced again
+    # as many samples to calibrate as images: another size would be traced again
+    monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=8))
     guided = ("--guidance-from", "0", "--guidance-to", "1", "--sampling-steps", "2")
     for flags in (("--compile", *guided), guided):
         monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--seed", "7", "--steps", "1", "--images", "8",
