@@ -2,9 +2,7 @@
 
     python evaluate.py                                        the newest checkpoint, on its own dataset's test split
     python evaluate.py --dataset icfg cuhk rstp               on other datasets, too
-    python evaluate.py --checkpoint out/icfg-demo-s0/best.safetensors --k 64
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
-    python evaluate.py --queries FILE --gallery DIR           for every line of a text file
     python evaluate.py --query-image FILE --gallery DIR       for a picture, with or without sentences
     python evaluate.py --gallery DIR --serve                  a page to search it from, at http://127.0.0.1:8000/
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
@@ -90,7 +88,7 @@ def check(config: EvalConfig) -> None:
     if (asked or config.serve >= 0) and len(config.dataset) > 1:
         raise UserError("A search, by a query or --serve, has one gallery: give one --dataset.")
     for dataset in config.dataset:
-        if dataset not in DATASETS and not Path(dataset).is_dir():
+        if dataset not in DATASETS and not (dataset and Path(dataset).is_dir()):
             raise UserError(f"--dataset {dataset}: choose from {', '.join(DATASETS)}, or give a set's folder.")
     for flag, given in (("--gallery", config.gallery), ("--threshold", config.threshold > -1)):
         if given and not asked and config.serve < 0:
@@ -127,7 +125,7 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
             metrics["re-ranked"] = found.metrics(query_ids, gallery_ids, last)
         for stage, values in metrics.items():
             machine.say(f"{source.name + ' ' + stage:24}" + "".join(f"{value:8.2f}" for value in values.values()))
-        results[dataset] = metrics | {"queries": len(captions), "gallery": len(paths),
+        results[dataset] = metrics | {"queries": len(captions), "not_counted": lost, "gallery": len(paths),
                                       "identities": len(people), "seconds": round(time.perf_counter() - started, 1)}
         rows += pictures.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])
     return results, rows

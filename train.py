@@ -3,7 +3,6 @@
     python train.py --dataset icfg                     the demo: fine-tune the shipped retriever on drawn ICFG
     python train.py --dataset icfg --init scratch      pretrain on the drawn source first
     python train.py --dataset sda                      pretraining alone, with the region losses
-    python train.py --dataset icfg --init none         fine-tuning from random weights
     python train.py --dataset cuhk --preset base --data-root DIR --init out/sda-base-s0/best.safetensors
     python train.py --dataset sda --preset base --data-root DIR --bert bert-base-uncased --vit vit_b_16.pth
     python train.py --dataset cuhk --preset swin --data-root DIR --init pretrain.pth        from the released model

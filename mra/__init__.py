@@ -29,8 +29,7 @@ Shape letters; a docstring explains any other. Masks end in `_keep`, True = use 
     in run/contrastive.py: N pairs of all workers             R rows of a chunk
     in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
-Public names: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`,
-`mra.diffusion.dpm_solver`.
+Public: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`, `mra.diffusion.dpm_solver`.
 
 Paper: "MRA" is arXiv 2507.10195; its sections are cited where a line implements them.
 """

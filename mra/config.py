@@ -100,13 +100,9 @@ DIFFUSION_PRESETS = {
     #                        height width stem autoencoder      latent widths               heads text: dim depth heads
     "tiny":  DiffusionConfig(32,    16,   4,   (16,),           4,     (16, 32),            2,          32,  1,    2),
     "demo":  DiffusionConfig(64,    32,   4,   (96,),           12,    (48, 96),            2,          128, 2,    4),
-    "small": DiffusionConfig(192,   96,   2,   (64, 128, 256),  8,     (128, 256, 384),     8,          256, 4,    4),
     "base":  DiffusionConfig(384,   256,  2,   (96, 192, 384),  8,     (192, 384, 768, 768), 8,         512, 6,    8),
-    # Stable Diffusion 1.5, and a narrow one for tests
     "sd15":  DiffusionConfig(384,   256,  1,   (128, 256, 512, 512), 4, (320, 640, 1280, 1280), 8,      768, 12,   12,
                              positions=77, max_tokens=77, stable=True),
-    "sd15-tiny": DiffusionConfig(128, 64, 1,   (32, 32, 64, 64), 4,    (32, 64, 96, 96),    4,          32,  2,    4,
-                                 positions=77, max_tokens=77, stable=True),
 }
 
 
@@ -151,15 +147,11 @@ DAD_RECIPES = {
                        probes=16, flags=dict(sampling_steps=4)),
     "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), judge=_judge(200), autoencoder=Fit(2000, 32, 1e-3),
                        denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3)),
-    "small": DadRecipe(branch=Fit(4000, 64, 2e-4), judge=_judge(1000), autoencoder=Fit(20_000, 64, 3e-4),
-                       denoiser=Fit(60_000, 256, 4e-4), decoder=Fit(1000, 32, 3e-4)),
     "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), judge=_judge(2000), autoencoder=Fit(50_000, 32, 2e-4),
                        denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4)),
     # three epochs of the target's pairs, as in the paper
     "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), judge=_judge(2000), epochs=3,
                        flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
-    "sd15-tiny": DadRecipe(branch=Fit(0, 4, 1e-3), judge=_judge(1), epochs=1,
-                            flags=dict(sampling_steps=2, guidance_from=0.0, guidance_to=1.0)),
 }
 
 # What a stage of train.py sets: the paper's values (section 3) and, for tiny and demo, ours.
@@ -273,7 +265,7 @@ class AdaptConfig:
     share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
     images: int = flag(1500, "number of images to make, before the filters", 1, 1e9)
     captions: str = flag("target", "set whose captions images are generated from", choices=("target", "source"))
-    size: str = flag("demo", "size of the diffusion model", choices=tuple(DIFFUSION_PRESETS))
+    size: str = flag("demo", "size of the diffusion model", choices=DIFFUSION_PRESETS.keys())
     base: str = flag("", "file of a trained base; empty: the shipped one for demo, else one is trained first")
     weights: str = flag("", "for sd15: folder of Stable Diffusion 1.5, in the layout of diffusers")
     train_base: bool = flag(False, "train the base and stop")

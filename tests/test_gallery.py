@@ -138,6 +138,10 @@ def test_earlier_results_and_linked_folders_are_no_photographs(ask, ours, folder
                           out="photos/found")
         assert found["images"] == 5
     assert Path("photos/found/query.png").is_file()
+    # from another --out, too; names alone do not hide one's own photographs
+    for name in ("query.jpg", "ranking-7.jpg"):
+        Image.open(folder / "a.png").save(folder / name)
+    assert ask("--query", ASKED[0], "--gallery", "photos", "--checkpoint", ours)[1]["images"] == 7
 
 
 def test_another_precision_is_encoded_anew(ask, ours, folder):

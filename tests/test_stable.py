@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import command, succeed
 from torch import Tensor, nn
 
-from mra.config import DIFFUSION_PRESETS, UserError
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, DadRecipe, DiffusionConfig, Fit, UserError
 from mra.diffusion import pairs
 from mra.diffusion.base import Diffusion
 from mra.diffusion.denoiser import Denoiser, DomainBranch, recompute_stages
@@ -31,6 +31,10 @@ from mra.weights import files
 from mra.weights.clip import CausalTextEncoder
 from mra.weights.stable import StableAutoencoder, read_stable
 
+DIFFUSION_PRESETS["sd15-tiny"] = DiffusionConfig(
+    128, 64, 1, (32, 32, 64, 64), 4, (32, 64, 96, 96), 4, 32, 2, 4, positions=77, max_tokens=77, stable=True)
+DAD_RECIPES["sd15-tiny"] = DadRecipe(branch=Fit(0, 4, 1e-3), judge=DAD_RECIPES["tiny"].judge, epochs=1, flags=dict(
+    sampling_steps=2, guidance_from=0.0, guidance_to=1.0))
 GOLDEN = np.load(Path(__file__).with_name("assets") / "stable.npz")
 MERGES = ["r e", "re d</w>", "c o", "co a", "coa t</w>", "j e", "a n", "je an", "jean s</w>", "b l", "bl a", "c k</w>",
           "bla ck</w>", "w o", "wo m", "wom a", "woma n</w>", "m a", "ma n</w>", "' s</w>", "l e", "le f", "lef t</w>",

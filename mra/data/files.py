@@ -47,7 +47,7 @@ def in_processes(function: Callable, items: Sequence, workers: int, chunk: int) 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch file to write. At the end it is renamed to `path`. Raises UserError."""
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_name(f"{path.name}.tmp")
     try:
         yield scratch
         os.replace(scratch, path)

@@ -123,7 +123,8 @@ def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]
     found, others = [], Counter()
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        own = path.stem.split("-")[0] in ("query", "ranking") and path.parent.resolve() == results.resolve()
+        own = path.match("ranking*.png") and path.parent.resolve() == results.resolve()
+        own = own or (path.name == "query.png" and path.with_suffix(".json").exists())
         if hidden or own or not path.is_file():
             continue
         if path.suffix.lower() in suffixes:
@@ -149,7 +150,8 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
         facts = os.stat(path)
         stamp = f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
         stamps[path] = hashlib.blake2b(os.fsencode(stamp), digest_size=16).hexdigest()
-    known = {stamp: cached[stamp] for stamp in stamps.values() if written_with == key and stamp in cached}
+    kept = cached if written_with == key else {}        # of other galleries, too
+    known = {stamp: kept[stamp] for stamp in stamps.values() if stamp in kept}
     new = [path for path, stamp in stamps.items() if stamp not in known]
     say(f"{shown(folder)}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     for start in range(0, len(new), PART):
@@ -158,7 +160,7 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
         fresh = {stamps[path]: pair for path, pair in zip(part, features) if pair.isfinite().all()}
         if fresh:
             known |= fresh
-            checkpoint.save(cache, known, key)
+            checkpoint.save(cache, kept | known, key)
         say(f"  {start + len(part):,} of {len(new):,} encoded")
     paths = [path for path in stamps if stamps[path] in known]
     broken = [examined(path)[0] or f"the image {shown(Path(path))}: its features are not finite"

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -64,6 +65,7 @@ class Server(ThreadingHTTPServer):
         try:
             self.serve_forever()
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second one would abort the search at work
             print("The page has ended.")
         self.model.acquire()        # a thread that the interpreter ends within torch would abort the process
         self.server_close()
@@ -82,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         """Send what is asked for, or why there is none."""
         try:
             host = self.headers.get("Host", "").lower()
-            if host not in self.server.hosts or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            if (host not in self.server.hosts or self.headers.get("Origin", f"http://{host}") != f"http://{host}"
+                    or self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")):
                 raise UserError(f"The page is at http://{self.server.hosts[0]}/ and answers to no other site.")
             status, (kind, content) = 200, self.content()
         except UserError as mistake:
@@ -140,7 +143,11 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.model, self.server.autocast():
             image = open_image(io.BytesIO(picture)) if picture else None
             started = time.perf_counter()
-            hits, = gallery.search([sentence], image, LISTED)
+            try:
+                hits, = gallery.search([sentence], image, LISTED)
+            except UserError as gone:       # a photograph that the fusion encoder reads has gone since the start
+                notes.append(f"Ranked by similarity alone: {gone}.")
+                hits, = replace(gallery, plan=replace(gallery.plan, k=0)).search([sentence], image, LISTED)
         seconds = time.perf_counter() - started
         rows = [{"photo": self.server.numbers[hit.path], "similarity": hit.similarity, "match": hit.match,
                  "name": harmless(os.path.relpath(hit.path, self.server.home))} for hit in hits]

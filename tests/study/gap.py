@@ -1,7 +1,7 @@
 """How close the images that adapt.py made are to the target, and whether they show what their captions say.
 
     python -m tests.study.gap OUT [OUT ...]                  measure the sets in these folders
-    python -m tests.study.gap --train-reader --size small    train the reader of a size that has none
+    python -m tests.study.gap --train-reader --size base     train the reader of a size that has none
 
 It prints a table, writes OUT/gap.json, and replaces OUT/adaptation.png by a picture with source and exact images.
 Everything is measured on the demo town, which can draw any person as the target's cameras see them: the exact images.
@@ -54,7 +54,7 @@ KINDS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "upper": UPPERS, "low
 CAMERAS = [(domain, camera) for domain in TARGETS for camera in range(DOMAINS[domain].cameras)]
 SIZES = [*map(len, KINDS.values()), len(CAMERAS)]                   # the reader's answers: attributes, then the camera
 GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # the colours that the report counts
-READERS = {"tiny": Fit(5, 16, 2e-3), "demo": Fit(3000, 64, 2e-3), "small": Fit(6000, 64, 1e-3),
+READERS = {"tiny": Fit(5, 16, 2e-3), "demo": Fit(3000, 64, 2e-3),
            "base": Fit(10_000, 64, 1e-3)}                           # how the reader of each size is trained
 
 
