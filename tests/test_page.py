@@ -349,7 +349,7 @@ def test_a_search_by_keyboard_alone(visit, server):
     visit.until("document.querySelectorAll('.hit').length === 24")
     hits, = server.gallery.search([ASKED], first=page.LISTED)
     assert visit.texts(".number:nth-child(3) b") == [f"{hit.similarity:.3f}" for hit in hits[:24]]
-    matches = [f"{100 * hit.match:.1f}\xa0%" for hit in hits[:8]]       # of the candidates
+    matches = [f"{hit.match:.3f}" for hit in hits[:8]]       # of the candidates
     assert visit.texts(".number:nth-child(4) b") == matches + ["\u2013"] * 16
     said, = visit.texts("#status")
     assert re.fullmatch(r"30 of 30 photographs, found in \d+\.\d\d s\.", said)

@@ -150,8 +150,7 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
         facts = os.stat(path)
         stamp = f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
         stamps[path] = hashlib.blake2b(os.fsencode(stamp), digest_size=16).hexdigest()
-    kept = cached if written_with == key else {}        # of other galleries, too
-    known = {stamp: kept[stamp] for stamp in stamps.values() if stamp in kept}
+    known = {stamp: cached[stamp] for stamp in stamps.values() if written_with == key and stamp in cached}
     new = [path for path, stamp in stamps.items() if stamp not in known]
     say(f"{shown(folder)}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     for start in range(0, len(new), PART):
@@ -160,7 +159,7 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
         fresh = {stamps[path]: pair for path, pair in zip(part, features) if pair.isfinite().all()}
         if fresh:
             known |= fresh
-            checkpoint.save(cache, kept | known, key)
+            checkpoint.save(cache, known, key)
         say(f"  {start + len(part):,} of {len(new):,} encoded")
     paths = [path for path in stamps if stamps[path] in known]
     broken = [examined(path)[0] or f"the image {shown(Path(path))}: its features are not finite"
