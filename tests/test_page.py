@@ -113,6 +113,25 @@ def test_a_search_answers_as_the_gallery_does(ask, server):
     assert "does not read the last" in ask(search("coat " * 100), "POST").json["notes"][0]
 
 
+def test_a_photograph_that_has_gone_ends_no_search(ask, server):
+    """Without the fusion encoder, which would read it; the note names it."""
+    first, = server.gallery.search([ASKED], first=1)
+    moved = Path(first[0].path).rename(Path(first[0].path).with_suffix(".gone"))
+    try:
+        found = ask(search(ASKED), "POST").json
+    finally:
+        moved.rename(first[0].path)
+    assert len(found["hits"]) == 30 and all(hit["match"] is None for hit in found["hits"])
+    assert len(found["notes"]) == 1 and "Ranked by similarity alone: the image" in found["notes"][0]
+    assert ask(search(ASKED), "POST").json["notes"] == []
+
+
+def test_links_of_other_sites_get_nothing(ask):
+    """An image tag elsewhere sends no Origin."""
+    for site, status in (("cross-site", 400), ("same-site", 400), ("same-origin", 200), ("none", 200)):
+        assert ask("/photo/0", Sec_Fetch_Site=site).status == status
+
+
 def test_a_photograph_has_a_number_and_no_path(ask, server, photographs):
     for number, path in list(enumerate(server.gallery.paths))[:3]:
         answer = ask(f"/photo/{number}")

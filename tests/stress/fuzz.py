@@ -502,7 +502,7 @@ def checkpoints(folder: Path) -> Maker:
         asked = ("evaluate.py", "--checkpoint", str(path), "--query", "a man in a red coat", "--gallery",
                  str(folder / "photos"), "--device", "cpu", "--out", str(run_folder / "out"))
         if kind == "base":
-            asked = ("adapt.py", "--size", "tiny", "--base", str(path), "--images", "2", "--steps", "1", "--no-measure",
+            asked = ("adapt.py", "--size", "tiny", "--base", str(path), "--images", "2", "--steps", "1",
                      "--device", "cpu", "--malformed", "1000", "--out", str(run_folder / "out"))
         return Case(f"{path.name}: {deed}", str(run_folder), read, asked if kind in ("best", "base") else ())
     return make
