@@ -26,24 +26,21 @@ from mra.data.words import noun_phrases
 from mra.show.gallery import MEANING, Gallery, unread
 from mra.show.pictures import heat_map
 
-LISTED = 1000           # photographs of an answer, at most
-SENTENCE = 1000         # characters of a sentence, at most
+LISTED, SENTENCE = 1000, 1000      # photographs of an answer, characters of a sentence, at most
 BODY = 16 * 2**20       # bytes of a picture to search by, at most
 SIZE = (480, 720)       # width and height of a photograph on the page, at most, pixels
 PAGE = Path(__file__).with_name("page.html").read_bytes()
 # a browser runs the script and the style that stand in the file, and nothing that might get into the page
 HASHES = " ".join(f"'sha256-{b64encode(sha256(part).digest()).decode()}'"
                   for part in re.findall(b"<(?:style|script)>(.*?)</(?:style|script)>", PAGE, re.DOTALL))
-HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; style-src {HASHES}; script-src {HASHES}; connect-src 'self'; "
-                               "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; "
-                               "frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+POLICY = (f"default-src 'none'; style-src {HASHES}; script-src {HASHES}; connect-src 'self'; "
+          "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+HEADERS = {"Content-Security-Policy": POLICY, "Cross-Origin-Resource-Policy": "same-origin",
+           "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 class Server(ThreadingHTTPServer):
     """It has its port as soon as it is made, and answers in `serve`. Raises UserError if the port is not free."""
-
     daemon_threads, request_queue_size = True, 64
 
     def __init__(self, port: int):
@@ -76,7 +73,6 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     """One request."""
-
     timeout = 30        # seconds without a byte
     error_content_type, error_message_format = "application/json", '{"error": "This is no request of the page."}'
 
@@ -100,7 +96,6 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(*header)
         self.end_headers()
         self.wfile.write(content)
-
     do_POST = do_GET
 
     def content(self) -> tuple[str, bytes | dict]:
@@ -128,30 +123,28 @@ class Handler(BaseHTTPRequestHandler):
         image.save(jpeg, "JPEG", quality=90)
         return "image/jpeg", jpeg.getvalue()
 
-    def search(self, sentence: str) -> dict:
+    def search(self, text: str) -> dict:
         """What is found for a sentence, for the picture that is the request's body, or for both."""
         gallery, length = self.server.gallery, self.headers.get("Content-Length", "0")
         if not re.fullmatch("[0-9]{1,9}", length) or int(length) > BODY:
             raise UserError(f"A picture of more than {BODY // 2**20} MiB is not read; make it smaller.")
         picture, notes, phrases = self.rfile.read(int(length)), [], []
-        if sentence:
-            longest = gallery.model.config.max_tokens
-            notes = unread(sentence, gallery.tokenizer, gallery.dataset, longest, shown(sentence))
-            phrases = list(dict.fromkeys(noun_phrases(sentence))) or [sentence]
+        if text:
+            notes = unread(text, gallery.tokenizer, gallery.dataset, gallery.model.config.max_tokens, shown(text))
+            phrases = list(dict.fromkeys(noun_phrases(text))) or [text]
         elif not picture:
             raise UserError("Type a sentence, or add a picture.")
         with self.server.model, self.server.autocast():
             image = open_image(io.BytesIO(picture)) if picture else None
             started = time.perf_counter()
             try:
-                hits, = gallery.search([sentence], image, LISTED)
+                hits, = gallery.search([text], image, LISTED)
             except UserError as gone:       # a photograph that the fusion encoder reads has gone since the start
                 notes.append(f"Ranked by similarity alone: {gone}.")
-                hits, = replace(gallery, plan=replace(gallery.plan, k=0)).search([sentence], image, LISTED)
-        seconds = time.perf_counter() - started
+                hits, = replace(gallery, plan=replace(gallery.plan, k=0)).search([text], image, LISTED)
         rows = [{"photo": self.server.numbers[hit.path], "similarity": hit.similarity, "match": hit.match,
                  "name": harmless(os.path.relpath(hit.path, self.server.home))} for hit in hits]
-        return {"hits": rows, "phrases": phrases, "notes": notes, "seconds": seconds}
+        return {"hits": rows, "phrases": phrases, "notes": notes, "seconds": time.perf_counter() - started}
 
     def log_message(self, *_) -> None:
         """No list of the requests is kept."""
