@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# They take as long as all others. The files that use a set of adapt.py, which takes long to make, are together.
+# These files take as long as all others. Those that use a set of adapt.py are together: it takes long to make.
 SECOND = [f"test_{name}.py" for name in ("dad", "diffusion", "gap", "similarity", "study", "text", "town", "training")]
 NO_TESTS = 5        # pytest's exit status if its flags choose no test of a half
 
