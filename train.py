@@ -10,8 +10,9 @@
     torchrun --nproc_per_node=2 train.py ...           data-parallel
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
-Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The
-checkpoint that is best on val is `out`/best.safetensors. mra/run/loop.py has the loop.
+Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best
+checkpoint is `out`/best.safetensors: that with the highest (R@1 + mAP) / 2 on val, re-ranked once ITM is trained.
+mra/run/loop.py has the loop.
 """
 
 import json
