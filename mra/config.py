@@ -234,7 +234,7 @@ class TrainConfig:
     batch: int = flag(40, "pairs in a batch of one process", 1, 1e6)
     accumulate: int = flag(1, "batches of a step, whose gradients are averaged", 1, 1e6)
     lr: float = flag(1e-4, "peak learning rate of the encoders", 0, 10)
-    head_lr: float = flag(5.0, "learning rate of projections, matching head and word head, as a multiple of --lr", 0, 1e3)
+    head_lr: float = flag(5.0, "rate of the projections, matching and word head, as a multiple of --lr", 0, 1e3)
     warmup: float = flag(0.1, "share of the steps with a rising learning rate; it then falls linearly to 0", 0, 1)
     weight_decay: float = flag(0.01, "weight decay of the matrices", 0, 10)
     max_norm: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
