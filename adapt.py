@@ -23,7 +23,7 @@ from mra.diffusion.sampling import Painter
 from mra.formats.read import load
 from mra.run import checkpoint, networks, parts
 from mra.run.command import parse, run
-from mra.run.machine import Machine, claimed, root_of
+from mra.run.machine import Machine, claimed
 from mra.town import sets
 
 BASE_PEOPLE = [("train", 12_000, 2), ("test", 800, 3)]       # whom the shipped base has seen
@@ -34,8 +34,7 @@ NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_
 
 
 def main() -> None:
-    usual = {size: recipe.flags for size, recipe in DAD_RECIPES.items()}
-    config = parse(AdaptConfig, __doc__, recipe_of=lambda given: usual.get(given.size, {}))
+    config = parse(AdaptConfig, __doc__, recipe_of=lambda given: DAD_RECIPES[given.size].flags)
     check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
@@ -43,7 +42,7 @@ def main() -> None:
     if config.train_base:
         train_base(config, machine)
     else:
-        out = Path(config.out or default_out(config))
+        out = Path(config.out or config.usual_out)
         with claimed(out, machine):
             adapt(config, machine, out)
 
@@ -54,7 +53,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     if not (config.weights or config.base or networks.base_file(config).exists()):      # training one takes hours
         train_base(replace(config, seed=0), machine)
     base = networks.load_base(config, machine)
-    root = root_of(config.data_root, config.target, config.size == "tiny", machine)
+    root = Path(config.data_root or sets.ready(config.target, config.size == "tiny"))
     records = share_of(load(config.target, "train", root, say=machine.say), config.share)
     target = networks.Target.of(config, records, base)
     source = source_records(config, machine).records if config.source or not config.data_root else []
@@ -86,23 +85,16 @@ def train_base(config: AdaptConfig, machine: Machine) -> None:
         records = source_records(config, machine)
     else:
         root = Path("data/base")
-        machine.first(lambda: sets.build(root, "source", BASE_PEOPLE, 1, machine.cores, machine.say))
+        sets.build(root, "source", BASE_PEOPLE, 1, machine.cores)
         records = load("sda", "train", root, say=machine.say)
     networks.train_base(config, records, machine)
 
 
 def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
     """The source set's training pairs, without those of its val identities."""
-    root = root_of(config.source, "sda", config.size == "tiny", machine)
+    root = Path(config.source or sets.ready("sda", config.size == "tiny"))
     name = next((name for name in ("sda", "mals") if (root / name.upper()).is_dir()), config.source)
     return load(name, "train", root, say=machine.say)
-
-
-def default_out(config: AdaptConfig) -> str:
-    """out/sda/<target>, and the values that differ from the defaults."""
-    usual = (("demo", config.size), ("generate", config.mode), ("target", config.captions), ("s0", f"s{config.seed}"),
-             ("1", f"{config.share:g}"))
-    return "-".join([f"out/sda/{config.target}", *(own for default, own in usual if own != default)])
 
 
 def check(config: AdaptConfig) -> None:
@@ -112,10 +104,8 @@ def check(config: AdaptConfig) -> None:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
     if config.weights and not stable:
         raise UserError("--weights is for --size sd15.")
-    if stable and not (config.weights and config.data_root):
-        raise UserError(f"--size {config.size} needs --weights and --data-root.")
-    if stable and (config.base or config.train_base):
-        raise UserError(f"--size {config.size} takes neither --base nor --train-base.")
+    if stable and (config.base or config.train_base or not (config.weights and config.data_root)):
+        raise UserError("--size sd15 needs --weights and --data-root, and takes neither --base nor --train-base.")
     if config.train_base:
         if config.base or config.out or config.data_root:
             raise UserError("--train-base writes to out/base-<size>, and takes neither --base, --out nor --data-root.")

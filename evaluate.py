@@ -28,8 +28,9 @@ from mra.formats.read import DATASETS
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import parse, run
-from mra.run.machine import Machine, root_of
+from mra.run.machine import Machine
 from mra.show import gallery, page, pictures
+from mra.town import sets
 from mra.weights.retrievers import load_retriever
 
 
@@ -44,8 +45,8 @@ def main() -> None:
     trained_on, shipped = facts["train"]["dataset"], path.resolve().parent == checkpoint.SHIPPED
     if not (given.dataset or given.gallery or trained_on):
         raise UserError(f"{path} does not say what it was trained on; give --dataset.")
-    if "found" in facts:
-        machine.say(facts["found"] + ", ranked by embeddings, without mirror images.")
+    if not facts.get("mirror", True):
+        machine.say("A CLIP, or one of IRRA's family: ranked by embeddings, without mirror images.")
     machine.say(harmless(f"{path}: trained on {trained_on or 'an unnamed set'}, pretrained on "
                          f"{facts['pretrained_on']}, seed {facts['train'].get('seed')}; evaluating on "
                          f"{machine.device}."))
@@ -99,7 +100,7 @@ def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> Rec
     """The split to evaluate on."""
     if dataset in DATASETS and not config.data_root and facts["train"]["data_root"]:
         raise UserError(f"This checkpoint was trained on {facts['train']['data_root']}; say which --data-root to use.")
-    root = root_of(config.data_root, dataset, facts["train"]["preset"] == "tiny", machine)
+    root = Path(config.data_root or sets.ready(dataset, facts["train"]["preset"] == "tiny"))
     return read.load(dataset, config.split, root, config.allow_missing, machine.say)
 
 
@@ -138,9 +139,6 @@ def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retr
         raise UserError("Queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
     server = page.Server(config.serve) if config.serve >= 0 else None      # it claims its port before the encoding
-    if (config.query or config.queries or server) and not dataset and isinstance(tokenizer, Tokenizer):
-        machine.say("This checkpoint names no set, so sentences are not cleaned. If it was trained on ICFG-PEDES or "
-                    "RSTPReid, name that set by --dataset.")
     image, left_out = open_image(config.query_image) if config.query_image else None, []
     sentences = gallery.sentences_of(config, dataset, tokenizer, model.config.max_tokens)
     with machine.autocast():

@@ -38,7 +38,8 @@ from mra.retriever import Objective
 from mra.run import checkpoint, contrastive, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Portion, Task, write_line
-from mra.run.machine import Machine, claimed, root_of
+from mra.run.machine import Machine, claimed
+from mra.town import sets
 from mra.weights.clip import ClipTokenizer
 from mra.weights.files import folder_of
 from mra.weights.retrievers import model_facts
@@ -53,7 +54,7 @@ def main() -> None:
             tokenizer = ClipTokenizer.read(Path(config.vocab or folder_of(Path(config.clip))))
         else:
             tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
-        root = root_of(config.data_root, config.dataset, config.preset == "tiny", machine)
+        root = Path(config.data_root or sets.ready(config.dataset, config.preset == "tiny"))
         well = check_set(config.dataset, root, tokenizer, PRESETS[config.preset].max_tokens,
                          config.workers or machine.cores, machine.say)
         sys.exit(0 if well else 1)
@@ -83,7 +84,7 @@ def train(config: TrainConfig, machine: Machine) -> Path:
 def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     """From records to the best checkpoint `path`; returns its result on val."""
     # ---- records and model
-    root = root_of(config.data_root, config.dataset, config.preset == "tiny", machine)
+    root = Path(config.data_root or sets.ready(config.dataset, config.preset == "tiny"))
     train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
                           for split in ("train", "val"))
     model, tokenizer, pretrained_on = stages.load_model(config, machine)

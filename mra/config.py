@@ -4,7 +4,8 @@ Every configuration is a frozen dataclass. A script's command line is made from 
 The script prints the resolved configuration. Read next: data/records.py.
 """
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -194,22 +195,11 @@ def recipe(dataset: str, preset: str) -> dict:
 
 # ---- flags of the scripts
 
-def flag(default, text: str, least: float | None = None, most: float | None = None, choices: tuple[str, ...] = (),
-         bare: int | None = None):
+def flag(default, text: str, least: float | None = None, most: float | None = None,
+         choices: Iterable[str] | None = None, bare: int | None = None):
     """A field that is a flag: its default, help text, a number's range or a word's choices, its value if given bare."""
     facts = {"text": text, "least": least, "most": most, "choices": choices, "bare": bare}
     return field(default=default, metadata=facts)
-
-
-def check_values(config) -> None:
-    """Raise UserError for a number outside its range or a word outside its choices."""
-    for one in fields(config):
-        value, name = getattr(config, one.name), "--" + one.name.replace("_", "-")
-        least, most, choices = (one.metadata[key] for key in ("least", "most", "choices"))
-        if least is not None and not least <= value <= most:
-            raise UserError(f"{name} {value}: give a value from {least} to {most:g}.")
-        if choices and value not in (*choices, one.default):
-            raise UserError(f"{name} {value}: choose one of {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
@@ -288,6 +278,13 @@ class AdaptConfig:
     device: str = flag("", "device; empty: cuda where there is one", choices=("cuda", "cpu"))
     precision: str = flag("", "precision; empty: bf16 where the device computes in it", choices=("float32", "bf16"))
     compile: bool = flag(False, "torch.compile the networks")
+
+    @property
+    def usual_out(self) -> str:
+        """out/sda/<target>, and the values that differ from the defaults. train.py looks for the set there."""
+        usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
+                 ("1", f"{self.share:g}"))
+        return "-".join([f"out/sda/{self.target}", *(own for default, own in usual if own != default)])
 
 
 @dataclass(frozen=True)

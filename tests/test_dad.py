@@ -469,11 +469,11 @@ def test_train_pretrains_on_the_adapted_set(made):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (("--target", "market"), "--target market"), (("--images", "0"), "--images 0"),
+    (("--target", "market"), "--target: invalid choice"), (("--images", "0"), "--images 0"),
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
     (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
     (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),
-    (("--mode", "edges"), "--mode edges"), (("--colour", "red"), "--colour")])
+    (("--mode", "edges"), "--mode: invalid choice"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):
     status, _, err = command(tmp_path, "adapt.py", *flags)
     assert status == 2 and named in err and err.count("\n") == 1

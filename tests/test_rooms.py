@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHOD = {"mra", "mra.data", "mra.diffusion"}
 MAY_IMPORT = {      # rooms beside the method, and what they may import besides it
     "mra.town": set(), "mra.formats": set(), "mra.weights": {"mra.run"},
-    "mra.run": {"mra.weights", "mra.show", "mra.town", "mra.formats"},
+    "mra.run": {"mra.weights", "mra.show", "mra.formats"},
     "mra.show": {"mra.run", "mra.weights"}}
 PACKAGES = {"torch", "torchvision", "tokenizers", "safetensors", "numpy", "PIL"}
 

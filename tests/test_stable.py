@@ -111,7 +111,7 @@ def test_a_guided_trajectory_agrees_with_diffusers(base):
 
 @pytest.mark.parametrize("number", range(len(WORDS)))
 def test_token_ids_agree_with_clip(base, number):
-    ids = base.tokenizer.encode(WORDS[number])
+    ids = base.tokenizer.encode(WORDS[number], 77)
     assert ids + [base.tokenizer.pad_id] * (77 - len(ids)) == GOLDEN["ids"][number].tolist()
     assert all(base.tokenizer.pieces[i].endswith("</w>") for i in ids[-2:-1] if i != ids[0])
     assert [base.tokenizer.pieces[i] for i in (ids[0], ids[-1])] == ["<|startoftext|>", "<|endoftext|>"]

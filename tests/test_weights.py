@@ -191,11 +191,11 @@ def test_position_embeddings_are_interpolated():
     """A ramp over 4 rows and 4 columns becomes one over 8 x 2: rows stay rows, and the middle the middle."""
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     ramp = torch.stack([rows, columns], -1).view(16, 2)
-    found = resized_grid(ramp, (4, 4), (8, 2), "bicubic").view(8, 2, 2)
+    found = resized_grid(ramp, (8, 2), "bicubic").view(8, 2, 2)
     torch.testing.assert_close(found[:, 1, 0], found[:, 0, 0])
     torch.testing.assert_close(found + found.flip(0, 1), torch.full((8, 2, 2), 3.0))
     assert (found.diff(dim=0)[..., 0] > 0).all() and (found.diff(dim=1)[..., 1] > 0).all()
-    assert torch.equal(resized_grid(ramp, (4, 4), (4, 4), "bicubic"), ramp)
+    assert torch.equal(resized_grid(ramp, (4, 4), "bicubic"), ramp)
 
 
 def test_a_vit_and_a_bert_for_a_rectangle(tmp_path, torchvision_vit, bert_folder):
@@ -268,9 +268,8 @@ def test_nested_tables_and_the_prefix_of_data_parallel(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", ["ViT-B-16.pt", "pytorch_model.bin"])
-def test_a_torchscript_archive_is_refused_unread(tmp_path, monkeypatch, name):
+def test_a_torchscript_archive_is_refused(tmp_path, name):
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / name))
-    monkeypatch.setattr(torch, "load", None)
     message = refusal(files.read, tmp_path / name)
     assert name in message and "TorchScript" in message and "Hugging Face" in message and "open_clip" in message
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 
-from mra.config import UserError, check_values
+from mra.config import UserError
 from mra.data.files import harmless
 
 # in the text of an error if memory ran out, or if the system killed a process to free memory
@@ -15,7 +15,10 @@ MEMORY = "MemoryError", "allocate memory", "out of memory", "DataLoader worker (
 
 
 def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callable = lambda config: {}):
-    """A configuration of class `kind`: a given flag overrides `recipe_of`, which overrides the defaults."""
+    """A configuration of class `kind`: a given flag overrides `recipe_of`, which overrides the defaults.
+
+    Raises UserError for flags that cannot be read, and for a number outside its range.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
@@ -25,10 +28,7 @@ def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callab
     parser.error = refuse
     usual = kind(**recipe_of(kind()))
     for field in fields(kind):
-        text = field.metadata["text"]
-        if field.metadata["choices"]:
-            text += f": {', '.join(field.metadata['choices'])}"
-        text += f" (default: {getattr(usual, field.name)!r})"
+        text = f"{field.metadata['text']} (default: {getattr(usual, field.name)!r})"
         if field.type is bool:
             takes = dict(action=argparse.BooleanOptionalAction)
         elif field.type == tuple[str, ...]:
@@ -36,12 +36,16 @@ def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callab
         elif field.metadata["bare"] is not None:
             takes = dict(type=field.type, nargs="?", const=field.metadata["bare"])
         else:
-            takes = dict(type=field.type)
+            takes = dict(type=field.type, choices=field.metadata["choices"])
         parser.add_argument("--" + field.name.replace("_", "-"), help=text.replace("%", "%%"), **takes)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
     config = kind(**recipe_of(kind(**given)) | given)
-    check_values(config)
+    for field in fields(kind):
+        value, least, most = getattr(config, field.name), field.metadata["least"], field.metadata["most"]
+        if least is not None and not least <= value <= most:
+            name = field.name.replace("_", "-")
+            raise UserError(f"--{name} {value}: give a value from {least} to {most:g}.")
     return config
 
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mra.config import UserError
-from mra.town import sets
 from mra.workers import Workers
 
 THREADS = 2     # of a step on the CPU; a fixed number, so that results do not depend on the number of cores
@@ -110,7 +109,7 @@ class Machine:
         chosen, workers = choose_device(device), Workers()
         if "LOCAL_RANK" in os.environ:        # started by torchrun
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
-                                    timeout=timedelta(hours=2))        # the others wait while rank 0 draws sets
+                                    timeout=timedelta(hours=2))        # one may wait while others make images
             workers = Processes()
         return Machine(chosen, choose_precision(precision, chosen), workers, compiles)
 
@@ -192,14 +191,6 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 # ---- folders and signals
-
-def root_of(given: str, dataset: str, tiny: bool, machine: Machine) -> Path:
-    """The folder `given` by --data-root. Without the flag: that of the demo town, where rank 0 draws a missing set."""
-    if given:
-        return Path(given)
-    machine.first(lambda: sets.ready(dataset, tiny, machine.say))
-    return sets.root(tiny)
-
 
 @contextmanager
 def claimed(folder: Path, machine: Machine) -> Iterator[None]:

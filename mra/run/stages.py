@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mra.config import PRESETS, Fit, TrainConfig, UserError, pretrains, recipe
+from mra.config import PRESETS, AdaptConfig, Fit, TrainConfig, UserError, pretrains, recipe
 from mra.data.files import harmless
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
@@ -57,12 +57,8 @@ def adapted_set(config: TrainConfig) -> Path | None:
     """The set that adapt.py made for this target, if there is one. Raises UserError for an unfinished one."""
     if config.dataset not in DATASETS:
         return None
-    name = config.dataset       # as adapt.py names it
-    if config.preset != "demo":
-        name += f"-{config.preset}"
-    if config.share < 1:        # a set made from all labels would leak those beyond the share
-        name += f"-{config.share:g}"
-    made = Path("out/sda") / name
+    # the same share of the target: a set made from all labels would leak those beyond the share
+    made = Path(AdaptConfig(target=config.dataset, size=config.preset, share=config.share).usual_out)
     check_whole(made)
     return made if (made / "report.json").exists() else None
 

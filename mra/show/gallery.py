@@ -111,9 +111,6 @@ def sentences_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest
     for place, sentence in asked:
         for line in unread(sentence, tokenizer, dataset, longest, f"{place} {shown(sentence)}"):
             print(line)
-    if config.query_image:
-        print(f"With {shown(Path(config.query_image))} as query, similarity alone ranks the images: the fusion encoder "
-              "matches them with sentences only.")
     return [sentence for _, sentence in asked] or [""]
 
 

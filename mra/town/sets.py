@@ -141,15 +141,14 @@ def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
     return "data_captions.json", record
 
 
-def root(tiny: bool) -> Path:
-    """The demo town's folder, relative to the working directory."""
-    return Path("data/demo-tiny" if tiny else "data/demo")
-
-
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """Draw the set of that name (sda, cuhk, icfg, rstp) if it is missing; return `root`. Other names are not drawn."""
+    """The demo town's folder, relative to the working directory. If the set `dataset` is missing there, it is drawn.
+
+    Several processes may call it at once. Names other than sda, cuhk, icfg and rstp are not drawn.
+    """
+    root = Path("data/demo-tiny" if tiny else "data/demo")
     set_name = "source" if dataset == "sda" else dataset
     if set_name in FOLDERS:
-        sizes, workers = (TINY, 1) if tiny else (DEFAULT, os.cpu_count() or 1)
-        build(root(tiny), set_name, sizes[set_name], 0, workers, say)
-    return root(tiny)
+        sizes = TINY if tiny else DEFAULT
+        build(root, set_name, sizes[set_name], 0, os.cpu_count() or 1, say)
+    return root

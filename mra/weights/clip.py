@@ -14,6 +14,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from mra.config import DiffusionConfig, ModelConfig, UserError
+from mra.data.tokenizer import Tokenizer
 from mra.layers import PreNormBlock, QuickGELU
 from mra.retriever import Retriever
 
@@ -22,8 +23,8 @@ MERGES = 49152 - 256 - 2            # the first of OpenAI's file, which has more
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
-class ClipTokenizer:
-    """CLIP's byte-level BPE, with the interface of data/tokenizer.py's `Tokenizer`.
+class ClipTokenizer(Tokenizer):
+    """CLIP's byte-level BPE. An encoded text is <|startoftext|> pieces <|endoftext|>.
 
     Bytes spell every text, so nothing is unknown. CLIP marks the last piece of a word. As in IRRA (arXiv 2303.12501),
     the mask is the last word's id.
@@ -63,9 +64,6 @@ class ClipTokenizer:
             raise UserError(f"{path}: no readable vocabulary of CLIP, {' or '.join(MERGE_FILES)} ({error}).") from None
         return ClipTokenizer([line.split() for line in lines if line], path)
 
-    def __len__(self) -> int:
-        return len(self.pieces)
-
     def clean(self, text: str, _: str) -> str:
         """The caption of any set, cleaned as CLIP's own code does."""
         return html.unescape(html.unescape(text)).strip()
@@ -80,11 +78,6 @@ class ClipTokenizer:
                 words[-1].append(position)
                 ended = self.pieces[piece].endswith("</w>")
         return words
-
-    def encode(self, text: str, max_tokens: int = 77) -> list[int]:
-        """<|startoftext|> pieces <|endoftext|>, at most `max_tokens` >= 2 ids."""
-        text = text.encode("utf-8", "ignore").decode()
-        return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
 
 
 class CausalTextEncoder(nn.Module):

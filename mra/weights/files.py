@@ -8,7 +8,7 @@ import configparser
 import json
 import math
 import re
-import zipfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,29 +37,18 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)
-        elif is_torchscript(path):
-            raise UserError(f"{path} is a TorchScript archive, which holds code. Give the model's Hugging Face folder, "
-                            "or an open_clip safetensors file, in its place.")
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):
+                found = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("model", "state_dict", "model_state_dict"):
             found = found.get(name, found)
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
             raise TypeError("not all of it are named tensors")
-    except UserError:
-        raise
     except Exception as error:      # broken files raise almost every type
-        raise UserError(f"{path} cannot be read as weights: it is broken, or is no table of tensors "
-                        f"({type(error).__name__}).") from error
+        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): it is broken, is no table of "
+                        "tensors, or is a TorchScript archive, which holds code; in place of OpenAI's CLIP give "
+                        "Hugging Face's folder, or open_clip's safetensors file.") from error
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether torch.jit.save wrote this file; torch.save writes no constants.pkl."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def named(given: dict[str, Tensor], path: Path, *kinds: str) -> dict[str, Tensor]:
@@ -142,16 +131,17 @@ def fit_positions(tensors: dict[str, Tensor], grid: tuple[int, int], mode: str) 
     """Fit an image encoder's positions (1+N, D) to our `grid`, and add the first of them to the class token."""
     first, rest = tensors["image_encoder.positions"].float().squeeze(0).tensor_split([1])     # (1, D), (N, D)
     class_token = tensors["image_encoder.class_token"].view_as(first)        # a narrower one would be broadcast
-    side = math.isqrt(len(rest))
-    if side ** 2 == len(rest):      # else it is our grid already
-        rest = resized_grid(rest, (side, side), grid, mode)
     tensors["image_encoder.class_token"] = (class_token + first)[None]
-    tensors["image_encoder.positions"] = rest[None]
+    tensors["image_encoder.positions"] = resized_grid(rest, grid, mode)[None]
 
 
-def resized_grid(table: Tensor, grid: tuple[int, int], to: tuple[int, int], mode: str, corners: bool = False) -> Tensor:
-    """A table (N, D) of a grid of rows and columns -> of another. With `corners` the corners of both coincide."""
-    if grid == to:
+def resized_grid(table: Tensor, to: tuple[int, int], mode: str, corners: bool = False) -> Tensor:
+    """A table (N, D) of a square grid -> of one of `to` rows and columns. With `corners` the corners of both coincide.
+
+    A table that is not square is ours already, and stays as it is.
+    """
+    side = math.isqrt(len(table))
+    if side ** 2 != len(table) or to == (side, side):
         return table
-    square = table.T.unflatten(1, grid)[None]                                # (1, D, rows, columns)
+    square = table.T.unflatten(1, (side, side))[None]                        # (1, D, side, side)
     return F.interpolate(square, to, mode=mode, align_corners=corners)[0].flatten(1).T

@@ -23,6 +23,7 @@ from mra.weights.released import BinnedRetriever, SwinEncoder
 # parts of a retriever that the files of BERT and ViT have or do not have; what neither has stays random
 PARTS = (r"image_encoder\.", r"text_encoder\.|fusion_encoder\..*\.(attention|mlp)", r"fusion_encoder\..*\.cross",
          r"word_head\.")
+UNTOLD = {"dataset": "", "seed": "unknown", "data_root": "real data"}     # of the training of a file from elsewhere
 
 
 def make_retriever(config: ModelConfig) -> Retriever:
@@ -45,7 +46,7 @@ def model_facts(model: Retriever, tokenizer: Tokenizer) -> dict:
 # ---- weights of BERT and a vision transformer, or of CLIP
 
 def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str,
-          clip_path: str = "") -> tuple[Retriever, Tokenizer | ClipTokenizer]:
+          clip_path: str = "") -> tuple[Retriever, Tokenizer]:
     """A new retriever that starts from BERT, a vision transformer or both, or from CLIP; what they lack is random.
 
     The vocabulary is `vocab`, else the one beside BERT or CLIP, else the packaged one.
@@ -142,17 +143,6 @@ def read_clip(tensors: dict[str, Tensor], like: ModelConfig, path: Path,
     return model, tokenizer
 
 
-def clip_facts(tensors: dict[str, Tensor], config: ModelConfig) -> dict:
-    """The facts of a checkpoint of ours for the tensors of a CLIP file, with a sentence on what was found."""
-    names = "Hugging Face's" if any(name.startswith("vision_model.") for name in tensors) else "OpenAI's"
-    found = f"CLIP with {names} names, {config.image_depth} + {config.text_depth} layers, images of " \
-            f"{config.height}x{config.width}"
-    if "classifier.weight" in tensors:
-        found = f"IRRA's {found}; its head of {len(tensors['classifier.weight'])} identities is left out"
-    train = {"preset": "clip", "dataset": "", "seed": "unknown", "data_root": "real data"}
-    return {"train": train, "val": {}, "pretrained_on": "unknown pairs", "found": found, "mirror": False}
-
-
 # ---- checkpoints
 
 def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[Retriever, Tokenizer, dict]:
@@ -167,7 +157,7 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         tensors = read(path)
         if any(name.endswith("class_embedding") for name in tensors):
             model, tokenizer = read_clip(tensors, PRESETS["clip"], path, vocab)
-            facts = clip_facts(tensors, model.config)
+            facts = {"train": UNTOLD | {"preset": "clip"}, "val": {}, "pretrained_on": "unknown pairs", "mirror": False}
         elif any(name.startswith("vision_encoder.") for name in tensors):
             model, facts = read_released(tensors, path)
             tokenizer = read_vocabulary(Tokenizer, vocab, path, model.config.vocab)
@@ -202,8 +192,7 @@ def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, di
             config = replace(config, bins=0, embed=len(tensors["image_projection.weight"]), rerank=1000)
     model = make_retriever(config)
     fill(model, tensors, path)
-    train = {"preset": preset, "dataset": "sda" if preset == "swin-224" else "", "seed": "unknown",
-             "data_root": "real data"}
+    train = UNTOLD | {"preset": preset, "dataset": "sda" if preset == "swin-224" else ""}
     return model, {"train": train, "val": {"weight": 0.0}, "pretrained_on": "sda"}
 
 
@@ -213,7 +202,7 @@ def resized(model: Retriever, like: ModelConfig) -> Retriever:
     tensors = checkpoint.weights(model)
     for name, own in checkpoint.weights(target).items():
         if name.endswith("relative_position_bias_table"):
-            side, to = math.isqrt(len(tensors[name])), math.isqrt(len(own))
-            tensors[name] = resized_grid(tensors[name], (side, side), (to, to), "bicubic", corners=True)
+            side = math.isqrt(len(own))
+            tensors[name] = resized_grid(tensors[name], (side, side), "bicubic", corners=True)
     checkpoint.restore_weights(target, tensors, Path("The resized model"))
     return target

@@ -35,7 +35,7 @@ from mra.formats.read import load
 from mra.run import checkpoint, networks
 from mra.run.command import run
 from mra.run.loop import Loop, Portion, Task
-from mra.run.machine import Machine, claimed, root_of
+from mra.run.machine import Machine, claimed
 from mra.show import pictures
 from mra.town import sets
 from mra.town.drawing import DOMAINS, Pose
@@ -130,7 +130,7 @@ class AdaptedSet:
             if DIFFUSION_PRESETS[config.size].stable:
                 raise UserError(f"{out} is not made from the demo town, for which there is no --size {config.size}.")
         base = trained_base(config, machine)
-        root = root_of("", config.target, config.size == "tiny", machine)
+        root = sets.ready(config.target, config.size == "tiny")
         records = share_of(load(config.target, "train", root, say=machine.say), config.share)
         target = networks.Target.of(config, records, base)
         # before anything would be trained anew
@@ -176,7 +176,7 @@ class Town:
         tiny = made.config.size == "tiny"
         self.domain, self.size = made.config.target, (made.base.config.height, made.base.config.width)
         self.cores = made.machine.cores
-        self.sizes, self.root = sets.TINY if tiny else sets.DEFAULT, sets.root(tiny)
+        self.sizes, self.root = sets.TINY if tiny else sets.DEFAULT, sets.ready(self.domain, tiny)
 
     def portraits(self, people: list[Person], seed: int) -> list[Portrait]:
         """As the target's cameras see them, with words."""
