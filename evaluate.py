@@ -10,7 +10,7 @@
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages, and writes results.json and
 ranking.png. Flags add to these names, as in results-cuhk-split-val.json. For queries it writes query.json and
-query.png and, with --gallery, the gallery's embeddings for the next search. mra/weights/README.md explains --weight for
+query.png and, for the next search, the embeddings of the gallery. mra/weights/README.md explains --weight for
 a released checkpoint.
 """
 
@@ -139,21 +139,21 @@ def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retr
         raise UserError("Queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
     server = page.Server(config.serve) if config.serve >= 0 else None      # it claims its port before the encoding
-    image, left_out = open_image(config.query_image) if config.query_image else None, []
+    image = open_image(config.query_image) if config.query_image else None
     sentences = gallery.sentences_of(config, dataset, tokenizer, model.config.max_tokens)
     with machine.autocast():
         if config.gallery:
-            cache = folder / "gallery.safetensors"
-            paths, features, left_out = gallery.encode(Path(config.gallery), model, cache, plan)
+            paths = gallery.photographs(Path(config.gallery), folder)
         else:
             paths = [record.path for record in load(config, facts, dataset, machine).records if record.path]
-            features = ranking.encode_gallery(model, ranking.Images(paths, model.config), plan)
+        name, cache = config.gallery or dataset, folder / "gallery.safetensors"
+        paths, features, left_out = gallery.encode(name, paths, model, cache, plan)
         searched = gallery.Gallery(model, tokenizer, dataset, paths, features, plan, config.weight)
         if server:
-            return server.serve(searched, config.gallery or dataset, config.threshold, machine.autocast)
+            return server.serve(searched, name, config.threshold, machine.autocast)
         answers = gallery.answer(config, searched, sentences, image, folder / "query.png")
     write_json(folder / "query.json", {
-        "gallery": config.gallery or dataset, "images": len(paths), "left_out": left_out, "meaning": gallery.MEANING,
+        "gallery": name, "images": len(paths), "left_out": left_out, "meaning": gallery.MEANING,
         "query_image": config.query_image, "threshold": config.threshold, "answers": answers})
     print(f"Wrote {folder / 'query.json'} and {folder / 'query.png'}.")
 

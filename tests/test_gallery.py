@@ -18,6 +18,7 @@ from mra.data import files, words
 from mra.data.augment import tensor_of
 from mra.data.files import open_image
 from mra.ranking import Plan
+from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import run
 from mra.show import gallery
@@ -28,6 +29,11 @@ from tests.test_ranking import pair_by_hand
 from tests.test_released import small, write  # noqa: F401 (fixtures: a small released checkpoint)
 
 ASKED = ["a man in a red coat with a bag on his left", "a woman", "black hat"]
+
+
+def encode_folder(folder: Path, model: Retriever, cache: Path, plan: Plan, say=print):
+    """As evaluate.py --gallery encodes a folder."""
+    return gallery.encode(str(folder), gallery.photographs(folder, cache.parent, say), model, cache, plan, say)
 
 
 @pytest.fixture
@@ -126,7 +132,7 @@ def test_what_has_not_changed_is_not_encoded_again(ask, ours, folder, model):
     assert encoded == 3 and changed["images"] == 4
     paths = [f"photos/{name}" for name in ("a.png", "b/ünï/e.webp", "f.TIFF", "g.jp2")]
     fresh = ranking.encode_gallery(model, ranking.Images(paths, model.config), Plan(0))
-    kept, features, _ = gallery.encode(Path("photos"), model, ours.parent / "gallery.safetensors", Plan(0))
+    kept, features, _ = encode_folder(Path("photos"), model, ours.parent / "gallery.safetensors", Plan(0))
     assert kept == paths and len(checkpoint.load(ours.parent / "gallery.safetensors")[0]) == len(fresh)
     torch.testing.assert_close(features, fresh, atol=1e-6, rtol=0)
 
@@ -152,12 +158,12 @@ def test_another_precision_is_encoded_anew(ask, ours, folder):
 def test_embeddings_of_another_run_are_not_taken_for_ones_own(ours, folder, model, monkeypatch, tmp_path):
     """Another run writes the same file after the last write."""
     cache, real = tmp_path / "gallery.safetensors", checkpoint.save
-    paths, expected, _ = gallery.encode(folder, model, tmp_path / "undisturbed.safetensors", Plan(0))
+    paths, expected, _ = encode_folder(folder, model, tmp_path / "undisturbed.safetensors", Plan(0))
 
     def save(path, tensors, facts):
         real(path, dict(zip(reversed(tensors), tensors.values())), facts)
     monkeypatch.setattr(checkpoint, "save", save)
-    found, features, _ = gallery.encode(folder, model, cache, Plan(0))
+    found, features, _ = encode_folder(folder, model, cache, Plan(0))
     assert found == paths and torch.equal(features, expected)
 
 
@@ -180,18 +186,18 @@ def test_a_photograph_is_decoded_once_and_a_broken_one_costs_no_other(folder, mo
     read, real, lines = [], ranking.open_image, []
     for module in (ranking, files):
         monkeypatch.setattr(module, "open_image", lambda path: read.append(Path(path).name) or real(path))
-    paths, features, broken = gallery.encode(folder, model, tmp_path / "gallery.safetensors", Plan(0), say=lines.append)
+    paths, features, broken = encode_folder(folder, model, tmp_path / "gallery.safetensors", Plan(0), say=lines.append)
     assert sorted(read) == sorted([*{*read}, "broken.jpg"]) and len(read) == 7      # that one again, to say why
     assert len(paths) == len(features) == 5 and len(broken) == 1
     monkeypatch.setattr(gallery, "PART", 1)
     (tmp_path / "gallery.safetensors").unlink()
-    again = gallery.encode(folder, model, tmp_path / "gallery.safetensors", Plan(0))[1]
+    again = encode_folder(folder, model, tmp_path / "gallery.safetensors", Plan(0))[1]
     torch.testing.assert_close(again, features, atol=1e-6, rtol=0)
     (tmp_path / "none").mkdir()
     (tmp_path / "none/a.jpg").write_bytes(b"no image")
     for name in ("none", "missing"):
         with pytest.raises(UserError, match="no readable image"):
-            gallery.encode(tmp_path / name, model, tmp_path / "other.safetensors", Plan(0))
+            encode_folder(tmp_path / name, model, tmp_path / "other.safetensors", Plan(0))
 
 
 def test_a_name_that_is_no_utf8(model, tmp_path):
@@ -199,7 +205,7 @@ def test_a_name_that_is_no_utf8(model, tmp_path):
     Image.new("RGB", (9, 9)).save(os.fsdecode(os.fsencode(tmp_path) + b"/photos/\xff\xfe\n.png"))
     for expected in (1, 0):
         lines = []
-        paths, _, _ = gallery.encode(tmp_path / "photos", model, tmp_path / "x.safetensors", Plan(0), lines.append)
+        paths, _, _ = encode_folder(tmp_path / "photos", model, tmp_path / "x.safetensors", Plan(0), lines.append)
         assert len(paths) == 1 and f"1 files, {expected} of them to encode" in lines[0]
 
 

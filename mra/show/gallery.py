@@ -133,9 +133,11 @@ def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]
     return found
 
 
-def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
+def encode(name: str, every: list[str], model: Retriever, cache: Path, plan: ranking.Plan,
            say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
-    """Paths (G) of the readable photographs, features (G, 2, E), and why others are left out. Raises UserError."""
+    """Of the photographs `every` of the gallery `name`: paths (G) of the readable ones, their features (G, 2, E), and
+    why others are left out. Raises UserError if none is left.
+    """
     key = {"weights": checkpoint.digest(model), "model": asdict(model.config),
            "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
     try:
@@ -143,13 +145,13 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
     except UserError:       # it is missing or damaged
         cached, written_with = {}, {}
     stamps = {}
-    for path in photographs(folder, cache.parent, say):
+    for path in every:
         facts = os.stat(path)
         stamp = f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
         stamps[path] = hashlib.blake2b(os.fsencode(stamp), digest_size=16).hexdigest()
     known = {stamp: cached[stamp] for stamp in stamps.values() if written_with == key and stamp in cached}
     new = [path for path, stamp in stamps.items() if stamp not in known]
-    say(f"{shown(folder)}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
+    say(f"{shown(Path(name))}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     for start in range(0, len(new), PART):
         part = new[start:start + PART]
         features = ranking.encode_gallery(model, Photographs(part, model.config), replace(plan, mirror=True)).cpu()
@@ -164,7 +166,7 @@ def encode(folder: Path, model: Retriever, cache: Path, plan: ranking.Plan,
     for trouble in broken:
         say(f"Left out: {trouble}")
     if not paths:
-        raise UserError(f"--gallery {folder}: no such folder, or no readable image in it.")
+        raise UserError(f"{shown(Path(name))}: no such folder, or no readable image in it.")
     return paths, torch.stack([known[stamps[path]] for path in paths]), broken
 
 

@@ -381,8 +381,8 @@ class Whole:
                 stages.load_model(TrainConfig(preset="tiny", init=str(path)), MACHINE)
 
         return {"best": ask, "last": lambda: self.loop(path),
-                "gallery": lambda: gallery.encode(self.folder / "photos", self.model, path, Plan(0, batch=4),
-                                                  say=lambda line: None),
+                "gallery": lambda: gallery.encode("photos", [str(self.folder / "photos/1.png")], self.model, path,
+                                                  Plan(0, batch=4), say=lambda line: None),
                 "base": lambda: load_base(AdaptConfig(size="tiny", base=str(path)), MACHINE).read(["a man"]),
                 "bert": lambda: retrievers.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
                 "vit": lambda: retrievers.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
@@ -406,7 +406,8 @@ def whole_files(folder: Path) -> Whole:
         "train": settings, "pretrained_on": "sda", "val": result, "pairs": 7, "processes": 1, "step": 3}
     own = checkpoint.weights(model)
     paint(folder / "photos/1.png")
-    gallery.encode(folder / "photos", model.eval(), folder / "valid.gallery", Plan(0, batch=4), say=lambda line: None)
+    gallery.encode("photos", [str(folder / "photos/1.png")], model.eval(), folder / "valid.gallery", Plan(0, batch=4),
+                   say=lambda line: None)
     whole.files.update({
         "best": (own, facts),
         "last": (checkpoint.state(model, loop.optimizer), {"key": loop.key, "step": 3, "evaluated": False,
