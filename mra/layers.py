@@ -13,8 +13,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"{heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.to_query = nn.Linear(dim, dim, bias)
         self.to_keys_values = nn.Linear(context_dim or dim, 2 * dim, bias)
@@ -25,18 +23,37 @@ class Attention(nn.Module):
         return self.to_keys_values(context).unflatten(2, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
 
     def forward(self, x: Tensor, keys_values: Tensor | None = None, keep: Tensor | None = None,
-                causal: bool = False) -> Tensor:
+                causal: bool = False, counts: list[int] | None = None) -> Tensor:
         """Attend from x (B, T, D) to itself, or to `keys_values` of S tokens; keep (B, S).
 
-        With `causal`, which excludes `keep`, each token attends to itself and to the tokens before it.
+        With `causal`, which excludes `keep`, each token attends to itself and to the tokens before it. With `counts`
+        x (1, N, D) is one sequence: the first counts[0] tokens attend to the first keys and values, and so on.
         """
         if keys_values is None:
             keys_values = self.keys_values(x)
         query = self.to_query(x).unflatten(2, (self.heads, -1)).transpose(1, 2)        # (B, heads, T, D/heads)
         key, value = keys_values.unbind(1)                                             # (B, heads, S, D/heads)
         mask = None if keep is None else keep[:, None, None, :]                        # (B, 1, 1, S)
-        mixed = attend(query, key, value, mask, causal)                                # (B, heads, T, D/heads)
+        if counts is None:
+            mixed = attend(query, key, value, mask, causal)                            # (B, heads, T, D/heads)
+        else:
+            parts = zip(query.split(counts, 2), key.split(1), value.split(1))
+            mixed = torch.cat([attend(*part, None) for part in parts if part[0].shape[2]], 2)
         return self.to_out(mixed.transpose(1, 2).flatten(2))                           # (B, T, D)
+
+    def from_first(self, x: Tensor, keep: Tensor) -> Tensor:
+        """`forward` for token 0 of x (B, T, D) alone, (B, D), without keys and values of the other tokens.
+
+        q (W x + b) = (q W) x + q b, and q b shifts all scores alike: the query is mapped in place of all tokens, and
+        afterwards their mean in place of all tokens.
+        """
+        to_key, to_value = self.to_keys_values.weight.unflatten(0, (2, self.heads, -1))      # (heads, D/heads, D)
+        query = self.to_query(x[:, 0]).unflatten(1, (self.heads, -1)) * self.heads ** 0.5  # attend divides by D ** 0.5
+        query = torch.einsum("bhk,hkd->bhd", query, to_key)[:, None]                         # (B, 1, heads, D)
+        tokens = x[:, None].to(query.dtype)                                                  # (B, 1, T, D)
+        mixed = attend(query, tokens, tokens, keep[:, None, None])[:, 0]                     # (B, heads, D)
+        value = torch.einsum("bhd,hkd->bhk", mixed, to_value).flatten(1)                     # (B, D)
+        return self.to_out(value + self.to_keys_values.bias.chunk(2)[1])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -108,10 +125,11 @@ class PostNormBlock(nn.Module):
         x = x if at is None else pick(x, at)
         return self.attention_norm(x + self.dropout(self.attention(x, keys_values, keep)))
 
-    def attend_context(self, x: Tensor, context: Tensor | None = None, context_keep: Tensor | None = None) -> Tensor:
+    def attend_context(self, x: Tensor, context: Tensor | None = None, context_keep: Tensor | None = None,
+                       counts: list[int] | None = None) -> Tensor:
         """The rest: the words attend to the keys and values of a context, where there is one; then the MLP."""
         if context is not None:
-            x = self.cross_norm(x + self.dropout(self.cross(x, context, context_keep)))
+            x = self.cross_norm(x + self.dropout(self.cross(x, context, context_keep, counts=counts)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 

@@ -7,7 +7,6 @@ With `Plan.mirror` both stages average two passes: images and captions as they a
 with left and right exchanged. Read next: workers.py, evaluate.py.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +28,8 @@ FIRST = 10                          # images shown for each query
 BLOCK = 512                         # queries compared with the gallery at a time
 CHUNK = 65536                       # gallery images in a block of similarities
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
-PAIRS = {"cuda": 2048, "cpu": 256}  # pairs matched at a time; 256 stay in a CPU's cache
-GATHERED = 4 * 2**30                # bytes of their keys and values, at most
+IMAGES = 16                         # matched with queries at a time; fewer have longer sequences of tokens each
+TOKENS = {"cuda": 65536, "cpu": 8192}    # of these queries fused at a time
 
 
 # ---- metrics
@@ -212,27 +211,31 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     """The logit [matched] - [mismatched] (Q, k) of each query with its candidates (Q, k), the mean of the passes.
 
     passes: `encode_queries` of the captions for the images and, perhaps, of those for the mirror images. The keys and
-    values of an image are computed once. Queries of similar length are matched together, padded to a multiple of 8.
+    values of an image are computed once, and not copied. A step fuses about TOKENS tokens of pairs, of similar length,
+    with IMAGES images: beside their keys and values, what TOKENS tokens take in one block bounds its memory.
     """
     device, k = candidates.device, candidates.shape[1]
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) indices into it
     places = places.flatten()                                                      # (Q * k,) of every pair
     match = torch.zeros(len(places), device=device)
-    own = plan.workers.own_batches(len(wanted), plan.batch)
-    batches = loader(images, plan.loading, batch_size=plan.batch, sampler=wanted[own].tolist())
-    for start, image in zip(own[::plan.batch], batches):
+    batch = min(plan.batch, IMAGES)
+    asked = places.argsort(stable=True).split((places // batch).bincount().tolist())        # pairs of each batch
+    own = plan.workers.own_batches(len(wanted), batch)
+    batches = loader(images, plan.loading, batch_size=batch, sampler=wanted[own].tolist())
+    for start, image in zip(own[::batch], batches):
         image = image.to(device)
-        asked = ((places >= start) & (places < start + plan.batch)).nonzero().squeeze(1)    # pairs with these images
         for view, (text, keep, _) in zip((image, image.flip(-1)), passes):         # (Q, T, D), (Q, T)
             keys_values = model.fusion_encoder.keys_values(model.image_encoder(view))
             lengths = keep.sum(1)                                                  # (Q,)
-            by_length = asked[lengths[asked // k].argsort(stable=True)]
-            fitting = GATHERED // sum(one[0].nbytes for one in keys_values)
-            for pairs in by_length.split(max(1, min(PAIRS[device.type], fitting))):
+            by_length = asked[start // batch]
+            by_length = by_length[lengths[by_length // k].argsort(stable=True)]
+            steps = (lengths[by_length // k].cumsum(0) - 1) // TOKENS[device.type]
+            for pairs in by_length.split(steps.unique_consecutive(return_counts=True)[1].tolist()):
+                longest = int(lengths[pairs[-1] // k])
+                pairs = pairs[places[pairs].argsort(stable=True)]                  # those of an image side by side
                 query, column = pairs // k, places[pairs] - start
-                longest = 8 * math.ceil(int(lengths[query].max()) / 8)             # slicing stops at T
-                logits = model.match(text[query, :longest], keep[query, :longest],
-                                     [one[column] for one in keys_values]).float()
+                logits = model.judge(model.fusion_encoder.first_tokens(
+                    text[query, :longest], keep[query, :longest], keys_values, column))
                 match[pairs] += (logits[:, 1] - logits[:, 0]) / len(passes)
     return plan.workers.summed(match).view(candidates.shape)
 

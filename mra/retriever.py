@@ -97,7 +97,10 @@ class Retriever(nn.Module):
               image_keep: Tensor | None = None) -> Tensor:
         """Matching logits (B, 2) of texts from `fusion_encoder.start` (B, T, D) with the keys and values of images."""
         first = torch.zeros(len(started), 1, dtype=torch.long, device=started.device)    # position of [CLS]
-        fused = self.fusion_encoder(started, keep, first, keys_values, image_keep)[:, 0]              # (B, D)
+        return self.judge(self.fusion_encoder(started, keep, first, keys_values, image_keep)[:, 0])
+
+    def judge(self, fused: Tensor) -> Tensor:
+        """Matching logits (B, 2), mismatched and matched, of fused [CLS] (B, D)."""
         with torch.autocast(fused.device.type, enabled=False):      # bf16 would round the scores that rank candidates
             return self.matching_head(fused.float())
 

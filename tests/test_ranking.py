@@ -1,16 +1,19 @@
 """Metrics against rankings made by hand and naive loops; two-stage search against pairs scored one by one."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from mra import ranking
+from mra.config import PRESETS
 from mra.data.augment import tensor_of
 from mra.data.files import open_image
 from mra.data.records import Record, RecordSet
 from mra.ranking import Found, Plan, choose_weight, retrieval_metrics, search
+from mra.retriever import Retriever
 
 CAPTIONS = ["a man in a red coat with a bag on his left", "a woman",
             "blue jeans and white shoes on the right side", "black hat",
@@ -234,28 +237,47 @@ def test_bf16_rounds_what_encoders_do_and_not_the_order(model, tokenizer, paths)
         assert (other != other.bfloat16().float()).any()            # scores themselves are not rounded
 
 
-def test_candidates_are_scored_in_small_chunks_as_one_by_one(model, tokenizer, paths, monkeypatch):
-    """Three candidates a query, in no order, chunks of two pairs: each logit is where its candidate is.
-
-    The chunks are PAIRS, or as many pairs as GATHERED bytes hold.
-    """
-    seen, real = [], model.match
-    monkeypatch.setattr(model, "match", lambda text, *rest, **more: seen.append(len(text)) or real(text, *rest, **more))
-    depth, tokens = model.config.fusion_depth, model.config.patch_count + 1
-    monkeypatch.setattr(ranking, "GATHERED", 3 * depth * 2 * tokens * model.config.text_dim * 4 + 100)
+def test_candidates_are_scored_in_small_steps_as_one_by_one(model, tokenizer, paths, monkeypatch):
+    """Three candidates a query, in no order, IMAGES of one or two, steps of about TOKENS tokens: each logit is where
+    its candidate is, and a step sees the keys and values of its images themselves."""
+    seen, computed, encoder = [], [], model.fusion_encoder
+    real, real_keys_values = encoder.first_tokens, encoder.keys_values
+    monkeypatch.setattr(encoder, "first_tokens", lambda *step: seen.append(step) or real(*step))
+    monkeypatch.setattr(encoder, "keys_values", lambda x: computed.append(real_keys_values(x)) or computed[-1])
     candidates = torch.tensor([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2], [2, 4, 3]])
     queries = ranking.encode_queries(model, tokenizer, CAPTIONS, batch=2)
     images = ranking.Images(paths, model.config)
-    for mirrored, count in ((False, 2), (True, 2), (False, 256)):
+    longest = int(queries[1].sum(1).max())
+    for mirrored, tokens, count in ((False, 20, 1), (True, 40, 2), (False, 8192, 16)):
         passes = [queries, queries] if mirrored else [queries]
-        seen.clear()
-        monkeypatch.setitem(ranking.PAIRS, "cpu", count)
-        match = ranking.match_candidates(model, images, passes, candidates, Plan(3, batch=2))                  # (5, 3)
-        assert max(seen) == min(count, 3) and sum(seen) == 15 * len(passes)
+        seen.clear(), computed.clear()
+        monkeypatch.setitem(ranking.TOKENS, "cpu", tokens)
+        monkeypatch.setattr(ranking, "IMAGES", count)
+        match = ranking.match_candidates(model, images, passes, candidates, Plan(3, batch=4))                  # (5, 3)
+        sizes = [int(keep.sum()) for _, keep, *_ in seen]
+        assert max(sizes) < tokens + longest and sum(sizes) == 3 * len(passes) * int(queries[1].sum())
+        assert len(computed) == len(passes) * {1: 5, 2: 3, 16: 2}[count]
+        assert {id(step[2]) for step in seen} == {id(one) for one in computed}
         expected = sum(torch.tensor([[pair_by_hand(model, tokenizer, caption, paths[g], bool(i))[1] for g in row]
                                      for caption, row in zip(CAPTIONS, candidates.tolist())])
                        for i in range(len(passes))) / len(passes)
         torch.testing.assert_close(match, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@torch.inference_mode()
+def test_texts_that_ask_for_one_image_are_one_sequence(depth):
+    """[CLS] of six texts with images 1 1 1 3 3 4 of five, as from copied keys and values, in bf16 too."""
+    torch.manual_seed(depth)
+    encoder = Retriever(replace(PRESETS["tiny"], vocab=30, fusion_depth=depth)).eval().fusion_encoder
+    started, lengths, images = torch.randn(6, 9, 32), torch.tensor([3, 9, 1, 4, 4, 7]), torch.tensor([1, 1, 1, 3, 3, 4])
+    keep, keys_values = torch.arange(9) < lengths[:, None], encoder.keys_values(torch.randn(5, 17, 32))
+    copied, first = [one[images] for one in keys_values], torch.zeros(6, 1, dtype=torch.long)
+    expected = encoder(started, keep, first, copied)[:, 0]                         # (6, D)
+    torch.testing.assert_close(encoder.first_tokens(started, keep, keys_values, images), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder.first_tokens(started, keep, keys_values, images)
+    assert 0 < (rounded - expected).abs().max() < 0.1
 
 
 def test_a_pair_scores_the_same_in_any_company(model, tokenizer, paths):

@@ -1,16 +1,19 @@
-"""Re-ranking by the matching head: `ranking.match_candidates` against the published loop, one query at a time.
+"""Re-ranking by the matching head: `ranking.match_candidates` against the published loop and against gathering.
 
     python -m tests.benchmarks.bench_rerank                                              demo preset, small, on the CPU
     python -m tests.benchmarks.bench_rerank --preset swin --queries 6156 --gallery 3074 --k 512 --plain-queries 16
 
 Random weights, images and captions of 8 to 52 word pieces (30 on average); one pass, without the mirror image;
-encoding of the images included on both sides. The loop is timed on its first `--plain-queries` and extrapolated: it
-pads captions to 56, computes keys and values again for each pair, and all tokens of every layer, in float32.
+encoding of the images included on all sides. The loop, one query at a time, is timed on its first `--plain-queries`
+and extrapolated: it pads captions to 56, computes keys and values again for each pair, and all tokens of every layer,
+in float32. Gathering copies an image's keys and values for each pair, as `match_candidates` did until November 2026.
+The two take turns, `--repeats` times each; their best times count.
 """
 
 import argparse
 import dataclasses
 import functools
+import math
 import platform
 import time
 
@@ -43,6 +46,24 @@ def plain_loop(model: Retriever, encoded: Tensor, tokens: Tensor, keep: Tensor, 
     return torch.stack(rows)
 
 
+@torch.inference_mode()
+def gathering(model: Retriever, images: list[Tensor], texts: tuple[Tensor, Tensor], candidates: Tensor) -> Tensor:
+    """Logits (Q, k): steps of pairs of similar length, padded to a multiple of 8, with copied keys and values."""
+    (started, keep), k, places = texts, candidates.shape[1], candidates.flatten()
+    match, lengths = torch.zeros(len(places), device=places.device), keep.sum(1)
+    for start in range(0, len(images), 64):
+        view = torch.stack(images[start:start + 64]).to(places.device)
+        keys_values = model.fusion_encoder.keys_values(model.image_encoder(view))
+        asked = ((places >= start) & (places < start + 64)).nonzero().squeeze(1)
+        fitting = max(1, min(2048 if CUDA else 256, 4 * 2**30 // sum(one[0].nbytes for one in keys_values)))
+        for pairs in asked[lengths[asked // k].argsort(stable=True)].split(fitting):
+            query, column = pairs // k, places[pairs] - start
+            longest = 8 * math.ceil(int(lengths[query].max()) / 8)
+            logits = model.match(started[query, :longest], keep[query, :longest], [one[column] for one in keys_values])
+            match[pairs] = (logits[:, 1] - logits[:, 0]).float()
+    return match.view(candidates.shape)
+
+
 def timed(function) -> tuple[float, Tensor]:
     """Seconds, and the result."""
     if CUDA:
@@ -55,13 +76,12 @@ def timed(function) -> tuple[float, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("queries", 96), ("gallery", 96), ("k", 32), ("plain-queries", 96), ("pairs", 0)):
+    for name, default in (("queries", 96), ("gallery", 96), ("k", 32), ("plain-queries", 96), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--preset", default="demo", choices=PRESETS)
     parser.add_argument("--precision", default="bf16" if CUDA else "float32", choices=("float32", "bf16"))
     given = parser.parse_args()
     device = torch.device("cuda" if CUDA else "cpu")
-    ranking.PAIRS[device.type] = given.pairs or ranking.PAIRS[device.type]
     torch.manual_seed(0)
     model = Retriever(dataclasses.replace(PRESETS[given.preset], vocab=1000)).to(device).eval()
     images = [torch.randn(3, model.config.height, model.config.width) for _ in range(given.gallery)]
@@ -76,20 +96,29 @@ def main() -> None:
     plain_loop(model, encoded, tokens[:1], keep[:1], candidates[:1])                            # warms up
     plain_time, plain = timed(functools.partial(plain_loop, model, encoded, tokens[few], keep[few], candidates[few]))
     plain_time = encoding_time + plain_time * given.queries / min(given.plain_queries, given.queries)
-    del encoded         # ours has the device's memory for itself
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
+    del encoded, tokens         # the others have the device's memory for themselves
+    ways = {"gathering": lambda: gathering(model, images, (started, keep), candidates),
+            "ours": lambda: ranking.match_candidates(model, images, [(started, keep, features)], candidates,
+                                                     ranking.Plan(given.k))}
+    times, peaks, logits = {name: torch.inf for name in ways}, {}, {}
     with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):
-        our_time, ours = timed(lambda: ranking.match_candidates(
-            model, images, [(started, keep, features)], candidates, ranking.Plan(given.k)))
-    off = (ours[few] - plain).abs().max()
-    related = torch.corrcoef(torch.stack([ours[few].flatten(), plain.flatten()]))[0, 1]
+        for name in [*ways] * given.repeats:
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            seconds, logits[name] = timed(ways[name])
+            times[name] = min(times[name], seconds)
+            peaks[name] = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if CUDA else ""
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if CUDA else ""
     print(f"{machine}; torch {torch.__version__}; {given.preset}, {given.queries} queries, {given.gallery} images, "
-          f"first {given.k}\nplain loop, float32      {plain_time:9.2f} s (from {given.plain_queries} queries)\n"
-          f"ours, {given.precision:18} {our_time:9.2f} s{memory}, {plain_time / our_time:.2f} times as fast; largest "
-          f"difference of a logit {off:.1e}, correlation {related:.6f}")
+          f"first {given.k}\nplain loop, float32      {plain_time:9.2f} s (from {given.plain_queries} queries)")
+    for name, seconds in times.items():
+        off = (logits[name][few] - plain).abs().max()
+        related = torch.corrcoef(torch.stack([logits[name][few].flatten(), plain.flatten()]))[0, 1]
+        print(f"{name + ', ' + given.precision:24} {seconds:9.2f} s{peaks[name]}, {candidates.numel() / seconds:.0f} "
+              f"pairs/s, {plain_time / seconds:.2f} times as fast; largest difference of a logit {off:.1e}, "
+              f"correlation {related:.6f}")
+    print(f"ours beside gathering: {times['gathering'] / times['ours']:.2f} times as fast, largest difference "
+          f"{(logits['ours'] - logits['gathering']).abs().max():.1e}")
 
 
 if __name__ == "__main__":
