@@ -149,7 +149,8 @@ def in_gallery(folder: Path, model) -> None:
     if not (folder / "photos").exists():
         (folder / "photos").mkdir()
         Image.new("RGB", (8, 8)).save(folder / "photos/a.png")
-    gallery.encode(folder / "photos", model, folder / "x.safetensors", Plan(0, batch=4), say=lambda line: None)
+    gallery.encode("photos", [str(folder / "photos/a.png")], model, folder / "x.safetensors", Plan(0, batch=4),
+                   say=lambda line: None)
 
 
 def in_part(folder: Path, _) -> None:
