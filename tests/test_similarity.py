@@ -34,7 +34,7 @@ def chunked(monkeypatch):
 
     def of(rows: int) -> None:
         monkeypatch.setattr(scale, "PLAIN", 0)
-        monkeypatch.setattr(scale, "ROWS", rows)
+        monkeypatch.setattr(scale, "TILES", {"cpu": (rows, 2 * rows + 1)})
     return of
 
 
@@ -214,7 +214,7 @@ def one_of_two(rank: int, folder: str) -> None:
     """A process of `test_two_processes_are_one`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    scale.ROWS, found = 4, []
+    scale.TILES, found = {"cpu": (4, 6)}, []
     for scale.PLAIN in PLAINS:
         found.append(share_of(Processes()))
     torch.save(found, f"{folder}/{rank}.pt")
@@ -264,11 +264,12 @@ def test_kernels_are_fused_and_fall_back(compiles, monkeypatch, capfd):
         def fails(*args, **kwargs):
             raise torch._dynamo.exc.Unsupported("no compiler")
         monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
-    scale_sums = FUSED(lambda *chunk: scale.sums(*chunk))
+    scale_sums = FUSED(lambda *tile: scale.sums(*tile))
     for count in (40, 50):
-        image, text, _, classes = unit(count, 8), unit(count, 8), None, torch.arange(count) % 7
-        chunk = image, classes, text, classes, torch.tensor(14.0, dtype=image.dtype), 0.1
-        for found, right in zip(scale_sums(*chunk), scale.sums(*chunk)):
+        image, text, classes = unit(count, 8), unit(count, 8), torch.arange(count) % 7
+        weights = torch.full((count,), 0.1).double()
+        tile = image, classes, 2 * weights, text, classes, weights, torch.tensor(14.0, dtype=image.dtype)
+        for found, right in zip(scale_sums(*tile), scale.sums(*tile)):
             assert error(found, right) < 1e-6
     assert capfd.readouterr().out.count("torch.compile failed") == (not compiles)
 

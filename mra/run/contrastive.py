@@ -1,11 +1,11 @@
 """The contrastive loss of losses.py for batches of any size, and for batches that several workers share.
 
-The N x N logits exist only in chunks: a few rows, all columns. The forward pass keeps their log-sum-exp in both
-directions, and the backward pass computes each chunk again, each as one kernel that torch.compile fuses. Each worker
-computes the rows of its own images: features are exchanged, logits never.
+The N x N logits exist only in tiles. The forward pass keeps their log-sum-exp in both directions, and the backward pass
+computes each tile again; what follows its product is one kernel that torch.compile fuses. Each worker computes the rows
+of its own images: features are exchanged, logits never.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -14,17 +14,17 @@ from torch import Tensor
 from mra import losses
 from mra.workers import Workers
 
-PLAIN = 1024    # pairs up to which the whole matrix is computed: it is small, and chunks are slower
-ROWS = 1024     # of a chunk
+PLAIN = 1024    # pairs up to which the whole matrix is computed: it is small, and tiles are slower
+TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}     # rows and columns: one fits the caches, one needs few launches
 
 
 def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor, smoothing: float = 0.0,
                 workers: Workers = Workers()) -> Tensor:
-    """`losses.contrastive` of all workers' pairs, from this worker's own, in memory of O(N E) and one chunk; a scalar.
+    """`losses.contrastive` of all workers' pairs, from this worker's own, in memory of O(N E) and one tile; a scalar.
 
     image, text (B, E) of unit length, classes (B,), B the same for every worker: N = workers x B pairs. Each worker
     returns the joint loss, and the mean of the workers' gradients is the joint gradient. Under autocast features are
-    rounded to its precision; chunks keep their products in float32, the whole matrix does not.
+    rounded to its precision; tiles keep their products in float32, the whole matrix does not.
     """
     device = image.device.type
     if len(image) * workers.count <= PLAIN:
@@ -34,7 +34,7 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
         image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
     wide = torch.promote_types(image.dtype, torch.float32)
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=image.device)
-    # chunks are compiled by themselves, so a compiled model must not trace them; as a decorator `disable` would load
+    # tiles are compiled by themselves, so a compiled model must not trace them; as a decorator `disable` would load
     # the compiler, which takes two seconds, in every process that imports this file
     chunked = torch.compiler.disable(Contrastive.apply)
     with torch.autocast(device, enabled=False):
@@ -49,7 +49,7 @@ def distribution_matching(image: Tensor, text: Tensor, temperature: Tensor | flo
 
 
 class Contrastive(torch.autograd.Function):
-    """The loss in chunks. Saves features and N-vectors for the backward pass; gradients have the features' dtype.
+    """The loss in tiles. Saves features and N-vectors for the backward pass; gradients have the features' dtype.
 
     L = 1/N sum_i [(lse_j l_ij + lse_j l_ji) / 2 - sum_j target_ij l_ij],    l_ij = scale image_i . text_j
     which is losses.contrastive because the targets are symmetric and each row sums to one.
@@ -59,32 +59,35 @@ class Contrastive(torch.autograd.Function):
     def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, classes: Tensor, smoothing: float,
                 workers: Workers) -> Tensor:
         texts, classes, own = workers.gathered(text), workers.gathered(classes), workers.own_rows(len(text))
-        lse_row, aligned = [], []
+        ordered = classes.sort().values
+        labels = torch.searchsorted(ordered, classes, out_int32=True)     # of classes, compared in half the time  (N,)
+        count = torch.searchsorted(ordered, classes, right=True) - labels                              # (N,)
+        uniform = torch.full_like(count, smoothing / len(texts), dtype=scale.dtype)                    # (N,)
+        matrix = image, labels[own], ((1 - smoothing) / count.to(uniform) + uniform)[own], texts, labels, uniform, scale
+        lse_row, aligned = scale.new_full((len(image),), -torch.inf), scale.new_zeros(len(image))      # (B,), (B,)
         lse_column = scale.new_full((len(texts),), -torch.inf)                                         # (N,)
-        for rows, row_classes in zip(image.split(ROWS), classes[own].split(ROWS)):
-            of_rows, of_columns, of_targets = fused(sums)(rows, row_classes, texts, classes, scale, smoothing)
-            lse_row.append(of_rows)
-            aligned.append(of_targets)
-            torch.logaddexp(lse_column, of_columns, out=lse_column)
-        lse_row, aligned = torch.cat(lse_row), torch.cat(aligned)                                      # (B,), (B,)
-        lse_column = workers.gathered(lse_column[None]).logsumexp(0)                                   # (N,)
-        ctx.smoothing, ctx.workers = smoothing, workers
-        ctx.save_for_backward(image, texts, scale, classes, lse_row, lse_column)
+        for r, c, tile in tiles(*matrix):
+            of_rows, of_columns, of_targets = fused(sums)(*tile)
+            torch.logaddexp(lse_row[r], of_rows, out=lse_row[r])
+            torch.logaddexp(lse_column[c], of_columns, out=lse_column[c])
+            aligned[r] += of_targets
+        lse_column = workers.gathered(lse_column[None]).logsumexp(0)
+        ctx.workers = workers
+        ctx.save_for_backward(lse_row, lse_column, *matrix)
         return workers.summed(((lse_row + lse_column[own]) / 2 - aligned).sum()) / len(texts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
-        image, texts, scale, classes, lse_row, lse_column = ctx.saved_tensors
-        own = ctx.workers.own_rows(len(image))
-        to_image, to_text = [], scale.new_zeros(texts.shape)                                           # (N, E)
+        lse_row, lse_column, *matrix = ctx.saved_tensors
+        image, _, _, texts, _, _, scale = matrix
+        to_image, to_text = (torch.zeros_like(x, dtype=scale.dtype) for x in (image, texts))           # (B, E), (N, E)
         with torch.autocast(image.device.type, enabled=False):
-            for rows, row_classes, lse in zip(image.split(ROWS), classes[own].split(ROWS), lse_row.split(ROWS)):
-                chunk = rows, row_classes, texts, classes, scale, ctx.smoothing
-                slope = fused(slopes)(chunk, lse, lse_column)                                          # (R, N)
-                to_image.append(product(slope, texts, scale.dtype))
-                to_text += product(slope.T, rows, scale.dtype)
-        to_image, to_text = torch.cat(to_image), ctx.workers.summed(to_text)[own]                      # (B, E), (B, E)
+            for r, c, tile in tiles(*matrix):
+                slope = fused(slopes)(tile, lse_row[r], lse_column[c])                                 # (R, C)
+                add_product(to_image[r], slope, texts[c])
+                add_product(to_text[c], slope.T, image[r])
+        to_text = ctx.workers.summed(to_text)[ctx.workers.own_rows(len(image))]                        # (B, E)
         upstream = upstream * ctx.workers.count / len(texts)
         to_scale = upstream * (image * to_image).sum()
         return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None, None
@@ -108,25 +111,33 @@ def fused(function: Callable) -> Callable:
     return call
 
 
-def sums(*chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one chunk's logits: log-sum-exp of its rows (R,), of its columns (N,), and sum_j target_ij l_ij (R,)."""
-    logits, targets = logits_and_targets(*chunk)
+def tiles(*matrix: Tensor) -> Iterator[tuple[slice, slice, tuple]]:
+    """The rows, the columns and the inputs of each tile, of those of all logits (see `logits_and_targets`)."""
+    of_rows, of_columns, (height, width) = matrix[:3], matrix[3:6], TILES[matrix[0].device.type]
+    for top in range(0, len(of_rows[0]), height):
+        for left in range(0, len(of_columns[0]), width):
+            r, c = slice(top, top + height), slice(left, left + width)
+            yield r, c, (*(x[r] for x in of_rows), *(x[c] for x in of_columns), matrix[6])
+
+
+def sums(*tile) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one tile's logits: log-sum-exp of its rows (R,), of its columns (C,), and sum_j target_ij l_ij (R,)."""
+    logits, targets = logits_and_targets(*tile)
     return logits.logsumexp(1), logits.logsumexp(0), (targets * logits).sum(1)
 
 
-def slopes(chunk: tuple, lse_row: Tensor, lse_column: Tensor) -> Tensor:
-    """N dL / dl_ij = (exp(l_ij - lse_row_i) + exp(l_ij - lse_column_j)) / 2 - target_ij, (R, N), in image's dtype."""
-    logits, targets = logits_and_targets(*chunk)
+def slopes(tile: tuple, lse_row: Tensor, lse_column: Tensor) -> Tensor:
+    """N dL / dl_ij = (exp(l_ij - lse_row_i) + exp(l_ij - lse_column_j)) / 2 - target_ij, (R, C), in image's dtype."""
+    logits, targets = logits_and_targets(*tile)
     chances = ((logits - lse_row[:, None]).exp() + (logits - lse_column).exp()) / 2
-    return (chances - targets).to(chunk[0].dtype)
+    return (chances - targets).to(tile[0].dtype)
 
 
-def logits_and_targets(image: Tensor, row_classes: Tensor, texts: Tensor, classes: Tensor, scale: Tensor,
-                       smoothing: float) -> tuple[Tensor, Tensor]:
-    """The logits and the targets (R, N) of a chunk, image (R, E) and its classes (R,), with all texts (N, E)."""
-    same = row_classes[:, None] == classes                                                             # (R, N)
-    weight = (1 - smoothing) / same.sum(1, keepdim=True).to(scale.dtype)
-    return product(image, texts.T, scale.dtype) * scale, same * weight + smoothing / len(texts)
+def logits_and_targets(image: Tensor, row_labels: Tensor, shared: Tensor, text: Tensor, labels: Tensor,
+                       uniform: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and targets (R, C) of image (R, E) and text (C, E): shared (R,) where labels agree, else uniform (C,)."""
+    same = row_labels[:, None] == labels                                                               # (R, C)
+    return product(image, text.T, scale.dtype) * scale, torch.where(same, shared[:, None], uniform)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,6 +145,11 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += product(a, b): at once where the precision is one, which saves a pass over a matrix."""
+    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(product(a, b, total.dtype))
 
 
 CONTRASTIVE = {"itc": contrastive, "sdm": distribution_matching}       # by the value of --contrastive

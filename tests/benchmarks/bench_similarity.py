@@ -7,7 +7,9 @@
 Every line is measured in a fresh process on random unit features and a third of the pairs sharing an identity. Memory
 is the peak of what CUDA allocated, inputs included; on the CPU, of resident memory (anonymous alone with --file, which
 searches a memory-mapped safetensors file) while it ran, beyond that between runs. The floor is the time that the
-matrix products alone take at the rate measured for a large one.
+matrix products alone take at the rate measured for a large one; the side `products` runs those of the loss in its own
+tiles and nothing else. `before` is the loss in chunks of 1,024 rows, as it was until November 2026. `linear_ce` is
+torch's chunked linear_cross_entropy in both directions with hard labels, an easier loss.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from mra.run import contrastive as chunked
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SIDES = "plain", "compiled", "ours"
+LOSSES = "before", "linear_ce", "products"      # further sides of the loss
 PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -69,14 +72,87 @@ def measure(function: Callable, repeats: int) -> tuple[float, float]:
     return seconds(function, repeats), resident("VmHWM") - before
 
 
+def products(image: Tensor, text: Tensor) -> None:
+    """The four matrix products of our loss, tile by tile."""
+    height, width = chunked.TILES[image.device.type]
+    to_image, to_text = torch.zeros_like(image, dtype=torch.float32), torch.zeros_like(text, dtype=torch.float32)
+    for top in range(0, len(image), height):
+        for left in range(0, len(text), width):
+            r, c = slice(top, top + height), slice(left, left + width)
+            for _ in range(2):
+                logits = chunked.product(image[r], text[c].T, torch.float32).to(image.dtype)
+            chunked.add_product(to_image[r], logits, text[c])
+            chunked.add_product(to_text[c], logits.T, image[r])
+
+
+def linear_cross_entropy(image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, smoothing: float) -> Tensor:
+    """torch's own loss in chunks (2.14 and newer): each pair is its only positive."""
+    own, options = torch.arange(len(ids), device=ids.device), torch.nn.LinearCrossEntropyOptions()
+    directions = [F.linear_cross_entropy(a / temperature, b, own, label_smoothing=smoothing, options=options)
+                  for a, b in ((image, text), (text, image))]
+    return sum(directions) / 2
+
+
+def before(image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, smoothing: float) -> Tensor:
+    return Before.apply(image, text, 1 / temperature, ids, smoothing)
+
+
+class Before(torch.autograd.Function):
+    """The loss in chunks of 1,024 rows and all columns, for one worker."""
+
+    @staticmethod
+    def forward(ctx, image, text, scale, ids, smoothing):
+        lse_row, aligned, lse_column = [], [], scale.new_full((len(text),), -torch.inf)
+        for rows, row_ids in zip(image.split(1024), ids.split(1024)):
+            of_rows, of_columns, of_targets = chunked.fused(sums_before)(rows, row_ids, text, ids, scale, smoothing)
+            lse_row.append(of_rows)
+            aligned.append(of_targets)
+            torch.logaddexp(lse_column, of_columns, out=lse_column)
+        lse_row = torch.cat(lse_row)
+        ctx.smoothing = smoothing
+        ctx.save_for_backward(image, text, scale, ids, lse_row, lse_column)
+        return ((lse_row + lse_column) / 2 - torch.cat(aligned)).mean()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        image, text, scale, ids, lse_row, lse_column = ctx.saved_tensors
+        to_image, to_text = [], scale.new_zeros(text.shape)
+        for rows, row_ids, lse in zip(image.split(1024), ids.split(1024), lse_row.split(1024)):
+            slope = chunked.fused(slopes_before)((rows, row_ids, text, ids, scale, ctx.smoothing), lse, lse_column)
+            to_image.append(chunked.product(slope, text, scale.dtype))
+            to_text += chunked.product(slope.T, rows, scale.dtype)
+        to_image, upstream = torch.cat(to_image), upstream / len(text)
+        to_scale = upstream * (image * to_image).sum()
+        return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None
+
+
+def sums_before(*chunk):
+    logits, targets = logits_and_targets_before(*chunk)
+    return logits.logsumexp(1), logits.logsumexp(0), (targets * logits).sum(1)
+
+
+def slopes_before(chunk, lse_row, lse_column):
+    logits, targets = logits_and_targets_before(*chunk)
+    chances = ((logits - lse_row[:, None]).exp() + (logits - lse_column).exp()) / 2
+    return (chances - targets).to(chunk[0].dtype)
+
+
+def logits_and_targets_before(image, row_ids, text, ids, scale, smoothing):
+    same = row_ids[:, None] == ids
+    weight = (1 - smoothing) / same.sum(1, keepdim=True).to(scale.dtype)
+    return chunked.product(image, text.T, scale.dtype) * scale, same * weight + smoothing / len(text)
+
+
 def contrastive(side: str, count: int, width: int, precision: torch.dtype) -> Callable:
     """One forward and backward pass."""
     image, text = (F.normalize(torch.randn(count, width, device=DEVICE), dim=1).to(precision).requires_grad_()
                    for _ in range(2))
     temperature, ids = torch.tensor(0.07, device=DEVICE, requires_grad=True), torch.arange(count, device=DEVICE)
     ids = ids.where(ids % 3 > 0, ids // 6)
-    loss = {"plain": losses.contrastive, "compiled": torch.compile(losses.contrastive),
-            "ours": chunked.contrastive}[side]
+    if side == "products":
+        return lambda: products(image.detach(), text.detach())
+    loss = {"plain": losses.contrastive, "compiled": torch.compile(losses.contrastive), "ours": chunked.contrastive,
+            "before": before, "linear_ce": linear_cross_entropy}[side]
     return lambda: torch.autograd.grad(loss(image, text, temperature, ids, 0.1), (image, text, temperature))
 
 
@@ -139,6 +215,8 @@ def compare(title: str, floor: float, given: argparse.Namespace, *what: str) -> 
     """A line for each side, in a process of its own."""
     first = None
     for side in given.sides:
+        if side in LOSSES and what[0] != "loss":
+            continue
         done = subprocess.run([sys.executable, "-m", "tests.benchmarks.bench_similarity", *sys.argv[1:], "--inner",
                                side, *what], capture_output=True, text=True)
         if done.returncode:
@@ -159,7 +237,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=512 if CUDA else 32)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16" if CUDA else "float32")
     parser.add_argument("--repeats", type=int, default=20 if CUDA else 3)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES + LOSSES, default=SIDES + LOSSES)
     parser.add_argument("--file", action="store_true", help="search a memory-mapped file of bf16 vectors")
     parser.add_argument("--inner", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
