@@ -38,7 +38,7 @@ def main() -> None:
     check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
-                f"Running on {machine.device} in {machine.precision}, {machine.workers.count} process(es).")
+                f"Running on {machine.device} in {machine.precision}, {machine.group.count} process(es).")
     if config.train_base:
         train_base(config, machine)
     else:
@@ -65,7 +65,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
            "precision": machine.precision, "recipe": asdict(DAD_RECIPES[config.size]), **target.key,
            "plan": checkpoint.digest_of(plan.content())}
     set_key = key | {name: getattr(config, name) for name in THRESHOLDS}
-    machine.first(lambda: parts.begin(out, key, config.resume, machine))
+    machine.on_rank_0(lambda: parts.begin(out, key, config.resume, machine))
     if parts.is_finished(out, set_key):
         return machine.say(f"{out} is complete.")
     # ---- what learns the target: autoencoder, branch, a judge of malformed people
@@ -76,7 +76,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     painter = Painter(config, base, branch, target.images, plan.source_sample)
     parts.make_parts(painter, judge, plan, out, machine)
     # ---- the set: what passes the filters
-    machine.first(lambda: parts.finish(config, out, target.images, set_key, machine))
+    machine.on_rank_0(lambda: parts.finish(config, out, target.images, set_key, machine))
 
 
 def train_base(config: AdaptConfig, machine: Machine) -> None:

@@ -59,13 +59,13 @@ def main() -> None:
     if given.weight < 0:
         config = replace(config, weight=facts["val"].get("weight", 0.0))
     mirror = config.mirror and facts.get("mirror", True)
-    plan = ranking.Plan(config.k, mirror, config.batch, config.workers, machine.workers)
+    settings = ranking.Settings(config.k, mirror, config.batch, config.workers, machine.group)
     folder = Path(config.out or ("out/shipped" if shipped else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
     if config.query or config.queries or config.query_image or config.serve >= 0:
-        return answer(config, machine, plan, model, tokenizer, facts, folder)
-    results, rows = measure(config, machine, plan, model, tokenizer, facts)
-    if machine.workers.rank == 0:
+        return answer(config, machine, settings, model, tokenizer, facts, folder)
+    results, rows = measure(config, machine, settings, model, tokenizer, facts)
+    if machine.group.rank == 0:
         # the names say which flags differ from the defaults, so results with other flags stay
         ending = ""
         if given.dataset != (trained_on,):
@@ -104,7 +104,7 @@ def load(config: EvalConfig, facts: dict, dataset: str, machine: Machine) -> Rec
     return read.load(dataset, config.split, root, config.allow_missing, machine.say)
 
 
-def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retriever, tokenizer: Tokenizer,
+def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, model: Retriever, tokenizer: Tokenizer,
             facts: dict) -> tuple[dict, list[pictures.Row]]:
     """Print and return the metrics on every dataset, and rows of a picture: queries with their first images."""
     results, rows = {}, []
@@ -119,7 +119,7 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
         if lost:
             machine.say(f"{lost} of {len(captions)} queries are of people without an image, and are not counted.")
         with machine.autocast():        # similarities and scores stay in float32
-            found = ranking.search(model, tokenizer, captions, paths, plan)
+            found = ranking.search(model, tokenizer, captions, paths, settings)
         last = found.reranked(config.weight)
         metrics = {"embeddings": found.metrics(query_ids, gallery_ids, found.candidates)}
         if config.k:
@@ -132,10 +132,10 @@ def measure(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Ret
     return results, rows
 
 
-def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retriever, tokenizer: Tokenizer,
+def answer(config: EvalConfig, machine: Machine, settings: ranking.Settings, model: Retriever, tokenizer: Tokenizer,
            facts: dict, folder: Path) -> None:
     """Rank a folder of photographs, or the images of the split, for every query or for those of the page."""
-    if machine.workers.count > 1:
+    if machine.group.count > 1:
         raise UserError("Queries are answered by one process: start it without torchrun.")
     dataset, = config.dataset
     server = page.Server(config.serve) if config.serve >= 0 else None      # it claims its port before the encoding
@@ -147,8 +147,8 @@ def answer(config: EvalConfig, machine: Machine, plan: ranking.Plan, model: Retr
         else:
             paths = [record.path for record in load(config, facts, dataset, machine).records if record.path]
         name, cache = config.gallery or dataset, folder / "gallery.safetensors"
-        paths, features, left_out = gallery.encode(name, paths, model, cache, plan)
-        searched = gallery.Gallery(model, tokenizer, dataset, paths, features, plan, config.weight)
+        paths, features, left_out = gallery.encode(name, paths, model, cache, settings)
+        searched = gallery.Gallery(model, tokenizer, dataset, paths, features, settings, config.weight)
         if server:
             return server.serve(searched, name, config.threshold, machine.autocast)
         answers = gallery.answer(config, searched, sentences, image, folder / "query.png")

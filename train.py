@@ -58,11 +58,11 @@ def main() -> None:
         well = check_set(config.dataset, root, tokenizer, PRESETS[config.preset].max_tokens,
                          config.workers or machine.cores, machine.say)
         sys.exit(0 if well else 1)
-    best, plan = None, stages.plan_stages(config, machine)
-    Path(plan[-1].out).mkdir(parents=True, exist_ok=True)        # a wrong --out fails before the first stage
-    for number, stage in enumerate(plan, 1):
-        if len(plan) > 1:
-            machine.say(f"Stage {number} of {len(plan)}: training on {stage.dataset}.")
+    best, queue = None, stages.stages_of(config, machine)
+    Path(queue[-1].out).mkdir(parents=True, exist_ok=True)        # a wrong --out fails before the first stage
+    for number, stage in enumerate(queue, 1):
+        if len(queue) > 1:
+            machine.say(f"Stage {number} of {len(queue)}: training on {stage.dataset}.")
         if best:        # a checkpoint, which has its own vocabulary
             stage = replace(stage, init=str(best), bert="", vit="", vocab="")
         best = train(stage, machine)
@@ -74,9 +74,9 @@ def train(config: TrainConfig, machine: Machine) -> Path:
     config = replace(config, out=str(path.parent))
     with claimed(path.parent, machine):
         machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
-                    f"Training on {machine.device} in {machine.precision}, {machine.workers.count} process(es).")
+                    f"Training on {machine.device} in {machine.precision}, {machine.group.count} process(es).")
         best = train_stage(config, path, machine)
-    machine.first(path.touch)       # evaluate.py takes the newest checkpoint, also if this run had nothing left to do
+    machine.on_rank_0(path.touch)   # evaluate.py takes the newest checkpoint, also if this run had nothing left to do
     machine.say(f"Best on val: {stages.describe(best)}\n{path} is ready after {time.perf_counter() - started:.0f} s.")
     return path
 
@@ -92,17 +92,17 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
         if record.path:
             open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
-    # ---- plan and loss
-    fit, fusion_from, evals = stages.plan_of(config, len(dataset), machine.workers.count)
+    # ---- steps and loss
+    fit, fusion_from, evals = stages.fit_of(config, len(dataset), machine.group.count)
     key = stages.key_of(config, machine, model, tokenizer, [train_set, val_set])
     log = path.with_name("log.jsonl")
     step_model = torch.compile(model) if config.compile else model
 
     def loss_of(portion: Portion) -> dict[str, Tensor]:
-        """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM) of one worker's pairs."""
+        """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM) of one member's pairs."""
         objective = Objective(portion.step >= fusion_from, config.smoothing, config.eda,
-                              partial(contrastive.CONTRASTIVE[config.contrastive], workers=portion.workers),
-                              partial(contrastive.mean_where, workers=portion.workers))
+                              partial(contrastive.CONTRASTIVE[config.contrastive], group=portion.group),
+                              partial(contrastive.mean_where, group=portion.group))
         terms = step_model(portion.batch.to(machine.device), objective)
         return terms | {"loss": losses.total(terms, config.beta)}
 
@@ -110,35 +110,36 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     def keep_best(done: int, before: dict) -> dict:
         """Evaluate after `done` steps, and save the weights if they are the best; returns this result and the best."""
         fused = done > fusion_from
-        plan = ranking.Plan(model.config.rerank if fused else 0, loading=config.workers, workers=machine.workers)
+        settings = ranking.Settings(model.config.rerank if fused else 0, loading=config.workers, group=machine.group)
         autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py does
         with autocast:
-            result = ranking.validate(model, tokenizer, val_set, fused, plan)
+            result = ranking.validate(model, tokenizer, val_set, fused, settings)
         write_line(log, {"step": done, "val": result}, machine)
         machine.say(f"val at step {done}: {stages.describe(result)}")
         best = before.get("best", result)
-        if result["quality"] >= best["quality"]:
+        if result["selected_by"] >= best["selected_by"]:
             best = result
             facts = model_facts(model, tokenizer) | {
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
-                "pairs": len(dataset), "adapted": key["content of the adapted set"], "processes": machine.workers.count,
+                "pairs": len(dataset), "adapted": key["content of the adapted set"], "processes": machine.group.count,
                 "versions": checkpoint.VERSIONS, "step": done, "val": result}
             weights = checkpoint.weights(model, config.half)
-            machine.first(lambda: checkpoint.save(path, weights, facts))
+            machine.on_rank_0(lambda: checkpoint.save(path, weights, facts))
         return {"val": result, "best": best}
 
     # ---- loop
     task = Task(name="retriever", network=model, fit=fit, seed=config.seed, state=path.with_name("last.safetensors"),
-                log=log, key=key, groups=stages.groups(model, config), log_every=config.log_every, save_after=evals,
-                evaluate=keep_best, after_step=model.limit_temperature, advice=stages.ADVICE, resume=config.resume)
+                log=log, key=key, param_groups=stages.param_groups(model, config), log_every=config.log_every,
+                save_after=evals, evaluate=keep_best, after_step=model.limit_temperature, advice=stages.ADVICE,
+                resume=config.resume)
     loop = Loop(task, loss_of, machine)
     if loop.results and not path.exists():
         raise UserError(f"{task.state} goes on from a {path.name} that is gone: put it back, or give --no-resume.")
     # each item is a list of one Batch for every thread; the seed and the pairs of a batch decide their order
-    keys = order(dataset.lengths, config.batch, config.seed, loop.first * config.accumulate,
-                 fit.steps * config.accumulate, machine.workers.rank, machine.workers.count)
+    keys = order(dataset.lengths, config.batch, config.seed, loop.done * config.accumulate,
+                 fit.steps * config.accumulate, machine.group.rank, machine.group.count)
     loop.run(loader(dataset, config.workers, batch_sampler=keys, pin_memory=machine.device.type == "cuda",
-                    collate_fn=partial(dataset.collate_parts, parts=len(loop.workers))))
+                    collate_fn=partial(dataset.collate_parts, parts=len(loop.groups))))
     return loop.results["best"]
 
 

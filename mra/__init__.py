@@ -10,7 +10,7 @@ The method, in reading order; each file's docstring says what to read next:
     retriever.py          MRA: the encoders, the heads and the loss terms of one batch
     ranking.py            two-stage search and its metrics
     diffusion/            DaD: images that look as if the target's cameras had taken them
-    workers.py            how a step or a search is shared out
+    group.py              how a step or a search is shared out
 
 Beside the method; the method imports none of these:
 
@@ -26,7 +26,7 @@ Shape letters; a docstring explains any other. Masks end in `_keep`, True = use 
     B batch      N patches    T tokens of a text   P tokens of a phrase   M positions picked, as of masked words
     D width      E embedding  S keys attended      V vocabulary           H x W pixels
     in ranking.py: Q queries    G gallery images   K candidates of a query, the first k of them re-scored
-    in run/contrastive.py: N pairs of all workers             R rows of a chunk
+    in run/contrastive.py: N pairs of all members             R rows of a chunk
     in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
 Public: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`, `mra.diffusion.dpm_solver`.

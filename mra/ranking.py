@@ -3,8 +3,8 @@
 A candidate's score is match + weight * similarity. The match is the fusion encoder's logit [matched] - [mismatched],
 the similarity is the cosine of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score here
 depends on its pair alone. MRA section 3 normalises scores over all pairs: there a query's order depends on the others.
-With `Plan.mirror` both stages average two passes: images and captions as they are, then mirrored images and captions
-with left and right exchanged. Read next: workers.py, evaluate.py.
+With `Settings.mirror` both stages average two passes: images and captions as they are, then mirrored images and
+captions with left and right exchanged. Read next: group.py, evaluate.py.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from mra.data.files import open_image
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer, pad
 from mra.data.words import swap_left_right
+from mra.group import Group
 from mra.retriever import Retriever
-from mra.workers import Workers
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10                          # images shown for each query
@@ -59,7 +59,7 @@ def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) ->
     return means(metric_rows(order, query_ids, gallery_ids))
 
 
-def quality(metrics: dict[str, float]) -> float:
+def selection_score(metrics: dict[str, float]) -> float:
     """What weights and checkpoints are chosen by: the mean of R@1 and mAP varies less than R@1 alone."""
     return (metrics["R@1"] + metrics["mAP"]) / 2
 
@@ -67,15 +67,15 @@ def quality(metrics: dict[str, float]) -> float:
 # ---- search
 
 @dataclass(frozen=True)
-class Plan:
-    """How to search. The workers share out the images, and all get the same result."""
+class Settings:
+    """How to search. The group shares out the images, and all get the same result."""
 
     k: int                          # candidates that the fusion encoder re-scores, at most G; 0: none
     mirror: bool = True             # average over the mirror images
     batch: int = 64                 # images encoded at a time
     loading: int = 0                # image decoding processes
-    workers: Workers = Workers()
-    first: int = FIRST              # images found for each query, at least
+    group: Group = Group()
+    shown: int = FIRST              # images found for each query, at least
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,21 @@ class Found:
         order = score.argsort(dim=1, descending=True, stable=True)
         return torch.cat([self.candidates[:, :k].gather(1, order), self.candidates[:, k:]], 1)
 
-    def metrics(self, query_ids: Tensor, gallery_ids: Tensor, first: Tensor) -> dict[str, float]:
-        """METRICS in percent of `first` (Q, K), an order of the candidates; all other images follow by similarity."""
+    def metrics(self, query_ids: Tensor, gallery_ids: Tensor, leading: Tensor) -> dict[str, float]:
+        """METRICS in percent of `leading` (Q, K), an order of the candidates; all other images follow by similarity."""
         rows = []
         for some in torch.arange(len(query_ids)).split(BLOCK):
             with torch.autocast(self.queries.device.type, enabled=False):
                 scores = self.queries[some] @ self.gallery.to(self.queries).T                    # (q, G)
             scores.scatter_(1, self.candidates[some].to(scores.device), torch.inf)               # candidates lead
             order = scores.argsort(dim=1, descending=True, stable=True).cpu()
-            order[:, :first.shape[1]] = first[some]
+            order[:, :leading.shape[1]] = leading[some]
             rows.append(metric_rows(order, query_ids[some], gallery_ids))
         return means(torch.cat(rows))
 
 
 @torch.inference_mode()
-def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], plan: Plan,
+def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], settings: Settings,
            features: Tensor | None = None, example: Tensor | None = None) -> Found:
     """Rank the images `paths` for every caption. `features` (G, 2, E) are those of `encode_gallery`, if known.
 
@@ -117,10 +117,10 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     caption's; with an empty caption it is the picture's alone.
     """
     images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
-    if plan.mirror:
+    if settings.mirror:
         passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
     if features is None:
-        features = encode_gallery(model, images, plan)
+        features = encode_gallery(model, images, settings)
     queries = torch.stack([feature for _, _, feature in passes], 1)                # (Q, passes, E)
     if example is not None:
         spoken = torch.tensor([bool(caption) for caption in captions], device=queries.device)[:, None, None]
@@ -129,8 +129,8 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     queries = queries.flatten(1) / len(passes)                                     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):
-        values, candidates = top_k(queries, gallery, max(plan.k, plan.first))      # (Q, K)
-    match = match_candidates(model, images, passes, candidates[:, :plan.k], plan)  # (Q, k)
+        values, candidates = top_k(queries, gallery, max(settings.k, settings.shown))      # (Q, K)
+    match = match_candidates(model, images, passes, candidates[:, :settings.k], settings)  # (Q, k)
     return Found(queries, gallery, values.cpu(), candidates.cpu(), match.cpu())
 
 
@@ -163,17 +163,18 @@ def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
 
 
 @torch.inference_mode()
-def encode_gallery(model: Retriever, images: Dataset, plan: Plan) -> Tensor:
-    """Unit features (G, 2, E) of the images and of their mirror images; (G, 1, E) without `plan.mirror`."""
+def encode_gallery(model: Retriever, images: Dataset, settings: Settings) -> Tensor:
+    """Unit features (G, 2, E) of the images and of their mirror images; (G, 1, E) without `settings.mirror`."""
     device = next(model.parameters()).device
-    features = torch.zeros(len(images), 2 if plan.mirror else 1, model.config.embed, device=device)
-    own = plan.workers.own_batches(len(images), plan.batch)
-    for start, image in zip(own[::plan.batch], loader(images, plan.loading, batch_size=plan.batch, sampler=own)):
+    features = torch.zeros(len(images), 2 if settings.mirror else 1, model.config.embed, device=device)
+    own = settings.group.own_batches(len(images), settings.batch)
+    batches = loader(images, settings.loading, batch_size=settings.batch, sampler=own)
+    for start, image in zip(own[::settings.batch], batches):
         image = image.to(device)
-        features[start:start + plan.batch, 0] = model.encode_image(image)[1].float()
-        if plan.mirror:
-            features[start:start + plan.batch, 1] = model.encode_image(image.flip(-1))[1].float()
-    return plan.workers.summed(features)
+        features[start:start + settings.batch, 0] = model.encode_image(image)[1].float()
+        if settings.mirror:
+            features[start:start + settings.batch, 1] = model.encode_image(image.flip(-1))[1].float()
+    return settings.group.summed(features)
 
 
 def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +208,7 @@ def first_columns(scores: Tensor, k: int) -> Tensor:
 
 @torch.inference_mode()
 def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tensor, ...]], candidates: Tensor,
-                     plan: Plan) -> Tensor:
+                     settings: Settings) -> Tensor:
     """The logit [matched] - [mismatched] (Q, k) of each query with its candidates (Q, k), the mean of the passes.
 
     passes: `encode_queries` of the captions for the images and, perhaps, of those for the mirror images. The keys and
@@ -218,10 +219,10 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) indices into it
     places = places.flatten()                                                      # (Q * k,) of every pair
     match = torch.zeros(len(places), device=device)
-    batch = min(plan.batch, IMAGES)
+    batch = min(settings.batch, IMAGES)
     asked = places.argsort(stable=True).split((places // batch).bincount().tolist())        # pairs of each batch
-    own = plan.workers.own_batches(len(wanted), batch)
-    batches = loader(images, plan.loading, batch_size=batch, sampler=wanted[own].tolist())
+    own = settings.group.own_batches(len(wanted), batch)
+    batches = loader(images, settings.loading, batch_size=batch, sampler=wanted[own].tolist())
     for start, image in zip(own[::batch], batches):
         image = image.to(device)
         for view, (text, keep, _) in zip((image, image.flip(-1)), passes):         # (Q, T, D), (Q, T)
@@ -237,7 +238,7 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
                 logits = model.judge(model.fusion_encoder.first_tokens(
                     text[query, :longest], keep[query, :longest], keys_values, column))
                 match[pairs] += (logits[:, 1] - logits[:, 0]) / len(passes)
-    return plan.workers.summed(match).view(candidates.shape)
+    return settings.group.summed(match).view(candidates.shape)
 
 
 def queries_of(source: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
@@ -253,21 +254,21 @@ def queries_of(source: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tens
 
 
 def choose_weight(found: Found, query_ids: Tensor, gallery_ids: Tensor) -> tuple[float, dict[str, float]]:
-    """The weight among WEIGHTS with the best `quality`, and its metrics; for val alone."""
+    """The weight among WEIGHTS with the best `selection_score`, and its metrics; for val alone."""
     results = {weight: found.metrics(query_ids, gallery_ids, found.reranked(weight)) for weight in WEIGHTS}
-    best = max(WEIGHTS, key=lambda weight: quality(results[weight]))
+    best = max(WEIGHTS, key=lambda weight: selection_score(results[weight]))
     return best, results[best]
 
 
-def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, plan: Plan) -> dict:
+def validate(model: Retriever, tokenizer: Tokenizer, val: RecordSet, fused: bool, settings: Settings) -> dict:
     """Metrics on val by embeddings and, if the fusion encoder is trained (`fused`), re-ranked with the best weight."""
     captions, query_ids, paths, gallery_ids = queries_of(val, tokenizer)
     model.eval()
-    found = search(model, tokenizer, captions, paths, plan)
+    found = search(model, tokenizer, captions, paths, settings)
     embedded = found.metrics(query_ids, gallery_ids, found.candidates)
     # checkpoints are compared by this list, so one that re-ranks is better than any that does not
-    result = {"embeddings": embedded, "quality": [fused, quality(embedded)]}
+    result = {"embeddings": embedded, "selected_by": [fused, selection_score(embedded)]}
     if fused:
         weight, reranked = choose_weight(found, query_ids, gallery_ids)
-        result |= {"reranked": reranked, "weight": weight, "quality": [fused, quality(reranked)]}
+        result |= {"reranked": reranked, "weight": weight, "selected_by": [fused, selection_score(reranked)]}
     return result

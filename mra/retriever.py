@@ -23,12 +23,12 @@ from mra.layers import initialise
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss terms a step has, and how they are taken over a batch that several workers may share."""
+    """Which loss terms a step has, and how they are taken over a batch that a group (group.py) shares."""
     fuse: bool = True           # adds ITM and MLM; RPM is computed in any case, since its short phrases make it cheap
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
-    contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all workers' pairs
-    mean: Callable[[Tensor, Tensor], Tensor] = losses.mean_where       # joint mean of all workers' values
+    contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all members' pairs
+    mean: Callable[[Tensor, Tensor], Tensor] = losses.mean_where       # joint mean of all members' values
 
 
 class Seen(NamedTuple):
@@ -139,7 +139,7 @@ class Retriever(nn.Module):
         """Logits (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
         Each negative is drawn by similarity from another class: for captions another person, for phrases another
-        phrase. With several workers (workers.py) each draws among its own B pairs alone. Also returns which pairs match
+        phrase. In a group (group.py) each member draws among its own B pairs alone. Also returns which pairs match
         and which exist (3B,), since the B pairs may all be of one class.
         """
         wrong_text, text_exists = losses.hard_negatives(scores, classes)                 # (B,), (B,)

@@ -12,13 +12,13 @@ from mra.config import Fit, TrainConfig, UserError
 from mra.data import files
 from mra.data.records import Record, RecordSet
 from mra.data.tokenizer import Tokenizer
-from mra.ranking import Plan, validate
+from mra.group import Group
+from mra.ranking import Settings, validate
 from mra.retriever import Objective, Retriever
 from mra.run import checkpoint, stages
 from mra.run.loop import Loop, Task
 from mra.run.machine import Machine
 from mra.weights.retrievers import load_retriever, model_facts
-from mra.workers import Workers
 
 FACTS = {"pretrained_on": "sda", "train": {"preset": "tiny", "dataset": "cuhk", "data_root": ""}, "step": 7,
          "words": "grün \x1b", "val": {"R@1": 61.25, "nothing": None}, "list": [1, 0.1]}
@@ -162,7 +162,7 @@ def test_facts_that_make_no_model(tmp_path, model, tokenizer, change):
 # ---- going on
 
 def make_optimizer(model, train: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(stages.groups(model, train), train.lr)
+    return torch.optim.AdamW(stages.param_groups(model, train), train.lr)
 
 
 def step(model, optimizer, batch, number: int) -> None:
@@ -199,7 +199,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, config, batch):
 
 def machine(world: int = 1, precision: str = "float32") -> Machine:
     """That of a process among `world`, which it never talks to."""
-    workers = Workers()
+    workers = Group()
     workers.rank, workers.count = 0, world
     return Machine(torch.device("cpu"), precision, workers)
 
@@ -210,9 +210,9 @@ START = torch.nn.Linear(1, 1)       # stands for the model that every run starts
 def going_on(folder, model, train: TrainConfig, where: Machine = machine(), caption: str = "a bag") -> Loop:
     """The loop of train.py on what lies in `folder`, 7 steps long, on one record."""
     used = RecordSet("cuhk", "train", [Record("images/1.jpg", (caption,), 0)])
-    task = Task("", model, Fit(7, train.batch * where.workers.count, train.lr, average=0.0), train.seed,
+    task = Task("", model, Fit(7, train.batch * where.group.count, train.lr, average=0.0), train.seed,
                 folder / "last.safetensors", key=stages.key_of(train, where, START, Tokenizer.read(), [used]),
-                groups=stages.groups(model, train), advice=stages.ADVICE)
+                param_groups=stages.param_groups(model, train), advice=stages.ADVICE)
     return Loop(task, None, where)
 
 
@@ -226,13 +226,13 @@ def saved_by(loop: Loop, step: int = 5, tensors: dict | None = None, **more) -> 
 def test_a_run_goes_on_from_its_own_state_alone(tmp_path, model, batch):
     train, path = TrainConfig(lr=1e-3), tmp_path / "last.safetensors"
     loop = going_on(tmp_path, model, train)
-    assert (loop.first, loop.results) == (0, {})
+    assert (loop.done, loop.results) == (0, {})
     step(model, loop.optimizer, batch, 0)
-    found = {"val": {}, "best": {"quality": [False, 50.0]}}
+    found = {"val": {}, "best": {"selected_by": [False, 50.0]}}
     saved_by(loop, results=found)
     other = Retriever(model.config)
     again = going_on(tmp_path, other, dataclasses.replace(train, workers=3, out="there", device="cpu"))
-    assert (again.first, again.results) == (5, found)
+    assert (again.done, again.results) == (5, found)
     assert same(checkpoint.state(model, loop.optimizer), checkpoint.state(other, again.optimizer))
     changed = dataclasses.replace(train, weight_decay=0.5)
     message = refusal(going_on, tmp_path, other, changed)
@@ -248,7 +248,7 @@ def test_a_run_goes_on_in_its_precision(tmp_path, model, batch):
     step(model, loop.optimizer, batch, 0)
     saved_by(loop)
     assert "precision was float32 and is bf16;" in refusal(going_on, tmp_path, model, train, machine(1, "bf16"))
-    assert going_on(tmp_path, model, train).first == 5
+    assert going_on(tmp_path, model, train).done == 5
 
 
 def test_without_advice_a_training_begins_anew(tmp_path, model, batch, capsys):
@@ -257,7 +257,7 @@ def test_without_advice_a_training_begins_anew(tmp_path, model, batch, capsys):
     step(model, loop.optimizer, batch, 0)
     saved_by(loop)
     task = Task("branch", model, Fit(7, 4, 0.1, average=0.0), 0, tmp_path / "last.safetensors", key={"steps": 8})
-    assert Loop(task, None, machine()).first == 0
+    assert Loop(task, None, machine()).done == 0
     assert "last.safetensors is made anew" in capsys.readouterr().out and not task.state.exists()
 
 
@@ -282,23 +282,23 @@ def test_another_number_of_processes_goes_on_with_as_many_pairs_a_step(tmp_path,
     for processes, own, fits in ((1, 40, True), (4, 10, True), (1, 20, False), (4, 20, False)):
         now = dataclasses.replace(train, batch=own)
         if fits:
-            assert going_on(tmp_path, model, now, machine(processes)).first == 5
+            assert going_on(tmp_path, model, now, machine(processes)).done == 5
         else:
             assert "--batch x processes was 40" in refusal(going_on, tmp_path, model, now, machine(processes))
 
 
 def test_the_best_result_so_far_compares_with_a_new_one(tmp_path, model, tokenizer, batch, paint):
-    """As train.py does after a restart: `result["quality"] >= best["quality"]`."""
+    """As train.py does after a restart: `result["selected_by"] >= best["selected_by"]`."""
     records = tuple(Record(paint(f"{i}.png", seed=i), (f"man {i}", "red hat"), i) for i in range(3))
-    val, plan = RecordSet("cuhk", "val", records), Plan(8, mirror=False)
+    val, settings = RecordSet("cuhk", "val", records), Settings(8, mirror=False)
     loop = going_on(tmp_path, model, TrainConfig())
     step(model, loop.optimizer, batch, 0)
-    result = validate(model, tokenizer, val, True, plan)
+    result = validate(model, tokenizer, val, True, settings)
     assert {"embeddings", "reranked", "weight"} <= result.keys()
     saved_by(loop, results={"val": result, "best": result})
     again = going_on(tmp_path, model, TrainConfig())
-    quality = validate(model, tokenizer, val, True, plan)["quality"]
-    assert quality >= again.results["best"]["quality"]
+    quality = validate(model, tokenizer, val, True, settings)["selected_by"]
+    assert quality >= again.results["best"]["selected_by"]
 
 
 def test_a_name_of_an_older_file_is_read(tmp_path):

@@ -366,15 +366,15 @@ def test_evaluate_finds_the_newest_checkpoint(work):
 
 def test_val_is_ranked_as_the_test_split_is(work, monkeypatch):
     """With mirror images: the weight of the similarity is chosen where it is used."""
-    real, plans = ranking.search, []
+    real, given = ranking.search, []
 
-    def search(model, tokenizer, captions, paths, plan, *more):
-        plans.append(plan)
-        return real(model, tokenizer, captions, paths, plan, *more)
+    def search(model, tokenizer, captions, paths, settings, *more):
+        given.append(settings)
+        return real(model, tokenizer, captions, paths, settings, *more)
     monkeypatch.setattr(ranking, "search", search)
     succeed(work, "train.py", "--dataset", "icfg", *QUICK, "--out", "out/new")
     succeed(work, "evaluate.py")
-    assert len(plans) == 2 and all(plan.mirror for plan in plans)
+    assert len(given) == 2 and all(one.mirror for one in given)
 
 
 def test_a_run_that_has_not_ended_is_told(work, monkeypatch):

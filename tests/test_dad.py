@@ -23,7 +23,7 @@ from mra.data.words import noun_phrases
 from mra.diffusion.filters import DAMAGE, Judge, distort, filters_of, judge_loss, scores_of
 from mra.diffusion.plan import SetPlan, average_boxes, drafts_of, record_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
-from mra.diffusion.sampling import Painter, calibration, match_moments
+from mra.diffusion.sampling import Painter, calibration, transfer_moments
 from mra.formats.read import load
 from mra.run import networks, parts
 from mra.run.checkpoint import digest_of
@@ -218,7 +218,7 @@ def test_latent_moments_match_person_and_background_apart():
     torch.manual_seed(0)
     source, target = torch.randn(50, 4, 16, 8), 2 * torch.randn(60, 4, 16, 8) + 1
     target[:, :, :, :2] -= 5
-    moved = match_moments(source, source, target)
+    moved = transfer_moments(source, source, target)
     for region in ((slice(1, -1), slice(2, -2)), (slice(None), slice(0, 2))):
         if region[1] == slice(2, -2):
             a, b = moved[:, :, region[0], region[1]], target[:, :, region[0], region[1]]

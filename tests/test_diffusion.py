@@ -19,14 +19,14 @@ from mra.diffusion.denoiser import DomainBranch
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
 from mra.diffusion.pairs import LatentPairs
 from mra.diffusion.sampling import guide
+from mra.group import Group
 from mra.run import checkpoint
 from mra.run.machine import Machine
 from mra.run.networks import Target, adapt_autoencoder, learn
-from mra.workers import Workers
 
 CAPTIONS = ["a woman in a red coat with a black bag", "a man", "a lady in blue jeans and a white top"]
 SCHEDULE = Schedule.cosine()
-MACHINE = Machine(torch.device("cpu"), "float32", Workers())
+MACHINE = Machine(torch.device("cpu"), "float32", Group())
 
 
 @pytest.fixture(scope="module")
@@ -400,9 +400,9 @@ def test_an_unfinished_fit_goes_on_in_its_precision_with_as_many_samples(tmp_pat
     (tmp_path / "line.safetensors").unlink()
     counts = [0] * 20
     with pytest.raises(UserError, match="line: 3 processes cannot share out the 8 samples of a step"):
-        three = Workers()
+        three = Group()
         three.count = 3
-        train(dataclasses.replace(MACHINE, workers=three))
+        train(dataclasses.replace(MACHINE, group=three))
 
 
 def test_an_unfinished_fit_of_another_precision_begins_anew(tmp_path, capsys):

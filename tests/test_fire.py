@@ -24,7 +24,7 @@ from mra.config import UserError
 from mra.data.files import harmless, write_json
 from mra.data.records import Record
 from mra.data.tokenizer import Tokenizer
-from mra.ranking import Plan
+from mra.ranking import Settings
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import run
@@ -149,7 +149,7 @@ def in_gallery(folder: Path, model) -> None:
     if not (folder / "photos").exists():
         (folder / "photos").mkdir()
         Image.new("RGB", (8, 8)).save(folder / "photos/a.png")
-    gallery.encode("photos", [str(folder / "photos/a.png")], model, folder / "x.safetensors", Plan(0, batch=4),
+    gallery.encode("photos", [str(folder / "photos/a.png")], model, folder / "x.safetensors", Settings(0, batch=4),
                    say=lambda line: None)
 
 

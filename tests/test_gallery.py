@@ -17,7 +17,7 @@ from mra.config import UserError
 from mra.data import files, words
 from mra.data.augment import tensor_of
 from mra.data.files import open_image
-from mra.ranking import Plan
+from mra.ranking import Settings
 from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.command import run
@@ -31,9 +31,9 @@ from tests.test_released import small, write  # noqa: F401 (fixtures: a small re
 ASKED = ["a man in a red coat with a bag on his left", "a woman", "black hat"]
 
 
-def encode_folder(folder: Path, model: Retriever, cache: Path, plan: Plan, say=print):
+def encode_folder(folder: Path, model: Retriever, cache: Path, settings: Settings, say=print):
     """As evaluate.py --gallery encodes a folder."""
-    return gallery.encode(str(folder), gallery.photographs(folder, cache.parent, say), model, cache, plan, say)
+    return gallery.encode(str(folder), gallery.photographs(folder, cache.parent, say), model, cache, settings, say)
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_what_has_not_changed_is_not_encoded_again(ask, ours, folder, model):
     _, changed, encoded = ask(*flags)
     assert encoded == 3 and changed["images"] == 4
     paths = [f"photos/{name}" for name in ("a.png", "b/ünï/e.webp", "f.TIFF", "g.jp2")]
-    fresh = ranking.encode_gallery(model, ranking.Images(paths, model.config), Plan(0))
-    kept, features, _ = encode_folder(Path("photos"), model, ours.parent / "gallery.safetensors", Plan(0))
+    fresh = ranking.encode_gallery(model, ranking.Images(paths, model.config), Settings(0))
+    kept, features, _ = encode_folder(Path("photos"), model, ours.parent / "gallery.safetensors", Settings(0))
     assert kept == paths and len(checkpoint.load(ours.parent / "gallery.safetensors")[0]) == len(fresh)
     torch.testing.assert_close(features, fresh, atol=1e-6, rtol=0)
 
@@ -158,12 +158,12 @@ def test_another_precision_is_encoded_anew(ask, ours, folder):
 def test_embeddings_of_another_run_are_not_taken_for_ones_own(ours, folder, model, monkeypatch, tmp_path):
     """Another run writes the same file after the last write."""
     cache, real = tmp_path / "gallery.safetensors", checkpoint.save
-    paths, expected, _ = encode_folder(folder, model, tmp_path / "undisturbed.safetensors", Plan(0))
+    paths, expected, _ = encode_folder(folder, model, tmp_path / "undisturbed.safetensors", Settings(0))
 
     def save(path, tensors, facts):
         real(path, dict(zip(reversed(tensors), tensors.values())), facts)
     monkeypatch.setattr(checkpoint, "save", save)
-    found, features, _ = encode_folder(folder, model, cache, Plan(0))
+    found, features, _ = encode_folder(folder, model, cache, Settings(0))
     assert found == paths and torch.equal(features, expected)
 
 
@@ -186,18 +186,18 @@ def test_a_photograph_is_decoded_once_and_a_broken_one_costs_no_other(folder, mo
     read, real, lines = [], ranking.open_image, []
     for module in (ranking, files):
         monkeypatch.setattr(module, "open_image", lambda path: read.append(Path(path).name) or real(path))
-    paths, features, broken = encode_folder(folder, model, tmp_path / "gallery.safetensors", Plan(0), say=lines.append)
+    paths, features, broken = encode_folder(folder, model, tmp_path / "gallery.safetensors", Settings(0), lines.append)
     assert sorted(read) == sorted([*{*read}, "broken.jpg"]) and len(read) == 7      # that one again, to say why
     assert len(paths) == len(features) == 5 and len(broken) == 1
     monkeypatch.setattr(gallery, "PART", 1)
     (tmp_path / "gallery.safetensors").unlink()
-    again = encode_folder(folder, model, tmp_path / "gallery.safetensors", Plan(0))[1]
+    again = encode_folder(folder, model, tmp_path / "gallery.safetensors", Settings(0))[1]
     torch.testing.assert_close(again, features, atol=1e-6, rtol=0)
     (tmp_path / "none").mkdir()
     (tmp_path / "none/a.jpg").write_bytes(b"no image")
     for name in ("none", "missing"):
         with pytest.raises(UserError, match="no readable image"):
-            encode_folder(tmp_path / name, model, tmp_path / "other.safetensors", Plan(0))
+            encode_folder(tmp_path / name, model, tmp_path / "other.safetensors", Settings(0))
 
 
 def test_a_name_that_is_no_utf8(model, tmp_path):
@@ -205,7 +205,7 @@ def test_a_name_that_is_no_utf8(model, tmp_path):
     Image.new("RGB", (9, 9)).save(os.fsdecode(os.fsencode(tmp_path) + b"/photos/\xff\xfe\n.png"))
     for expected in (1, 0):
         lines = []
-        paths, _, _ = encode_folder(tmp_path / "photos", model, tmp_path / "x.safetensors", Plan(0), lines.append)
+        paths, _, _ = encode_folder(tmp_path / "photos", model, tmp_path / "x.safetensors", Settings(0), lines.append)
         assert len(paths) == 1 and f"1 files, {expected} of them to encode" in lines[0]
 
 
@@ -235,9 +235,9 @@ def test_a_released_checkpoint_ranks_a_folder(ask, write, folder):  # noqa: F811
 def twelve(model, tokenizer, paint) -> Gallery:
     """Twelve photographs, the first five re-scored."""
     paths = [paint(f"{number:02}.png", seed=number) for number in range(12)]
-    plan = Plan(5)
-    features = ranking.encode_gallery(model, ranking.Images(paths, model.config), plan)
-    return Gallery(model, tokenizer, "cuhk", paths, features, plan, 2.0)
+    settings = Settings(5)
+    features = ranking.encode_gallery(model, ranking.Images(paths, model.config), settings)
+    return Gallery(model, tokenizer, "cuhk", paths, features, settings, 2.0)
 
 
 def test_more_hits_than_usual_and_fewer(twelve, monkeypatch):
@@ -271,7 +271,7 @@ def test_a_threshold_drops_hits_before_the_first_are_taken(twelve):
 def test_a_picture_ranks_as_by_hand(twelve, paint, mirror):
     """Similarity of picture and photograph, and of their mirror images; with a sentence the mean of both."""
     model = twelve.model
-    searched = dataclasses.replace(twelve, plan=Plan(5, mirror), weight=1.0)
+    searched = dataclasses.replace(twelve, settings=Settings(5, mirror), weight=1.0)
     mine, other = open_image(twelve.paths[7]), open_image(paint("other.png", seed=99))
 
     def feature(picture: Image.Image, mirrored: bool) -> torch.Tensor:
@@ -301,8 +301,8 @@ def test_a_picture_ranks_as_by_hand(twelve, paint, mirror):
 
 def test_a_picture_is_encoded_once_for_many_sentences(twelve, paint, monkeypatch):
     picture, real, counted = open_image(paint("other.png", seed=99)), ranking.encode_gallery, []
-    monkeypatch.setattr(ranking, "encode_gallery", lambda model, images, plan: counted.append(len(images))
-                        or real(model, images, plan))
+    monkeypatch.setattr(ranking, "encode_gallery", lambda model, images, settings: counted.append(len(images))
+                        or real(model, images, settings))
     assert len(twelve.search(list(ASKED), picture)) == 3 and counted == [1]
 
 

@@ -300,7 +300,7 @@ def test_parameter_counts(preset, vocab, count):
 
 
 def test_the_optimiser_covers_every_parameter_once(model):
-    groups = stages.groups(model, TrainConfig(lr=1e-3, head_lr=5.0, weight_decay=0.01))
+    groups = stages.param_groups(model, TrainConfig(lr=1e-3, head_lr=5.0, weight_decay=0.01))
     settings = {id(p): (group["weight_decay"], group["peak"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(settings) == len(list(model.parameters()))
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)}
@@ -308,7 +308,7 @@ def test_the_optimiser_covers_every_parameter_once(model):
     heads = nn.ModuleList([model.image_projection, model.text_projection, model.matching_head,
                            model.word_head])
     heads = {id(p) for p in heads.parameters()} - {id(model.text_encoder.words.weight)}     # the encoder's
-    assert stages.plan_of(TrainConfig(), 10, 1)[0].betas == (0.9, 0.98)
+    assert stages.fit_of(TrainConfig(), 10, 1)[0].betas == (0.9, 0.98)
     for name, p in model.named_parameters():
         expected = (0.01 if id(p) in matrices | tables else 0, 5e-3 if id(p) in heads else 1e-3)
         assert settings[id(p)] == expected, name

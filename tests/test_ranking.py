@@ -12,7 +12,7 @@ from mra.config import PRESETS
 from mra.data.augment import tensor_of
 from mra.data.files import open_image
 from mra.data.records import Record, RecordSet
-from mra.ranking import Found, Plan, choose_weight, retrieval_metrics, search
+from mra.ranking import Found, Settings, choose_weight, retrieval_metrics, search
 from mra.retriever import Retriever
 
 CAPTIONS = ["a man in a red coat with a bag on his left", "a woman",
@@ -220,7 +220,7 @@ def test_search_scores_every_pair_as_by_hand(model, tokenizer, paths, mirror):
             if mirror:
                 passes.append(pair_by_hand(model, tokenizer, other.get(q, caption), path, True))
             expected[:, q, g] = torch.tensor(passes).mean(0)
-    found = search(model, tokenizer, CAPTIONS, paths, Plan(5, mirror, batch=2))
+    found = search(model, tokenizer, CAPTIONS, paths, Settings(5, mirror, batch=2))
     assert expected[1].std() > 0.05
     torch.testing.assert_close(matrix(found), expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.similarity, expected[0].gather(1, found.candidates), atol=1e-5, rtol=1e-5)
@@ -228,9 +228,9 @@ def test_search_scores_every_pair_as_by_hand(model, tokenizer, paths, mirror):
 
 
 def test_bf16_rounds_what_encoders_do_and_not_the_order(model, tokenizer, paths):
-    whole = search(model, tokenizer, CAPTIONS, paths, Plan(5))
+    whole = search(model, tokenizer, CAPTIONS, paths, Settings(5))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = search(model, tokenizer, CAPTIONS, paths, Plan(5))
+        rounded = search(model, tokenizer, CAPTIONS, paths, Settings(5))
     for one, other in ((matrix(whole), matrix(rounded)), (by_pair(whole), by_pair(rounded))):
         assert other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.1
         assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.995
@@ -253,7 +253,7 @@ def test_candidates_are_scored_in_small_steps_as_one_by_one(model, tokenizer, pa
         seen.clear(), computed.clear()
         monkeypatch.setitem(ranking.TOKENS, "cpu", tokens)
         monkeypatch.setattr(ranking, "IMAGES", count)
-        match = ranking.match_candidates(model, images, passes, candidates, Plan(3, batch=4))                  # (5, 3)
+        match = ranking.match_candidates(model, images, passes, candidates, Settings(3, batch=4))     # (5, 3)
         sizes = [int(keep.sum()) for _, keep, *_ in seen]
         assert max(sizes) < tokens + longest and sum(sizes) == 3 * len(passes) * int(queries[1].sum())
         assert len(computed) == len(passes) * {1: 5, 2: 3, 16: 2}[count]
@@ -282,27 +282,27 @@ def test_texts_that_ask_for_one_image_are_one_sequence(depth):
 
 def test_a_pair_scores_the_same_in_any_company(model, tokenizer, paths):
     """Whatever the batch, the other queries (among them the longest) and the other images."""
-    full = search(model, tokenizer, CAPTIONS, paths, Plan(5))
+    full = search(model, tokenizer, CAPTIONS, paths, Settings(5))
     for queries, gallery in (([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), ([3], [4, 2, 0, 1, 3]), ([1, 2], [2, 3]),
                              ([4, 0], [1])):
         some = [CAPTIONS[q] for q in queries], [paths[g] for g in gallery]
-        found = search(model, tokenizer, *some, Plan(5, batch=2))
+        found = search(model, tokenizer, *some, Settings(5, batch=2))
         for alone, together in ((by_pair(found), by_pair(full)), (matrix(found), matrix(full))):
             torch.testing.assert_close(alone, together[queries][:, gallery], atol=1e-5, rtol=1e-5)
 
 
 def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
-    everything = search(model, tokenizer, CAPTIONS, paths, Plan(100))
+    everything = search(model, tokenizer, CAPTIONS, paths, Settings(100))
     assert everything.candidates.shape == everything.match.shape == (5, 5)
     assert everything.reranked(0.0).tolist() == by_pair(everything).argsort(dim=1, descending=True).tolist()
-    nothing = search(model, tokenizer, CAPTIONS, paths, Plan(0))
+    nothing = search(model, tokenizer, CAPTIONS, paths, Settings(0))
     assert nothing.match.shape == (5, 0)
     assert nothing.reranked(8.0).tolist() == nothing.candidates.tolist() == everything.candidates.tolist()
 
 
 def test_the_candidates_are_the_most_similar(model, tokenizer, paths):
     """Two are re-scored, three found, the last two ranked for the metrics alone."""
-    found = search(model, tokenizer, CAPTIONS, paths, Plan(2, first=3))
+    found = search(model, tokenizer, CAPTIONS, paths, Settings(2, first=3))
     ranks = matrix(found).argsort(dim=1, descending=True)
     assert found.candidates.tolist() == ranks[:, :3].tolist() and found.match.shape == (5, 2)
     assert found.reranked(1.0)[:, :2].sort(1).values.tolist() == ranks[:, :2].sort(1).values.tolist()
@@ -311,13 +311,13 @@ def test_the_candidates_are_the_most_similar(model, tokenizer, paths):
 
 def test_images_that_no_query_asks_for(model, tokenizer, paths):
     """One candidate in a gallery of five batches: four of them have nothing to score."""
-    found = search(model, tokenizer, CAPTIONS[:1], paths, Plan(1, batch=1))
+    found = search(model, tokenizer, CAPTIONS[:1], paths, Settings(1, batch=1))
     best = found.candidates[0, 0]
     assert found.match[0, 0].item() == pytest.approx(
-        by_pair(search(model, tokenizer, CAPTIONS[:1], paths, Plan(5)))[0, best].item(), abs=1e-5)
+        by_pair(search(model, tokenizer, CAPTIONS[:1], paths, Settings(5)))[0, best].item(), abs=1e-5)
 
 
 def test_every_image_is_ranked_once_where_equals_straddle_the_last_candidate(model, tokenizer, paths):
     """Forty files with two pictures: none is lost or doubled."""
-    found = search(model, tokenizer, CAPTIONS, [paths[i % 2] for i in range(40)], Plan(13, batch=40))
+    found = search(model, tokenizer, CAPTIONS, [paths[i % 2] for i in range(40)], Settings(13, batch=40))
     assert order(found, found.reranked(0.0)).sort(1).values.tolist() == [list(range(40))] * 5

@@ -150,7 +150,7 @@ def test_evaluation_scores(cuhk, monkeypatch, mirror):
     """Similarities with the mirror images; the matching logits of all four candidates without them."""
     model, images = cuhk
     monkeypatch.setattr(ranking, "Images", lambda paths, config: images)
-    found = ranking.search(model, Spoken(), list("0123"), list("abcd"), ranking.Plan(0 if mirror else 4, mirror))
+    found = ranking.search(model, Spoken(), list("0123"), list("abcd"), ranking.Settings(0 if mirror else 4, mirror))
     if mirror:
         close(found.queries @ found.gallery.T, "A.eval_sims_t2i")
     else:

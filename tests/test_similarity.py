@@ -17,12 +17,12 @@ from test_losses import contrastive_by_loops, unit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mra import losses, ranking
+from mra.group import Group
 from mra.ranking import top_k
 from mra.retriever import Objective, pool_region
 from mra.run import contrastive as scale
 from mra.run.contrastive import contrastive
 from mra.run.machine import Processes, Threads
-from mra.workers import Workers
 
 FUSED = scale.fused
 
@@ -57,7 +57,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def threads(count: int) -> list[Threads]:
-    """Workers that exchange tensors with each other, each for a thread of its own."""
+    """Group that exchange tensors with each other, each for a thread of its own."""
     slots, barrier = [None] * count, Barrier(count)
     return [Threads(rank, slots, barrier) for rank in range(count)]
 
@@ -202,11 +202,11 @@ def joint() -> tuple[torch.Tensor, ...]:
     return unit(22, 6), unit(22, 6), torch.tensor(0.1).double(), torch.randint(0, 7, (22,)), 0.2
 
 
-def share_of(workers: Workers) -> list[torch.Tensor]:
+def share_of(workers: Group) -> list[torch.Tensor]:
     """One of two workers: loss and gradients of its half of the pairs."""
     image, text, temperature, ids, smoothing = joint()
     half = workers.own_rows(11)
-    loss = functools.partial(contrastive, workers=workers)
+    loss = functools.partial(contrastive, group=workers)
     return with_gradients(loss, image[half], text[half], temperature, ids[half], smoothing)
 
 

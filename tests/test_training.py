@@ -26,7 +26,8 @@ from mra.data import batches
 from mra.data.batches import Batch
 from mra.data.tokenizer import Tokenizer
 from mra.formats.read import load
-from mra.ranking import Plan
+from mra.group import Group
+from mra.ranking import Settings
 from mra.retriever import Objective, Retriever
 from mra.run import checkpoint, contrastive, stages
 from mra.run.loop import Loop, Portion, Task, schedule
@@ -38,7 +39,6 @@ from mra.run.machine import (
     choose_precision,
     claimed,
 )
-from mra.workers import Workers
 
 SIX = (*TINY, "--init", "none", "--steps", "6", "--evals", "2", "--batch", "4", "--log-every", "1", "--lr", "1e-2")
 AUGMENTED = ("--eda", "0.8", "--erase", "0.6", "--smoothing", "0.2")
@@ -243,13 +243,13 @@ def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
 def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for world in (1, 2, 4):
-        source, _ = stages.plan_stages(TrainConfig(init="scratch"), machine_of(0, world))
+        source, _ = stages.stages_of(TrainConfig(init="scratch"), machine_of(0, world))
         assert source.batch * world == 32
 
 
 def machine_of(rank: int, world: int) -> Machine:
     """The machine of a process among others, which it never talks to."""
-    workers = Workers()
+    workers = Group()
     workers.rank, workers.count = rank, world
     return Machine(torch.device("cpu"), "float32", workers)
 
@@ -295,7 +295,7 @@ def test_accumulated_batches_are_one_batch(town, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], dropout=0.0))
     monkeypatch.setattr(batches, "WINDOW", 1)       # which pairs share a batch depends on its size
     monkeypatch.setattr(contrastive, "mean_where",
-                        lambda values, counts, workers: (values * counts).sum() / len(values))
+                        lambda values, counts, group: (values * counts).sum() / len(values))
     monkeypatch.setattr(losses, "total", lambda terms, beta: terms["mlm"])
     for name, flags in (("two", ("--batch", "4", "--accumulate", "2")), ("one", ("--batch", "8"))):
         succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", "--max-norm",
@@ -344,11 +344,11 @@ def model_of_one_seed() -> Retriever:
     return Retriever(dataclasses.replace(PRESETS["tiny"], dropout=0.0, vocab=90))
 
 
-def terms_and_gradients(model: Retriever, batch: Batch, fuse: bool, workers: Workers) -> dict[str, torch.Tensor]:
+def terms_and_gradients(model: Retriever, batch: Batch, fuse: bool, workers: Group) -> dict[str, torch.Tensor]:
     """Loss terms, and gradients averaged over the workers, of a worker's own batch."""
     losses.hard_negatives = next_within_half
-    terms = model(batch, Objective(fuse, 0.2, 0.8, partial(contrastive.contrastive, workers=workers),
-                                   partial(contrastive.mean_where, workers=workers)))
+    terms = model(batch, Objective(fuse, 0.2, 0.8, partial(contrastive.contrastive, group=workers),
+                                   partial(contrastive.mean_where, group=workers)))
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(losses.total(terms, 0.8), list(named.values()), allow_unused=True)
     found = {name: term.detach() for name, term in terms.items()}
@@ -356,18 +356,18 @@ def terms_and_gradients(model: Retriever, batch: Batch, fuse: bool, workers: Wor
     return {name: workers.summed(term) / workers.count for name, term in found.items()}
 
 
-def searched(folder: str, workers: Workers) -> dict[str, torch.Tensor]:
+def searched(folder: str, workers: Group) -> dict[str, torch.Tensor]:
     """Both stages of a search among seven images, which workers share out in batches of two, the last one smaller."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.read()
     model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=len(tokenizer))).eval()
     paths = [f"{folder}/{number}.png" for number in range(7)]
     found = ranking.search(model, tokenizer, ["a man in red", "a bag", "a woman in a blue coat"], paths,
-                           Plan(4, batch=2, workers=workers))
+                           Settings(4, batch=2, group=workers))
     return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
 
 
-def fitted(workers: Workers) -> torch.Tensor:
+def fitted(workers: Group) -> torch.Tensor:
     """A weight that the loop has trained, with dropout, in one process or in several."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Dropout(0.25), torch.nn.Linear(3, 1))
@@ -401,7 +401,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch, paint):
     monkeypatch.setattr(losses, "hard_negatives", next_within_half)     # put back what terms_and_gradients sets
     in_two(one_of_two, str(tmp_path))
     assert_halves_are_whole(lambda rank, fuse: torch.load(tmp_path / f"{rank}-{fuse}.pt"))
-    wanted, weight = searched(str(tmp_path), Workers()), fitted(Workers())
+    wanted, weight = searched(str(tmp_path), Group()), fitted(Group())
     for rank in (0, 1):
         found, trained = torch.load(tmp_path / f"{rank}.pt")
         assert found["match"].shape == (3, 4) and found["match"].std() > 0 and torch.equal(trained, weight)
@@ -414,7 +414,7 @@ def assert_halves_are_whole(found_by) -> None:
     batch = joined_batch()
     assert (half(batch, 0).masked_labels >= 0).sum() == 2 and (half(batch, 1).masked_labels >= 0).sum() == 7
     for fuse, terms in ((True, {"itc", "itm", "mlm", "rpc", "rpm"}), (False, {"itc", "rpc", "rpm"})):
-        wanted = terms_and_gradients(model_of_one_seed(), batch, fuse, Workers())
+        wanted = terms_and_gradients(model_of_one_seed(), batch, fuse, Group())
         assert {name for name in wanted if not name.startswith("gradient")} == terms
         for rank in (0, 1):
             found = found_by(rank, fuse)
@@ -445,9 +445,9 @@ def test_an_error_in_one_thread_ends_the_step(monkeypatch):
     model = torch.nn.Linear(2, 1)
 
     def loss_of(portion: Portion) -> dict[str, torch.Tensor]:
-        if portion.workers.rank == 1:
+        if portion.group.rank == 1:
             raise UserError("no loss")
-        return {"loss": portion.workers.gathered(model(torch.ones(2, 2))).mean()}
+        return {"loss": portion.group.gathered(model(torch.ones(2, 2))).mean()}
 
     with pytest.raises(UserError, match="no loss"):
         Loop(Task("one", model, Fit(2, 4, 0.1), 0), loss_of, machine_of(0, 1)).run()
@@ -558,7 +558,7 @@ def test_rates_of_a_run_follow_the_schedule(town, tmp_path, monkeypatch):
 
 
 def test_every_parameter_is_in_one_group(model):
-    groups = stages.groups(model, TrainConfig(lr=1e-4, head_lr=5.0, weight_decay=0.01))
+    groups = stages.param_groups(model, TrainConfig(lr=1e-4, head_lr=5.0, weight_decay=0.01))
     members = [(id(p), group["peak"], group["weight_decay"]) for group in groups for p in group["params"]]
     settings = {member: rest for member, *rest in members}
     assert len(members) == len(settings) == len(list(model.parameters()))
@@ -576,7 +576,7 @@ def test_every_parameter_is_in_one_group(model):
     (dict(epochs=1, steps=2, evals=10), 10, 1, (2, 0, {1, 2})),                 # more evaluations than steps
 ])
 def test_the_plan_by_hand(settings, pairs, world, wanted):
-    fit, fusion_from, evals = stages.plan_of(TrainConfig(**settings), pairs, world)
+    fit, fusion_from, evals = stages.fit_of(TrainConfig(**settings), pairs, world)
     assert (fit.steps, fusion_from, evals) == wanted
 
 
@@ -585,13 +585,13 @@ def test_the_best_checkpoint_is_kept(town, tmp_path, monkeypatch):
     scores, real = iter([10.0, 30.0, 20.0]), ranking.validate
 
     def validate(*arguments):
-        return real(*arguments) | {"quality": [True, next(scores)]}
+        return real(*arguments) | {"selected_by": [True, next(scores)]}
     monkeypatch.setattr(ranking, "validate", validate)
     succeed(town, "train.py", *SIX, "--dataset", "cuhk", "--evals", "3", "--out", str(tmp_path / "run"))
     (_, best), (_, last) = (checkpoint.load(tmp_path / f"run/{name}.safetensors") for name in ("best", "last"))
-    assert best["step"] == 4 and best["val"]["quality"] == [True, 30.0]
-    assert last["step"] == 6 and last["results"]["best"]["quality"] == [True, 30.0]
-    assert [line["val"]["quality"][1] for line in log_of(tmp_path / "run") if "val" in line] == [10.0, 30.0, 20.0]
+    assert best["step"] == 4 and best["val"]["selected_by"] == [True, 30.0]
+    assert last["step"] == 6 and last["results"]["best"]["selected_by"] == [True, 30.0]
+    assert [line["val"]["selected_by"][1] for line in log_of(tmp_path / "run") if "val" in line] == [10.0, 30.0, 20.0]
 
 
 def test_device_and_precision(monkeypatch):

@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One worker's part of a batch. Every keep mask: True = use it."""
+    """One member's part of a batch (group.py). Every keep mask: True = use it."""
     image: Tensor                       # (B, 3, H, W) normalised
     identity: Tensor                    # (B,)
     caption_ids: Tensor                 # (B, T)
@@ -101,7 +101,7 @@ class PairDataset(torch.utils.data.Dataset):
         return self.tokenizer.encode(text, self.model.max_tokens)
 
     def collate_parts(self, samples: list[Sample], parts: int) -> list[Batch]:
-        """Several Batches of equal size, one for each worker."""
+        """Several Batches of equal size, one for each member of the group."""
         size = len(samples) // parts
         return [self.collate(samples[start:start + size]) for start in range(0, len(samples), size)]
 

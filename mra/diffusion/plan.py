@@ -20,7 +20,7 @@ from mra.diffusion.base import Diffusion
 from mra.diffusion.prompts import prompts_of
 
 PLACED = 50_000     # source records whose boxes are averaged
-SAMPLED = 1000      # source images that `match_moments` takes the source's mean and variance from
+SAMPLED = 1000      # source images that `transfer_moments` takes the source's mean and variance from
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Painter:
         start, strength = noise, 1.0
         if config.mode == "restyle":
             images, strength = read_images([draft.path for draft in drafts], base.config), config.strength
-            start = match_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
+            start = transfer_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
             visited = base.schedule.trailing(config.sampling_steps, strength)
             if visited:
                 t = torch.full((len(drafts),), visited[0], device=draw.device)
@@ -78,7 +78,7 @@ def calibration(samples: Tensor, target_latents: Tensor) -> tuple[Tensor, Tensor
     return scale, target_mean - scale * mean
 
 
-def match_moments(latents: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def transfer_moments(latents: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Move latents (B, C, h, w) by the map that gives the source the mean and variance of the target.
 
     Each channel has a map for the person, who is taken to be in the middle of the image, and one for the background.

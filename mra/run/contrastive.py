@@ -1,7 +1,7 @@
-"""The contrastive loss of losses.py for batches of any size, and for batches that several workers share.
+"""The contrastive loss of losses.py for batches of any size, and for batches that a group shares.
 
 The N x N logits exist only in tiles. The forward pass keeps their log-sum-exp in both directions, and the backward pass
-computes each tile again; what follows its product is one kernel that torch.compile fuses. Each worker computes the rows
+computes each tile again; what follows its product is one kernel that torch.compile fuses. Each member computes the rows
 of its own images: features are exchanged, logits never.
 """
 
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from mra import losses
-from mra.workers import Workers
+from mra.group import Group
 
 PLAIN = 1024    # pairs up to which the whole matrix is computed: it is small, and tiles are slower
 TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}     # rows and columns: one fits the caches, one needs few launches
 
 
 def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor, smoothing: float = 0.0,
-                workers: Workers = Workers()) -> Tensor:
-    """`losses.contrastive` of all workers' pairs, from this worker's own, in memory of O(N E) and one tile; a scalar.
+                group: Group = Group()) -> Tensor:
+    """`losses.contrastive` of all members' pairs, from this member's own, in memory of O(N E) and one tile; a scalar.
 
-    image, text (B, E) of unit length, classes (B,), B the same for every worker: N = workers x B pairs. Each worker
-    returns the joint loss, and the mean of the workers' gradients is the joint gradient. Under autocast features are
+    image, text (B, E) of unit length, classes (B,), B the same for every member: N = members x B pairs. Each member
+    returns the joint loss, and the mean of the members' gradients is the joint gradient. Under autocast features are
     rounded to its precision; tiles keep their products in float32, the whole matrix does not.
     """
     device = image.device.type
-    if len(image) * workers.count <= PLAIN:
-        return losses.contrastive(workers.gathered(image), workers.gathered(text), temperature,
-                                  workers.gathered(classes), smoothing)
+    if len(image) * group.count <= PLAIN:
+        return losses.contrastive(group.gathered(image), group.gathered(text), temperature,
+                                  group.gathered(classes), smoothing)
     if torch.is_autocast_enabled(device):
         image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
     wide = torch.promote_types(image.dtype, torch.float32)
@@ -38,14 +38,14 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
     # the compiler, which takes two seconds, in every process that imports this file
     chunked = torch.compiler.disable(Contrastive.apply)
     with torch.autocast(device, enabled=False):
-        return chunked(image, text, scale, classes, smoothing, workers)
+        return chunked(image, text, scale, classes, smoothing, group)
 
 
 def distribution_matching(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor,
-                          smoothing: float = 0.0, workers: Workers = Workers()) -> Tensor:
-    """`losses.distribution_matching` of all workers' pairs, from this worker's own; it computes the whole matrix."""
-    return losses.distribution_matching(workers.gathered(image), workers.gathered(text), temperature,
-                                        workers.gathered(classes), smoothing)
+                          smoothing: float = 0.0, group: Group = Group()) -> Tensor:
+    """`losses.distribution_matching` of all members' pairs, from this member's own; it computes the whole matrix."""
+    return losses.distribution_matching(group.gathered(image), group.gathered(text), temperature,
+                                        group.gathered(classes), smoothing)
 
 
 class Contrastive(torch.autograd.Function):
@@ -57,8 +57,8 @@ class Contrastive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, classes: Tensor, smoothing: float,
-                workers: Workers) -> Tensor:
-        texts, classes, own = workers.gathered(text), workers.gathered(classes), workers.own_rows(len(text))
+                group: Group) -> Tensor:
+        texts, classes, own = group.gathered(text), group.gathered(classes), group.own_rows(len(text))
         ordered = classes.sort().values
         labels = torch.searchsorted(ordered, classes, out_int32=True)     # of classes, compared in half the time  (N,)
         count = torch.searchsorted(ordered, classes, right=True) - labels                              # (N,)
@@ -71,10 +71,10 @@ class Contrastive(torch.autograd.Function):
             torch.logaddexp(lse_row[r], of_rows, out=lse_row[r])
             torch.logaddexp(lse_column[c], of_columns, out=lse_column[c])
             aligned[r] += of_targets
-        lse_column = workers.gathered(lse_column[None]).logsumexp(0)
-        ctx.workers = workers
+        lse_column = group.gathered(lse_column[None]).logsumexp(0)
+        ctx.group = group
         ctx.save_for_backward(lse_row, lse_column, *matrix)
-        return workers.summed(((lse_row + lse_column[own]) / 2 - aligned).sum()) / len(texts)
+        return group.summed(((lse_row + lse_column[own]) / 2 - aligned).sum()) / len(texts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -87,8 +87,8 @@ class Contrastive(torch.autograd.Function):
                 slope = fused(slopes)(tile, lse_row[r], lse_column[c])                                 # (R, C)
                 add_product(to_image[r], slope, texts[c])
                 add_product(to_text[c], slope.T, image[r])
-        to_text = ctx.workers.summed(to_text)[ctx.workers.own_rows(len(image))]                        # (B, E)
-        upstream = upstream * ctx.workers.count / len(texts)
+        to_text = ctx.group.summed(to_text)[ctx.group.own_rows(len(image))]                        # (B, E)
+        upstream = upstream * ctx.group.count / len(texts)
         to_scale = upstream * (image * to_image).sum()
         return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None, None
 
@@ -155,7 +155,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 CONTRASTIVE = {"itc": contrastive, "sdm": distribution_matching}       # by the value of --contrastive
 
 
-def mean_where(values: Tensor, counts: Tensor, workers: Workers) -> Tensor:
-    """This worker's share of `losses.mean_where` of all workers' values: the shares' mean is the joint mean."""
-    count = workers.summed(counts.sum().float())
-    return (values * counts).sum() * workers.count / count.clamp(min=1)
+def mean_where(values: Tensor, counts: Tensor, group: Group) -> Tensor:
+    """This member's share of `losses.mean_where` of all members' values: the shares' mean is the joint mean."""
+    count = group.summed(counts.sum().float())
+    return (values * counts).sum() * group.count / count.clamp(min=1)

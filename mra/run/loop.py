@@ -1,8 +1,8 @@
 """The one training loop: of the retriever, and of every network of DaD.
 
-It resumes, accumulates, averages, logs and stops. All that is random in a step depends on (seed, step, batch, worker).
+It resumes, accumulates, averages, logs and stops. All that is random in a step depends on (seed, step, batch, member).
 So a run that was stopped goes on bit for bit on the CPU, and two threads compute what two processes do. A run that goes
-on appends to its log: the steps after the last save are there twice. Read workers.py before it, train.py after it.
+on appends to its log: the steps after the last save are there twice. Read group.py before it, train.py after it.
 """
 
 import json
@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mra.config import Fit, UserError
+from mra.group import Group
 from mra.run import checkpoint
 from mra.run.machine import Machine, stoppable
-from mra.workers import Workers
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Task:
     state: Path | None = None           # file of the unfinished training; None: it is not saved
     log: Path | None = None             # file of a JSON line for each line of progress; None: nothing is told
     key: dict = field(default_factory=dict)             # all that must be the same to resume
-    groups: list[dict] | None = None    # of the optimiser, each with its "peak" learning rate; None: a single one
+    param_groups: list[dict] | None = None              # each with its "peak" learning rate; None: a single one
     log_every: int = 0                  # steps between two lines of progress; 0: at saves alone
     save_after: frozenset[int] = frozenset()            # steps to save the state after; train.py: evaluations
     evaluate: Callable[[int, dict], dict] | None = None     # after a save, with its results before
@@ -47,49 +47,49 @@ class Task:
 
 @dataclass(frozen=True)
 class Portion:
-    """One worker's portion of one batch of a step."""
+    """One member's portion of one batch of a step."""
 
     step: int
     batch: Any                  # its samples; None if the loss draws them itself ...
     count: int                  # ... this many
     draw: torch.Generator       # of all its random numbers
-    workers: Workers
+    group: Group
 
 
 class Loop:
-    """A task, ready to begin or to go on after `first` steps. `run` leaves the network with its averaged weights."""
+    """A task, ready to begin or to go on after `done` steps. `run` leaves the network with its averaged weights."""
 
     def __init__(self, task: Task, loss_of: Callable[[Portion], dict[str, Tensor]], machine: Machine):
         """`loss_of` returns "loss", and terms to tell with it. Raises UserError for a state that does not fit."""
         fit = task.fit
-        if fit.batch % machine.workers.count:
-            raise UserError(f"{task.name}: {machine.workers.count} processes cannot share out the {fit.batch} samples "
+        if fit.batch % machine.group.count:
+            raise UserError(f"{task.name}: {machine.group.count} processes cannot share out the {fit.batch} samples "
                             "of a step evenly; start another number of them.")
         self.task, self.loss_of, self.machine = task, loss_of, machine
-        self.workers = machine.step_workers(fit.batch // machine.workers.count, task.network)
+        self.groups = machine.step_groups(fit.batch // machine.group.count, task.network)
         self.parameters = {name: p for name, p in task.network.named_parameters() if p.requires_grad}
-        groups = task.groups or [dict(params=list(self.parameters.values()), peak=fit.lr,
-                                      weight_decay=fit.weight_decay)]
+        groups = task.param_groups or [dict(params=list(self.parameters.values()), peak=fit.lr,
+                                            weight_decay=fit.weight_decay)]
         self.optimizer = torch.optim.AdamW(groups, fit.lr, betas=fit.betas, fused=True)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if fit.average else {}
         self.key = task.key | {"precision": machine.precision}
-        self.first, self.evaluated, self.results = 0, False, {}     # steps done; what `evaluate` returned last
+        self.done, self.evaluated, self.results = 0, False, {}     # steps done; what `evaluate` returned last
         if task.resume and task.state and task.state.exists():
             self.go_back()
-        if not self.first:
+        if not self.done:
             for file in filter(None, (task.log, task.state)):      # at the log's barrier all have looked for the state
-                machine.first(lambda: file.unlink(missing_ok=True))
+                machine.on_rank_0(lambda: file.unlink(missing_ok=True))
 
     def run(self, batches: Iterable[list] | None = None) -> None:
-        """Train to the last step. Each of the batches is a list of what every worker here gets of it."""
+        """Train to the last step. Each of the batches is a list of what every member here gets of it."""
         task, fit, machine = self.task, self.task.fit, self.machine
         with stoppable() as asked:
             # begun here, so that loading processes inherit the signal handlers of `stoppable`
-            batches = iter(batches) if batches is not None else repeat([None] * len(self.workers))
-            if self.first in task.save_after and not self.evaluated:
-                self.evaluate(self.first)
+            batches = iter(batches) if batches is not None else repeat([None] * len(self.groups))
+            if self.done in task.save_after and not self.evaluated:
+                self.evaluate(self.done)
             terms, since = [], time.perf_counter()      # of the steps after the last line of progress
-            for step in range(self.first, fit.steps):
+            for step in range(self.done, fit.steps):
                 rate = schedule(step, fit.steps, fit.warmup)
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
@@ -123,24 +123,24 @@ class Loop:
                 self.parameters[name].copy_(average)
 
     def backward(self, step: int, batches: Iterator[list]) -> dict[str, Tensor]:
-        """Set the gradients of a step, the mean over workers and batches; returns the loss terms, their mean here."""
+        """Set the gradients of a step, the mean over members and batches; returns the loss terms, their mean here."""
         task, fit, seen, total = self.task, self.task.fit, {}, {}
-        size = fit.batch // (self.machine.workers.count * len(self.workers))
+        size = fit.batch // (self.machine.group.count * len(self.groups))
         for number in range(fit.accumulate):
             portions = []
-            for worker, samples in zip(self.workers, next(batches), strict=True):
-                draw = self.machine.generator(task.seed, step, number, worker.rank)
-                portions.append(Portion(step, samples, size, draw, worker))
+            for group, samples in zip(self.groups, next(batches), strict=True):
+                draw = self.machine.generator(task.seed, step, number, group.rank)
+                portions.append(Portion(step, samples, size, draw, group))
             for terms, gradients in self.side_by_side(portions):
                 if total:
                     torch._foreach_add_(list(total.values()), list(gradients.values()))
                 else:
                     total = gradients
                 seen = {name: seen.get(name, 0) + term for name, term in terms.items()}
-        count = fit.accumulate * len(self.workers)
-        torch._foreach_div_(list(total.values()), count)
+        count = fit.accumulate * len(self.groups)
+        torch._foreach_div_(list(total.values()), count * self.machine.group.count)
         for name, gradient in total.items():
-            self.parameters[name].grad = self.machine.workers.summed(gradient).div_(self.machine.workers.count)
+            self.parameters[name].grad = self.machine.group.summed(gradient)
         return {name: term / count for name, term in seen.items()}
 
     def side_by_side(self, portions: list[Portion]) -> list[tuple[dict, dict]]:
@@ -154,7 +154,7 @@ class Loop:
             except threading.BrokenBarrierError:        # the other thread has failed, and raises why
                 return None
             except BaseException:
-                portion.workers.barrier.abort()         # the other thread waits for no tensors of this one
+                portion.group.barrier.abort()         # the other thread waits for no tensors of this one
                 raise
 
         return self.machine.map(compute, portions)
@@ -198,10 +198,10 @@ class Loop:
         """Write weights, optimiser and average. `evaluated`: `evaluate` was called after this step."""
         if self.task.state is None:
             return
-        if self.machine.workers.count > 1:
+        if self.machine.group.count > 1:
             for buffer in self.task.network.buffers():      # batch norms have seen other samples in each process
                 dist.broadcast(buffer, 0)
-        if self.machine.workers.rank == 0:
+        if self.machine.group.rank == 0:
             averages = {f"average.{name}": value for name, value in self.average.items()}
             checkpoint.save(self.task.state, checkpoint.state(self.task.network, self.optimizer) | averages,
                             {"key": self.key, "step": step, "evaluated": evaluated, "results": self.results})
@@ -216,9 +216,9 @@ class Loop:
             checkpoint.restore(task.network, self.optimizer, tensors, task.state)
             for name, average in self.average.items():
                 average.copy_(tensors[f"average.{name}"])
-            self.first, self.evaluated = int(saved["step"]), bool(saved["evaluated"])
+            self.done, self.evaluated = int(saved["step"]), bool(saved["evaluated"])
             self.results = dict(saved["results"])
-        self.machine.say(f"Found {task.state}: going on after step {self.first} of {task.fit.steps}.")
+        self.machine.say(f"Found {task.state}: going on after step {self.done} of {task.fit.steps}.")
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -228,6 +228,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def write_line(path: Path, line: dict, machine: Machine) -> None:
-    if machine.workers.rank == 0:
+    if machine.group.rank == 0:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mra.config import UserError
-from mra.workers import Workers
+from mra.group import Group
 
 THREADS = 2     # of a step on the CPU; a fixed number, so that results do not depend on the number of cores
 # for the whole run: new threads in each step would allocate memory anew, a seventh of its time
 POOL = ThreadPoolExecutor(THREADS)
 
 
-# ---- workers
+# ---- groups
 
-class Processes(Workers):
+class Processes(Group):
     """A process of torchrun's group."""
 
     def __init__(self):
@@ -49,7 +49,7 @@ class Processes(Workers):
         return x
 
 
-class Threads(Workers):
+class Threads(Group):
     """One of several threads that compute a step side by side; all share `slots` and `barrier`."""
 
     def __init__(self, rank: int, slots: list, barrier: threading.Barrier):
@@ -99,23 +99,23 @@ class OwnRandomness(TorchFunctionMode):
 class Machine:
     device: torch.device
     precision: str
-    workers: Workers        # the processes
+    group: Group            # of the processes
     compiles: bool = False  # networks are compiled; this excludes threads and OwnRandomness
     cores: int = os.cpu_count() or 1
 
     @staticmethod
     def of(device: str, precision: str, compiles: bool = False) -> "Machine":
         """The machine for the flags --device and --precision. Raises UserError for a missing CUDA device."""
-        chosen, workers = choose_device(device), Workers()
+        chosen, group = choose_device(device), Group()
         if "LOCAL_RANK" in os.environ:        # started by torchrun
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo",
                                     timeout=timedelta(hours=2))        # one may wait while others make images
-            workers = Processes()
-        return Machine(chosen, choose_precision(precision, chosen), workers, compiles)
+            group = Processes()
+        return Machine(chosen, choose_precision(precision, chosen), group, compiles)
 
     def say(self, *words) -> None:
         """Print, in rank 0 alone."""
-        if self.workers.rank == 0:
+        if self.group.rank == 0:
             print(*words)
 
     def autocast(self) -> torch.autocast:
@@ -128,23 +128,23 @@ class Machine:
         return torch.Generator(self.device).manual_seed(hash(seeds) % 2**62)
 
     def randomness(self, draw: torch.Generator) -> AbstractContextManager:
-        """Within it, all randomness of a worker's step depends on the seed of `draw`."""
+        """Within it, all randomness of a member's step depends on the seed of `draw`."""
         if self.device.type == "cpu" and not self.compiles:     # the compiler would trace OwnRandomness
             return OwnRandomness(draw)
         torch.manual_seed(draw.initial_seed())
         return nullcontext()
 
-    def first(self, make: Callable[[], object]) -> None:
+    def on_rank_0(self, make: Callable[[], object]) -> None:
         """Let rank 0 make something on disk while the other processes wait."""
-        if self.workers.rank == 0:
+        if self.group.rank == 0:
             make()
         self.any(False)         # a barrier
 
     def any(self, asked: bool) -> bool:
         """Whether `asked` is true in any process."""
-        if self.workers.count == 1:
+        if self.group.count == 1:
             return asked
-        return bool(self.workers.summed(torch.tensor(float(asked), device=self.device)))
+        return bool(self.group.summed(torch.tensor(float(asked), device=self.device)))
 
     def map(self, function: Callable, items: Iterable) -> list:
         """`function` of each item; the CPU computes THREADS of them at a time."""
@@ -157,12 +157,12 @@ class Machine:
         finally:
             torch.set_num_threads(threads)
 
-    def step_workers(self, batch: int, network: nn.Module) -> list[Workers]:
-        """The workers of this process's `batch` samples of a step: threads on the CPU, else the process itself."""
-        halves = self.device.type == "cpu" and self.workers.count == 1 and not self.compiles and batch % THREADS == 0
+    def step_groups(self, batch: int, network: nn.Module) -> list[Group]:
+        """The groups of this process's `batch` samples of a step: threads on the CPU, else the process itself."""
+        halves = self.device.type == "cpu" and self.group.count == 1 and not self.compiles and batch % THREADS == 0
         # a batch norm must see all samples at once
         if not halves or any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
-            return [self.workers]
+            return [self.group]
         slots, barrier = [None] * THREADS, threading.Barrier(THREADS)
         return [Threads(rank, slots, barrier) for rank in range(THREADS)]
 
@@ -199,7 +199,7 @@ def claimed(folder: Path, machine: Machine) -> Iterator[None]:
     with open(folder / ".lock", "w") as lock:       # the system releases the lock, however this process ends
         os.register_at_fork(after_in_child=lock.close)      # a loading process may live some seconds longer
         try:
-            if machine.workers.rank == 0:
+            if machine.group.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(f"{folder}: another run is writing there; wait for it to end.") from error

@@ -49,9 +49,9 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
             saves = frozenset(range(fit.save_every, fit.steps, fit.save_every))
             task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=saves)
             Loop(task, lambda portion: {"loss": loss(portion.draw, portion.count)}, machine).run()
-            machine.first(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
-            machine.first(lambda: checkpoint.remember(path, key))
-            machine.first(lambda: state.unlink(missing_ok=True))
+            machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
+            machine.on_rank_0(lambda: checkpoint.remember(path, key))
+            machine.on_rank_0(lambda: state.unlink(missing_ok=True))
     checkpoint.restore_weights(network, checkpoint.load(path)[0], path)
 
 
@@ -93,7 +93,7 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     learn("denoiser", base.denoiser, lambda: LatentPairs(base, images, captions).loss, recipe.denoiser, folder, key,
           machine)
     facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
-    machine.first(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.weights(base, half=True), facts))
+    machine.on_rank_0(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.weights(base, half=True), facts))
     machine.say(f"{folder / 'base.safetensors'} is ready.")
 
 

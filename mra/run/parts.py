@@ -64,7 +64,7 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
     """Make the parts that are not on disk, after the calibration; processes and threads share them out."""
     parts = [plan.drafts[start:start + PART] for start in range(0, len(plan.drafts), PART)]
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
-    own = range(machine.workers.rank, len(parts), machine.workers.count)
+    own = range(machine.group.rank, len(parts), machine.group.count)
     missing = [number for number in own if not files[number].exists()]
     machine.say(f"Making {len(plan.drafts)} images in {out}.")
 

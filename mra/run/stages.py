@@ -28,10 +28,10 @@ OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
-ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
+ADAPTED_LR, ADAPTED_EPOCHS = 4 / 7, 14     # on the adapted set: learning rate, as a share of the source's; epochs
 
 
-def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
+def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     """The stages of a call: each starts from the best checkpoint of the one before.
 
     Before a fine-tuning without --data-root stand the source and, if there is one, the adapted set. The shipped
@@ -41,16 +41,17 @@ def plan_stages(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
         return [config]
     config = replace(config, out=config.out or default_out(config))
     flags = recipe("sda", config.preset) | {name: getattr(config, name) for name in SHARED}
-    batch = max(2, flags["batch"] // machine.workers.count)     # a step has the same pairs with any number of processes
+    batch = max(2, flags["batch"] // machine.group.count)     # a step has the same pairs with any number of processes
     source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
-    plan, adapted = [source, config], adapted_set(config)
+    queue, adapted = [source, config], adapted_set(config)
     if adapted:
-        plan.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
+        queue.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, epochs=ADAPTED_EPOCHS,
+                                fusion_from=0.0, light=0.0))
     shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
     if usual and shipped.exists():
-        plan = [replace(plan[1], init=str(shipped)), *plan[2:]]     # the file replaces the source
-    return plan
+        queue = [replace(queue[1], init=str(shipped)), *queue[2:]]     # the file replaces the source
+    return queue
 
 
 def adapted_set(config: TrainConfig) -> Path | None:
@@ -105,7 +106,7 @@ def default_out(config: TrainConfig) -> str:
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
-def plan_of(config: TrainConfig, pairs: int, world: int) -> tuple[Fit, int, frozenset[int]]:
+def fit_of(config: TrainConfig, pairs: int, world: int) -> tuple[Fit, int, frozenset[int]]:
     """How the loop trains, the first step with ITM and MLM, and the steps after which val is evaluated."""
     steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
     fit = Fit(steps, config.batch * world, config.lr, config.warmup, betas=(0.9, 0.98),
@@ -114,7 +115,7 @@ def plan_of(config: TrainConfig, pairs: int, world: int) -> tuple[Fit, int, froz
     return fit, round(config.fusion_from * steps), frozenset({*evals, steps})
 
 
-def groups(model: Retriever, config: TrainConfig) -> list[dict]:
+def param_groups(model: Retriever, config: TrainConfig) -> list[dict]:
     """Parameter groups: encoders and new heads, each split into matrices with weight decay and the rest without."""
     members = {(head, decay): [] for head in (False, True) for decay in (False, True)}
     for name, parameter in model.named_parameters():
@@ -128,7 +129,7 @@ def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: T
     """All that must stay the same to resume a run, by the names that the user reads."""
     key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in NOT_AS_GIVEN}
     key["--dataset"] = config.dataset if config.dataset in DATASETS else "a folder"
-    key["--batch x processes"] = config.batch * machine.workers.count
+    key["--batch x processes"] = config.batch * machine.group.count
     key["content of the first weights (--init, --bert, --vit, --clip)"] = checkpoint.digest(model)
     key["content of the vocabulary"] = checkpoint.digest_of([json.dumps(tokenizer.pieces).encode()])
     report = Path(config.dataset) / "report.json"           # adapt.py wrote it

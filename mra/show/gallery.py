@@ -38,7 +38,7 @@ class Hit(NamedTuple):
     """A photograph that was found. MEANING says what the numbers are."""
     path: str
     similarity: float
-    match: float | None = None      # None beyond the `plan.k` most similar, and in a search by pictures
+    match: float | None = None      # None beyond the `settings.k` most similar, and in a search by pictures
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,29 @@ class Gallery:
     dataset: str            # its rules clean the sentences; empty: none do
     paths: list[str]
     features: Tensor        # (G, passes, E) of ranking.encode_gallery
-    plan: ranking.Plan
+    settings: ranking.Settings
     weight: float           # of the similarity beside the match
 
-    def search(self, sentences: list[str], image: Image.Image | None = None, first: int = ranking.FIRST,
+    def search(self, sentences: list[str], image: Image.Image | None = None, shown: int = ranking.FIRST,
                threshold: float = -1.0) -> list[list[Hit]]:
-        """The `first` hits of each sentence, best first, without those of a similarity below the threshold.
+        """The first `shown` hits of each sentence, best first, without those of a similarity below the threshold.
 
         A picture `image` goes with each sentence: the similarity is the mean of both, or the picture's for an empty
         sentence. Similarity alone then ranks, for the fusion encoder matches no image with an image. Call it under the
         model's autocast.
         """
-        plan, example = replace(self.plan, first=first), None
+        settings, example = replace(self.settings, shown=shown), None
         if image:
-            plan, size = replace(plan, k=0), (self.model.config.height, self.model.config.width)
-            example = ranking.encode_gallery(self.model, [tensor_of(image, size)], plan)[0]     # (passes, E)
+            settings, size = replace(settings, k=0), (self.model.config.height, self.model.config.width)
+            example = ranking.encode_gallery(self.model, [tensor_of(image, size)], settings)[0]     # (passes, E)
         cleaned = [self.tokenizer.clean(sentence, self.dataset) for sentence in sentences]
-        found = ranking.search(self.model, self.tokenizer, cleaned, self.paths, plan, self.features, example)
+        found = ranking.search(self.model, self.tokenizer, cleaned, self.paths, settings, self.features, example)
         rows = found.candidates, found.similarity, found.match.sigmoid(), found.reranked(self.weight)
         results = []
         for candidates, similarity, match, order in zip(*[row.tolist() for row in rows]):
             hit_of = {g: Hit(self.paths[g], *pair) for g, *pair in zip_longest(candidates, similarity, match)}
             hits = [hit_of[g] for g in order]           # beyond the first k a match is None
-            results.append([hit for hit in hits if hit.similarity >= threshold][:first])
+            results.append([hit for hit in hits if hit.similarity >= threshold][:shown])
         return results
 
 
@@ -133,7 +133,7 @@ def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]
     return found
 
 
-def encode(name: str, every: list[str], model: Retriever, cache: Path, plan: ranking.Plan,
+def encode(name: str, every: list[str], model: Retriever, cache: Path, settings: ranking.Settings,
            say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
     """Of the photographs `every` of the gallery `name`: paths (G) of the readable ones, their features (G, 2, E), and
     why others are left out. Raises UserError if none is left.
@@ -154,7 +154,7 @@ def encode(name: str, every: list[str], model: Retriever, cache: Path, plan: ran
     say(f"{shown(Path(name))}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     for start in range(0, len(new), PART):
         part = new[start:start + PART]
-        features = ranking.encode_gallery(model, Photographs(part, model.config), replace(plan, mirror=True)).cpu()
+        features = ranking.encode_gallery(model, Photographs(part, model.config), replace(settings, mirror=True)).cpu()
         fresh = {stamps[path]: pair for path, pair in zip(part, features) if pair.isfinite().all()}
         if fresh:
             known |= fresh

@@ -54,7 +54,7 @@ class Server(ThreadingHTTPServer):
     def serve(self, gallery: Gallery, name: str, threshold: float, autocast: Callable) -> None:
         """Answer until Ctrl-C. `name` is the gallery's, for people; the model computes within `autocast()`."""
         # a process forked beside threads may hang
-        self.gallery, self.autocast = replace(gallery, plan=replace(gallery.plan, loading=0)), autocast
+        self.gallery, self.autocast = replace(gallery, settings=replace(gallery.settings, loading=0)), autocast
         self.about = {"name": harmless(name), "photographs": len(gallery.paths), "body": BODY, "threshold": threshold}
         self.numbers = {path: number for number, path in enumerate(gallery.paths)}
         self.home = os.path.commonpath([os.path.dirname(path) for path in gallery.paths])
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
                 hits, = gallery.search([text], image, LISTED)
             except UserError as gone:       # a photograph that the fusion encoder reads has gone since the start
                 notes.append(f"Ranked by similarity alone: {gone}.")
-                hits, = replace(gallery, plan=replace(gallery.plan, k=0)).search([text], image, LISTED)
+                hits, = replace(gallery, settings=replace(gallery.settings, k=0)).search([text], image, LISTED)
         rows = [{"photo": self.server.numbers[hit.path], "similarity": hit.similarity, "match": hit.match,
                  "name": harmless(os.path.relpath(hit.path, self.server.home))} for hit in hits]
         return {"hits": rows, "phrases": phrases, "notes": notes, "seconds": time.perf_counter() - started}

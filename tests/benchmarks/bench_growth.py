@@ -67,7 +67,7 @@ def reranking(count: int) -> Callable:
         tokens, features = model.encode_text(torch.randint(5, 1000, (count, 32), device=DEVICE), keep)
         queries = model.fusion_encoder.start(tokens, keep), keep, features
     candidates = torch.randint(count, (count, 8), device=DEVICE)
-    return lambda: ranking.match_candidates(model, images, [queries], candidates, ranking.Plan(8))
+    return lambda: ranking.match_candidates(model, images, [queries], candidates, ranking.Settings(8))
 
 
 def exponent(counts: list[int], values: list[float]) -> float:

@@ -99,7 +99,7 @@ def main() -> None:
     del encoded, tokens         # the others have the device's memory for themselves
     ways = {"gathering": lambda: gathering(model, images, (started, keep), candidates),
             "ours": lambda: ranking.match_candidates(model, images, [(started, keep, features)], candidates,
-                                                     ranking.Plan(given.k))}
+                                                     ranking.Settings(given.k))}
     times, peaks, logits = {name: torch.inf for name in ways}, {}, {}
     with torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16"):
         for name in [*ways] * given.repeats:

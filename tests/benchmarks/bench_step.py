@@ -60,7 +60,7 @@ def measure(preset: str, batch: int, steps: int, compiled: bool) -> tuple[float,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = make_retriever(dataclasses.replace(PRESETS[preset], vocab=30522)).to(device)
-    optimizer = torch.optim.AdamW(stages.groups(model, TrainConfig()), 1e-4, fused=True)
+    optimizer = torch.optim.AdamW(stages.param_groups(model, TrainConfig()), 1e-4, fused=True)
     step_model = torch.compile(model) if compiled else model
     data = random_batch(preset, batch).to(device)
     for step in range(steps + WARM):
@@ -89,19 +89,20 @@ def training(preset: str, now: bool):
     dataset = PairDataset(source, tokenizer, model.config, config)
 
     def loss_of(portion: loops.Portion):
-        objective = Objective(contrastive=partial(contrastive.contrastive, workers=portion.workers),
-                              mean=partial(contrastive.mean_where, workers=portion.workers))
+        objective = Objective(contrastive=partial(contrastive.contrastive, group=portion.group),
+                              mean=partial(contrastive.mean_where, group=portion.group))
         terms = model(portion.batch, objective)
         return terms | {"loss": losses.total(terms, config.beta)}
 
-    fit = dataclasses.replace(stages.plan_of(config, len(dataset), 1)[0], steps=10**6,
+    fit = dataclasses.replace(stages.fit_of(config, len(dataset), 1)[0], steps=10**6,
                               batch=min(config.batch, len(dataset)))
-    own = loops.Loop(loops.Task("retriever", model, fit, 0, groups=stages.groups(model, config)), loss_of, machine)
+    task = loops.Task("retriever", model, fit, 0, param_groups=stages.param_groups(model, config))
+    own = loops.Loop(task, loss_of, machine)
     if not now:
-        own.workers = [machine.workers]
+        own.groups = [machine.group]
     keys = order(dataset.lengths if now else [0] * len(dataset), fit.batch, 0, 0, 10**6)
     batches = iter(loader(dataset, config.workers if now else 0, batch_sampler=keys,
-                          collate_fn=partial(dataset.collate_parts, parts=len(own.workers))))
+                          collate_fn=partial(dataset.collate_parts, parts=len(own.groups))))
     masks = machine_module.OwnRandomness
 
     def step(number: int) -> float:

@@ -50,8 +50,8 @@ def measure(checkpoint: Path, kind: str, people: Tensor, paths: list[str], galle
     asked = [sentence for one_of_each in zip(*texts) for sentence in one_of_each]
     query_ids = people.repeat(len(texts[0]))                                            # (S * P,)
     fused = "weight" in facts["val"]
-    plan = ranking.Plan(model.config.rerank if fused else 0, facts.get("mirror", True))
-    found = ranking.search(model, tokenizer, asked, paths, plan)
+    settings = ranking.Settings(model.config.rerank if fused else 0, facts.get("mirror", True))
+    found = ranking.search(model, tokenizer, asked, paths, settings)
     rows = {"embeddings": rows_of(found, found.candidates, query_ids, gallery_ids)}
     if fused:
         rows["re-ranked"] = rows_of(found, found.reranked(facts["val"]["weight"]), query_ids, gallery_ids)

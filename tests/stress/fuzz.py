@@ -61,7 +61,7 @@ from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noq
 from mra.diffusion.base import Diffusion, read_images  # noqa: E402
 from mra.formats.check import check_set  # noqa: E402
 from mra.formats.read import load  # noqa: E402
-from mra.ranking import Plan, queries_of, search  # noqa: E402
+from mra.ranking import Settings, queries_of, search  # noqa: E402
 from mra.retriever import Retriever  # noqa: E402
 from mra.run import checkpoint, stages  # noqa: E402
 from mra.run.command import parse, run  # noqa: E402
@@ -365,7 +365,7 @@ class Whole:
         config = TrainConfig(preset="tiny", init="none")
         key = stages.key_of(config, MACHINE, torch.nn.Linear(0, 0), Tokenizer.read(), [])
         task = Task("", self.model, Fit(7, 40, 0.1, average=0.0), 0, path, key=key,
-                    groups=stages.groups(self.model, config), advice=stages.ADVICE)
+                    param_groups=stages.param_groups(self.model, config), advice=stages.ADVICE)
         return Loop(task, None, MACHINE)
 
     def reader(self, kind: str, path: Path) -> Callable[[], object]:
@@ -376,13 +376,13 @@ class Whole:
             found, own_tokenizer, said = retrievers.load_retriever(path, CPU)
             f"{said['train']['dataset'] or ''} {said['pretrained_on']} {said['train']['seed']}"
             weight = said["val"].get("weight", 0.0)
-            search(found, own_tokenizer, ["a man in a red coat"], [photo] * 3, Plan(2)).reranked(weight)
+            search(found, own_tokenizer, ["a man in a red coat"], [photo] * 3, Settings(2)).reranked(weight)
             if dataclasses.asdict(self.model.config) == said["model"]:
                 stages.load_model(TrainConfig(preset="tiny", init=str(path)), MACHINE)
 
         return {"best": ask, "last": lambda: self.loop(path),
                 "gallery": lambda: gallery.encode("photos", [str(self.folder / "photos/1.png")], self.model, path,
-                                                  Plan(0, batch=4), say=lambda line: None),
+                                                  Settings(0, batch=4), say=lambda line: None),
                 "base": lambda: load_base(AdaptConfig(size="tiny", base=str(path)), MACHINE).read(["a man"]),
                 "bert": lambda: retrievers.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
                 "vit": lambda: retrievers.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
@@ -401,13 +401,13 @@ def whole_files(folder: Path) -> Whole:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     loop.optimizer.step()
-    result = {"embeddings": {"R@1": 1.0, "mAP": 2.0}, "quality": [True, 1.5], "weight": 2.0}
+    result = {"embeddings": {"R@1": 1.0, "mAP": 2.0}, "selected_by": [True, 1.5], "weight": 2.0}
     facts = retrievers.model_facts(model, tokenizer) | {
         "train": settings, "pretrained_on": "sda", "val": result, "pairs": 7, "processes": 1, "step": 3}
     own = checkpoint.weights(model)
     paint(folder / "photos/1.png")
-    gallery.encode("photos", [str(folder / "photos/1.png")], model.eval(), folder / "valid.gallery", Plan(0, batch=4),
-                   say=lambda line: None)
+    gallery.encode("photos", [str(folder / "photos/1.png")], model.eval(), folder / "valid.gallery",
+                   Settings(0, batch=4), say=lambda line: None)
     whole.files.update({
         "best": (own, facts),
         "last": (checkpoint.state(model, loop.optimizer), {"key": loop.key, "step": 3, "evaluated": False,

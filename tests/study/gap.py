@@ -86,7 +86,7 @@ def main() -> None:
     if not given.sets and not given.train_reader:
         parser.error("give the folder of a set, or --train-reader")
     machine = Machine.of(given.device, given.precision)
-    if machine.workers.count > 1:
+    if machine.group.count > 1:
         raise UserError("One process measures a set: start it without torchrun.")
     if given.train_reader:
         train_reader(given.size, machine)

@@ -312,7 +312,7 @@ def test(path: str, one: Run, targets: tuple[str, ...]) -> dict:
         root = sets.ready(target, one.tiny)
         split = load(target, "test", root, say=quiet)
         captions, query_ids, paths, gallery_ids = ranking.queries_of(split, tokenizer)
-        found = ranking.search(model, tokenizer, captions, paths, ranking.Plan(model.config.rerank))
+        found = ranking.search(model, tokenizer, captions, paths, ranking.Settings(model.config.rerank))
         weight = facts["val"].get("weight", 0.0)
         of_twins = of_twins_in(split, root / sets.FOLDERS[target] / "town.json")
         results[target] = {}

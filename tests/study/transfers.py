@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mra.diffusion.autoencoder import OPPONENT, Autoencoder
 from mra.diffusion.base import decode, encode, to_bytes, to_float
-from mra.diffusion.sampling import match_moments
+from mra.diffusion.sampling import transfer_moments
 
 # RGB -> cone responses, whose logarithms OPPONENT makes nearly independent (Reinhard et al. 2001)
 LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
@@ -58,7 +58,7 @@ def fourier(images: Tensor, targets: Tensor) -> Tensor:
 def moments(images: Tensor, targets: Tensor, autoencoder: Autoencoder) -> Tensor:
     """The latents of all images together get the moments of the latents of all targets (M, 3, H, W)."""
     latents = encode(autoencoder, images)                                                # (B, C, h, w)
-    moved = match_moments(latents, latents, encode(autoencoder, targets))
+    moved = transfer_moments(latents, latents, encode(autoencoder, targets))
     return decode(autoencoder, moved, torch.Generator(moved.device).manual_seed(0)).cpu()
 
 

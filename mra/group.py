@@ -1,0 +1,52 @@
+"""A group that shares out a training step, or a search: the processes of torchrun, or two threads on the CPU.
+
+All members have the same weights. In a step each computes the loss and the gradients of its own samples, and the mean
+over members is taken; in a search each computes a part of the images. A `Group` is the group as one member sees it;
+this class is a group of one. run/machine.py has `Processes` and `Threads`, and run/loop.py trains with them. Read next:
+diffusion/, or run/loop.py.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Group:
+    """A group of `count` members, seen by member number `rank`; here the only one."""
+
+    rank = 0
+    count = 1
+
+    def exchange(self, x: Tensor) -> list[Tensor]:
+        """x of every member, in the order of their ranks."""
+        return [x]
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x (B, ...) of all members, one below the other (count * B, ...), with gradients to this member's own rows.
+
+        Every member computes the same joint loss, but differentiates its own rows only. Their gradient is multiplied by
+        `count`: the mean over members is then the joint gradient. A parameter used after gathering, such as the
+        temperature, has the joint gradient in each member, and so in their mean.
+        """
+        if self.count == 1:
+            return x
+        parts = self.exchange(x.detach().contiguous())
+        own = x.clone()
+        if own.requires_grad:
+            own.register_hook(lambda gradient: gradient * self.count)
+        parts[self.rank] = own
+        return torch.cat(parts)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of x over all members; x itself must not be used afterwards."""
+        total, *others = self.exchange(x)
+        for other in others:
+            total = total + other
+        return total
+
+    def own_rows(self, count: int) -> slice:
+        """Where this member's `count` rows stand in what `gathered` returns."""
+        return slice(count * self.rank, count * (self.rank + 1))
+
+    def own_batches(self, count: int, batch: int) -> list[int]:
+        """Which of `count` rows this member computes where all share them out by whole batches."""
+        return [i for i in range(count) if i // batch % self.count == self.rank]
