@@ -110,10 +110,10 @@ def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, mo
     results, rows = {}, []
     for dataset in config.dataset:
         started = time.perf_counter()
-        source = load(config, facts, dataset, machine)
+        record_set = load(config, facts, dataset, machine)
         if not results:
             machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
-        captions, query_ids, paths, gallery_ids = ranking.queries_of(source, tokenizer)
+        captions, query_ids, paths, gallery_ids = ranking.queries_of(record_set, tokenizer)
         people = set(gallery_ids.tolist())
         lost = sum(identity not in people for identity in query_ids.tolist())
         if lost:
@@ -125,7 +125,7 @@ def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, mo
         if config.k:
             metrics["re-ranked"] = found.metrics(query_ids, gallery_ids, last)
         for stage, values in metrics.items():
-            machine.say(f"{source.name + ' ' + stage:24}" + "".join(f"{value:8.2f}" for value in values.values()))
+            machine.say(f"{record_set.name + ' ' + stage:24}" + "".join(f"{value:8.2f}" for value in values.values()))
         results[dataset] = metrics | {"queries": len(captions), "not_counted": lost, "gallery": len(paths),
                                       "identities": len(people), "seconds": round(time.perf_counter() - started, 1)}
         rows += pictures.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])

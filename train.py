@@ -11,7 +11,8 @@
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
 Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best
-checkpoint is `out`/best.safetensors: that with the highest (R@1 + mAP) / 2 on val, re-ranked once ITM is trained.
+checkpoint is `out`/best.safetensors: of --evals rankings of val, evenly spaced, that with the highest (R@1 + mAP) / 2,
+re-ranked once ITM is trained; of equal ones the last.
 mra/run/loop.py has the loop.
 """
 
@@ -58,14 +59,14 @@ def main() -> None:
         well = check_set(config.dataset, root, tokenizer, PRESETS[config.preset].max_tokens,
                          config.workers or machine.cores, machine.say)
         sys.exit(0 if well else 1)
-    best, queue = None, stages.stages_of(config, machine)
+    start, queue = None, stages.stages_of(config, machine)
     Path(queue[-1].out).mkdir(parents=True, exist_ok=True)        # a wrong --out fails before the first stage
     for number, stage in enumerate(queue, 1):
         if len(queue) > 1:
             machine.say(f"Stage {number} of {len(queue)}: training on {stage.dataset}.")
-        if best:        # a checkpoint, which has its own vocabulary
-            stage = replace(stage, init=str(best), bert="", vit="", vocab="")
-        best = train(stage, machine)
+        if start:       # a checkpoint, which has its own vocabulary
+            stage = replace(stage, init=str(start), bert="", vit="", vocab="")
+        start = train(stage, machine)
 
 
 def train(config: TrainConfig, machine: Machine) -> Path:
@@ -93,24 +94,24 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
             open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
     # ---- steps and loss
-    fit, fusion_from, evals = stages.fit_of(config, len(dataset), machine.group.count)
+    fit, fused_from, evaluated = stages.timetable_of(config, len(dataset), machine.group.count)
     key = stages.key_of(config, machine, model, tokenizer, [train_set, val_set])
     log = path.with_name("log.jsonl")
     step_model = torch.compile(model) if config.compile else model
 
     def loss_of(portion: Portion) -> dict[str, Tensor]:
         """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM) of one member's pairs."""
-        objective = Objective(portion.step >= fusion_from, config.smoothing, config.eda,
+        objective = Objective(portion.step >= fused_from, config.smoothing, config.eda,
                               partial(contrastive.CONTRASTIVE[config.contrastive], group=portion.group),
                               partial(contrastive.mean_where, group=portion.group))
         terms = step_model(portion.batch.to(machine.device), objective)
         return terms | {"loss": losses.total(terms, config.beta)}
 
-    # ---- after each of the steps `evals`: val, and the best checkpoint
+    # ---- after each of the steps `evaluated`: val, and the best checkpoint
     def keep_best(done: int, before: dict) -> dict:
         """Evaluate after `done` steps, and save the weights if they are the best; returns this result and the best."""
-        fused = done > fusion_from
-        settings = ranking.Settings(model.config.rerank if fused else 0, loading=config.workers, group=machine.group)
+        fused = done > fused_from
+        settings = ranking.Settings(model.config.rerank if fused else 0, workers=config.workers, group=machine.group)
         autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py does
         with autocast:
             result = ranking.validate(model, tokenizer, val_set, fused, settings)
@@ -130,7 +131,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     # ---- loop
     task = Task(name="retriever", network=model, fit=fit, seed=config.seed, state=path.with_name("last.safetensors"),
                 log=log, key=key, param_groups=stages.param_groups(model, config), log_every=config.log_every,
-                save_after=evals, evaluate=keep_best, after_step=model.limit_temperature, advice=stages.ADVICE,
+                save_after=evaluated, evaluate=keep_best, after_step=model.limit_temperature, advice=stages.ADVICE,
                 resume=config.resume)
     loop = Loop(task, loss_of, machine)
     if loop.results and not path.exists():
@@ -139,7 +140,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     keys = order(dataset.lengths, config.batch, config.seed, loop.done * config.accumulate,
                  fit.steps * config.accumulate, machine.group.rank, machine.group.count)
     loop.run(loader(dataset, config.workers, batch_sampler=keys, pin_memory=machine.device.type == "cuda",
-                    collate_fn=partial(dataset.collate_parts, parts=len(loop.groups))))
+                    collate_fn=partial(dataset.collate_parts, parts=len(loop.members))))
     return loop.results["best"]
 
 

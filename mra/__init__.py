@@ -21,12 +21,12 @@ Beside the method; the method imports none of these:
     show/                 pictures, a folder of photographs, answers to sentences, a page to search from
     train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
 
-Shape letters; a docstring explains any other. Masks end in `_keep`, True = use it:
+Shape letters; a docstring explains any other. Masks are `keep` or end in `_keep`, True = use it:
 
     B batch      N patches    T tokens of a text   P tokens of a phrase   M positions picked, as of masked words
     D width      E embedding  S keys attended      V vocabulary           H x W pixels
     in ranking.py: Q queries    G gallery images   K candidates of a query, the first k of them re-scored
-    in run/contrastive.py: N pairs of all members             R rows of a chunk
+    in run/contrastive.py: N pairs of all members             R x C a tile
     in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
 Public: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`, `mra.diffusion.dpm_solver`.

@@ -210,7 +210,7 @@ class TrainConfig:
     preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
     data_root: str = flag("", "folder of the real sets; empty: the demo town, drawn on first use")
     check: bool = flag(False, "read the set, decode its images, list what is wrong, and stop")
-    init: str = flag("", "a checkpoint; none: random weights; scratch: pretrain first; empty: shipped, else scratch")
+    init: str = flag("", "a checkpoint; none: random or --bert ...; scratch: pretrain first; empty: shipped or scratch")
     bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
     vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
     clip: str = flag("", "for --preset clip: a CLIP ViT-B/16, folder or file with its vocabulary beside it")
@@ -224,7 +224,7 @@ class TrainConfig:
     batch: int = flag(40, "pairs in a batch of one process", 1, 1e6)
     accumulate: int = flag(1, "batches of a step, whose gradients are averaged", 1, 1e6)
     lr: float = flag(1e-4, "peak learning rate of the encoders", 0, 10)
-    head_lr: float = flag(5.0, "rate of the projections, matching and word head, as a multiple of --lr", 0, 1e3)
+    head_lr: float = flag(5.0, "learning rate of the heads (`new_parts` of the model), as a multiple of --lr", 0, 1e3)
     warmup: float = flag(0.1, "share of the steps with a rising learning rate; it then falls linearly to 0", 0, 1)
     weight_decay: float = flag(0.01, "weight decay of the matrices", 0, 10)
     max_norm: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
@@ -261,7 +261,7 @@ class AdaptConfig:
     train_base: bool = flag(False, "train the base and stop")
     source: str = flag("", "folder with the source set, SDA or MALS; empty: the demo town")
     data_root: str = flag("", "folder with the real target set; empty: the demo town")
-    out: str = flag("", "folder of the set; empty: out/sda/<target>, then the flags that differ")
+    out: str = flag("", "folder of the set; empty: out/sda/<target>, then size, mode, ... that differ")
     resume: bool = flag(True, "go on with the set in --out; --no-resume removes one that was made otherwise")
     steps: int = flag(0, "training steps of the branch; 0: those of the recipe", 0, 1e9)
     recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
@@ -281,7 +281,7 @@ class AdaptConfig:
 
     @property
     def usual_out(self) -> str:
-        """out/sda/<target>, and the values that differ from the defaults. train.py looks for the set there."""
+        """out/sda/<target>, then size, mode, captions, seed and share where they differ from the defaults."""
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
                  ("1", f"{self.share:g}"))
         return "-".join([f"out/sda/{self.target}", *(own for default, own in usual if own != default)])

@@ -91,21 +91,21 @@ class FusionEncoder(nn.Module):
             x = block.attend_context(x, context, image_keep)
         return x                                                             # (B, M, D)
 
-    def first_tokens(self, started: Tensor, keep: Tensor, keys_values: list[Tensor], images: Tensor) -> Tensor:
+    def fused_cls(self, started: Tensor, keep: Tensor, keys_values: list[Tensor], images: Tensor) -> Tensor:
         """Fused [CLS] (B, D) of texts from `start` with `images` (B,), ascending rows of the keys and values.
 
-        Only self-attention tells texts apart. Elsewhere their tokens, without padding, are one sequence, in which the
+        Only self-attention tells texts apart. Elsewhere their L tokens, without padding, are one sequence, in which the
         texts of an image attend to its keys and values together: there is no copy for each text.
         """
-        kept = keep.flatten().nonzero().squeeze(1)                                     # (N,) of B * T
-        padded = (keep.flatten().cumsum(0) - 1).view(keep.shape)                       # (B, T) of N; any at padding
-        texts, tokens = (rows.bincount(minlength=len(keys_values[0])).tolist()         # of each image
+        kept = keep.flatten().nonzero().squeeze(1)                                     # (L,) of B * T
+        padded = (keep.flatten().cumsum(0) - 1).view(keep.shape)                       # (B, T) of L, any at padding
+        texts, tokens = (rows.bincount(minlength=len(keys_values[0])).tolist()         # counts for each image
                          for rows in (images, images.repeat_interleave(keep.sum(1))))
         x, first = started, started[:, 0]
         for block, following, context in zip(self.blocks, self.blocks[1:], keys_values):
             x = block.attend_context(x.flatten(0, 1)[kept][None], context, counts=tokens)[0][padded]
             if following is self.blocks[-1]:
-                first = following.attention_norm(x[:, 0] + following.attention.from_first(x, keep))
+                first = following.attention_norm(x[:, 0] + following.attention.attend_from_first(x, keep))
             else:
                 x = following.attend_self(x, keep)
         return self.blocks[-1].attend_context(first[None], keys_values[-1], counts=texts)[0]

@@ -1,4 +1,4 @@
-"""A group that shares out a training step, or a search: the processes of torchrun, or two threads on the CPU.
+"""A group that shares out work: the processes of torchrun (steps and searches), or two threads on the CPU (steps).
 
 All members have the same weights. In a step each computes the loss and the gradients of its own samples, and the mean
 over members is taken; in a search each computes a part of the images. A `Group` is the group as one member sees it;
@@ -43,10 +43,10 @@ class Group:
             total = total + other
         return total
 
-    def own_rows(self, count: int) -> slice:
-        """Where this member's `count` rows stand in what `gathered` returns."""
-        return slice(count * self.rank, count * (self.rank + 1))
+    def own_rows(self, rows: int) -> slice:
+        """Where this member's `rows` rows stand in what `gathered` returns."""
+        return slice(rows * self.rank, rows * (self.rank + 1))
 
-    def own_batches(self, count: int, batch: int) -> list[int]:
-        """Which of `count` rows this member computes where all share them out by whole batches."""
-        return [i for i in range(count) if i // batch % self.count == self.rank]
+    def own_batches(self, rows: int, batch: int) -> list[int]:
+        """Which of `rows` rows this member computes where all share them out by whole batches."""
+        return [i for i in range(rows) if i // batch % self.count == self.rank]

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         """Attend from x (B, T, D) to itself, or to `keys_values` of S tokens; keep (B, S).
 
         With `causal`, which excludes `keep`, each token attends to itself and to the tokens before it. With `counts`
-        x (1, N, D) is one sequence: the first counts[0] tokens attend to the first keys and values, and so on.
+        x (1, L, D) is one sequence: the first counts[0] tokens attend to the first keys and values, and so on.
         """
         if keys_values is None:
             keys_values = self.keys_values(x)
@@ -41,7 +41,7 @@ class Attention(nn.Module):
             mixed = torch.cat([attend(*part, None) for part in parts if part[0].shape[2]], 2)
         return self.to_out(mixed.transpose(1, 2).flatten(2))                           # (B, T, D)
 
-    def from_first(self, x: Tensor, keep: Tensor) -> Tensor:
+    def attend_from_first(self, x: Tensor, keep: Tensor) -> Tensor:
         """`forward` for token 0 of x (B, T, D) alone, (B, D), without keys and values of the other tokens.
 
         q (W x + b) = (q W) x + q b, and q b shifts all scores alike: the query is mapped in place of all tokens, and

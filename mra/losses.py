@@ -1,7 +1,7 @@
 """The losses of MRA (section 3) as pure functions of tensors: contrastive, matching, masked words.
 
 Image-text losses (ITC, ITM) and region-phrase losses (RPC, RPM) are the same two functions, called on images and
-captions or on regions and phrases. run/contrastive.py computes `contrastive` in chunks where the batch is large.
+captions or on regions and phrases. run/contrastive.py computes `contrastive` in tiles where the batch is large.
 Read next: retriever.py, which calls them.
 """
 
@@ -48,14 +48,14 @@ def distribution_matching(image_features: Tensor, text_features: Tensor, tempera
     return sum(divergences)
 
 
-def hard_negatives(similarity: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of similarity (B, B), already divided by the temperature, one column of another class.
+def hard_negatives(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of contrastive logits (B, B), similarities / temperature, one column of another class.
 
-    Drawn in proportion to the contrastive similarity, exp(similarity). Returns the columns (B,) and
+    Drawn in proportion to exp(logits). Returns the columns (B,) and
     exists (B,): False where the batch holds no other class, and the column must not be used.
     """
     other = classes[:, None] != classes[None, :]                             # (B, B)
-    weights = similarity.float().masked_fill(~other, -torch.inf).softmax(1)
+    weights = logits.float().masked_fill(~other, -torch.inf).softmax(1)
     weights = weights.nan_to_num(1.0)       # any column: for a row without negatives, and for a loss that is not finite
     return torch.multinomial(weights, 1).squeeze(1), other.any(1)
 

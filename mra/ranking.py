@@ -1,10 +1,11 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k images.
 
-A candidate's score is match + weight * similarity. The match is the fusion encoder's logit [matched] - [mismatched],
-the similarity is the cosine of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score here
-depends on its pair alone. MRA section 3 normalises scores over all pairs: there a query's order depends on the others.
-With `Settings.mirror` both stages average two passes: images and captions as they are, then mirrored images and
-captions with left and right exchanged. Read next: group.py, evaluate.py.
+k is the preset's `rerank` unless --k says otherwise; the images after the first k keep their order by similarity. The
+score of a candidate is match logit + weight * similarity: the fusion encoder's [matched] - [mismatched], and the cosine
+of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score here depends on its pair alone. MRA
+section 3 normalises scores over all pairs: there a query's order depends on the others. With `Settings.mirror` both
+stages average two passes: images and captions as they are, then mirrored images and captions with left and right
+exchanged. Read next: group.py, evaluate.py.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from mra.retriever import Retriever
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10                          # images shown for each query
 BLOCK = 512                         # queries compared with the gallery at a time
-CHUNK = 65536                       # gallery images in a block of similarities
+CHUNK = 65536                       # gallery images compared at a time
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
-IMAGES = 16                         # matched with queries at a time; fewer have longer sequences of tokens each
-TOKENS = {"cuda": 65536, "cpu": 8192}    # of these queries fused at a time
+IMAGES = 16                         # fused at a time; with fewer, each has more of the tokens
+TOKENS = {"cuda": 65536, "cpu": 8192}    # of queries, fused with these images at a time
 
 
 # ---- metrics
@@ -43,13 +44,13 @@ def metric_rows(order: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor
     hit = hit[hit.any(1)].double()
     rank = torch.arange(1, hit.shape[1] + 1, device=hit.device)                    # (G,)
     recalls = [hit[:, :k].amax(1) for k in (1, 5, 10)]
-    matches = hit.sum(1)
-    precision = (hit.cumsum(1) / rank * hit).sum(1) / matches
-    return torch.stack([*recalls, precision, matches / (hit * rank).amax(1)], 1)
+    right = hit.sum(1)
+    precision = (hit.cumsum(1) / rank * hit).sum(1) / right
+    return torch.stack([*recalls, precision, right / (hit * rank).amax(1)], 1)
 
 
 def means(rows: Tensor) -> dict[str, float]:
-    """METRICS in percent from those of each query (Q', 5); nan if no query has a match."""
+    """METRICS in percent from those of each query (Q', 5); nan if no query has a right image."""
     return dict(zip(METRICS, (100 * rows.mean(0)).tolist()))
 
 
@@ -60,7 +61,7 @@ def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) ->
 
 
 def selection_score(metrics: dict[str, float]) -> float:
-    """What weights and checkpoints are chosen by: the mean of R@1 and mAP varies less than R@1 alone."""
+    """What the weight of the similarity and the best checkpoint are chosen by; it varies less than R@1 alone."""
     return (metrics["R@1"] + metrics["mAP"]) / 2
 
 
@@ -73,9 +74,9 @@ class Settings:
     k: int                          # candidates that the fusion encoder re-scores, at most G; 0: none
     mirror: bool = True             # average over the mirror images
     batch: int = 64                 # images encoded at a time
-    loading: int = 0                # image decoding processes
+    workers: int = 0                # image decoding processes
     group: Group = Group()
-    shown: int = FIRST              # images found for each query, at least
+    listed: int = FIRST             # images found for each query, at least
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,12 @@ class Found:
     gallery: Tensor         # (G, E') may lie in a file
     similarity: Tensor      # (Q, K) of the candidates; this and what follows is on the CPU
     candidates: Tensor      # (Q, K) indices of the most similar images, best first
-    match: Tensor           # (Q, k) logit [matched] - [mismatched], the mean of the passes
+    match_logit: Tensor     # (Q, k) [matched] - [mismatched], the mean of the passes
 
     def reranked(self, weight: float) -> Tensor:
-        """The candidates (Q, K), the first k ordered by match + weight * similarity."""
-        k = self.match.shape[1]
-        score = self.match + weight * self.similarity[:, :k]
+        """The candidates (Q, K), the first k ordered by match_logit + weight * similarity."""
+        k = self.match_logit.shape[1]
+        score = self.match_logit + weight * self.similarity[:, :k]
         order = score.argsort(dim=1, descending=True, stable=True)
         return torch.cat([self.candidates[:, :k].gather(1, order), self.candidates[:, k:]], 1)
 
@@ -129,7 +130,7 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     queries = queries.flatten(1) / len(passes)                                     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
     with torch.autocast(queries.device.type, enabled=False):
-        values, candidates = top_k(queries, gallery, max(settings.k, settings.shown))      # (Q, K)
+        values, candidates = top_k(queries, gallery, max(settings.k, settings.listed))      # (Q, K)
     match = match_candidates(model, images, passes, candidates[:, :settings.k], settings)  # (Q, k)
     return Found(queries, gallery, values.cpu(), candidates.cpu(), match.cpu())
 
@@ -168,7 +169,7 @@ def encode_gallery(model: Retriever, images: Dataset, settings: Settings) -> Ten
     device = next(model.parameters()).device
     features = torch.zeros(len(images), 2 if settings.mirror else 1, model.config.embed, device=device)
     own = settings.group.own_batches(len(images), settings.batch)
-    batches = loader(images, settings.loading, batch_size=settings.batch, sampler=own)
+    batches = loader(images, settings.workers, batch_size=settings.batch, sampler=own)
     for start, image in zip(own[::settings.batch], batches):
         image = image.to(device)
         features[start:start + settings.batch, 0] = model.encode_image(image)[1].float()
@@ -222,7 +223,7 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     batch = min(settings.batch, IMAGES)
     asked = places.argsort(stable=True).split((places // batch).bincount().tolist())        # pairs of each batch
     own = settings.group.own_batches(len(wanted), batch)
-    batches = loader(images, settings.loading, batch_size=batch, sampler=wanted[own].tolist())
+    batches = loader(images, settings.workers, batch_size=batch, sampler=wanted[own].tolist())
     for start, image in zip(own[::batch], batches):
         image = image.to(device)
         for view, (text, keep, _) in zip((image, image.flip(-1)), passes):         # (Q, T, D), (Q, T)
@@ -235,20 +236,21 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
                 longest = int(lengths[pairs[-1] // k])
                 pairs = pairs[places[pairs].argsort(stable=True)]                  # those of an image side by side
                 query, column = pairs // k, places[pairs] - start
-                logits = model.judge(model.fusion_encoder.first_tokens(
+                logits = model.matching_logits(model.fusion_encoder.fused_cls(
                     text[query, :longest], keep[query, :longest], keys_values, column))
                 match[pairs] += (logits[:, 1] - logits[:, 0]) / len(passes)
     return settings.group.summed(match).view(candidates.shape)
 
 
-def queries_of(source: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
+def queries_of(record_set: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
     """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query.
 
     An image without a caption is a distractor. A record without an image adds queries alone.
     """
-    captions = [tokenizer.clean(caption, source.name) for record in source.records for caption in record.captions]
-    query_ids = torch.tensor([record.identity for record in source.records for _ in record.captions])
-    images = [record for record in source.records if record.path]
+    records, name = record_set.records, record_set.name
+    captions = [tokenizer.clean(caption, name) for record in records for caption in record.captions]
+    query_ids = torch.tensor([record.identity for record in records for _ in record.captions])
+    images = [record for record in records if record.path]
     gallery_ids = torch.tensor([record.identity for record in images])
     return captions, query_ids, [record.path for record in images], gallery_ids
 

@@ -1,6 +1,6 @@
 """MRA, multi-granularity relation alignment (section 3): encoders, heads, and the loss terms of one batch.
 
-`Retriever.forward` names the stages of the paper's figure. Whole images with captions, and regions with phrases, go
+`Retriever.forward` goes through the parts of the paper's figure. Images with captions, and regions with phrases, go
 through the same `align`. A region keeps the tokens of its image, but token 0 becomes the mean of the patches that its
 box touches, and the other patches are masked. The region-phrase contrastive loss compares that mean with the phrase.
 The fusion encoder attends to the mean and to these patches. Read next: ranking.py.
@@ -28,7 +28,7 @@ class Objective:
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
     contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all members' pairs
-    mean: Callable[[Tensor, Tensor], Tensor] = losses.mean_where       # joint mean of all members' values
+    mean: Callable[[Tensor, Tensor], Tensor] = losses.mean_where       # this member's share of the joint mean
 
 
 class Seen(NamedTuple):
@@ -52,7 +52,7 @@ class WordHead(nn.Module):
 
 
 class Retriever(nn.Module):
-    """Image and text encoders with a shared contrastive space, and a fusion encoder that judges pairs."""
+    """Image and text encoders with a shared contrastive space, and a fusion encoder that scores pairs."""
 
     new_parts = "image_projection", "text_projection", "matching_head", "word_head"     # at --lr x --head-lr
 
@@ -97,9 +97,9 @@ class Retriever(nn.Module):
               image_keep: Tensor | None = None) -> Tensor:
         """Matching logits (B, 2) of texts from `fusion_encoder.start` (B, T, D) with the keys and values of images."""
         first = torch.zeros(len(started), 1, dtype=torch.long, device=started.device)    # position of [CLS]
-        return self.judge(self.fusion_encoder(started, keep, first, keys_values, image_keep)[:, 0])
+        return self.matching_logits(self.fusion_encoder(started, keep, first, keys_values, image_keep)[:, 0])
 
-    def judge(self, fused: Tensor) -> Tensor:
+    def matching_logits(self, fused: Tensor) -> Tensor:
         """Matching logits (B, 2), mismatched and matched, of fused [CLS] (B, D)."""
         with torch.autocast(fused.device.type, enabled=False):      # bf16 would round the scores that rank candidates
             return self.matching_head(fused.float())
@@ -129,12 +129,12 @@ class Retriever(nn.Module):
         text, feature = self.encode_text(ids, keep)                                      # (B, T, D), (B, E)
         terms = {"itc": objective.contrastive(seen.feature, feature, self.temperature, classes, objective.smoothing)}
         if seen.keys_values is not None:
-            scores = (seen.feature @ feature.T).detach() / self.temperature.detach()     # (B, B)
-            logits, matched, exists = self.match_with_negatives(scores, seen, text, keep, classes)
+            contrasts = (seen.feature @ feature.T).detach() / self.temperature.detach()     # (B, B)
+            logits, matched, exists = self.match_with_negatives(contrasts, seen, text, keep, classes)
             terms["itm"] = objective.mean(losses.matching(logits, matched), exists)
         return terms
 
-    def match_with_negatives(self, scores: Tensor, seen: Seen, text: Tensor, keep: Tensor,
+    def match_with_negatives(self, contrasts: Tensor, seen: Seen, text: Tensor, keep: Tensor,
                              classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
@@ -142,8 +142,8 @@ class Retriever(nn.Module):
         phrase. In a group (group.py) each member draws among its own B pairs alone. Also returns which pairs match
         and which exist (3B,), since the B pairs may all be of one class.
         """
-        wrong_text, text_exists = losses.hard_negatives(scores, classes)                 # (B,), (B,)
-        wrong_image, image_exists = losses.hard_negatives(scores.T, classes)
+        wrong_text, text_exists = losses.hard_negatives(contrasts, classes)                 # (B,), (B,)
+        wrong_image, image_exists = losses.hard_negatives(contrasts.T, classes)
         own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
         images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])         # (3B,)
         matched, exists = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)

@@ -73,14 +73,14 @@ def test_the_order_depends_on_the_seed_alone():
 
 
 def test_two_ranks_are_one_process_with_the_joined_batch():
-    ranks = [keys(20, rank=rank, world=2) for rank in range(2)]
+    ranks = [keys(20, rank=rank, processes=2) for rank in range(2)]
     assert [a + b for a, b in zip(*ranks)] == keys(20, batch=8)
 
 
-@pytest.mark.parametrize("world, rank", [(1, 0), (2, 1)])
+@pytest.mark.parametrize("processes, rank", [(1, 0), (2, 1)])
 @pytest.mark.parametrize("start", [1, 4, 15, 16, 33])
-def test_a_later_start_goes_on_with_the_same_stream(start, world, rank):
-    assert keys(40, start=start, world=world, rank=rank) == keys(40, world=world, rank=rank)[start:]
+def test_a_later_start_goes_on_with_the_same_stream(start, processes, rank):
+    assert keys(40, start=start, processes=processes, rank=rank) == keys(40, processes=processes, rank=rank)[start:]
 
 
 # ---- randomness
@@ -112,7 +112,7 @@ def test_every_caption_of_every_record_is_a_pair(pairs):
     """Records of 2, 1, 3 captions: six pairs, in their order."""
     dataset = pairs()
     some = [dataclasses.replace(record, captions=captions) for record, captions in
-            zip(dataset.source.records, (("red", "blue"), ("green",), ("black", "white", "grey")))]
+            zip(dataset.record_set.records, (("red", "blue"), ("green",), ("black", "white", "grey")))]
     dataset = PairDataset(RecordSet("sda", "train", some), dataset.tokenizer, dataset.model, dataset.train)
     assert len(dataset) == 6
     words = [spelt(dataset.tokenizer, dataset[0, index].caption) for index in range(6)]
@@ -208,7 +208,7 @@ def test_labels_agree_with_what_was_masked(pairs):
 def test_captions_are_cleaned_as_their_set_asks_and_cut(pairs):
     dataset = pairs(name="icfg")
     assert spelt(dataset.tokenizer, dataset[0, 0].caption) == "a man number 0 with a red coat".split()
-    long = Record(dataset.source.records[0].path, ("Grey, " + "red! " * 90,), 0)
+    long = Record(dataset.record_set.records[0].path, ("Grey, " + "red! " * 90,), 0)
     source = RecordSet("icfg", "train", (long,))
     cut = PairDataset(source, dataset.tokenizer, dataset.model, TrainConfig())[0, 0].caption
     assert len(cut) == 56 and spelt(dataset.tokenizer, cut) == ["grey"] + ["red"] * 53

@@ -199,9 +199,9 @@ def test_training_goes_on_bit_for_bit(tmp_path, config, batch):
 
 def machine(world: int = 1, precision: str = "float32") -> Machine:
     """That of a process among `world`, which it never talks to."""
-    workers = Group()
-    workers.rank, workers.count = 0, world
-    return Machine(torch.device("cpu"), precision, workers)
+    group = Group()
+    group.rank, group.count = 0, world
+    return Machine(torch.device("cpu"), precision, group)
 
 
 START = torch.nn.Linear(1, 1)       # stands for the model that every run starts from

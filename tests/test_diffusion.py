@@ -164,7 +164,7 @@ def test_denoiser_in_the_layout_of_stable_diffusion(preset, tokenizer):
     assert len(base.denoiser.encoder.stages) == 3 * levels - 1 and len(base.denoiser.stages) == 3 * levels
     lowest = [stage.transformer for stage in base.denoiser.encoder.stages[-2:]]
     assert lowest == [None, None] and base.denoiser.encoder.stages[0].transformer is not None
-    z, prompt = torch.randn(3, *size.shape), base.read(CAPTIONS)
+    z, prompt = torch.randn(3, *size.shape), base.encode_text(CAPTIONS)
     v = base.denoiser(z, torch.tensor([0, 500, 999]), prompt)
     assert v.shape == z.shape and not v.any()                      # a new denoiser predicts 0
     assert torch.isfinite(base.autoencoder.decode(z)).all() and base.autoencoder.decode(z).shape[1:] == (
@@ -174,17 +174,17 @@ def test_denoiser_in_the_layout_of_stable_diffusion(preset, tokenizer):
 def test_words_noise_level_and_padding(base):
     torch.manual_seed(0)
     z, t = torch.randn(1, *base.config.shape), torch.tensor([500])
-    alone = base.denoiser(z, t, base.read(CAPTIONS[:1]))
-    beside = base.denoiser(z.repeat(3, 1, 1, 1), t.repeat(3), base.read([CAPTIONS[0], *CAPTIONS[1:]]))
-    padded = base.denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), base.read([CAPTIONS[1], CAPTIONS[2]]))
+    alone = base.denoiser(z, t, base.encode_text(CAPTIONS[:1]))
+    beside = base.denoiser(z.repeat(3, 1, 1, 1), t.repeat(3), base.encode_text([CAPTIONS[0], *CAPTIONS[1:]]))
+    padded = base.denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), base.encode_text([CAPTIONS[1], CAPTIONS[2]]))
     assert torch.allclose(beside[0], alone[0], atol=1e-5) and torch.allclose(beside[1], padded[0], atol=1e-5)
     assert (beside[0] - beside[2]).abs().max() > 1e-3              # other words, another v
-    assert (base.denoiser(z, t - 400, base.read(CAPTIONS[:1])) - alone).abs().max() > 1e-3
+    assert (base.denoiser(z, t - 400, base.encode_text(CAPTIONS[:1])) - alone).abs().max() > 1e-3
 
 
 def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     torch.manual_seed(0)
-    branch, prompt = DomainBranch(base.denoiser), base.read(CAPTIONS)
+    branch, prompt = DomainBranch(base.denoiser), base.encode_text(CAPTIONS)
     z, t = torch.randn(3, *base.config.shape), torch.tensor([1, 500, 999])
     plain = base.denoiser(z, t, prompt)
     assert torch.equal(base.denoiser(z, t, prompt, branch), plain)
@@ -245,7 +245,7 @@ def test_the_autoencoder_gets_the_targets_scale_and_decoder(base, images, tmp_pa
 
 def test_guidance_of_one_costs_and_changes_nothing(base):
     torch.manual_seed(0)
-    branch, both = DomainBranch(base.denoiser), base.read([*CAPTIONS, "", "", ""])
+    branch, both = DomainBranch(base.denoiser), base.encode_text([*CAPTIONS, "", "", ""])
     for parameter in branch.outputs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     prompt, nothing, passes = both[:3], both[3:], []
@@ -294,7 +294,7 @@ def test_cached_latents_and_mirror_images_give_the_same_loss(base, images):
     made = torch.stack([images[i % 5].flip(-1) if i >= 5 else images[i] for i in pair.tolist()])
     words = ["" if gone else captions[i % 5][1].replace("left", "right" if i >= 5 else "left")
              for i, gone in zip(pair.tolist(), dropped)]
-    prompt = base.read(words)
+    prompt = base.encode_text(words)
     latents = encode(base.autoencoder, made)
     uncached = diffusion_loss(lambda z, t: base.denoiser(z, t, prompt), latents, noise, t, SCHEDULE)
     assert cached.item() == pytest.approx(uncached.item(), rel=1e-5) and dropped.any()

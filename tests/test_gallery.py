@@ -244,7 +244,7 @@ def test_more_hits_than_usual_and_fewer(twelve, monkeypatch):
     """The first are the same whatever their number, and of them the five most similar have a match."""
     read, real = [], ranking.open_image
     monkeypatch.setattr(ranking, "open_image", lambda path: read.append(path) or real(path))
-    every, = twelve.search([ASKED[0]], first=100)
+    every, = twelve.search([ASKED[0]], listed=100)
     assert sorted(hit.path for hit in every) == twelve.paths and len(read) == 5
     assert [hit.match is not None for hit in every] == 5 * [True] + 7 * [False]
     scores = [math.log(hit.match / (1 - hit.match)) + 2 * hit.similarity for hit in every[:5]]
@@ -259,11 +259,11 @@ def test_more_hits_than_usual_and_fewer(twelve, monkeypatch):
 
 def test_a_threshold_drops_hits_before_the_first_are_taken(twelve):
     """A hit that matches well but is less similar gives way to the next."""
-    every, = twelve.search([ASKED[0]], first=12)
+    every, = twelve.search([ASKED[0]], listed=12)
     for dropped in range(13):
         limit = sorted(hit.similarity for hit in every)[dropped] if dropped < 12 else 1.0
         kept = [hit.path for hit in every if hit.similarity >= limit]
-        found, = twelve.search([ASKED[0]], first=2, threshold=limit)
+        found, = twelve.search([ASKED[0]], listed=2, threshold=limit)
         assert [hit.path for hit in found] == kept[:2] and len(kept) == 12 - dropped
 
 
@@ -291,7 +291,7 @@ def test_a_picture_ranks_as_by_hand(twelve, paint, mirror):
 
     for image in (mine, other):
         asked = ["", ASKED[0], ASKED[1]]
-        for sentence, hits in zip(asked, searched.search(asked, image, first=12), strict=True):
+        for sentence, hits in zip(asked, searched.search(asked, image, listed=12), strict=True):
             truth = {path: by_hand(sentence, image, path) for path in twelve.paths}
             assert {hit.path: hit.similarity for hit in hits} == pytest.approx(truth, abs=1e-5)
             assert [hit.path for hit in hits] == sorted(truth, key=lambda path: -truth[path])

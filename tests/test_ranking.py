@@ -203,8 +203,8 @@ def pair_by_hand(model, tokenizer, caption: str, path: str, mirrored: bool) -> t
 
 def by_pair(found: Found) -> torch.Tensor:
     """Matching logits (Q, G), nan where a pair was no candidate."""
-    candidates = found.candidates[:, :found.match.shape[1]]
-    return torch.full_like(matrix(found), torch.nan).scatter(1, candidates, found.match)
+    candidates = found.candidates[:, :found.match_logit.shape[1]]
+    return torch.full_like(matrix(found), torch.nan).scatter(1, candidates, found.match_logit)
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -241,8 +241,8 @@ def test_candidates_are_scored_in_small_steps_as_one_by_one(model, tokenizer, pa
     """Three candidates a query, in no order, IMAGES of one or two, steps of about TOKENS tokens: each logit is where
     its candidate is, and a step sees the keys and values of its images themselves."""
     seen, computed, encoder = [], [], model.fusion_encoder
-    real, real_keys_values = encoder.first_tokens, encoder.keys_values
-    monkeypatch.setattr(encoder, "first_tokens", lambda *step: seen.append(step) or real(*step))
+    real, real_keys_values = encoder.fused_cls, encoder.keys_values
+    monkeypatch.setattr(encoder, "fused_cls", lambda *step: seen.append(step) or real(*step))
     monkeypatch.setattr(encoder, "keys_values", lambda x: computed.append(real_keys_values(x)) or computed[-1])
     candidates = torch.tensor([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2], [2, 4, 3]])
     queries = ranking.encode_queries(model, tokenizer, CAPTIONS, batch=2)
@@ -274,9 +274,9 @@ def test_texts_that_ask_for_one_image_are_one_sequence(depth):
     keep, keys_values = torch.arange(9) < lengths[:, None], encoder.keys_values(torch.randn(5, 17, 32))
     copied, first = [one[images] for one in keys_values], torch.zeros(6, 1, dtype=torch.long)
     expected = encoder(started, keep, first, copied)[:, 0]                         # (6, D)
-    torch.testing.assert_close(encoder.first_tokens(started, keep, keys_values, images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.fused_cls(started, keep, keys_values, images), expected, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = encoder.first_tokens(started, keep, keys_values, images)
+        rounded = encoder.fused_cls(started, keep, keys_values, images)
     assert 0 < (rounded - expected).abs().max() < 0.1
 
 
@@ -293,18 +293,18 @@ def test_a_pair_scores_the_same_in_any_company(model, tokenizer, paths):
 
 def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
     everything = search(model, tokenizer, CAPTIONS, paths, Settings(100))
-    assert everything.candidates.shape == everything.match.shape == (5, 5)
+    assert everything.candidates.shape == everything.match_logit.shape == (5, 5)
     assert everything.reranked(0.0).tolist() == by_pair(everything).argsort(dim=1, descending=True).tolist()
     nothing = search(model, tokenizer, CAPTIONS, paths, Settings(0))
-    assert nothing.match.shape == (5, 0)
+    assert nothing.match_logit.shape == (5, 0)
     assert nothing.reranked(8.0).tolist() == nothing.candidates.tolist() == everything.candidates.tolist()
 
 
 def test_the_candidates_are_the_most_similar(model, tokenizer, paths):
     """Two are re-scored, three found, the last two ranked for the metrics alone."""
-    found = search(model, tokenizer, CAPTIONS, paths, Settings(2, first=3))
+    found = search(model, tokenizer, CAPTIONS, paths, Settings(2, listed=3))
     ranks = matrix(found).argsort(dim=1, descending=True)
-    assert found.candidates.tolist() == ranks[:, :3].tolist() and found.match.shape == (5, 2)
+    assert found.candidates.tolist() == ranks[:, :3].tolist() and found.match_logit.shape == (5, 2)
     assert found.reranked(1.0)[:, :2].sort(1).values.tolist() == ranks[:, :2].sort(1).values.tolist()
     assert order(found, found.reranked(1.0))[:, 2:].tolist() == ranks[:, 2:].tolist()
 
@@ -313,7 +313,7 @@ def test_images_that_no_query_asks_for(model, tokenizer, paths):
     """One candidate in a gallery of five batches: four of them have nothing to score."""
     found = search(model, tokenizer, CAPTIONS[:1], paths, Settings(1, batch=1))
     best = found.candidates[0, 0]
-    assert found.match[0, 0].item() == pytest.approx(
+    assert found.match_logit[0, 0].item() == pytest.approx(
         by_pair(search(model, tokenizer, CAPTIONS[:1], paths, Settings(5)))[0, best].item(), abs=1e-5)
 
 

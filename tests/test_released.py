@@ -156,7 +156,7 @@ def test_evaluation_scores(cuhk, monkeypatch, mirror):
     else:
         logits = GOLDEN["A.itm_logits"].view(4, 4, 2)
         match = (logits[..., 1] - logits[..., 0]).gather(1, found.candidates)
-        torch.testing.assert_close(found.match, match, **CLOSE)
+        torch.testing.assert_close(found.match_logit, match, **CLOSE)
 
 
 def test_losses_of_fine_tuning(cuhk, monkeypatch):

@@ -24,12 +24,12 @@ from mra.run import contrastive as scale
 from mra.run.contrastive import contrastive
 from mra.run.machine import Processes, Threads
 
-FUSED = scale.fused
+FUSED = scale.compiled
 
 
 @pytest.fixture(autouse=True)
-def chunked(monkeypatch):
-    """Set the most rows of a chunk, for any number of pairs; nothing is compiled, which takes long."""
+def tiled(monkeypatch):
+    """Set the rows of a tile, for any number of pairs; nothing is compiled, which takes long."""
     monkeypatch.setattr(scale, "fused", lambda function: function)
 
     def of(rows: int) -> None:
@@ -79,20 +79,20 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [3, 7, 3, 3, 7, 1, 1], [9, 9, 9], [5], [2**55, 2**55 + 1, 2**55]])
-def test_contrastive_is_a_double_loop_with_its_gradients(ids, smoothing, chunked):
+def test_contrastive_is_a_double_loop_with_its_gradients(ids, smoothing, tiled):
     torch.manual_seed(0)
     inputs = unit(len(ids), 6), unit(len(ids), 6), torch.tensor(0.07).double()
     expected = with_gradients(contrastive_by_loops, *inputs, ids, smoothing)
     for rows in (1, 2, 4, 16):
-        chunked(rows)
+        tiled(rows)
         found = with_gradients(contrastive, *inputs, torch.tensor(ids), smoothing)
         for ours, reference in zip(found, expected):
             torch.testing.assert_close(ours, reference.double(), atol=1e-12, rtol=1e-9)
 
 
-def test_gradients_by_differences(chunked):
+def test_gradients_by_differences(tiled):
     torch.manual_seed(0)
-    chunked(2)
+    tiled(2)
     leaves = [leaf.requires_grad_() for leaf in (unit(5, 4), unit(5, 4), torch.tensor(0.3).double())]
     ids = torch.tensor([0, 1, 0, 2, 2])
     assert torch.autograd.gradcheck(lambda *leaves: contrastive(*leaves, ids, 0.2), leaves)
@@ -101,7 +101,7 @@ def test_gradients_by_differences(chunked):
 @pytest.mark.parametrize("precision, limit", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("count, rows, temperature", [(257, 64, 0.07), (300, 128, 0.5), (97, 40, 0.01)])
 @pytest.mark.parametrize("noise", [0.5, 10.0])
-def test_error_against_float64(precision, limit, count, rows, temperature, noise, chunked):
+def test_error_against_float64(precision, limit, count, rows, temperature, noise, tiled):
     """Loss and gradients of well aligned pairs (noise 0.5) and of random ones, from the same rounded features."""
     torch.manual_seed(count)
     image = unit(count, 48)
@@ -109,15 +109,15 @@ def test_error_against_float64(precision, limit, count, rows, temperature, noise
     ids = torch.randint(0, 4 * count, (count,))
     inputs = image.to(precision), text.to(precision), torch.tensor(temperature)
     expected = with_gradients(whole_matrix, *(x.double() for x in inputs), ids, 0.2)
-    chunked(rows)
+    tiled(rows)
     for ours, reference in zip(with_gradients(contrastive, *inputs, ids, 0.2), expected):
         assert error(ours, reference) <= limit
 
 
 @pytest.mark.parametrize("temperature", [0.001, 100.0])
-def test_extreme_temperatures_stay_finite(temperature, chunked):
+def test_extreme_temperatures_stay_finite(temperature, tiled):
     torch.manual_seed(0)
-    chunked(16)
+    tiled(16)
     inputs = unit(50, 8).float(), unit(50, 8).float(), torch.tensor(temperature)
     found = with_gradients(contrastive, *inputs, torch.arange(50), 0.0)
     expected = with_gradients(whole_matrix, *(x.double() for x in inputs), torch.arange(50), 0.0)
@@ -125,9 +125,9 @@ def test_extreme_temperatures_stay_finite(temperature, chunked):
         assert ours.isfinite().all() and error(ours, reference) < 1e-3
 
 
-def test_under_autocast_features_are_rounded_and_their_gradients_are_not(chunked):
+def test_under_autocast_features_are_rounded_and_gradients_arrive_in_float32(tiled):
     torch.manual_seed(0)
-    chunked(32)
+    tiled(32)
     inputs = unit(70, 16).float(), unit(70, 16).float(), torch.tensor(0.07)
     ids = torch.arange(70) // 2
     expected = with_gradients(contrastive, *inputs, ids, 0.1)
@@ -140,9 +140,9 @@ def test_under_autocast_features_are_rounded_and_their_gradients_are_not(chunked
 
 # ---- contrastive: how it is computed
 
-def test_no_whole_matrix_forward_or_backward(chunked):
-    """With 600 pairs, chunks of 8 rows and 8 features nothing is larger than the features of all pairs."""
-    chunked(8)
+def test_no_whole_matrix_forward_or_backward(tiled):
+    """With 600 pairs, tiles of 8 rows and 8 features nothing is larger than the features of all pairs."""
+    tiled(8)
     inputs = unit(600, 8).float(), unit(600, 8).float(), torch.tensor(0.07), torch.arange(600)
     with Largest() as plain:
         with_gradients(losses.contrastive, *inputs, 0.1)
@@ -152,7 +152,7 @@ def test_no_whole_matrix_forward_or_backward(chunked):
 
 
 def test_training_uses_it(root, monkeypatch):
-    """train.py computes ITC of captions and of augmented captions here; in chunks it logs what it logs without.
+    """train.py computes ITC of captions and of augmented captions here; in tiles it logs what it logs without.
 
     On the CPU two threads share a step: each computes both terms for its two of the four pairs.
     """
@@ -160,7 +160,7 @@ def test_training_uses_it(root, monkeypatch):
     monkeypatch.setattr(scale, "logits_and_targets", lambda image, *more: calls.append(len(image))
                         or chunk(image, *more))
     logs = {}
-    for name, limit in (("plain", scale.PLAIN), ("chunked", 0)):
+    for name, limit in (("plain", scale.PLAIN), ("tiled", 0)):
         monkeypatch.setattr(scale, "PLAIN", limit)
         succeed(root, "train.py", "--dataset", "cuhk", "--data-root", str(root), "--preset", "tiny", "--init", "none",
                 "--steps", "1", "--batch", "4", "--eda", "0.8", "--evals", "1", "--precision", "float32", "--out", name)
@@ -168,7 +168,7 @@ def test_training_uses_it(root, monkeypatch):
         logs[name] = {term: value for term, value in logged.items() if term not in ("lr", "images_per_second")}
         assert calls == ([] if name == "plain" else [2] * 8)            # forward and backward
     assert "itc" in logs["plain"]
-    assert logs["chunked"] == pytest.approx(logs["plain"], rel=1e-5, abs=2e-4)      # the last digit written may differ
+    assert logs["tiled"] == pytest.approx(logs["plain"], rel=1e-5, abs=2e-4)      # the last digit written may differ
 
 
 def test_every_contrastive_term_of_the_model_uses_it(model, batch, monkeypatch):
@@ -180,8 +180,8 @@ def test_every_contrastive_term_of_the_model_uses_it(model, batch, monkeypatch):
         torch.testing.assert_close(terms[name], plain[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_compiled_model_leaves_the_chunks_out(chunked):
-    chunked(32)
+def test_a_compiled_model_leaves_the_tiles_out(tiled):
+    tiled(32)
     own = []
     model = torch.compile(lambda *given: contrastive(*given).exp(),
                           backend=lambda graph, inputs: own.append(graph.code) or graph.forward)
@@ -191,9 +191,9 @@ def test_a_compiled_model_leaves_the_chunks_out(chunked):
     assert own and not any("logsumexp" in code for code in own)
 
 
-# ---- several workers
+# ---- a group
 
-PLAINS = 0, 22      # in chunks, and from the whole matrix
+PLAINS = 0, 22      # in tiles, and from the whole matrix
 
 
 @functools.cache
@@ -202,11 +202,11 @@ def joint() -> tuple[torch.Tensor, ...]:
     return unit(22, 6), unit(22, 6), torch.tensor(0.1).double(), torch.randint(0, 7, (22,)), 0.2
 
 
-def share_of(workers: Group) -> list[torch.Tensor]:
-    """One of two workers: loss and gradients of its half of the pairs."""
+def share_of(group: Group) -> list[torch.Tensor]:
+    """One of two members: loss and gradients of its half of the pairs."""
     image, text, temperature, ids, smoothing = joint()
-    half = workers.own_rows(11)
-    loss = functools.partial(contrastive, group=workers)
+    half = group.own_rows(11)
+    loss = functools.partial(contrastive, group=group)
     return with_gradients(loss, image[half], text[half], temperature, ids[half], smoothing)
 
 
@@ -222,11 +222,11 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def check_joint(found: list, limit: float) -> None:
-    """Each worker gets the joint loss; the mean of the workers' gradients is the gradient of one worker."""
+    """Each member gets the joint loss; the mean of the members' gradients is that of a group of one."""
     value, *gradients = with_gradients(whole_matrix, *joint())
     (one, *ours), (other, *theirs) = found
     assert abs(one - value) < limit and abs(other - value) < limit
-    for k in (0, 1):                                               # a worker's own features count in itself alone
+    for k in (0, 1):                                               # a member's own features count in itself alone
         assert error(torch.cat([ours[k], theirs[k]]) / 2, gradients[k]) < limit
     assert error((ours[2] + theirs[2]) / 2, gradients[2]) < limit
 
@@ -238,9 +238,9 @@ def test_two_processes_are_one(tmp_path):
         check_joint(found, limit)
 
 
-def test_two_threads_are_one(chunked, monkeypatch):
+def test_two_threads_are_one(tiled, monkeypatch):
     joint()                     # drawn once, before the threads use it
-    chunked(4)
+    tiled(4)
     for plain, limit in zip(PLAINS, (1e-10, 1e-5)):
         monkeypatch.setattr(scale, "PLAIN", plain)
         with ThreadPoolExecutor(2) as pool:
@@ -251,7 +251,7 @@ def test_two_threads_are_one(chunked, monkeypatch):
 def test_the_joint_mean_is_the_mean_of_the_workers_shares(count):
     torch.manual_seed(0)
     values, counts = torch.randn(count, 5), torch.rand(count, 5) < 0.4
-    counts[0] = False                                              # a worker without any value
+    counts[0] = False                                              # a member without any value
     with ThreadPoolExecutor(count) as pool:
         shares = list(pool.map(scale.mean_where, values, counts, threads(count)))
     assert sum(shares) / count == pytest.approx(losses.mean_where(values, counts).item(), abs=1e-6)

@@ -95,7 +95,7 @@ def off(ours: Tensor, name: str) -> float:
 
 
 def test_everything_agrees_with_diffusers(base):
-    prompt = base.read(WORDS[:3])
+    prompt = base.encode_text(WORDS[:3])
     assert off(prompt.states[:2], "states") < 1e-4 and prompt.keep.all()
     z, t = array("z", 2, 4, 16, 8), torch.tensor([17, 980])
     assert off(base.denoiser(z, t, prompt[[0, 2]]), "unet") < 1e-4
@@ -105,7 +105,7 @@ def test_everything_agrees_with_diffusers(base):
 
 def test_a_guided_trajectory_agrees_with_diffusers(base):
     assert off(base.schedule.alpha[::37], "alpha") < 1e-5 and base.schedule.predicts_noise
-    denoise = guide(base.denoiser, None, base.read([WORDS[0], ""]), 7.5)
+    denoise = guide(base.denoiser, None, base.encode_text([WORDS[0], ""]), 7.5)
     assert off(ddim(denoise, array("noise", 1, 4, 16, 8), base.schedule, 20), "ddim") < 1e-4
 
 

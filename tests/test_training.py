@@ -1,4 +1,4 @@
-"""Training is a pure function of its configuration: restarts, workers, processes and accumulation change nothing."""
+"""Training is a pure function of its configuration: restarts, groups, processes and accumulation change nothing."""
 
 import dataclasses
 import itertools
@@ -249,9 +249,9 @@ def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_p
 
 def machine_of(rank: int, world: int) -> Machine:
     """The machine of a process among others, which it never talks to."""
-    workers = Group()
-    workers.rank, workers.count = rank, world
-    return Machine(torch.device("cpu"), "float32", workers)
+    group = Group()
+    group.rank, group.count = rank, world
+    return Machine(torch.device("cpu"), "float32", group)
 
 
 def test_the_seed_decides_and_nothing_else(town, tmp_path):
@@ -344,30 +344,30 @@ def model_of_one_seed() -> Retriever:
     return Retriever(dataclasses.replace(PRESETS["tiny"], dropout=0.0, vocab=90))
 
 
-def terms_and_gradients(model: Retriever, batch: Batch, fuse: bool, workers: Group) -> dict[str, torch.Tensor]:
-    """Loss terms, and gradients averaged over the workers, of a worker's own batch."""
+def terms_and_gradients(model: Retriever, batch: Batch, fuse: bool, group: Group) -> dict[str, torch.Tensor]:
+    """Loss terms, and gradients averaged over the group, of a member's own batch."""
     losses.hard_negatives = next_within_half
-    terms = model(batch, Objective(fuse, 0.2, 0.8, partial(contrastive.contrastive, group=workers),
-                                   partial(contrastive.mean_where, group=workers)))
+    terms = model(batch, Objective(fuse, 0.2, 0.8, partial(contrastive.contrastive, group=group),
+                                   partial(contrastive.mean_where, group=group)))
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(losses.total(terms, 0.8), list(named.values()), allow_unused=True)
     found = {name: term.detach() for name, term in terms.items()}
     found |= {f"gradient of {name}": one for name, one in zip(named, gradients) if one is not None}
-    return {name: workers.summed(term) / workers.count for name, term in found.items()}
+    return {name: group.summed(term) / group.count for name, term in found.items()}
 
 
-def searched(folder: str, workers: Group) -> dict[str, torch.Tensor]:
-    """Both stages of a search among seven images, which workers share out in batches of two, the last one smaller."""
+def searched(folder: str, group: Group) -> dict[str, torch.Tensor]:
+    """Both stages of a search among seven images, which a group shares out in batches of two, the last one smaller."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.read()
     model = Retriever(dataclasses.replace(PRESETS["tiny"], vocab=len(tokenizer))).eval()
     paths = [f"{folder}/{number}.png" for number in range(7)]
     found = ranking.search(model, tokenizer, ["a man in red", "a bag", "a woman in a blue coat"], paths,
-                           Settings(4, batch=2, group=workers))
+                           Settings(4, batch=2, group=group))
     return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
 
 
-def fitted(workers: Group) -> torch.Tensor:
+def fitted(group: Group) -> torch.Tensor:
     """A weight that the loop has trained, with dropout, in one process or in several."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Dropout(0.25), torch.nn.Linear(3, 1))
@@ -376,7 +376,7 @@ def fitted(workers: Group) -> torch.Tensor:
         x = torch.randn(portion.count, 3, generator=portion.draw)
         return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
 
-    Loop(Task("line", model, Fit(9, 16, 0.1), 0), loss_of, Machine(torch.device("cpu"), "float32", workers)).run()
+    Loop(Task("line", model, Fit(9, 16, 0.1), 0), loss_of, Machine(torch.device("cpu"), "float32", group)).run()
     return model[1].weight.detach()
 
 
@@ -410,7 +410,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch, paint):
 
 
 def assert_halves_are_whole(found_by) -> None:
-    """What workers 0 and 1 found of the halves of a batch is what one worker finds of the whole."""
+    """What members 0 and 1 found of the halves of a batch is what a group of one finds of the whole."""
     batch = joined_batch()
     assert (half(batch, 0).masked_labels >= 0).sum() == 2 and (half(batch, 1).masked_labels >= 0).sum() == 7
     for fuse, terms in ((True, {"itc", "itm", "mlm", "rpc", "rpm"}), (False, {"itc", "rpc", "rpm"})):
@@ -427,14 +427,14 @@ def assert_halves_are_whole(found_by) -> None:
 # ---- two threads
 
 def test_two_threads_are_one(monkeypatch):
-    """Loss terms and gradients of two threads are those of one worker on the joined batch."""
+    """Loss terms and gradients of two threads are those of a group of one on the joined batch."""
     monkeypatch.setattr(losses, "hard_negatives", next_within_half)
 
     def found_by(rank: int, fuse: bool) -> dict[str, torch.Tensor]:
         models = model_of_one_seed(), model_of_one_seed()
         with ThreadPoolExecutor(2) as pool:
             both = pool.map(lambda one: terms_and_gradients(models[one.rank], half(joined_batch(), one.rank), fuse,
-                                                            one), machine_of(0, 1).step_workers(2, models[0]))
+                                                            one), machine_of(0, 1).step_members(2, models[0]))
             return list(both)[rank]
 
     assert_halves_are_whole(found_by)
@@ -456,14 +456,14 @@ def test_an_error_in_one_thread_ends_the_step(monkeypatch):
 def test_a_step_is_halved_where_that_changes_nothing():
     """Not an odd number of samples, not among several processes, and not where a batch norm must see them all."""
     plain, normed = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm1d(2))
-    assert [one.rank for one in machine_of(0, 1).step_workers(4, plain)] == [0, 1]
-    assert len(machine_of(0, 1).step_workers(3, plain)) == 1
-    assert len(machine_of(1, 2).step_workers(4, plain)) == 1
-    assert len(machine_of(0, 1).step_workers(4, normed)) == 1
+    assert [one.rank for one in machine_of(0, 1).step_members(4, plain)] == [0, 1]
+    assert len(machine_of(0, 1).step_members(3, plain)) == 1
+    assert len(machine_of(1, 2).step_members(4, plain)) == 1
+    assert len(machine_of(0, 1).step_members(4, normed)) == 1
 
 
 def test_dropout_of_a_worker_by_hand():
-    """A share p is 0, the rest divided by 1 - p, by the worker's own generator; nothing in evaluation."""
+    """A share p is 0, the rest divided by 1 - p, by the member's own generator; nothing in evaluation."""
     x = torch.ones(50, 41, 100)
 
     def dropped(seed: int, module=torch.nn.Dropout(0.25)) -> torch.Tensor:
@@ -576,7 +576,7 @@ def test_every_parameter_is_in_one_group(model):
     (dict(epochs=1, steps=2, evals=10), 10, 1, (2, 0, {1, 2})),                 # more evaluations than steps
 ])
 def test_the_plan_by_hand(settings, pairs, world, wanted):
-    fit, fusion_from, evals = stages.fit_of(TrainConfig(**settings), pairs, world)
+    fit, fusion_from, evals = stages.timetable_of(TrainConfig(**settings), pairs, world)
     assert (fit.steps, fusion_from, evals) == wanted
 
 

@@ -58,15 +58,15 @@ class Batch(NamedTuple):
 class PairDataset(torch.utils.data.Dataset):
     """The image-caption pairs of a RecordSet as Samples, indexed by (epoch, index)."""
 
-    def __init__(self, source: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
-        self.source, self.tokenizer = source, tokenizer
+    def __init__(self, record_set: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
+        self.record_set, self.tokenizer = record_set, tokenizer
         self.model, self.train = model, train
         self.pairs = Packed([caption, record.path, record.identity, record.boxes, record.phrases]
-                            for record in source.records for caption in record.captions)
-        self.lengths = [len(caption) for record in source.records for caption in record.captions]
-        has_boxes = any(record.boxes for record in source.records)
+                            for record in record_set.records for caption in record.captions)
+        self.lengths = [len(caption) for record in record_set.records for caption in record.captions]
+        has_boxes = any(record.boxes for record in record_set.records)
         self.with_regions = train.regions and has_boxes
-        self.pretraining = has_boxes or pretrains(source.name)
+        self.pretraining = has_boxes or pretrains(record_set.name)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -75,7 +75,7 @@ class PairDataset(torch.utils.data.Dataset):
         epoch, index = key
         rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
         caption, path, identity, boxes, phrases = self.pairs[index]
-        caption = self.tokenizer.clean(caption, self.source.name)
+        caption = self.tokenizer.clean(caption, self.record_set.name)
         box, phrase = WHOLE_IMAGE, caption
         if boxes:
             box, phrase = rng.choice(list(zip(boxes, phrases)))
@@ -132,14 +132,14 @@ def loader(samples: torch.utils.data.Dataset, workers: int, **more) -> torch.uti
 
 
 def order(lengths: list[int], batch: int, seed: int, start: int, stop: int, rank: int = 0,
-          world: int = 1) -> Iterator[list[tuple[int, int]]]:
-    """Batches `start` to `stop` of (epoch, index), from one stream of permutations that all `world` processes share.
+          processes: int = 1) -> Iterator[list[tuple[int, int]]]:
+    """Batches `start` to `stop` of (epoch, index), from one stream of permutations that all `processes` share.
 
     Captions of one batch have similar `lengths`, so few tokens are padding. Each rank takes its own `batch` pairs.
     """
     for number in range(start, stop):
         if number == start or number % WINDOW == 0:
-            batches = _window(lengths, batch * world, seed, number // WINDOW)
+            batches = _window(lengths, batch * processes, seed, number // WINDOW)
         yield batches[number % WINDOW][rank * batch:(rank + 1) * batch]
 
 

@@ -37,12 +37,12 @@ class Diffusion(nn.Module):
         """Our architecture with random weights."""
         return Diffusion(config, tokenizer, Autoencoder(config), Denoiser(config), Schedule.cosine())
 
-    def read(self, captions: Sequence[str]) -> TextStates:
+    def encode_text(self, captions: Sequence[str]) -> TextStates:
         """Encode captions; guidance steers away from the empty one."""
         ids, keep = pad([self.tokenizer.encode(caption, self.config.max_tokens) for caption in captions],
                         self.tokenizer.pad_id)
         device = next(self.parameters()).device
-        return self.denoiser.read(ids.to(device), keep.to(device))
+        return self.denoiser.encode_text(ids.to(device), keep.to(device))
 
 
 def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0) -> Tensor:

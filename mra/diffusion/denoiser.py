@@ -129,7 +129,7 @@ class Denoiser(nn.Module):
         self.text_encoder.apply(initialise)
         zero(self.last[-1])     # v starts as 0
 
-    def read(self, ids: Tensor, keep: Tensor) -> TextStates:
+    def encode_text(self, ids: Tensor, keep: Tensor) -> TextStates:
         """Encode word pieces (B, T). Stable Diffusion takes 77 of them, and also attends to the padding."""
         if self.config.stable:
             missing = self.config.positions - ids.shape[1]

@@ -2,7 +2,7 @@
 
 The paper drops near-greyscale images and, by a pose estimator, malformed people: 10.63 % in all. Here a small network
 finds malformed people. It learns to tell the target's images from damaged copies of them. A filter gives each image a
-score, and a threshold in AdaptConfig decides. Read next: run/parts.py.
+score, and a threshold decides: --malformed, or --grey-mean and --grey-variance together. Read next: run/parts.py.
 """
 
 from collections.abc import Callable

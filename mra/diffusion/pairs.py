@@ -36,7 +36,7 @@ class LatentPairs:
         """Encode all captions once, by the base's frozen text encoder."""
         self.states, kept = [], []
         for ids, keep in zip(self.ids.split(256), self.keep.split(256)):
-            text = self.base.denoiser.read(ids, keep)
+            text = self.base.denoiser.encode_text(ids, keep)
             self.states.extend(text.states.to(dtype).cpu())
             kept.append(text.keep)
         self.keep = torch.cat(kept)
@@ -46,7 +46,7 @@ class LatentPairs:
         keep = self.keep[caption]
         keep = keep[:, :int(keep.sum(1).max())]                                                 # (B, T)
         if self.states is None:
-            return self.base.denoiser.read(self.ids[caption, :keep.shape[1]], keep)
+            return self.base.denoiser.encode_text(self.ids[caption, :keep.shape[1]], keep)
         states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
         return TextStates(states.to(keep.device), keep)
 

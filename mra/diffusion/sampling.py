@@ -59,7 +59,7 @@ class Painter:
             if visited:
                 t = torch.full((len(drafts),), visited[0], device=draw.device)
                 start = q_sample(start, noise, t, base.schedule)
-        both = base.read([draft.captions[0] for draft in drafts] + [""] * len(drafts))
+        both = base.encode_text([draft.captions[0] for draft in drafts] + [""] * len(drafts))
         levels = len(base.schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
         denoise = guide(base.denoiser, self.branch, both, config.guidance, span)
@@ -70,7 +70,7 @@ def calibration(samples: Tensor, target_latents: Tensor) -> tuple[Tensor, Tensor
     """(scale, shift), each (C, h, w): all sampled latents are replaced by scale * latents + shift. Not in the paper.
 
     This gives `samples` (N, C, h, w) the target's mean and variance at every place, which a branch trained for few
-    steps gets a little wrong. The samples must be many and typical of the whole set.
+    steps gets a little wrong. The samples must be many and typical of the whole set: plan.py draws the probes.
     """
     std, mean = torch.std_mean(samples, 0)
     target_std, target_mean = torch.std_mean(target_latents, 0)

@@ -15,7 +15,7 @@ from mra import losses
 from mra.group import Group
 
 PLAIN = 1024    # pairs up to which the whole matrix is computed: it is small, and tiles are slower
-TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}     # rows and columns: one fits the caches, one needs few launches
+TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}     # (rows, columns) that fit the caches, or need few launches
 
 
 def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor, smoothing: float = 0.0,
@@ -36,9 +36,9 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=image.device)
     # tiles are compiled by themselves, so a compiled model must not trace them; as a decorator `disable` would load
     # the compiler, which takes two seconds, in every process that imports this file
-    chunked = torch.compiler.disable(Contrastive.apply)
+    tiled = torch.compiler.disable(Contrastive.apply)
     with torch.autocast(device, enabled=False):
-        return chunked(image, text, scale, classes, smoothing, group)
+        return tiled(image, text, scale, classes, smoothing, group)
 
 
 def distribution_matching(image: Tensor, text: Tensor, temperature: Tensor | float, classes: Tensor,
@@ -60,14 +60,14 @@ class Contrastive(torch.autograd.Function):
                 group: Group) -> Tensor:
         texts, classes, own = group.gathered(text), group.gathered(classes), group.own_rows(len(text))
         ordered = classes.sort().values
-        labels = torch.searchsorted(ordered, classes, out_int32=True)     # of classes, compared in half the time  (N,)
+        labels = torch.searchsorted(ordered, classes, out_int32=True)     # int32: compared in half the time   (N,)
         count = torch.searchsorted(ordered, classes, right=True) - labels                              # (N,)
         uniform = torch.full_like(count, smoothing / len(texts), dtype=scale.dtype)                    # (N,)
         matrix = image, labels[own], ((1 - smoothing) / count.to(uniform) + uniform)[own], texts, labels, uniform, scale
         lse_row, aligned = scale.new_full((len(image),), -torch.inf), scale.new_zeros(len(image))      # (B,), (B,)
         lse_column = scale.new_full((len(texts),), -torch.inf)                                         # (N,)
         for r, c, tile in tiles(*matrix):
-            of_rows, of_columns, of_targets = fused(sums)(*tile)
+            of_rows, of_columns, of_targets = compiled(sums)(*tile)
             torch.logaddexp(lse_row[r], of_rows, out=lse_row[r])
             torch.logaddexp(lse_column[c], of_columns, out=lse_column[c])
             aligned[r] += of_targets
@@ -84,9 +84,9 @@ class Contrastive(torch.autograd.Function):
         to_image, to_text = (torch.zeros_like(x, dtype=scale.dtype) for x in (image, texts))           # (B, E), (N, E)
         with torch.autocast(image.device.type, enabled=False):
             for r, c, tile in tiles(*matrix):
-                slope = fused(slopes)(tile, lse_row[r], lse_column[c])                                 # (R, C)
-                add_product(to_image[r], slope, texts[c])
-                add_product(to_text[c], slope.T, image[r])
+                slope = compiled(slopes)(tile, lse_row[r], lse_column[c])                                 # (R, C)
+                to_image[r] += product(slope, texts[c], scale.dtype)
+                to_text[c] += product(slope.T, image[r], scale.dtype)
         to_text = ctx.group.summed(to_text)[ctx.group.own_rows(len(image))]                        # (B, E)
         upstream = upstream * ctx.group.count / len(texts)
         to_scale = upstream * (image * to_image).sum()
@@ -94,13 +94,13 @@ class Contrastive(torch.autograd.Function):
 
 
 @cache
-def fused(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
     """The function, compiled for all sizes. If compiling fails, that is said once, and it runs uncompiled."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    fast = torch.compile(function, fullgraph=True, dynamic=True)
 
     def call(*tensors):
         try:
-            return compiled(*tensors) if call.possible else function(*tensors)
+            return fast(*tensors) if call.possible else function(*tensors)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"torch.compile failed ({reason}): similarities are computed uncompiled.", flush=True)
@@ -112,7 +112,7 @@ def fused(function: Callable) -> Callable:
 
 
 def tiles(*matrix: Tensor) -> Iterator[tuple[slice, slice, tuple]]:
-    """The rows, the columns and the inputs of each tile, of those of all logits (see `logits_and_targets`)."""
+    """Rows, columns and inputs of each tile, cut from `matrix`, the inputs of `logits_and_targets` for all logits."""
     of_rows, of_columns, (height, width) = matrix[:3], matrix[3:6], TILES[matrix[0].device.type]
     for top in range(0, len(of_rows[0]), height):
         for left in range(0, len(of_columns[0]), width):
@@ -147,15 +147,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += product(a, b): at once where the precision is one, which saves a pass over a matrix."""
-    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(product(a, b, total.dtype))
-
-
 CONTRASTIVE = {"itc": contrastive, "sdm": distribution_matching}       # by the value of --contrastive
 
 
-def mean_where(values: Tensor, counts: Tensor, group: Group) -> Tensor:
+def mean_where(values: Tensor, exists: Tensor, group: Group) -> Tensor:
     """This member's share of `losses.mean_where` of all members' values: the shares' mean is the joint mean."""
-    count = group.summed(counts.sum().float())
-    return (values * counts).sum() * group.count / count.clamp(min=1)
+    total = group.summed(exists.sum().float())
+    return (values * exists).sum() * group.count / total.clamp(min=1)

@@ -1,8 +1,9 @@
 """The one training loop: of the retriever, and of every network of DaD.
 
 It resumes, accumulates, averages, logs and stops. All that is random in a step depends on (seed, step, batch, member).
-So a run that was stopped goes on bit for bit on the CPU, and two threads compute what two processes do. A run that goes
-on appends to its log: the steps after the last save are there twice. Read group.py before it, train.py after it.
+So the saved state needs no generators: a run that was stopped goes on bit for bit on the CPU, with the batch after the
+steps done (`order` in data/batches.py), and two threads compute what two processes do. A run that goes on appends to
+its log: the steps after the last save are there twice. Read group.py before it, train.py after it.
 """
 
 import json
@@ -39,7 +40,7 @@ class Task:
     param_groups: list[dict] | None = None              # each with its "peak" learning rate; None: a single one
     log_every: int = 0                  # steps between two lines of progress; 0: at saves alone
     save_after: frozenset[int] = frozenset()            # steps to save the state after; train.py: evaluations
-    evaluate: Callable[[int, dict], dict] | None = None     # after a save, with its results before
+    evaluate: Callable[[int, dict], dict] | None = None     # called after a save: (steps done, its last results)
     after_step: Callable[[], None] = lambda: None
     advice: str = ""                    # what to do if the state has another key; empty: it begins anew
     resume: bool = True                 # False: it begins anew
@@ -50,8 +51,8 @@ class Portion:
     """One member's portion of one batch of a step."""
 
     step: int
-    batch: Any                  # its samples; None if the loss draws them itself ...
-    count: int                  # ... this many
+    batch: Any                  # its samples; None: the loss draws them itself
+    count: int                  # of its samples
     draw: torch.Generator       # of all its random numbers
     group: Group
 
@@ -66,11 +67,10 @@ class Loop:
             raise UserError(f"{task.name}: {machine.group.count} processes cannot share out the {fit.batch} samples "
                             "of a step evenly; start another number of them.")
         self.task, self.loss_of, self.machine = task, loss_of, machine
-        self.groups = machine.step_groups(fit.batch // machine.group.count, task.network)
+        self.members = machine.step_members(fit.batch // machine.group.count, task.network)
         self.parameters = {name: p for name, p in task.network.named_parameters() if p.requires_grad}
-        groups = task.param_groups or [dict(params=list(self.parameters.values()), peak=fit.lr,
-                                            weight_decay=fit.weight_decay)]
-        self.optimizer = torch.optim.AdamW(groups, fit.lr, betas=fit.betas, fused=True)
+        one = dict(params=list(self.parameters.values()), peak=fit.lr, weight_decay=fit.weight_decay)
+        self.optimizer = torch.optim.AdamW(task.param_groups or [one], fit.lr, betas=fit.betas, fused=True)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if fit.average else {}
         self.key = task.key | {"precision": machine.precision}
         self.done, self.evaluated, self.results = 0, False, {}     # steps done; what `evaluate` returned last
@@ -85,14 +85,14 @@ class Loop:
         task, fit, machine = self.task, self.task.fit, self.machine
         with stoppable() as asked:
             # begun here, so that loading processes inherit the signal handlers of `stoppable`
-            batches = iter(batches) if batches is not None else repeat([None] * len(self.groups))
+            batches = iter(batches) if batches is not None else repeat([None] * len(self.members))
             if self.done in task.save_after and not self.evaluated:
                 self.evaluate(self.done)
             terms, since = [], time.perf_counter()      # of the steps after the last line of progress
             for step in range(self.done, fit.steps):
                 rate = schedule(step, fit.steps, fit.warmup)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate
+                for one in self.optimizer.param_groups:
+                    one["lr"] = one["peak"] * rate
                 task.network.train()
                 # ----------------------------------------------------------------------------------------------------
                 terms.append(self.backward(step, batches))
@@ -123,21 +123,21 @@ class Loop:
                 self.parameters[name].copy_(average)
 
     def backward(self, step: int, batches: Iterator[list]) -> dict[str, Tensor]:
-        """Set the gradients of a step, the mean over members and batches; returns the loss terms, their mean here."""
+        """Set the gradients of a step, the mean over members and batches; returns the mean of the terms here."""
         task, fit, seen, total = self.task, self.task.fit, {}, {}
-        size = fit.batch // (self.machine.group.count * len(self.groups))
+        size = fit.batch // (self.machine.group.count * len(self.members))
         for number in range(fit.accumulate):
             portions = []
-            for group, samples in zip(self.groups, next(batches), strict=True):
-                draw = self.machine.generator(task.seed, step, number, group.rank)
-                portions.append(Portion(step, samples, size, draw, group))
+            for member, samples in zip(self.members, next(batches), strict=True):
+                draw = self.machine.generator(task.seed, step, number, member.rank)
+                portions.append(Portion(step, samples, size, draw, member))
             for terms, gradients in self.side_by_side(portions):
                 if total:
                     torch._foreach_add_(list(total.values()), list(gradients.values()))
                 else:
                     total = gradients
                 seen = {name: seen.get(name, 0) + term for name, term in terms.items()}
-        count = fit.accumulate * len(self.groups)
+        count = fit.accumulate * len(self.members)
         torch._foreach_div_(list(total.values()), count * self.machine.group.count)
         for name, gradient in total.items():
             self.parameters[name].grad = self.machine.group.summed(gradient)

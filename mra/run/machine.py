@@ -157,8 +157,8 @@ class Machine:
         finally:
             torch.set_num_threads(threads)
 
-    def step_groups(self, batch: int, network: nn.Module) -> list[Group]:
-        """The groups of this process's `batch` samples of a step: threads on the CPU, else the process itself."""
+    def step_members(self, batch: int, network: nn.Module) -> list[Group]:
+        """The members, here, that compute `batch` samples of a step: two threads on the CPU, else this process."""
         halves = self.device.type == "cpu" and self.group.count == 1 and not self.compiles and batch % THREADS == 0
         # a batch norm must see all samples at once
         if not halves or any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):

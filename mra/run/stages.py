@@ -24,10 +24,10 @@ from mra.weights import retrievers
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
-OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # the shipped one has the defaults
+OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"   # shipped: the defaults of these
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
-FROM_NOTHING = "", "none", "scratch"        # values of --init that name no checkpoint
+NO_CHECKPOINT = "", "none", "scratch"        # values of --init that name no checkpoint
 ADAPTED_LR, ADAPTED_EPOCHS = 4 / 7, 14     # on the adapted set: learning rate, as a share of the source's; epochs
 
 
@@ -41,7 +41,7 @@ def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
         return [config]
     config = replace(config, out=config.out or default_out(config))
     flags = recipe("sda", config.preset) | {name: getattr(config, name) for name in SHARED}
-    batch = max(2, flags["batch"] // machine.group.count)     # a step has the same pairs with any number of processes
+    batch = max(2, flags["batch"] // machine.group.count)     # as many pairs a step in any number of processes
     source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
     queue, adapted = [source, config], adapted_set(config)
     if adapted:
@@ -73,7 +73,7 @@ def check_whole(folder: Path) -> None:
 def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokenizer, str]:
     """The model to start from, its tokenizer, and the set that it was pretrained on."""
     torch.manual_seed(config.seed)
-    if config.init in FROM_NOTHING:
+    if config.init in NO_CHECKPOINT:
         given = " and ".join(filter(None, (config.bert, config.vit, config.clip)))
         machine.say(f"Starting from {given or 'random weights'}.")
         model, tokenizer = retrievers.start(PRESETS[config.preset], config.bert, config.vit, config.vocab, config.clip)
@@ -97,7 +97,7 @@ def default_out(config: TrainConfig) -> str:
     parts = [name, config.preset, f"s{config.seed}"]
     if not config.regions:
         parts.append("noregions")
-    if config.init not in FROM_NOTHING:
+    if config.init not in NO_CHECKPOINT:
         parts += ["from", Path(config.init).resolve().parent.name]
     elif config.init and fine_tunes:
         parts.append(config.init)
@@ -106,22 +106,22 @@ def default_out(config: TrainConfig) -> str:
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
-def fit_of(config: TrainConfig, pairs: int, world: int) -> tuple[Fit, int, frozenset[int]]:
+def timetable_of(config: TrainConfig, pairs: int, processes: int) -> tuple[Fit, int, frozenset[int]]:
     """How the loop trains, the first step with ITM and MLM, and the steps after which val is evaluated."""
-    steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * world))
-    fit = Fit(steps, config.batch * world, config.lr, config.warmup, betas=(0.9, 0.98),
+    steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * processes))
+    fit = Fit(steps, config.batch * processes, config.lr, config.warmup, betas=(0.9, 0.98),
               weight_decay=config.weight_decay, max_norm=config.max_norm, average=0.0, accumulate=config.accumulate)
     evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
     return fit, round(config.fusion_from * steps), frozenset({*evals, steps})
 
 
 def param_groups(model: Retriever, config: TrainConfig) -> list[dict]:
-    """Parameter groups: encoders and new heads, each split into matrices with weight decay and the rest without."""
-    members = {(head, decay): [] for head in (False, True) for decay in (False, True)}
+    """Parameter groups: the model's `new_parts` and the others; in each, matrices alone have weight decay."""
+    chosen = {(head, decay): [] for head in (False, True) for decay in (False, True)}
     for name, parameter in model.named_parameters():
-        members[name.startswith(model.new_parts), parameter.ndim >= 2].append(parameter)
+        chosen[name.startswith(model.new_parts), parameter.ndim >= 2].append(parameter)
     return [{"params": parameters, "peak": config.lr * (config.head_lr if head else 1),
-             "weight_decay": config.weight_decay if decay else 0.0} for (head, decay), parameters in members.items()]
+             "weight_decay": config.weight_decay if decay else 0.0} for (head, decay), parameters in chosen.items()]
 
 
 def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: Tokenizer,
@@ -150,7 +150,7 @@ def describe(result: dict) -> str:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError for flags that exclude each other, or missing files."""
-    fresh = config.init in FROM_NOTHING
+    fresh = config.init in NO_CHECKPOINT
     if PRESETS[config.preset].bins and config.batch < 2:
         raise UserError(f"--batch {config.batch}: the swin presets normalise over the batch; give 2 or more.")
     if config.dataset not in DATASETS and not Path(config.dataset).is_dir():

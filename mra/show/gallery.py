@@ -53,26 +53,26 @@ class Gallery:
     settings: ranking.Settings
     weight: float           # of the similarity beside the match
 
-    def search(self, sentences: list[str], image: Image.Image | None = None, shown: int = ranking.FIRST,
+    def search(self, sentences: list[str], image: Image.Image | None = None, listed: int = ranking.FIRST,
                threshold: float = -1.0) -> list[list[Hit]]:
-        """The first `shown` hits of each sentence, best first, without those of a similarity below the threshold.
+        """The first `listed` hits of each sentence, best first, without those of a similarity below the threshold.
 
         A picture `image` goes with each sentence: the similarity is the mean of both, or the picture's for an empty
         sentence. Similarity alone then ranks, for the fusion encoder matches no image with an image. Call it under the
         model's autocast.
         """
-        settings, example = replace(self.settings, shown=shown), None
+        settings, example = replace(self.settings, listed=listed), None
         if image:
             settings, size = replace(settings, k=0), (self.model.config.height, self.model.config.width)
             example = ranking.encode_gallery(self.model, [tensor_of(image, size)], settings)[0]     # (passes, E)
         cleaned = [self.tokenizer.clean(sentence, self.dataset) for sentence in sentences]
         found = ranking.search(self.model, self.tokenizer, cleaned, self.paths, settings, self.features, example)
-        rows = found.candidates, found.similarity, found.match.sigmoid(), found.reranked(self.weight)
+        rows = found.candidates, found.similarity, found.match_logit.sigmoid(), found.reranked(self.weight)
         results = []
         for candidates, similarity, match, order in zip(*[row.tolist() for row in rows]):
             hit_of = {g: Hit(self.paths[g], *pair) for g, *pair in zip_longest(candidates, similarity, match)}
             hits = [hit_of[g] for g in order]           # beyond the first k a match is None
-            results.append([hit for hit in hits if hit.similarity >= threshold][:shown])
+            results.append([hit for hit in hits if hit.similarity >= threshold][:listed])
         return results
 
 
@@ -135,9 +135,7 @@ def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]
 
 def encode(name: str, every: list[str], model: Retriever, cache: Path, settings: ranking.Settings,
            say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
-    """Of the photographs `every` of the gallery `name`: paths (G) of the readable ones, their features (G, 2, E), and
-    why others are left out. Raises UserError if none is left.
-    """
+    """Of `every` photograph: paths (G) of the readable ones, features (G, 2, E), and why others are left out."""
     key = {"weights": checkpoint.digest(model), "model": asdict(model.config),
            "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
     try:

@@ -54,7 +54,7 @@ class Server(ThreadingHTTPServer):
     def serve(self, gallery: Gallery, name: str, threshold: float, autocast: Callable) -> None:
         """Answer until Ctrl-C. `name` is the gallery's, for people; the model computes within `autocast()`."""
         # a process forked beside threads may hang
-        self.gallery, self.autocast = replace(gallery, settings=replace(gallery.settings, loading=0)), autocast
+        self.gallery, self.autocast = replace(gallery, settings=replace(gallery.settings, workers=0)), autocast
         self.about = {"name": harmless(name), "photographs": len(gallery.paths), "body": BODY, "threshold": threshold}
         self.numbers = {path: number for number, path in enumerate(gallery.paths)}
         self.home = os.path.commonpath([os.path.dirname(path) for path in gallery.paths])

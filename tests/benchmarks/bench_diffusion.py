@@ -104,7 +104,7 @@ def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.devic
         both = TextStates(torch.randn(2 * batch, 77, size.text_dim, device=device),
                           torch.ones(2 * batch, 77, dtype=torch.bool, device=device))
     else:
-        both = base.read([CAPTION] * batch + [""] * batch)
+        both = base.encode_text([CAPTION] * batch + [""] * batch)
     latents, noise = torch.randn(2, batch, *size.shape, device=device)
     t = torch.randint(1000, (batch,), device=device)
     denoiser, trained, side = (torch.compile(x) if compiled else x for x in (base.denoiser, branch, side))
@@ -276,7 +276,7 @@ def where(size: DiffusionConfig, options: argparse.Namespace, device: torch.devi
             within: Callable[[], AbstractContextManager] = nullcontext) -> None:
         with meter.part("all"), within(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             with meter.part("captions"):
-                both = base.denoiser.read(ids, torch.ones_like(ids, dtype=torch.bool))
+                both = base.denoiser.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
             latents = ddim(guide(base.denoiser, side, both, guidance), noise, base.schedule, options.steps)
             with meter.part("images"):
                 decode(base.autoencoder, latents, None)

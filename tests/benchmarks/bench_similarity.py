@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mra import losses, ranking
-from mra.run import contrastive as chunked
+from mra.run import contrastive as tiled
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -74,15 +74,15 @@ def measure(function: Callable, repeats: int) -> tuple[float, float]:
 
 def products(image: Tensor, text: Tensor) -> None:
     """The four matrix products of our loss, tile by tile."""
-    height, width = chunked.TILES[image.device.type]
+    height, width = tiled.TILES[image.device.type]
     to_image, to_text = torch.zeros_like(image, dtype=torch.float32), torch.zeros_like(text, dtype=torch.float32)
     for top in range(0, len(image), height):
         for left in range(0, len(text), width):
             r, c = slice(top, top + height), slice(left, left + width)
             for _ in range(2):
-                logits = chunked.product(image[r], text[c].T, torch.float32).to(image.dtype)
-            chunked.add_product(to_image[r], logits, text[c])
-            chunked.add_product(to_text[c], logits.T, image[r])
+                logits = tiled.product(image[r], text[c].T, torch.float32).to(image.dtype)
+            to_image[r] += tiled.product(logits, text[c], torch.float32)
+            to_text[c] += tiled.product(logits.T, image[r], torch.float32)
 
 
 def linear_cross_entropy(image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, smoothing: float) -> Tensor:
@@ -98,13 +98,13 @@ def before(image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, smooth
 
 
 class Before(torch.autograd.Function):
-    """The loss in chunks of 1,024 rows and all columns, for one worker."""
+    """The loss in chunks of 1,024 rows and all columns, in a group of one."""
 
     @staticmethod
     def forward(ctx, image, text, scale, ids, smoothing):
         lse_row, aligned, lse_column = [], [], scale.new_full((len(text),), -torch.inf)
         for rows, row_ids in zip(image.split(1024), ids.split(1024)):
-            of_rows, of_columns, of_targets = chunked.fused(sums_before)(rows, row_ids, text, ids, scale, smoothing)
+            of_rows, of_columns, of_targets = tiled.compiled(sums_before)(rows, row_ids, text, ids, scale, smoothing)
             lse_row.append(of_rows)
             aligned.append(of_targets)
             torch.logaddexp(lse_column, of_columns, out=lse_column)
@@ -118,9 +118,9 @@ class Before(torch.autograd.Function):
         image, text, scale, ids, lse_row, lse_column = ctx.saved_tensors
         to_image, to_text = [], scale.new_zeros(text.shape)
         for rows, row_ids, lse in zip(image.split(1024), ids.split(1024), lse_row.split(1024)):
-            slope = chunked.fused(slopes_before)((rows, row_ids, text, ids, scale, ctx.smoothing), lse, lse_column)
-            to_image.append(chunked.product(slope, text, scale.dtype))
-            to_text += chunked.product(slope.T, rows, scale.dtype)
+            slope = tiled.compiled(slopes_before)((rows, row_ids, text, ids, scale, ctx.smoothing), lse, lse_column)
+            to_image.append(tiled.product(slope, text, scale.dtype))
+            to_text += tiled.product(slope.T, rows, scale.dtype)
         to_image, upstream = torch.cat(to_image), upstream / len(text)
         to_scale = upstream * (image * to_image).sum()
         return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None
@@ -140,7 +140,7 @@ def slopes_before(chunk, lse_row, lse_column):
 def logits_and_targets_before(image, row_ids, text, ids, scale, smoothing):
     same = row_ids[:, None] == ids
     weight = (1 - smoothing) / same.sum(1, keepdim=True).to(scale.dtype)
-    return chunked.product(image, text.T, scale.dtype) * scale, same * weight + smoothing / len(text)
+    return tiled.product(image, text.T, scale.dtype) * scale, same * weight + smoothing / len(text)
 
 
 def contrastive(side: str, count: int, width: int, precision: torch.dtype) -> Callable:
@@ -151,7 +151,7 @@ def contrastive(side: str, count: int, width: int, precision: torch.dtype) -> Ca
     ids = ids.where(ids % 3 > 0, ids // 6)
     if side == "products":
         return lambda: products(image.detach(), text.detach())
-    loss = {"plain": losses.contrastive, "compiled": torch.compile(losses.contrastive), "ours": chunked.contrastive,
+    loss = {"plain": losses.contrastive, "compiled": torch.compile(losses.contrastive), "ours": tiled.contrastive,
             "before": before, "linear_ce": linear_cross_entropy}[side]
     return lambda: torch.autograd.grad(loss(image, text, temperature, ids, 0.1), (image, text, temperature))
 

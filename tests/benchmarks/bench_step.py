@@ -5,7 +5,7 @@
     python -m tests.benchmarks.bench_step --batch 2 4 --target 40 --sides eager       on the CPU: extrapolates memory
 
 --loop trains `demo` on batches of the drawn source in two ways that take turns, step by step: as train.py did until
-November 2026 and as it does now. Before: one worker, each operation shared out over all cores, PyTorch's own dropout,
+November 2026 and as it does now. Before: one thread, each operation shared out over all cores, PyTorch's own dropout,
 captions of any length in a batch, which is read before the step. Now: two threads, each with half of the batch and
 dropout masks of its own, captions of similar length in a batch, the next batch read meanwhile. It prints medians of
 seconds and of images a second.
@@ -94,15 +94,15 @@ def training(preset: str, now: bool):
         terms = model(portion.batch, objective)
         return terms | {"loss": losses.total(terms, config.beta)}
 
-    fit = dataclasses.replace(stages.fit_of(config, len(dataset), 1)[0], steps=10**6,
+    fit = dataclasses.replace(stages.timetable_of(config, len(dataset), 1)[0], steps=10**6,
                               batch=min(config.batch, len(dataset)))
     task = loops.Task("retriever", model, fit, 0, param_groups=stages.param_groups(model, config))
     own = loops.Loop(task, loss_of, machine)
     if not now:
-        own.groups = [machine.group]
+        own.members = [machine.group]
     keys = order(dataset.lengths if now else [0] * len(dataset), fit.batch, 0, 0, 10**6)
     batches = iter(loader(dataset, config.workers if now else 0, batch_sampler=keys,
-                          collate_fn=partial(dataset.collate_parts, parts=len(own.groups))))
+                          collate_fn=partial(dataset.collate_parts, parts=len(own.members))))
     masks = machine_module.OwnRandomness
 
     def step(number: int) -> float:

@@ -383,7 +383,7 @@ class Whole:
         return {"best": ask, "last": lambda: self.loop(path),
                 "gallery": lambda: gallery.encode("photos", [str(self.folder / "photos/1.png")], self.model, path,
                                                   Settings(0, batch=4), say=lambda line: None),
-                "base": lambda: load_base(AdaptConfig(size="tiny", base=str(path)), MACHINE).read(["a man"]),
+                "base": lambda: load_base(AdaptConfig(size="tiny", base=str(path)), MACHINE).encode_text(["a man"]),
                 "bert": lambda: retrievers.start(PRESETS["tiny"], str(path), "", str(VOCAB_FILE)),
                 "vit": lambda: retrievers.start(PRESETS["tiny"], "", str(path), str(VOCAB_FILE))}[kind]
 

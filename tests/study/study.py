@@ -262,12 +262,12 @@ def pretrained(one: Run, out: Path, share: float) -> str:
 
 
 def fine_tune(one: Run, folder: Path, stage: str, share: float, start: str) -> str:
-    """The checkpoint after fine-tuning; without pretraining it takes as many steps in all, at the recipe's rate."""
+    """The checkpoint after fine-tuning; without pretraining it takes as many steps in all."""
     steps = STEPS[one.size]
-    count, rate = steps[stage], ("--lr", str(RATES[stage]))
+    count, rate = steps[stage], str(RATES[stage])
     if start == "none":
-        count, rate = steps["source"] + steps["mix"] + steps[stage], ()
-    return train(folder / stage, one, one.target, count, start, "--share", str(share), *rate)
+        count, rate = steps["source"] + steps["mix"] + steps[stage], "4e-4"
+    return train(folder / stage, one, one.target, count, start, "--share", str(share), "--lr", rate)
 
 
 def train(folder: Path, one: Run, dataset: str, steps: int, start: str, *flags: str) -> str:
