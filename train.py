@@ -12,7 +12,7 @@
 
 Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best
 checkpoint is `out`/best.safetensors: of --evals rankings of val, evenly spaced, that with the highest (R@1 + mAP) / 2,
-re-ranked once ITM is trained; of equal ones the last.
+re-ranked once ITM is trained (which then beats any that is not); of equal ones the last.
 mra/run/loop.py has the loop.
 """
 
@@ -100,7 +100,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     step_model = torch.compile(model) if config.compile else model
 
     def loss_of(portion: Portion) -> dict[str, Tensor]:
-        """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM) of one member's pairs."""
+        """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM): a member's share; ITC and RPC are joint."""
         objective = Objective(portion.step >= fused_from, config.smoothing, config.eda,
                               partial(contrastive.CONTRASTIVE[config.contrastive], group=portion.group),
                               partial(contrastive.mean_where, group=portion.group))

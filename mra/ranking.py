@@ -3,7 +3,7 @@
 k is the preset's `rerank` unless --k says otherwise; the images after the first k keep their order by similarity. The
 score of a candidate is match logit + weight * similarity: the fusion encoder's [matched] - [mismatched], and the cosine
 of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score here depends on its pair alone. MRA
-section 3 normalises scores over all pairs: there a query's order depends on the others. With `Settings.mirror` both
+section 3 normalises scores over all pairs, so one query's order depends on the others. With `Settings.mirror` both
 stages average two passes: images and captions as they are, then mirrored images and captions with left and right
 exchanged. Read next: group.py, evaluate.py.
 """

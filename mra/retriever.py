@@ -139,8 +139,8 @@ class Retriever(nn.Module):
         """Logits (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
         Each negative is drawn by similarity from another class: for captions another person, for phrases another
-        phrase. In a group (group.py) each member draws among its own B pairs alone. Also returns which pairs match
-        and which exist (3B,), since the B pairs may all be of one class.
+        phrase. In a group (group.py; on the CPU two threads) each member draws among its own B pairs. Also returns
+        which pairs match and which exist (3B,), since the B pairs may all be of one class.
         """
         wrong_text, text_exists = losses.hard_negatives(contrasts, classes)                 # (B,), (B,)
         wrong_image, image_exists = losses.hard_negatives(contrasts.T, classes)
@@ -171,7 +171,7 @@ class Retriever(nn.Module):
 def pool_region(tokens: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor]:
     """Image tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D) and their keep (B, 1+N).
 
-    Token 0 becomes the mean of the region's patches, 0 if there are none (MRA section 3).
+    Token 0 becomes the mean of the region's patches, 0 if there are none, as for no box (MRA section 3).
     """
     patches, weights = tokens[:, 1:], region_keep[:, None].to(tokens.dtype)              # (B, N, D), (B, 1, N)
     mean = (weights / weights.sum(2, keepdim=True).clamp(min=1)) @ patches               # (B, 1, D)

@@ -103,7 +103,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(pairs):
         changed = pairs(seed=seed)[epoch, index]
         assert changed.caption in (first.caption, dataset.encode("a woman in blue jeans on the right"))
         assert not torch.equal(changed.image, first.image)
-    assert len({tuple(dataset[epoch, 0].eda) for epoch in range(20)}) > 5
+    assert len({tuple(dataset[epoch, 0].eda_ids) for epoch in range(20)}) > 5
     assert len({tuple(dataset[epoch, 0].masked) for epoch in range(20)}) > 5
     assert len({tuple(dataset[epoch, 0].phrase) for epoch in range(20)}) == 2
 
@@ -173,7 +173,7 @@ def test_the_words_of_a_mirrored_image_change_sides(paint, tokenizer, config, bo
         redness = sample.image[0] - sample.image[2]               # (H, W)
         side = "left" if redness[:, 0].mean() > redness[:, -1].mean() else "right"
         seen.add(side)
-        assert spelt(tokenizer, sample.caption) == spelt(tokenizer, sample.eda) == [side]
+        assert spelt(tokenizer, sample.caption) == spelt(tokenizer, sample.eda_ids) == [side]
         if boxes:
             assert spelt(tokenizer, sample.phrase) == ["the", side, "half"]
             patches = redness.unfold(0, size, size).unfold(1, size, size).mean((2, 3))

@@ -1,8 +1,8 @@
 """Views of one image: image and box move together, and a flag says whether the image was mirrored.
 
 MRA section 3, training settings and region encoding. Pretraining, on an adapted set too, sees `pretrain_view` and,
-in a share --light of the images, `relit`; fine-tuning sees `finetune_view` with the chance --erase. config.py has both
-numbers of each recipe. If a view is mirrored, the caller exchanges "left" and "right" in the caption; the released
+with --light (0 in all recipes) `relit`; fine-tuning sees `finetune_view`, with the chance --erase (config.py) a
+rectangle erased. If a view is mirrored, the caller exchanges "left" and "right" in the caption; the released
 code leaves them. Read next: words.py.
 """
 

@@ -30,7 +30,7 @@ class Sample(NamedTuple):
     caption: list[int]                  # (T,) ids
     masked: list[int]                   # (T,) ids, some replaced
     masked_at: list[int]                # the positions to predict
-    eda: list[int] | None = None        # (T',) ids of an augmented caption
+    eda_ids: list[int] | None = None    # (T',) of an augmented caption
     region_keep: Tensor | None = None   # (N,)
     phrase: list[int] | None = None     # (P,) ids
 
@@ -114,8 +114,8 @@ class PairDataset(torch.utils.data.Dataset):
         labels = [[sample.caption[i] for i in sample.masked_at] for sample in samples]
         batch = Batch(torch.stack(every.image), torch.tensor(every.identity), caption_ids, caption_keep, masked_ids,
                       masked_at, pad(labels, -100, MAX_MASKED)[0])
-        if every.eda[0] is not None:
-            eda_ids, eda_keep = pad(every.eda, pad_id)
+        if every.eda_ids[0] is not None:
+            eda_ids, eda_keep = pad(every.eda_ids, pad_id)
             batch = batch._replace(eda_ids=eda_ids, eda_keep=eda_keep)
         if every.phrase[0] is not None:
             phrase_ids, phrase_keep = pad(every.phrase, pad_id)
@@ -148,7 +148,7 @@ def _window(lengths: list[int], pairs: int, seed: int, number: int) -> list[list
     first = number * WINDOW * pairs
     places = [divmod(position, len(lengths)) for position in range(first, first + WINDOW * pairs)]
     keys = [(epoch, _permutation(len(lengths), seed, epoch)[place]) for epoch, place in places]
-    keys.sort(key=lambda key: (key[0], lengths[key[1]]))        # by epoch first: no pair stands twice in a batch
+    keys.sort(key=lambda key: (key[0], lengths[key[1]]))        # by epoch first: a pair hardly stands twice in a batch
     batches = [keys[start:start + pairs] for start in range(0, len(keys), pairs)]
     random.Random(f"{seed}-{number}").shuffle(batches)
     return batches

@@ -52,7 +52,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, if it `attends`, a transformer; both start as the identity."""
+    """A residual block and, if it `attends`, a transformer; both start as their skip."""
 
     def __init__(self, dim_in: int, dim_out: int, embedding: int, config: DiffusionConfig, attends: bool):
         super().__init__()
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         self.middle = nn.ModuleList(Stage(dim, dim, embedding, config, attends) for attends in (True, False))
 
     def embed(self, t: Tensor) -> Tensor:
-        """Noise levels t (B,) -> embedding (B, D): sines and cosines of wavelengths up to 10,000, then an MLP."""
+        """Noise levels t (B,) -> embedding (B, D): sines and cosines of frequencies 1 to 1/10,000, then an MLP."""
         half = self.level[0].in_features // 2
         angle = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
         return self.level(torch.cat([angle.cos(), angle.sin()], 1))

@@ -113,8 +113,8 @@ def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, 
 
 def predict(denoise: Denoise, z: Tensor, level: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Split z at `level` into clean latents and noise, by what the denoiser predicts."""
-    v = denoise(z, torch.full((len(z),), level, device=z.device)).float()
+    predicted = denoise(z, torch.full((len(z),), level, device=z.device)).float()
     alpha, sigma = schedule.alpha[level], schedule.sigma[level]
     if schedule.predicts_noise:
-        return (z - sigma * v) / alpha, v
-    return alpha * z - sigma * v, sigma * z + alpha * v
+        return (z - sigma * predicted) / alpha, predicted
+    return alpha * z - sigma * predicted, sigma * z + alpha * predicted

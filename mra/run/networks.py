@@ -98,7 +98,7 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
 
 
 def autoencoder_loss(base: Diffusion, images: Tensor, draw: torch.Generator, count: int) -> Tensor:
-    """The autoencoder's loss on `count` random images of (N, 3, H, W), under a random light that no domain has."""
+    """The autoencoder's loss on `count` random images of (N, 3, H, W), three of four under a random light."""
     chosen = torch.randint(len(images), (count,), generator=draw, device=draw.device).cpu()
     lit = random_light(to_float(images[chosen].to(draw.device)), LIT, draw)
     noise = torch.randn(count, *base.config.shape, generator=draw, device=draw.device)

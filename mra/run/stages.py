@@ -24,7 +24,7 @@ from mra.weights import retrievers
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
-OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"   # shipped: the defaults of these
+OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # the shipped one has the defaults
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 NO_CHECKPOINT = "", "none", "scratch"        # values of --init that name no checkpoint
@@ -32,7 +32,7 @@ ADAPTED_LR, ADAPTED_EPOCHS = 4 / 7, 14     # on the adapted set: learning rate, 
 
 
 def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
-    """The stages of a call: each starts from the best checkpoint of the one before.
+    """The stages of a call: each starts from the best weights of the one before, with a new optimiser and schedule.
 
     Before a fine-tuning without --data-root stand the source and, if there is one, the adapted set. The shipped
     retriever replaces the source unless a flag asks for another pretraining.
