@@ -41,7 +41,7 @@ def prompts_of(captions: list[str], count: int, seed: int) -> list[tuple[int, st
 
 
 def variant(caption: str, number: int, rng: random.Random) -> str:
-    """Variant `number` of a caption: 0, and any of a single phrase, is itself; the others take turns at four operations."""
+    """Variant `number` of a caption: 0, and any of one phrase, is itself; others take turns at four operations."""
     phrases = noun_phrases(caption)
     if number == 0 or len(phrases) < 2:
         return caption
