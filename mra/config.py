@@ -169,7 +169,7 @@ CLIP = {
                      workers=8),
 }
 DEMO = {
-    "pretrain": dict(epochs=6, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.5, evals=3, log_every=100,
+    "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100,
                      workers=1),
     "finetune": dict(epochs=10, batch=32, lr=2e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100, workers=1),
 }

@@ -28,7 +28,7 @@ OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 NO_CHECKPOINT = "", "none", "scratch"        # values of --init that name no checkpoint
-ADAPTED_LR, ADAPTED_EPOCHS = 4 / 7, 14     # on the adapted set: learning rate, as a share of the source's; epochs
+ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
 def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
@@ -45,8 +45,7 @@ def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
     queue, adapted = [source, config], adapted_set(config)
     if adapted:
-        queue.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, epochs=ADAPTED_EPOCHS,
-                                fusion_from=0.0, light=0.0))
+        queue.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
     shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
     if usual and shipped.exists():
