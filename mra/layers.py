@@ -13,6 +13,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.to_query = nn.Linear(dim, dim, bias)
         self.to_keys_values = nn.Linear(context_dim or dim, 2 * dim, bias)

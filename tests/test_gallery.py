@@ -251,7 +251,7 @@ def test_more_hits_than_usual_and_fewer(twelve, monkeypatch):
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == 5
     rest = [hit.similarity for hit in every[5:]]
     assert rest == sorted(rest, reverse=True) and rest[0] <= min(hit.similarity for hit in every[:5])
-    for flags, count in (({}, 10), ({"first": 3}, 3), ({"first": 11}, 11)):
+    for flags, count in (({}, 10), ({"listed": 3}, 3), ({"listed": 11}, 11)):
         _, found = twelve.search([ASKED[1], ASKED[0]], **flags)
         assert [hit.path for hit in found] == [hit.path for hit in every[:count]]
         assert [hit.similarity for hit in found] == pytest.approx([hit.similarity for hit in every[:count]], abs=1e-6)

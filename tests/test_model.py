@@ -308,7 +308,7 @@ def test_the_optimiser_covers_every_parameter_once(model):
     heads = nn.ModuleList([model.image_projection, model.text_projection, model.matching_head,
                            model.word_head])
     heads = {id(p) for p in heads.parameters()} - {id(model.text_encoder.words.weight)}     # the encoder's
-    assert stages.fit_of(TrainConfig(), 10, 1)[0].betas == (0.9, 0.98)
+    assert stages.timetable_of(TrainConfig(), 10, 1)[0].betas == (0.9, 0.98)
     for name, p in model.named_parameters():
         expected = (0.01 if id(p) in matrices | tables else 0, 5e-3 if id(p) in heads else 1e-3)
         assert settings[id(p)] == expected, name

@@ -100,7 +100,7 @@ def png(width: int = 20, height: int = 40) -> bytes:
 
 def test_a_search_answers_as_the_gallery_does(ask, server):
     found = ask(search(ASKED), "POST").json
-    hits, = server.gallery.search([ASKED], first=page.LISTED)
+    hits, = server.gallery.search([ASKED], listed=page.LISTED)
     assert [(server.gallery.paths[hit["photo"]], hit["similarity"], hit["match"]) for hit in found["hits"]] == hits
     assert len(hits) == 30 and sum(hit.match is not None for hit in hits) == 8
     assert found["phrases"] == ["a woman", "a red coat", "a black backpack"]
@@ -115,7 +115,7 @@ def test_a_search_answers_as_the_gallery_does(ask, server):
 
 def test_a_photograph_that_has_gone_ends_no_search(ask, server):
     """Without the fusion encoder, which would read it; the note names it."""
-    first, = server.gallery.search([ASKED], first=1)
+    first, = server.gallery.search([ASKED], listed=1)
     moved = Path(first[0].path).rename(Path(first[0].path).with_suffix(".gone"))
     try:
         found = ask(search(ASKED), "POST").json
@@ -366,7 +366,7 @@ def test_a_search_by_keyboard_alone(visit, server):
     assert visit.focus() == "sentence" and visit.texts("#gallery") == ["30 photographs in my <b>photos</b>"]
     found(visit, ASKED, ENTER)
     visit.until("document.querySelectorAll('.hit').length === 24")
-    hits, = server.gallery.search([ASKED], first=page.LISTED)
+    hits, = server.gallery.search([ASKED], listed=page.LISTED)
     assert visit.texts(".number:nth-child(3) b") == [f"{hit.similarity:.3f}" for hit in hits[:24]]
     matches = [f"{hit.match:.3f}" for hit in hits[:8]]       # of the candidates
     assert visit.texts(".number:nth-child(4) b") == matches + ["\u2013"] * 16
@@ -403,7 +403,7 @@ def test_a_search_by_keyboard_alone(visit, server):
 
 def test_the_threshold(visit, server):
     found(visit, ASKED, ENTER)
-    hits, = server.gallery.search([ASKED], first=page.LISTED)
+    hits, = server.gallery.search([ASKED], listed=page.LISTED)
     middle = sorted(hit.similarity for hit in hits)[20]
     visit.run(f"slider.value = {middle:.3f}; slider.dispatchEvent(new Event('input'))")
     kept = sum(hit.similarity >= round(middle, 3) for hit in hits)

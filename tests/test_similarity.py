@@ -24,13 +24,13 @@ from mra.run import contrastive as scale
 from mra.run.contrastive import contrastive
 from mra.run.machine import Processes, Threads
 
-FUSED = scale.compiled
+COMPILED = scale.compiled
 
 
 @pytest.fixture(autouse=True)
 def tiled(monkeypatch):
     """Set the rows of a tile, for any number of pairs; nothing is compiled, which takes long."""
-    monkeypatch.setattr(scale, "fused", lambda function: function)
+    monkeypatch.setattr(scale, "compiled", lambda function: function)
 
     def of(rows: int) -> None:
         monkeypatch.setattr(scale, "PLAIN", 0)
@@ -258,13 +258,13 @@ def test_the_joint_mean_is_the_mean_of_the_workers_shares(count):
 
 
 @pytest.mark.parametrize("compiles", [True, False])
-def test_kernels_are_fused_and_fall_back(compiles, monkeypatch, capfd):
+def test_kernels_are_compiled_and_fall_back(compiles, monkeypatch, capfd):
     """Compiled for two sizes, and, where compiling fails, uncompiled with one line: the same sums."""
     if not compiles:
         def fails(*args, **kwargs):
             raise torch._dynamo.exc.Unsupported("no compiler")
         monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
-    scale_sums = FUSED(lambda *tile: scale.sums(*tile))
+    scale_sums = COMPILED(lambda *tile: scale.sums(*tile))
     for count in (40, 50):
         image, text, classes = unit(count, 8), unit(count, 8), torch.arange(count) % 7
         weights = torch.full((count,), 0.1).double()
