@@ -404,7 +404,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch, paint):
     wanted, weight = searched(str(tmp_path), Group()), fitted(Group())
     for rank in (0, 1):
         found, trained = torch.load(tmp_path / f"{rank}.pt")
-        assert found["match"].shape == (3, 4) and found["match"].std() > 0 and torch.equal(trained, weight)
+        assert found["match_logit"].shape == (3, 4) and found["match_logit"].std() > 0 and torch.equal(trained, weight)
         for name, expected in wanted.items():
             torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
 
