@@ -60,7 +60,8 @@ def main() -> None:
         config = replace(config, weight=facts["val"].get("weight", 0.0))
     mirror = config.mirror and facts.get("mirror", True)
     settings = ranking.Settings(config.k, mirror, config.batch, config.workers, machine.group)
-    folder = Path(config.out or ("out/shipped" if shipped else path.parent))
+    beside = path if path.is_dir() else path.parent
+    folder = Path(config.out or ("out/shipped" if shipped else beside))
     folder.mkdir(parents=True, exist_ok=True)
     if config.query or config.queries or config.query_image or config.serve >= 0:
         return answer(config, machine, settings, model, tokenizer, facts, folder)
@@ -140,13 +141,16 @@ def answer(config: EvalConfig, machine: Machine, settings: ranking.Settings, mod
     dataset, = config.dataset
     server = page.Server(config.serve) if config.serve >= 0 else None      # it claims its port before the encoding
     image = open_image(config.query_image) if config.query_image else None
+    if not dataset and facts.get("mirror", True):       # CLIP cleans in its own way
+        machine.say("No set is named, so sentences are not cleaned: give --dataset icfg or rstp if it learned there.")
     sentences = gallery.sentences_of(config, dataset, tokenizer, model.config.max_tokens)
     with machine.autocast():
         if config.gallery:
             paths = gallery.photographs(Path(config.gallery), folder)
         else:
             paths = [record.path for record in load(config, facts, dataset, machine).records if record.path]
-        name, cache = config.gallery or dataset, folder / "gallery.safetensors"
+        name = config.gallery or dataset
+        cache = folder / ("gallery.safetensors" if config.gallery else "images.safetensors")
         paths, features, left_out = gallery.encode(name, paths, model, cache, settings)
         searched = gallery.Gallery(model, tokenizer, dataset, paths, features, settings, config.weight)
         if server:

@@ -12,8 +12,7 @@
 
 Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best
 checkpoint is `out`/best.safetensors: of --evals rankings of val, evenly spaced, that with the highest (R@1 + mAP) / 2,
-re-ranked once ITM is trained (which then beats any that is not); of equal ones the last.
-mra/run/loop.py has the loop.
+re-ranked once ITM is trained (which then beats any that is not); of equal ones the last. mra/run/loop.py has the loop.
 """
 
 import json
@@ -118,7 +117,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
         write_line(log, {"step": done, "val": result}, machine)
         machine.say(f"val at step {done}: {stages.describe(result)}")
         best = before.get("best", result)
-        if result["selected_by"] >= best["selected_by"]:
+        if result["selected_by"] >= best.get("selected_by", best.get("quality")):     # "quality": of older runs
             best = result
             facts = model_facts(model, tokenizer) | {
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,

@@ -198,7 +198,8 @@ def recipe(dataset: str, preset: str) -> dict:
 def flag(default, text: str, least: float | None = None, most: float | None = None,
          choices: Iterable[str] | None = None, bare: int | None = None):
     """A field that is a flag: its default, help text, a number's range or a word's choices, its value if given bare."""
-    facts = {"text": text, "least": least, "most": most, "choices": choices, "bare": bare}
+    words = choices and list(dict.fromkeys([*choices, default]))        # the default may be an empty word
+    facts = {"text": text, "least": least, "most": most, "choices": words, "bare": bare}
     return field(default=default, metadata=facts)
 
 

@@ -242,15 +242,14 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     return settings.group.summed(match).view(candidates.shape)
 
 
-def queries_of(record_set: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
+def queries_of(records: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
     """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query.
 
     An image without a caption is a distractor. A record without an image adds queries alone.
     """
-    records, name = record_set.records, record_set.name
-    captions = [tokenizer.clean(caption, name) for record in records for caption in record.captions]
-    query_ids = torch.tensor([record.identity for record in records for _ in record.captions])
-    images = [record for record in records if record.path]
+    captions = [tokenizer.clean(caption, records.name) for record in records.records for caption in record.captions]
+    query_ids = torch.tensor([record.identity for record in records.records for _ in record.captions])
+    images = [record for record in records.records if record.path]
     gallery_ids = torch.tensor([record.identity for record in images])
     return captions, query_ids, [record.path for record in images], gallery_ids
 

@@ -34,8 +34,7 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
         image, text = (x.to(torch.get_autocast_dtype(device)) for x in (image, text))
     wide = torch.promote_types(image.dtype, torch.float32)
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=image.device)
-    # tiles are compiled by themselves, so a compiled model must not trace them; as a decorator `disable` would load
-    # the compiler, which takes two seconds, in every process that imports this file
+    # a compiled model must not trace the tiles; as a decorator this would load the compiler (2 s) at every import
     tiled = torch.compiler.disable(Contrastive.apply)
     with torch.autocast(device, enabled=False):
         return tiled(image, text, scale, classes, smoothing, group)
@@ -101,7 +100,7 @@ def compiled(function: Callable) -> Callable:
     def call(*tensors):
         try:
             return fast(*tensors) if call.possible else function(*tensors)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"torch.compile failed ({reason}): similarities are computed uncompiled.", flush=True)
             call.possible = False

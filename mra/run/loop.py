@@ -1,10 +1,9 @@
 """The one training loop: of the retriever, and of every network of DaD.
 
 It resumes, accumulates, averages, logs and stops. Dropout, negatives and noise depend on (seed, step, batch, member),
-views and masked words on (seed, epoch, index). So the saved state needs no generators: a run that was stopped goes on
-bit for bit on the CPU, at the batch after the steps done (data/batches.py), and two threads compute what two processes
-do. A run that goes on appends to its log: the steps after the last save are there twice. Read group.py before it,
-train.py after it.
+views and masked words on (seed, epoch, index): a run that was stopped goes on bit for bit on the CPU, with the next
+batch, and two threads compute what two processes do. It appends to its log, where the steps after the last save then
+stand twice. Read group.py before it, train.py after it.
 """
 
 import json

@@ -136,7 +136,7 @@ def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]
 def encode(name: str, every: list[str], model: Retriever, cache: Path, settings: ranking.Settings,
            say: Callable = print) -> tuple[list[str], Tensor, list[str]]:
     """Of `every` photograph: paths (G) of the readable ones, features (G, 2, E), and why others are left out."""
-    key = {"weights": checkpoint.digest(model), "model": asdict(model.config),
+    key = {"weights": checkpoint.digest(model), "model": asdict(model.config), "mirror": settings.mirror,
            "bf16": torch.is_autocast_enabled(next(model.parameters()).device.type)}
     try:
         cached, written_with = checkpoint.load(cache)
@@ -152,7 +152,7 @@ def encode(name: str, every: list[str], model: Retriever, cache: Path, settings:
     say(f"{shown(Path(name))}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     for start in range(0, len(new), PART):
         part = new[start:start + PART]
-        features = ranking.encode_gallery(model, Photographs(part, model.config), replace(settings, mirror=True)).cpu()
+        features = ranking.encode_gallery(model, Photographs(part, model.config), settings).cpu()
         fresh = {stamps[path]: pair for path, pair in zip(part, features) if pair.isfinite().all()}
         if fresh:
             known |= fresh
