@@ -198,7 +198,7 @@ def recipe(dataset: str, preset: str) -> dict:
 def flag(default, text: str, least: float | None = None, most: float | None = None,
          choices: Iterable[str] | None = None, bare: int | None = None):
     """A field that is a flag: its default, help text, a number's range or a word's choices, its value if given bare."""
-    words = [*choices, ""] if choices and default == "" else choices       # an empty word is as no flag
+    words = [*choices, ""] if choices and default == "" else choices       # "" is the same as no flag
     facts = {"text": text, "least": least, "most": most, "choices": words, "bare": bare}
     return field(default=default, metadata=facts)
 

@@ -29,8 +29,8 @@ FIRST = 10                          # images shown for each query
 BLOCK = 512                         # queries compared with the gallery at a time
 CHUNK = 65536                       # gallery images compared at a time
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
-IMAGES = 16                         # fused at a time; with fewer, each has more of the tokens
-TOKENS = {"cuda": 65536, "cpu": 8192}    # of queries, fused with these images at a time
+IMAGES = 16                         # matched with queries at a time
+TOKENS = {"cuda": 65536, "cpu": 8192}    # of these queries in one pass of the fusion encoder, about
 
 
 # ---- metrics
@@ -61,7 +61,7 @@ def retrieval_metrics(scores: Tensor, query_ids: Tensor, gallery_ids: Tensor) ->
 
 
 def selection_score(metrics: dict[str, float]) -> float:
-    """What the weight of the similarity and the best checkpoint are chosen by; it varies less than R@1 alone."""
+    """Chooses the similarity's weight and the best checkpoint: the mean of R@1 and mAP varies less than R@1."""
     return (metrics["R@1"] + metrics["mAP"]) / 2
 
 
