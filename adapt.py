@@ -2,7 +2,7 @@
 
     python adapt.py                                  the demo: images in the look of drawn ICFG, from the shipped base
     python adapt.py --target cuhk --mode restyle     the source's own images in the target's look
-    python adapt.py --train-base                     train the base anew, as the shipped one was
+    python adapt.py --train-base --source DIR        train a base on the images and captions of a set
     python adapt.py --size base --source DIR --target cuhk --data-root DIR
     python adapt.py --size sd15 --weights DIR --target cuhk --data-root DIR     beside Stable Diffusion 1.5
     torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
@@ -26,7 +26,6 @@ from mra.run.command import parse, run
 from mra.run.machine import Machine, claimed
 from mra.town import sets
 
-BASE_PEOPLE = [("train", 12_000, 2), ("test", 800, 3)]       # whom the shipped base has seen
 THRESHOLDS = "grey_mean", "grey_variance", "malformed"
 # Flags left out of the key. Some change no image. For the precision and for named files the key has other entries.
 NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_base", "workers", "device", "precision",
@@ -40,7 +39,7 @@ def main() -> None:
     machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
                 f"Running on {machine.device} in {machine.precision}, {machine.group.count} process(es).")
     if config.train_base:
-        train_base(config, machine)
+        networks.train_base(config, source_records(config, machine), machine)
     else:
         out = Path(config.out or config.usual_out)
         with claimed(out, machine):
@@ -51,7 +50,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way: base, plan, autoencoder, branch, samples, filters, set."""
     # ---- the frozen base, and the pairs of target and source
     if not (config.weights or config.base or networks.base_file(config).exists()):      # training one takes hours
-        train_base(replace(config, seed=0), machine)
+        networks.train_base(replace(config, seed=0), source_records(config, machine), machine)
     base = networks.load_base(config, machine)
     root = Path(config.data_root or sets.ready(config.target, config.size == "tiny"))
     records = share_of(load(config.target, "train", root, say=machine.say), config.share)
@@ -77,17 +76,6 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     parts.make_parts(painter, judge, plan, out, machine)
     # ---- the set: what passes the filters
     machine.on_rank_0(lambda: parts.finish(config, out, target.images, set_key, machine))
-
-
-def train_base(config: AdaptConfig, machine: Machine) -> None:
-    """Train the base on the source; for the demo on more drawn people than the demo's source has."""
-    if config.source or config.size == "tiny":
-        records = source_records(config, machine)
-    else:
-        root = Path("data/base")
-        sets.build(root, "source", BASE_PEOPLE, 1, machine.cores)
-        records = load("sda", "train", root, say=machine.say)
-    networks.train_base(config, records, machine)
 
 
 def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:

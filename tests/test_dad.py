@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import Fresh, free_port, script
+from safetensors.torch import load_file
 from test_commands import command, succeed
 
 from adapt import main as adapt_main
@@ -477,6 +478,20 @@ def test_train_pretrains_on_the_adapted_set(made):
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):
     status, _, err = command(tmp_path, "adapt.py", *flags)
     assert status == 2 and named in err and err.count("\n") == 1
+
+
+def test_a_base_learns_from_worlds_and_keeps_its_words(made):
+    folder, _ = made
+    flags = "data/demo-tiny", "--base", "out/base-tiny/base.safetensors", "--size", "tiny", "--steps", "3"
+    assert "out/worlds-tiny/base.safetensors is ready" in succeed(folder, "tests/study/worlds.py", *flags)
+    assert "denoiser.safetensors is there" in succeed(folder, "tests/study/worlds.py", *flags)
+    files = [folder / "out/base-tiny/base.safetensors", folder / "out/worlds-tiny/base.safetensors"]
+    before, after = (load_file(file) for file in files)
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and {name for name in before if "text_encoder" in name} < kept
+    assert not any(name.startswith("denoiser.encoder.stages") for name in kept)
+    machine = Machine.of("cpu", "float32")
+    assert networks.load_base(AdaptConfig(size="tiny", base=str(files[1])), machine).config.height == 32
 
 
 def test_the_shipped_base_loads_and_is_small():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_commands import command
 
 from mra.config import UserError
 from mra.formats.read import load
@@ -20,7 +21,7 @@ from mra.town import drawing, people, sets
 from mra.town.drawing import DOMAINS, Pose, render
 from mra.town.people import Person, describe, sample_person, twin_of
 from mra.town.sets import DEFAULT, FOLDERS, TINY, shots
-from tests.study import portraits
+from tests.study import portraits, worlds
 
 COLOUR_OF = {name: colour for colour, names in people.COLOURS.items() for name in names}
 HAIR_COLOUR_OF = {name: colour for colour, names in people.HAIR_COLOURS.items() for name in names}
@@ -308,6 +309,31 @@ def test_domains():
     for name in ("cuhk", "icfg", "rstp"):
         cameras = {drawing.camera_of(name, i) for i in range(DOMAINS[name].cameras)}
         assert len(cameras) == DOMAINS[name].cameras
+
+
+def test_random_worlds_are_wide_and_far_from_every_target():
+    """No strength, scene or person of a target is in the worlds that the diffusion base learns from."""
+    looks = [worlds.world_of(number) for number in range(0, worlds.WORLDS, 5000)]
+    assert looks[7] == worlds.world_of(35_000) and len(set(looks)) == len(looks) == 200
+    assert {look.scene for look in looks} == {"plain", "random"}
+    for name, (low, high) in worlds.RANGES.items():
+        values = [getattr(look, name) for look in looks]
+        assert low <= min(values) and max(values) <= high and max(values) - min(values) >= 0.9 * (high - low)
+    widths = np.array([high - low for low, high in worlds.RANGES.values() if high > low])
+    targets = [drawing.camera_of(name, i) for name in ("cuhk", "icfg", "rstp") for i in range(DOMAINS[name].cameras)]
+    names = [name for name, (low, high) in worlds.RANGES.items() if high > low]
+    ours, theirs = (np.array([[getattr(one, name) for name in names] for one in some]) for some in (looks, targets))
+    apart = (np.abs(ours[:, None] - theirs) / widths).mean(-1)                          # (worlds, cameras)
+    assert apart.min() >= 0.15 and apart.shape == (200, 18)
+
+
+def test_a_folder_of_worlds_is_drawn_and_read_as_sda(tmp_path):
+    status, said, _ = command(tmp_path, "tests/study/worlds.py", "worlds", "--people", "6")
+    assert status == 0 and "worlds/SDA: 12 computer drawings" in said
+    records = load("sda", "train", tmp_path / "worlds", say=lambda line: None).records
+    assert all(record.boxes and Path(record.path).is_file() for record in records) and 6 <= len(records) <= 12
+    status, _, err = command(tmp_path, "tests/study/worlds.py", "worlds", "--people", "6")
+    assert status == 2 and "worlds/SDA exists" in err
 
 
 def test_strength_scales_a_domain(monkeypatch):

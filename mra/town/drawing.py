@@ -6,8 +6,9 @@ the strengths in the table DOMAINS. This is the domain gap of the MRA paper. Rea
 
 import io
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -74,10 +75,10 @@ def camera_of(domain: str, camera: int) -> Domain:
     return replace(base, light=rng.choice((-1, 1)) * rng.uniform(0.4, 1), **strengths)
 
 
-@cache
-def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
+@lru_cache(128)
+def backdrop(place: str, cam: Domain, variant: int) -> Image.Image:
     """A scene with people far off, (HEIGHT, 3 WIDTH). Each camera has a few and pans over them."""
-    rng, cam = random.Random(f"{domain}/{camera}/{variant}"), camera_of(domain, camera)
+    rng = random.Random(f"{place}/{variant}")
     width, height = 6 * WIDTH, 2 * HEIGHT
     horizon = height * (0.66 - 0.45 * cam.height + rng.uniform(-.04, .04))
 
@@ -122,7 +123,14 @@ def backdrop(domain: str, camera: int, variant: int) -> Image.Image:
 
 def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> tuple[Image.Image, dict[str, Box]]:
     """The image of `person` in a camera of a domain, (HEIGHT, WIDTH) RGB, and the boxes of the PARTS that it shows."""
-    rng, cam = random.Random(seed), camera_of(domain, camera)
+    cam = camera_of(domain, camera)
+    return render_in(person, pose, cam, partial(backdrop, f"{domain}/{camera}", cam), seed)
+
+
+def render_in(person: Person, pose: Pose, cam: Domain, backdrop_of: Callable[[int], Image.Image],
+              seed: int) -> tuple[Image.Image, dict[str, Box]]:
+    """As `render`, of a camera with any look and six backdrops, each (HEIGHT, 3 WIDTH)."""
+    rng = random.Random(seed)
     # the figure's height, its middle and the top of its head, as shares of the image's height
     tall = 0.90 - cam.distance * rng.uniform(0.3, 1)
     middle = 0.5 * WIDTH / HEIGHT + cam.crop * rng.uniform(-1, 1)
@@ -134,7 +142,7 @@ def render(person: Person, pose: Pose, domain: str, camera: int, seed: int) -> t
         _draw(pens, stroke, cam, *_project(stroke, pose, cam.height, (tall, middle, top)))
     cover = part.point(lambda number: 255 if number else 0).reduce(SCALE)
     pan = rng.randrange(2 * WIDTH)
-    scene = backdrop(domain, camera, rng.randrange(6)).crop((pan, 0, pan + WIDTH, HEIGHT))
+    scene = backdrop_of(rng.randrange(6)).crop((pan, 0, pan + WIDTH, HEIGHT))
     # the shadow: the figure laid on the ground, away from the light
     feet, flat, lean = (top + tall * .97) * HEIGHT, 0.22, cam.light * 2.3
     matrix = 1, -lean, lean * feet, 0, 1 / flat, feet - feet / flat

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from mra.config import UserError
 from mra.data.files import in_processes, save_image, write_text
 from mra.town.drawing import DOMAINS, VERSION, Pose, render
-from mra.town.people import Person, describe, sample_person, twin_of
+from mra.town.people import Person, Words, describe, sample_person, twin_of
 
 NOTE = "computer drawings of people who do not exist, not photographs"
 FOLDERS = {"source": "SDA", "cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
@@ -126,11 +126,7 @@ def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
     if set_name == "source" and shot.split == "test":
         return "finetune/sda_test.json", {"image": shot.path, "caption": captions, "image_id": shot.identity}
     if set_name == "source":        # in the file's name "{}" stands for the numbers of its records
-        rng = random.Random(shot.seed)
-        logits = [round(rng.uniform(0.35, 0.9), 4) for _ in words[0].boxes]    # the real ones: a model's confidence
-        rounded = [[round(v, 4) for v in box] for box in words[0].boxes]
-        return "sda_{}_{}.json", {"image": shot.path, "boxes": rounded, "phrases": words[0].phrases, "logits": logits,
-                                  "caption": captions[0], "image_id": shot.identity}
+        return "sda_{}_{}.json", source_record(shot, words[0])
     path = "img_path" if set_name == "rstp" else "file_path"
     record = {"split": shot.split, "captions": captions, path: shot.path, "id": shot.identity}
     if set_name == "cuhk":
@@ -139,6 +135,15 @@ def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
     if set_name == "icfg":
         return "ICFG-PEDES.json", record | {"captions": captions[:1]}
     return "data_captions.json", record
+
+
+def source_record(shot: Shot, words: Words) -> dict:
+    """A record in SDA's format."""
+    rng = random.Random(shot.seed)
+    logits = [round(rng.uniform(0.35, 0.9), 4) for _ in words.boxes]    # the real ones: a model's confidence
+    boxes = [[round(v, 4) for v in box] for box in words.boxes]
+    return {"image": shot.path, "boxes": boxes, "phrases": words.phrases, "logits": logits, "caption": words.caption,
+            "image_id": shot.identity}
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
