@@ -1,18 +1,29 @@
-"""The street: the annotation, the film that is refused, and the set that is made from frames."""
+"""The street: the annotation, the film that is refused, the set that is made from frames, and runs without labels."""
 
+import json
 import sys
+from argparse import Namespace
+from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
 from PIL import Image
+from test_commands import command, succeed
+from test_study import in_process
 
 from mra import ranking
 from mra.config import PRESETS, UserError
-from mra.data.tokenizer import Tokenizer
+from mra.data.augment import tensor_of
+from mra.data.tokenizer import Tokenizer, pad
+from mra.data.words import swap_left_right
 from mra.formats.read import load
-from tests.street import cut, spread
+from mra.weights.retrievers import load_retriever
+from tests.street import cut, protocols, spread
+from tests.study import study
 
 STREET = cut.STREET
+PROTOCOLS = "tests/street/protocols.py"
 
 
 def test_the_annotation_is_what_the_readme_says():
@@ -76,3 +87,115 @@ def test_rows_of_single_queries_average_to_the_metrics_of_the_search():
     ids, last = (torch.arange(4), torch.arange(30) % 4), found.reranked(1.0)
     rows = spread.rows_of(found, last, *ids)
     assert rows.shape == (4, 5) and ranking.means(rows) == pytest.approx(found.metrics(*ids, last))
+
+
+@pytest.fixture(scope="module")
+def quick(in_town) -> tuple[Path, str]:
+    """Where the protocol without labels ran at tiny size on crops of noise, and what it printed."""
+    folder = in_town("street")
+    noise = Image.effect_noise((192, 144), 90).convert("RGB").resize((768, 576))
+    few = [Image.blend(noise, Image.new("RGB", noise.size, (30 * number, 90, 200)), 0.6) for number in range(8)]
+    cut.write_set((few[number // 4 % 8] for number in range(STREET["film"]["frames"])), folder / "street")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "call", in_process)
+        said = succeed(folder, PROTOCOLS, "street", "--quick", "--protocols", "no-labels")
+    return folder, said
+
+
+def test_the_set_without_labels_tells_nobodys_identity(quick):
+    folder, _ = quick
+    target, source = (load("cuhk", "train", folder / "street/quick/no-labels", say=study.quiet).records,
+                      load("sda", "train", folder / "data/demo-tiny", say=study.quiet).records)
+    assert len(target) == 161 + 177 == len({record.identity for record in target})
+    known = {caption for record in source for caption in record.captions}
+    assert all(len(set(record.captions)) == 2 and known.issuperset(record.captions) for record in target)
+    names = [Path(record.path).stem for record in target]
+    assert names == sorted(names) and all(name[0] == "f" and int(name[1:4]) < STREET["test_from"] for name in names)
+    assert not any(f"_p{person}" in name for name in names for person in range(1, 10))
+    frame, left, top, right, bottom, person, _ = STREET["people"][0]
+    crop = Image.open(folder / f"street/quick/no-labels/CUHK-PEDES/imgs/f{frame:03}_x{left:03}.png")
+    assert crop.tobytes() == Image.open(folder / f"street/CUHK-PEDES/imgs/train/f{frame:03}_p{person}.png").tobytes()
+    assert crop.size == (right - left, bottom - top)
+
+
+def test_the_sentences_of_a_crop_are_the_nearest_with_mirror_images_averaged(quick):
+    folder, _ = quick
+    model, tokenizer, _ = load_retriever(folder / "street/quick/first/best.safetensors", torch.device("cpu"))
+    target, source = (load("cuhk", "train", folder / "street/quick/no-labels", say=study.quiet).records,
+                      load("sda", "train", folder / "data/demo-tiny", say=study.quiet).records)
+    images = torch.stack([tensor_of(Image.open(record.path), (32, 16)) for record in target])
+    captions = sorted({caption for record in source for caption in record.captions})
+    passes = []
+    for view, words in ((images, captions), (images.flip(-1), map(swap_left_right, captions))):
+        ids, keep = pad([tokenizer.encode(caption, model.config.max_tokens) for caption in words], tokenizer.pad_id)
+        with torch.inference_mode():
+            passes.append(model.encode_image(view)[1] @ model.encode_text(ids, keep)[1].T)      # (338, captions)
+    of_both, of_one = (similarity.topk(2).indices.tolist() for similarity in (sum(passes), passes[0]))
+    assert [list(record.captions) for record in target] == [[captions[i] for i in own] for own in of_both]
+    assert of_both != of_one        # else nothing is said of the mirror images
+
+
+def test_every_arm_has_a_row_with_the_spread_over_ten_sets(quick):
+    folder, said = quick
+    assert "Without --plain CHECKPOINT these arms are left out: source, dad on plain." in said
+    table = (folder / "street/quick/table.md").read_text()
+    assert table in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[:4] for row in rows] == [["none", "augmented", "with", "1"]] + [
+        ["no-labels", arm, losses, "1"] for arm in ("moments", "dad") for losses in ("with", "without")]
+    sets = json.loads((folder / "street/quick/no-labels/dad-noregions-s0.json").read_text())["sets"]
+    expected = [sets[stage][name] for stage in ("embeddings", "re-ranked") for name in ("R@1", "mAP")]
+    assert {len(values) for values in expected} == {10}
+    assert rows[4][4:] == [f"{mean(values):.1f} +- {stdev(values):.1f}" for values in expected]
+    drawn, whole = (Image.open(folder / f"street/{name}.png") for name in ("drawn", "adaptation"))
+    assert whole.width == drawn.width and 2 * whole.height == 3 * drawn.height
+
+
+def test_the_second_stage_starts_where_it_should_on_images_of_the_arm(quick):
+    folder, _ = quick
+    place = folder / "street/quick/no-labels"
+    for name, images, regions in (("dad-s0", "dad-s0", True), ("dad-noregions-s0", "dad-s0", False),
+                                  ("moments-s0", "moments-s0", True)):
+        train = load_retriever(place / name / "best.safetensors", torch.device("cpu"))[2]["train"]
+        assert Path(train["dataset"]) == place / "sets" / images and train["regions"] is regions
+        assert Path(train["init"]) == folder / "street/quick/first/best.safetensors"
+        assert train["lr"] == pytest.approx(4e-4) and train["fusion_from"] == 0
+    source = {record.captions[0]: record for record in load("sda", "train", folder / "data/demo-tiny",
+                                                            say=study.quiet).records}
+    rows = json.loads(next((place / "sets/moments-s0").glob("sda_*.json")).read_text())
+    assert len(rows) == len(source) and all(row["image_id"] == source[row["caption"]].identity for row in rows)
+
+
+def test_what_is_finished_is_not_made_again(quick):
+    folder, _ = quick
+    before = {path: path.stat().st_mtime_ns for path in (folder / "street/quick/no-labels").rglob("*.json")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "call", lambda script, *flags: None)
+        succeed(folder, PROTOCOLS, "street", "--quick", "--protocols", "no-labels")
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) > 5
+
+
+def test_the_runs_and_their_summary():
+    given = Namespace(plain=Path("plain"), arms=protocols.ARMS, protocols=protocols.PROTOCOLS, seeds=None, quick=False)
+    runs = list(protocols.plan(given))
+    assert len(runs) == len({(one.protocol, one.name) for one in runs}) == 2 + 3 * (5 + 3 + 5)
+    given.plain, given.seeds = None, [7]
+    assert {one.arm for one in protocols.plan(given)} == {"augmented", "moments", "dad"}
+    assert len(list(protocols.plan(given))) == 1 + 4 + 2 + 4
+    assert protocols.summary([[0.0, 20.0], [20.0, 60.0]]) == "25.0 +- 21.2 (21.2)"
+
+
+def test_a_person_is_all_that_no_words_says(quick):
+    folder, _ = quick
+    place = protocols.Place(folder / "street", folder / "data/demo-tiny",
+                            folder / "street/quick/first/best.safetensors", None, True)
+    protocols.write_target("no-words", place)
+    records = load("cuhk", "train", folder / "street/quick/no-words", say=study.quiet).records
+    assert len(records) == 338 and {record.captions for record in records} == {("a person",)}
+
+
+def test_missing_crops_and_checkpoints_are_told_in_one_sentence(tmp_path, quick):
+    for flags, told in (((str(tmp_path),), "holds no crops"), (("street", "--plain", "x"), "is no such checkpoint"),
+                        (("street", "--quick", "--arms", "source"), "No run is left")):
+        status, _, err = command(quick[0], PROTOCOLS, *flags)
+        assert status == 2 and told in err and err.count("\n") == 1

@@ -26,11 +26,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     given = parser.parse_args()
-    folder = given.out / "CUHK-PEDES"
-    crops = [one for one in json.loads((folder / "reid_raw.json").read_text()) if one["split"] == "test"]
-    paths = [str(folder / "imgs" / one["file_path"]) for one in crops]
-    gallery_ids = torch.tensor([one["id"] for one in crops])                            # (G,)
-    people = gallery_ids.unique()                                                       # (P,)
+    people, paths, gallery_ids = test_crops(given.out)
     print(f"{len(people)} people, {len(paths)} crops\n")
     print("| checkpoint | sentences | stage | R@1 | mAP | " + " | ".join(f"person {p}" for p in people.tolist()) + " |")
     print("|---" * (5 + len(people)) + "|")
@@ -41,6 +37,14 @@ def main() -> None:
         for checkpoint in given.checkpoints:
             for stage, rows in measure(checkpoint, kind, people, paths, gallery_ids).items():
                 print(line(str(checkpoint), kind, stage, rows, len(people)), flush=True)
+
+
+def test_crops(out: Path) -> tuple[Tensor, list[str], Tensor]:
+    """The people of test (P,), the paths of its crops, and whom each shows (G,)."""
+    folder = out / "CUHK-PEDES"
+    crops = [one for one in json.loads((folder / "reid_raw.json").read_text()) if one["split"] == "test"]
+    gallery_ids = torch.tensor([one["id"] for one in crops])
+    return gallery_ids.unique(), [str(folder / "imgs" / one["file_path"]) for one in crops], gallery_ids
 
 
 def measure(checkpoint: Path, kind: str, people: Tensor, paths: list[str], gallery_ids: Tensor) -> dict[str, Tensor]:
