@@ -88,6 +88,8 @@ def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
 def check(config: AdaptConfig) -> None:
     """Raise UserError for values that no run can use."""
     stable = DIFFUSION_PRESETS[config.size].stable
+    if config.mode == "restyle" and config.captions == "source":
+        raise UserError("--captions is for --mode generate: restyled images keep their own captions.")
     if config.guidance_from > config.guidance_to:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
     if config.weights and not stable:

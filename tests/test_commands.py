@@ -24,6 +24,7 @@ from mra.config import PRESETS, TrainConfig, pretrains, recipe
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
 from mra.run import checkpoint, machine, stages
+from mra.run.command import run
 from mra.show import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -626,6 +627,15 @@ def documented() -> list[str]:
                 if re.match(r"python3? (train|evaluate|adapt)\.py( |$)", line)]
     return [line for line in dict.fromkeys(commands)
             if not re.search(r"\b[A-Z]{3,}\b|\.\.\.|[<>|]|cuda", line)]      # placeholders, other machines
+
+
+def test_a_terminal_need_not_know_every_character(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "__stdout__", terminal)
+    run(lambda: print("Zoë"))
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"Zo\\xeb\n"
 
 
 def test_documented_commands_run(work):

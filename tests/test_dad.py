@@ -473,6 +473,7 @@ def test_train_pretrains_on_the_adapted_set(made):
     (("--target", "market"), "--target: invalid choice"), (("--images", "0"), "--images 0"),
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
     (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
+    (("--mode", "restyle", "--captions", "source"), "--captions is for --mode generate"),
     (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),
     (("--mode", "edges"), "--mode: invalid choice"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):

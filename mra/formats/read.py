@@ -82,7 +82,7 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     if missing:
         told = f"{len(missing)} of {len(images)} images are missing in {shown(source.images)}"
         if len(missing) == len(images) or not allow_missing:
-            raise UserError(f"{told}; complete it (some may be missing with --allow-missing): {'; '.join(missing[:5])}")
+            raise UserError(f"{told}; complete it (--allow-missing of train.py drops some): {'; '.join(missing[:5])}")
         say(f"{told} and left out")
         rows, images = ([row for row in some if not row.missing] for some in (rows, images))
     if {row.identity for row in rows if row.record.captions}.isdisjoint(row.identity for row in images):

@@ -52,6 +52,8 @@ def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callab
 def run(main: Callable[[], None]) -> None:
     """Call a script's main. A UserError becomes one sentence on standard error, and exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # SIGTERM acts like Ctrl-C
+    for stream in (sys.__stdout__, sys.__stderr__):
+        stream.reconfigure(errors="backslashreplace")       # a terminal may not know every character
     try:
         main()
         if "LOCAL_RANK" in os.environ:      # the threads of torchrun's group must end before the interpreter does
