@@ -70,7 +70,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     # ---- what learns the target: autoencoder, branch, a judge of malformed people
     base = networks.adapt_autoencoder(config, base, target, machine)
     branch = networks.train_branch(config, base, target, machine)
-    judge = networks.train_judge(config, target, machine)
+    judge = networks.train_judge(config, base, target, machine)
     # ---- samples, calibrated and decoded, and their scores for the filters
     painter = Painter(config, base, branch, target.images, plan.source_sample)
     parts.make_parts(painter, judge, plan, out, machine)

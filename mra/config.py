@@ -130,7 +130,7 @@ class DadRecipe:
     """How the networks of DaD are trained at one size. None: the network is Stable Diffusion's, and is not trained."""
 
     branch: Fit
-    judge: Fit
+    judge: Fit = Fit(1000, 256, 1e-3, warmup=0.0, average=0.0)
     autoencoder: Fit | None = None
     denoiser: Fit | None = None
     decoder: Fit | None = None
@@ -139,19 +139,15 @@ class DadRecipe:
     flags: dict[str, float] = field(default_factory=dict)       # defaults of adapt.py's flags at this size
 
 
-def _judge(steps: int) -> Fit:
-    return Fit(steps, 64, 2e-3, warmup=0.0, weight_decay=0.05, average=0.0)
-
-
 DAD_RECIPES = {
-    "tiny":  DadRecipe(Fit(5, 16, 1e-3), _judge(5), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
+    "tiny":  DadRecipe(Fit(5, 16, 1e-3), Fit(5, 16, 1e-3), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
                        probes=16, flags=dict(sampling_steps=4)),
-    "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), judge=_judge(200), autoencoder=Fit(2000, 32, 1e-3),
+    "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), autoencoder=Fit(2000, 32, 1e-3),
                        denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3)),
-    "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), judge=_judge(2000), autoencoder=Fit(50_000, 32, 2e-4),
+    "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), autoencoder=Fit(50_000, 32, 2e-4),
                        denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4)),
     # three epochs of the target's pairs, as in the paper
-    "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), judge=_judge(2000), epochs=3,
+    "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3,
                        flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
 }
 
@@ -273,7 +269,7 @@ class AdaptConfig:
     strength: float = flag(0.8, "noise level that restyling starts from; 0: no diffusion, 1: pure noise", 0, 1)
     grey_mean: float = flag(0.02, "drop as greyscale: mean channel difference below this, and --grey-variance", 0, 1)
     grey_variance: float = flag(0.0005, "drop as greyscale: variance of these differences below this, too", 0, 1)
-    malformed: float = flag(1.0, "drop an image as malformed: log-odds of the judge above this", -1e3, 1e3)
+    malformed: float = flag(0.03, "drop images as malformed: share of the target's whole images that may be lost", 0, 1)
     seed: int = flag(0, "seed of all random numbers", 0, 2**31)
     workers: int = flag(0, "image decoding processes", 0, 256)
     device: str = flag("", "device; empty: cuda where there is one", choices=("cuda", "cpu"))

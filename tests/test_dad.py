@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from test_commands import command, succeed
 
 from adapt import main as adapt_main
-from mra.config import DAD_RECIPES, AdaptConfig
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig
 from mra.data.records import Record
+from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
-from mra.diffusion.filters import DAMAGE, Judge, distort, filters_of, judge_loss, scores_of
+from mra.diffusion.base import Diffusion
+from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged, margins, scores_of
 from mra.diffusion.plan import SetPlan, average_boxes, drafts_of, record_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import Painter, calibration, transfer_moments
@@ -148,7 +151,7 @@ def test_latents_are_calibrated_before_they_are_decoded(adapted, monkeypatch, tm
     monkeypatch.setattr(Painter, "sample", sample)
     monkeypatch.setattr(parts, "decode", lambda some, latents, draw: seen.append(latents) or real(some, latents, draw))
     for flags, folder in ((("--captions", "source"), "ICFG"), (("--mode", "restyle"), "SDA")):
-        monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--malformed", "99", *flags])
+        monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--malformed", "0", *flags])
         draws.clear()
         adapt_main()
         probes = [(seed, paths) for seed, paths in draws if len(paths) == parts.PART]
@@ -163,38 +166,71 @@ def test_near_greyscale_images_have_no_colour():
     grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8).expand(2, 3, 8, 8)
     red = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 255
-    scores = scores_of(torch.cat([grey, red]), Judge())
+    judge = SimpleNamespace(score=lambda images: torch.arange(len(images)) / 10)
+    scores = scores_of(torch.cat([grey, red]), judge)
+    assert scores["malformed"].tolist() == pytest.approx([0, 0.1, 0.2])
     mean, variance = scores["colour_mean"], scores["colour_variance"]
     assert mean[:2].max() == variance[:2].max() == 0
     assert mean[2] == pytest.approx(2 / 3) and variance[2] == pytest.approx(2 / 9, rel=0.01)
 
 
 def test_each_filter_has_its_threshold():
-    config = AdaptConfig(grey_mean=0.1, grey_variance=0.1, malformed=1.0)
-    good = {"colour_mean": 0.2, "colour_variance": 0.0, "malformed": 0.0}
-    assert filters_of(config, good) == []
-    for name, change in (("greyscale", {"colour_mean": 0.05}), ("malformed", {"malformed": 1.1})):
-        assert filters_of(config, good | change) == [name]
+    config = AdaptConfig(grey_mean=0.1, grey_variance=0.1, malformed=0.25)
+    good = {"colour_mean": 0.2, "colour_variance": 0.0, "malformed": 0.75}       # a quarter of the whole ones are worse
+    assert margins(config, good) == pytest.approx({"greyscale": 0.1, "malformed": 0})
+    for name, change in (("greyscale", {"colour_mean": 0.05}), ("malformed", {"malformed": 0.8})):
+        assert [filter for filter, margin in margins(config, good | change).items() if margin < 0] == [name]
+    assert margins(replace(config, malformed=0), {**good, "malformed": 1.0})["malformed"] >= 0      # 0: all are kept
+
+
+def test_the_picture_shows_both_sides_of_each_threshold(tmp_path, monkeypatch):
+    """Image i has grey level i and a score of i / 100, so 80 to 99 are dropped at a threshold of 0.2."""
+    rows, shown = [], {}
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "parts").mkdir()
+    for i in random.Random(0).sample(range(100), 100):
+        Image.new("RGB", (16, 32), (i, i, i)).save(tmp_path / f"imgs/{i}.png")
+        rows.append({"image": f"{i}.png", "colour_mean": 0.5, "colour_variance": 0.5 + i, "malformed": i / 100 + 0.005})
+    (tmp_path / "parts/000000.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(parts.pictures, "sheet", lambda some, path: shown.update({path.name: some}))
+    config = AdaptConfig(size="tiny", malformed=0.2)
+    parts.finish(config, tmp_path, torch.zeros(4, 3, 32, 16), {}, Machine.of("cpu", ""))
+    levels = {title: images[:, 0, 0, 0].tolist() for title, images in shown["dropped.png"].items()}
+    assert levels == {"greyscale: the best 0 dropped, then the worst kept": levels[min(levels)],
+                      "malformed: the best 5 dropped, then the worst kept": [*range(84, 74, -1)]}
+    assert len(levels[min(levels)]) == 10 and json.loads((tmp_path / "report.json").read_text())["kept"] == 80
 
 
 def test_damage_is_damage_and_the_judge_learns_it():
+    """With a random base: what the judge learns is how a figure is arranged."""
     torch.manual_seed(0)
     figure = torch.linspace(0, 255, 32)[:, None].expand(32, 16)          # dark above, bright below
     images = (figure + 20 * torch.randn(200, 3, 32, 16)).clamp(0, 255).to(torch.uint8)
     for kind in DAMAGE:
         damaged = distort(images[:20], [kind], 0)
         assert damaged.shape == images[:20].shape and damaged.dtype == torch.uint8
-        assert (damaged != images[:20]).float().mean((1, 2, 3)).min() > 0.1
+        assert (damaged != images[:20]).float().mean((1, 2, 3)).min() > 0.05
         assert torch.equal(damaged, distort(images[:20], [kind], 0))
-    judge, damaged = Judge(), distort(images[:100], DAMAGE, 0)
+    learned, others, rest = judged(images)
+    assert [len(some) for some in (learned, others, rest)] == [100, 50, 50]
+    assert [len(some) for some in judged(images[:2])] == [1, 1, 0]
+    tokenizer = Tokenizer.read()
+    base = Diffusion.new(replace(DIFFUSION_PRESETS["tiny"], vocab=len(tokenizer)), tokenizer).eval()
+    judge = Judge(base)
+    good, bad = (judge.features(some) for some in (learned, distort(learned, DAMAGE, 0)))
+    assert torch.allclose(judge.features(learned[:3]), good[:3], atol=1e-4)     # the noise is the same for all
 
     def loss_of(portion):
-        return {"loss": judge_loss(judge, images[:100], damaged, portion.draw, portion.count)}
+        return {"loss": judge_loss(judge.head, good, bad, portion.draw, portion.count)}
 
-    Loop(Task("judge", judge, replace(DAD_RECIPES["demo"].judge, steps=60), 0), loss_of, Machine.of("cpu", "")).run()
-    judge.eval()
-    assert (judge.score(images[100:]) < 0).float().mean() > 0.9
-    assert (judge.score(distort(images[100:], DAMAGE[:1], 1)) > 0).float().mean() > 0.9
+    fit = replace(DAD_RECIPES["demo"].judge, steps=100, batch=64)
+    Loop(Task("judge", judge.head, fit, 0), loss_of, Machine.of("cpu", "")).run()
+    judge.head.eval()
+    judge.whole = judge.log_odds(others).sort().values
+    assert judge.score(others).tolist() == pytest.approx([int((judge.whole < odds).sum()) / 50
+                                                          for odds in judge.log_odds(others)])
+    assert (judge.score(rest) <= 0.95).float().mean() > 0.8
+    assert (judge.score(distort(rest, DAMAGE[:1], 1)) > 0.95).float().mean() > 0.8
 
 
 # ---- boxes
@@ -261,7 +297,7 @@ def test_adapt_makes_a_set_that_is_read_as_sda(made):
         assert image.size == (16, 32)
     report = json.loads((folder / "out/sda/icfg-tiny/report.json").read_text())
     assert report["made"] == report["kept"] == 70 and report["dropped"] == {"greyscale": 0, "malformed": 0}
-    key, thresholds = report["key"], {"grey_mean": 0.02, "grey_variance": 0.0005, "malformed": 100}
+    key, thresholds = report["key"], {"grey_mean": 0.02, "grey_variance": 0.0005, "malformed": 0}
     assert key == json.loads((folder / "out/sda/icfg-tiny/parts.key.json").read_text()) | thresholds
     assert key["flags"]["images"] == 70 and key["recipe"]["probes"] == 16
     with Image.open(folder / "out/sda/icfg-tiny/adaptation.png") as picture:
@@ -272,12 +308,12 @@ def test_nothing_is_made_twice(made):
     folder, first = made
     images = sorted((folder / "out/sda/icfg-tiny/imgs").rglob("*.png"))
     before = {path: path.stat().st_mtime_ns for path in images}
-    again = adapt(folder, "--images", "70", "--malformed", "100")
+    again = adapt(folder, "--images", "70", "--malformed", "0")
     assert "out/sda/icfg-tiny is complete" in again
     report = folder / "out/sda/icfg-tiny/report.json"
     measured = json.loads(report.read_text())
     report.unlink()
-    again = adapt(folder, "--images", "70", "--malformed", "100")
+    again = adapt(folder, "--images", "70", "--malformed", "0")
     assert "branch.safetensors is there" in again and "parts made" not in again
     assert json.loads(report.read_text()) == measured
     assert {path: path.stat().st_mtime_ns for path in images} == before and len(images) == 70
@@ -287,7 +323,7 @@ def test_a_finished_set_outlives_mistakes(made):
     """What cannot be used is told before anything is taken away; another's set is never written to."""
     folder, _ = made
     before = {path: path.read_bytes() for path in (folder / "out/sda/icfg-tiny").glob("*.json")}
-    same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "100")
+    same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "0")
     assert {path.name for path in before} == {"report.json", "parts.key.json", "sda_0_5000.json"}
     for flags, named in ((("--base", "nowhere.safetensors"), "nowhere.safetensors"),
                          (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds a set")):
@@ -306,7 +342,7 @@ def test_a_finished_set_outlives_mistakes(made):
 def test_what_is_made_anew_says_what_has_changed(made):
     """A network for another recipe, a set for other flags; for another threshold only what it decides."""
     folder, _ = made
-    flags = ("--images", "8", "--malformed", "100", "--out", "out/anew", "--seed", "3")
+    flags = ("--images", "8", "--malformed", "0", "--out", "out/anew", "--seed", "3")
     adapt(folder, *flags)
     images = {path: path.read_bytes() for path in (folder / "out/anew/imgs").rglob("*.png")}
     status, said, err = command(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags, "--steps", "7")
@@ -330,7 +366,7 @@ def test_another_source_makes_another_set(made):
     folder, _ = made
     shutil.copytree(folder / "data/demo-tiny", folder / "own")
     flags = ("--source", "own", "--data-root", "own", "--base", "out/base-tiny/base.safetensors", "--images", "8",
-             "--malformed", "100", "--mode", "restyle", "--out", "out/own")
+             "--malformed", "0", "--mode", "restyle", "--out", "out/own")
     adapt(folder, *flags)
     assert "out/own is complete" in adapt(folder, *flags, "--recompute")
     for file in (folder / "own/SDA").glob("sda_*.json"):
@@ -353,7 +389,7 @@ def test_the_prompts_of_a_caption_speak_of_one_person(made):
 def test_a_set_half_made_anew_is_no_set(made, tmp_path):
     """Its images are others already: neither the old annotation nor the old part's record may vouch for them."""
     folder, _ = made
-    flags = ("--images", "70", "--malformed", "100", "--out", "out/half")
+    flags = ("--images", "70", "--malformed", "0", "--out", "out/half")
     adapt(folder, *flags)
     whole = {path: path.read_bytes() for path in sorted((folder / "out/half").rglob("*")) if path.is_file()}
     run = Fresh(tmp_path, folder, script, "adapt.py", "--size", "tiny", "--precision", "float32", *flags, "--captions",
@@ -369,15 +405,15 @@ def test_a_set_half_made_anew_is_no_set(made, tmp_path):
 def test_another_seed_another_target_a_single_image(made):
     """The base of the first seed serves all; what was learned from other images is not taken for one's own."""
     folder, _ = made
-    assert "icfg-tiny-s1" in adapt(folder, "--seed", "1", "--images", "8", "--malformed", "100")
-    assert "Kept 1 of 1 images" in adapt(folder, "--images", "1", "--malformed", "100", "--out", "out/one")
+    assert "icfg-tiny-s1" in adapt(folder, "--seed", "1", "--images", "8", "--malformed", "0")
+    assert "Kept 1 of 1 images" in adapt(folder, "--images", "1", "--malformed", "0", "--out", "out/one")
     shutil.copytree(folder / "data/demo-tiny", folder / "other")
     path = next((folder / "other/ICFG-PEDES/imgs/train").rglob("*.jpg"))
     Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
     said = adapt(folder, "--source", "data/demo-tiny", "--data-root", "other", "--base",
-                 "out/base-tiny/base.safetensors", "--images", "8", "--malformed", "100", "--out", "out/other")
+                 "out/base-tiny/base.safetensors", "--images", "8", "--malformed", "0", "--out", "out/other")
     assert "branch.safetensors is made anew: contents was" in said
-    assert "branch.safetensors is made anew: contents was" in adapt(folder, "--images", "8", "--malformed", "100",
+    assert "branch.safetensors is made anew: contents was" in adapt(folder, "--images", "8", "--malformed", "0",
                                                                       "--out", "out/again")
 
 
@@ -392,7 +428,7 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
     guided = ("--guidance-from", "0", "--guidance-to", "1", "--sampling-steps", "2")
     for flags in (("--compile", *guided), guided):
         monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--seed", "7", "--steps", "1", "--images", "8",
-                                          "--malformed", "100", "--precision", "float32",
+                                          "--malformed", "0", "--precision", "float32",
                                           "--out", f"out/compile{len(flags)}", *flags])
         adapt_main()
     first, second = (json.loads((folder / f"out/compile{n}/sda_0_5000.json").read_text()) for n in (7, 6))
@@ -405,14 +441,14 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
 
 def test_filters_that_drop_everything_say_so(made):
     folder, _ = made
-    status, out, err = command(folder, "adapt.py", "--size", "tiny", "--images", "8", "--malformed", "-100", "--out",
-                               "out/none")
+    status, out, err = command(folder, "adapt.py", "--size", "tiny", "--images", "8", "--grey-mean", "1",
+                               "--grey-variance", "1", "--out", "out/none")
     assert status == 2 and "Kept 0 of 8" in out and "loosen the thresholds" in err
 
 
 def test_restyling_keeps_captions_and_boxes(made):
     folder, _ = made
-    adapt(folder, "--mode", "restyle", "--images", "8", "--malformed", "100")
+    adapt(folder, "--mode", "restyle", "--images", "8", "--malformed", "0")
     source = {record.path: record for record in
               load("sda", "train", folder / "data/demo-tiny", say=lambda line: None).records}
     rows = json.loads((folder / "out/sda/icfg-tiny-restyle/sda_0_5000.json").read_text())
@@ -426,7 +462,7 @@ def test_sets_of_ones_own_and_two_processes(made, tmp_path):
     """The path of real data: source and target from folders; the work shared out by torchrun."""
     folder, _ = made
     flags = ("--size", "tiny", "--source", "data/demo-tiny", "--target", "rstp", "--data-root", "data/demo-tiny",
-             "--images", "130", "--malformed", "100", "--precision", "float32", "--out", "out/two", "--device", "cpu",
+             "--images", "130", "--malformed", "0", "--precision", "float32", "--out", "out/two", "--device", "cpu",
              "--base", "out/base-tiny/base.safetensors")
     with contextlib.chdir(folder):
         sets.ready("rstp", True, lambda line: None)

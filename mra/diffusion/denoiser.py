@@ -139,6 +139,10 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, text: TextStates, branch: "DomainBranch | None" = None) -> Tensor:
         """What a `branch` returns is added to the skips and the middle."""
+        return self.last(self.activations(z, t, text, branch)[-1])                            # (B, C, h, w)
+
+    def activations(self, z: Tensor, t: Tensor, text: TextStates, branch: "DomainBranch | None" = None) -> list[Tensor]:
+        """What `forward` computes on its way: the skips, the middle, and the last level (B, C', h', w')."""
         embedding = self.encoder.embed(t)                                                     # (B, D)
         outputs = self.encoder(z, embedding, text)
         if branch is not None:
@@ -148,7 +152,7 @@ class Denoiser(nn.Module):
             x = stage(torch.cat([x, skips.pop()], 1), embedding, text)
             if i % 3 == 2:                      # the last stage of a level
                 x = self.ups[i // 3](x)
-        return self.last(x)                                                                   # (B, C, h, w)
+        return [*outputs, x]
 
 
 class DomainBranch(nn.Module):

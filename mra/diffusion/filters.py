@@ -1,8 +1,8 @@
 """Quality assessment: which made images are worth training on (MRA section 2).
 
-The paper drops near-greyscale images and, by a pose estimator, malformed people: 10.63 % in all. Here a small network
-finds malformed people. It learns to tell the target's images from damaged copies of them. A filter gives each image a
-score, and a threshold decides: --malformed, or --grey-mean and --grey-variance together. Read next: run/parts.py.
+The paper drops near-greyscale images and, by a pose estimator, malformed people: 10.63 % in all. Here a judge finds
+malformed people. By what the frozen base sees, it learns to tell the target's images from damaged copies of them. A
+threshold decides: --malformed, or --grey-mean and --grey-variance together. Read next: run/parts.py.
 """
 
 from collections.abc import Callable
@@ -12,69 +12,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mra.config import AdaptConfig
-from mra.diffusion.autoencoder import group_norm
-from mra.diffusion.base import to_float
+from mra.diffusion.base import Diffusion, encode
+from mra.diffusion.noising import q_sample
 
-DETAIL = 4.0        # amplification of the detail that a judge sees
-FILTERS = ("greyscale", "malformed")
+LEVEL = 0.2         # noise level at which the base looks at an image; 0: clean, 1: pure noise
 
 
 def scores_of(images: Tensor, judge: "Judge") -> dict[str, Tensor]:
     """The scores (N,) that the filters compare, of uint8 images (N, 3, H, W)."""
     x = images.float() / 255
     apart = (x - x.roll(-1, 1)).abs().flatten(1)                # differences 0..1 between the channels
-    return {"colour_mean": apart.mean(1), "colour_variance": apart.var(1), "malformed": judge.score(images)[:, 0]}
+    return {"colour_mean": apart.mean(1), "colour_variance": apart.var(1), "malformed": judge.score(images)}
 
 
-def filters_of(config: AdaptConfig, scores: dict) -> list[str]:
-    """Names of the filters that drop an image with these scores."""
-    grey = scores["colour_mean"] < config.grey_mean and scores["colour_variance"] < config.grey_variance
-    drops = {"greyscale": grey, "malformed": scores["malformed"] > config.malformed}
-    return [name for name in FILTERS if drops[name]]
+def margins(config: AdaptConfig, scores: dict) -> dict[str, float]:
+    """How far an image with these scores is from the threshold of each filter; the filter drops it if below 0."""
+    grey = max(scores["colour_mean"] - config.grey_mean, scores["colour_variance"] - config.grey_variance)
+    return {"greyscale": grey, "malformed": 1 - config.malformed - scores["malformed"]}
 
 
-class Judge(nn.Module):
-    """A small convolutional network: images (B, 3, H, W) in -1..1 -> features (B, 128) -> scores (B, outputs).
+def judged(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The half of the target's images that a judge learns, and two quarters: one sets its threshold, one tests it."""
+    return torch.tensor_split(images, (len(images) // 2, len(images) - len(images) // 4))
 
-    It sees the image and, for grain and blur, the difference to the 3x3 mean. Strips of the body are pooled apart.
-    """
 
-    outputs = 1
+class Judge:
+    """Finds malformed people by a linear map of what the frozen base, with the target's autoencoder, sees in them."""
 
-    def __init__(self):
-        super().__init__()
-        layers, dim = [], 6
-        for width, stride in ((24, 1), (48, 2), (96, 2), (128, 2)):
-            layers += [nn.Conv2d(dim, width, 3, stride, 1), group_norm(width), nn.SiLU()]
-            dim = width
-        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(4 * dim, 128))
-        self.head = nn.Sequential(nn.SiLU(), nn.Linear(128, self.outputs))
+    def __init__(self, base: Diffusion):
+        dim = 16 * (2 * base.config.widths[0] + base.config.widths[-1] + base.config.latent)    # 16 for each channel
+        self.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, momentum=None), nn.Linear(dim, 1))
+        self.base, self.whole = base, torch.zeros(0)        # `whole`: sorted log-odds (M,) of whole images
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.features(image))
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features (N, F) of uint8 images (N, 3, H, W): the denoiser's activations and error, at one noise for all."""
+        denoiser, schedule, found = self.base.denoiser, self.base.schedule, []
+        for z in encode(self.base.autoencoder, images).split(64):
+            noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0)).to(z).expand_as(z)
+            t = torch.full((len(z),), int(LEVEL * len(schedule.alpha)), device=z.device)
+            maps = denoiser.activations(q_sample(z, noise, t, schedule), t, self.base.encode_text([""] * len(z)))
+            error = denoiser.last(maps[-1]) - schedule.truth(z, noise, t)
+            # the first level of the encoder, the middle, the last level of the decoder
+            found.append(torch.cat([pooled(x) for x in (maps[2], maps[-2], maps[-1], error)], 1))     # (B, F)
+        return torch.cat(found)
 
-    def features(self, image: Tensor) -> Tensor:
-        detail = image - F.avg_pool2d(image, 3, 1, 1, count_include_pad=False)
-        return self.trunk(torch.cat([image, DETAIL * detail], 1))
+    def log_odds(self, images: Tensor) -> Tensor:
+        """Log-odds (N,) that uint8 images (N, 3, H, W) are damaged; on the CPU."""
+        return self.head(self.features(images))[:, 0].detach().cpu()
 
-    @torch.inference_mode()
     def score(self, images: Tensor) -> Tensor:
-        """Scores (N, outputs) of uint8 images (N, 3, H, W); on the CPU."""
-        device = next(self.parameters()).device
-        return torch.cat([self(to_float(some.to(device))).float().cpu() for some in images.split(256)])
+        """The share (N,) of the `whole` images that look better than each of these."""
+        return torch.searchsorted(self.whole, self.log_odds(images)) / len(self.whole)
 
 
-def judge_loss(judge: Judge, good: Tensor, bad: Tensor, draw: torch.Generator, count: int) -> Tensor:
-    """Cross-entropy of `count` random uint8 images (N, 3, H, W), half good (low score), half bad; a scalar."""
-    device, some = draw.device, []
-    for images in (good, bad):
-        chosen = torch.randint(len(images), (count // 2,), generator=draw, device=device)
-        some.append(images[chosen.cpu()].to(device))
-    x = torch.cat(some)                                                                  # (count, 3, H, W)
-    mirrored = torch.rand(len(x), 1, 1, 1, generator=draw, device=device) < 0.5
-    x = to_float(torch.where(mirrored, x.flip(-1), x))
-    labels = (torch.arange(len(x), device=device) >= count // 2).float()
-    return F.binary_cross_entropy_with_logits(judge(x)[:, 0].float(), labels)
+def pooled(x: Tensor) -> Tensor:
+    """Maps (B, C, h, w) -> mean, maximum and minimum in strips of the body (B, 16 C)."""
+    strips = F.adaptive_avg_pool2d(x, (4, 2)), F.adaptive_max_pool2d(x, (4, 1)), F.adaptive_max_pool2d(-x, (4, 1))
+    return torch.cat([strip.flatten(1) for strip in strips], 1)
+
+
+def judge_loss(head: nn.Module, good: Tensor, bad: Tensor, draw: torch.Generator, count: int) -> Tensor:
+    """Cross-entropy of `count` random features of (N, F), half good (low score), half bad; a scalar."""
+    some = [x[torch.randint(len(x), (count // 2,), generator=draw, device=draw.device)] for x in (good, bad)]
+    labels = torch.tensor([0.0, 1.0], device=draw.device).repeat_interleave(count // 2)
+    return F.binary_cross_entropy_with_logits(head(torch.cat(some))[:, 0].float(), labels)
 
 
 def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:
@@ -86,38 +88,24 @@ def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:
     return made
 
 
-def shuffle_bands(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """Four bands of the body in a wrong order."""
-    bands = image.chunk(4, 1)
-    order = torch.randperm(4, generator=generator).tolist()
-    if order == [0, 1, 2, 3]:
-        order.reverse()
-    return torch.cat([bands[i] for i in order], 1)
+def mix_bands(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
+    """Four bands of the body in a random order, some of them twice or not at all."""
+    order = torch.randint(4, (4,), generator=generator)
+    return torch.cat([image.chunk(4, 1)[i] for i in order], 1)
 
 
-def replace_block(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """A block of the body is replaced by another place of the donor."""
+def mix_block(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
+    """A block of the body mixes with another place of the donor, or fades into the sides of the image."""
     _, height, width = image.shape
-    y, x = (int(torch.randint(n // 2, (1,), generator=generator)) for n in (height, width))
-    left = x // 2 + width // 8
-    block = slice(None), slice(y, y + height // 2), slice(left, left + width // 2)
-    image = image.clone()
-    image[block] = donor.roll((height // 2, width // 4), (1, 2))[block]
-    return image
+    high, wide, top, left, fades, down, right, share, soft = torch.rand(9, generator=generator).tolist()
+    high, wide = round((0.2 + 0.6 * high) * height), round((0.4 + 0.4 * wide) * width)
+    top, left = round(top * (height - high)), round((0.25 + 0.5 * left) * (width - wide))
+    place = round((0.1 + 0.8 * down) * height), round((right - 0.5) / 2 * width)
+    other = image.roll(width // 2, 2) if fades < 0.5 else donor.roll(place, (1, 2))
+    mask, edge = torch.zeros(1, height, width), round(soft * width / 8)
+    mask[:, top:top + high, left:left + wide] = min(1.0, 0.4 + share)
+    mask = F.avg_pool2d(mask, 2 * edge + 1, 1, edge, count_include_pad=False)
+    return torch.lerp(image.float(), other.float(), mask).round().to(torch.uint8)
 
 
-def overlay(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """Two people in one place, each half transparent."""
-    shift = image.shape[2] // 8 + int(torch.randint(image.shape[2] // 4, (1,), generator=generator))
-    return ((image.float() + donor.roll(shift, 2).float()) / 2).round().to(torch.uint8)
-
-
-def repeat_band(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """A quarter of the body is repeated below itself, or stretched to twice its length."""
-    quarter, top = image.shape[1] // 4, int(torch.randint(image.shape[1] // 2, (1,), generator=generator))
-    band = image[:, top:top + quarter]
-    twice = band.repeat_interleave(2, 1) if torch.rand((), generator=generator) < 0.5 else band.repeat(1, 2, 1)
-    return torch.cat([image[:, :top], twice, image[:, top + quarter:]], 1)[:, :image.shape[1]]
-
-
-DAMAGE = [shuffle_bands, replace_block, overlay, repeat_band]
+DAMAGE = [mix_bands, mix_block]

@@ -41,6 +41,11 @@ class Schedule:
         shape = -1, *[1] * (like.ndim - 1)
         return tuple(x.to(like.device)[t].view(shape) for x in (self.alpha, self.sigma))
 
+    def truth(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What a denoiser should predict from noised latents: v or the noise (B, ...)."""
+        alpha, sigma = self.at(t, latents)
+        return noise if self.predicts_noise else alpha * noise - sigma * latents
+
     def random_levels(self, count: int, generator: torch.Generator, middle: bool = False) -> Tensor:
         """Random levels t (count,), evenly spread so that the loss varies less (Kingma et al. 2021, appendix I.1).
 
@@ -70,9 +75,8 @@ def q_sample(latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> T
 
 def diffusion_loss(denoise: Denoise, latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """L = E |v(z_t, t) - v|^2 with v = alpha_t e - sigma_t z_0, or E |e(z_t, t) - e|^2; a scalar."""
-    alpha, sigma = schedule.at(t, latents)
-    truth = noise if schedule.predicts_noise else alpha * noise - sigma * latents
-    return (denoise(q_sample(latents, noise, t, schedule), t).float() - truth).square().mean()
+    error = denoise(q_sample(latents, noise, t, schedule), t).float() - schedule.truth(latents, noise, t)
+    return error.square().mean()
 
 
 def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:

@@ -20,7 +20,7 @@ from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
 from mra.diffusion.denoiser import DomainBranch, recompute_stages
-from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss
+from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged
 from mra.diffusion.pairs import LatentPairs
 from mra.run import checkpoint
 from mra.run.loop import Loop, Task
@@ -196,11 +196,18 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     return branch.eval().requires_grad_(False)
 
 
-def train_judge(config: AdaptConfig, target: Target, machine: Machine) -> Judge:
+def train_judge(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Judge:
     """A judge of malformed people, which learns half of the target's images against damaged copies of them."""
     torch.manual_seed(config.seed)
-    judge = Judge().to(machine.device, memory_format=torch.channels_last)
-    good = target.images[:len(target.images) // 2]      # tests/study/gap.py measures the judge on the others
-    learn("judge", judge, lambda: partial(judge_loss, judge, good, distort(good, DAMAGE, 0)),
-          DAD_RECIPES[config.size].judge, target.folder, target.key, machine)
-    return judge.eval()
+    learned, others, _ = judged(target.images)
+    judge = Judge(base)
+
+    def prepare() -> Loss:
+        damaged = torch.cat([distort(learned, DAMAGE, seed) for seed in range(2)])
+        return partial(judge_loss, judge.head, judge.features(learned), judge.features(damaged))
+
+    learn("judge", judge.head.to(machine.device), prepare, DAD_RECIPES[config.size].judge, target.folder, target.key,
+          machine)
+    judge.head.eval()
+    judge.whole = judge.log_odds(others).sort().values
+    return judge

@@ -18,7 +18,7 @@ from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError
 from mra.data.files import read_json, save_image, write_json
 from mra.data.records import Record
 from mra.diffusion.base import decode, read_images
-from mra.diffusion.filters import FILTERS, Judge, filters_of, scores_of
+from mra.diffusion.filters import Judge, margins, scores_of
 from mra.diffusion.plan import SetPlan, record_of
 from mra.diffusion.sampling import Painter, calibration
 from mra.run import checkpoint
@@ -111,7 +111,7 @@ def finish(config: AdaptConfig, out: Path, target: Tensor, key: dict, machine: M
     """Write annotation files of what passes the filters, pictures and a report. Raises UserError if no image passes."""
     rows = [row for part in sorted((out / "parts").glob("*.json")) for row in read_json(part, list)]
     for row in rows:
-        row["dropped_by"] = filters_of(config, row)
+        row["dropped_by"] = [name for name, margin in margins(config, row).items() if margin < 0]
     kept = [row for row in rows if not row["dropped_by"]]
     remove_annotation(out)
     for start in range(0, len(kept), FILE):
@@ -127,10 +127,11 @@ def finish(config: AdaptConfig, out: Path, target: Tensor, key: dict, machine: M
     # spread over the set: neighbours may show one person
     real = target[torch.linspace(0, len(target) - 1, min(PICTURED, len(target))).long()]
     pictures.sheet({"adapted": images_of(chosen), "target": real}, out / "adaptation.png")
-    dropped = {name: [row for row in rows if name in row["dropped_by"]] for name in FILTERS}
-    pictured = {name: images_of(some[:PICTURED]) for name, some in dropped.items() if some}
-    if pictured:
-        pictures.sheet(pictured, out / "dropped.png")
-    write_json(out / "report.json", {
-        "made": len(rows), "kept": len(kept), "dropped": {name: len(some) for name, some in dropped.items()},
-        "versions": checkpoint.VERSIONS, "key": key})
+    counts, pictured = {}, {}
+    for name in margins(config, rows[0]):
+        counts[name] = count = sum(name in row["dropped_by"] for row in rows)
+        ranked, some = sorted(rows, key=lambda row: margins(config, row)[name]), min(count, PICTURED // 2)
+        pictured[f"{name}: the best {some} dropped, then the worst kept"] = images_of(ranked[count - some:][:PICTURED])
+    pictures.sheet(pictured, out / "dropped.png")
+    write_json(out / "report.json", {"made": len(rows), "kept": len(kept), "dropped": counts,
+                                     "versions": checkpoint.VERSIONS, "key": key})

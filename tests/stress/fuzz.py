@@ -504,7 +504,7 @@ def checkpoints(folder: Path) -> Maker:
                  str(folder / "photos"), "--device", "cpu", "--out", str(run_folder / "out"))
         if kind == "base":
             asked = ("adapt.py", "--size", "tiny", "--base", str(path), "--images", "2", "--steps", "1",
-                     "--device", "cpu", "--malformed", "1000", "--out", str(run_folder / "out"))
+                     "--device", "cpu", "--malformed", "0", "--out", str(run_folder / "out"))
         return Case(f"{path.name}: {deed}", str(run_folder), read, asked if kind in ("best", "base") else ())
     return make
 
@@ -559,7 +559,7 @@ SCRIPTS = {     # configuration, the check of its values, a command that is quic
                                              "cpu")),
     "evaluate.py": (EvalConfig, evaluate.check, ("--device", "cpu", "--checkpoint", "none.safetensors")),
     "adapt.py": (AdaptConfig, adapt.check, ("--size", "tiny", "--steps", "1", "--images", "2", "--device", "cpu",
-                                            "--malformed", "1000")),
+                                            "--malformed", "0")),
     "-m tests.study": (study.StudyConfig, None, ("--table",)),
     "-m tests.study.town": (town.TownConfig, None, ("--people", "0.001", "--workers", "1", "--sets", "icfg")),
 }

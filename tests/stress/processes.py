@@ -40,7 +40,7 @@ CLOSE = 3e-4        # of weights that ten steps have moved by 0.01: AdamW divide
 ENDS = 60           # seconds
 ITC = ("--preset", "tiny", "--dataset", "icfg", "--init", "none", "--device", "cpu", "--precision", "float32", "--lr",
        "1e-3", "--fusion-from", "1", "--smoothing", "0.2", "--eda", "0.8", "--erase", "0.6", "--log-every", "1")
-ADAPT = ("--size", "tiny", "--device", "cpu", "--precision", "float32", "--images", "260", "--malformed", "1000")
+ADAPT = ("--size", "tiny", "--device", "cpu", "--precision", "float32", "--images", "260", "--malformed", "0")
 
 
 # ---- in each process

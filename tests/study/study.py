@@ -63,8 +63,8 @@ TITLES = {"regions": "With region losses", "pairs": "Without region losses",
 TRANSFERS = ("reinhard", "histogram", "fourier", "moments")
 SHARES = {"dad 5%": 0.05, "dad 25%": 0.25, "dad 50%": 0.5}      # of the arm's images that DaD makes, the rest: source
 VARIANTS = {        # flags of adapt.py; `dad` itself has both filters, and the source's captions
-    "dad unfiltered": ("--malformed", "1000", "--grey-mean", "0"),
-    "dad only grey": ("--malformed", "1000"),
+    "dad unfiltered": ("--malformed", "0", "--grey-mean", "0"),
+    "dad only grey": ("--malformed", "0"),
     "dad only malformed": ("--grey-mean", "0"),
     "dad of target captions": ("--captions", "target"),         # as in the paper
 }
