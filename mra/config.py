@@ -45,11 +45,6 @@ class ModelConfig:
         """Rows and columns of patches."""
         return self.height // self.patch, self.width // self.patch
 
-    @property
-    def patch_count(self) -> int:
-        rows, columns = self.grid
-        return rows * columns
-
 
 PRESETS = {
     #                      height width patch  image: dim depth heads  text: dim depth fusion heads  embed rerank

@@ -24,7 +24,7 @@ class ImageEncoder(nn.Module):
         dim, self.clip = config.image_dim, config.clip
         eps, activation = (1e-5, QuickGELU) if self.clip else (1e-6, nn.GELU)
         self.patches = nn.Conv2d(3, dim, config.patch, config.patch, bias=not self.clip)
-        self.positions = nn.Parameter(torch.zeros(1, config.patch_count, dim))
+        self.positions = nn.Parameter(torch.zeros(1, *config.grid, dim).flatten(1, 2))
         has_class = config.class_token or self.clip
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if has_class else None
         self.first_norm = nn.LayerNorm(dim, eps) if self.clip else nn.Identity()

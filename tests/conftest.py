@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def batch(config) -> Batch:
     (caption, keep), (eda, eda_keep), (phrase, phrase_keep) = words(12, 2), words(11, 2), words(6, 1)
     at = torch.tensor([[1, 3, 0], [2, 0, 0], [1, 4, 5], [2, 3, 0]])
     labels = caption.gather(1, at).where(at > 0, -100)
-    regions = torch.zeros(4, config.patch_count, dtype=torch.bool)
+    regions = torch.zeros(4, math.prod(config.grid), dtype=torch.bool)
     for row, patches in enumerate(([0, 1], [2, 3, 4, 5], [7], [0, 2, 4, 6])):
         regions[row, patches] = True
     image = torch.randn(4, 3, config.height, config.width, generator=generator)

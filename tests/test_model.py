@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_region_losses_depend_on_the_box(model, batch):
 def test_a_region_feature_is_made_of_the_region_alone(config, batch, bins):
     torch.manual_seed(0)
     model = make_retriever(dataclasses.replace(config, bins=bins)).eval()
-    keep, tokens = batch.region_keep, torch.randn(4, 1 + config.patch_count, config.image_dim)
+    keep, tokens = batch.region_keep, torch.randn(4, 1 + math.prod(config.grid), config.image_dim)
     noisy = tokens + torch.randn_like(tokens) * F.pad(~keep, (1, 0), value=True)[..., None]
     one, other = (model.encode_region(x, keep)[2] for x in (tokens, noisy))
     assert torch.allclose(one, other, atol=1e-6) and not torch.allclose(one, model.image_feature(noisy), atol=1e-2)

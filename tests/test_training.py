@@ -321,7 +321,7 @@ def joined_batch() -> Batch:
     (caption, keep), (eda, eda_keep), (phrase, phrase_keep) = words(9), words(8), words(5)
     at = torch.tensor([[1, 0, 0], [0, 0, 0], [2, 0, 0], [0, 0, 0], [1, 2, 0], [1, 2, 0], [1, 0, 0], [2, 1, 0]])
     labels = caption.gather(1, at).where(at > 0, -100)
-    regions = torch.rand(8, size.patch_count, generator=generator) < 0.4
+    regions = torch.rand(8, math.prod(size.grid), generator=generator) < 0.4
     regions[:, 0] = True
     return Batch(torch.randn(8, 3, size.height, size.width, generator=generator),
                  torch.tensor([0, 0, 0, 1, 2, 3, 0, 4]), caption, keep, caption.scatter(1, at, 4), at, labels, eda,
