@@ -142,8 +142,8 @@ def widen(config: AdaptConfig, records: RecordSet, machine: Machine) -> None:
     base = networks.load_base(config, machine)
     images, captions, contents = networks.read_pairs(records, base.config, config.workers)
     folder, fit = Path(f"out/worlds-{config.size}"), replace(DAD_RECIPES[config.size].denoiser, steps=config.steps)
-    facts = {"size": asdict(base.config), "source": f"{checkpoint.digest(base)}, then worlds", "images": len(images),
-             "captions": len(captions), "contents": contents, "seed": config.seed}
+    facts = {"size": asdict(base.config), "source": "sda, then random worlds", "goes on from": checkpoint.digest(base),
+             "images": len(images), "captions": len(captions), "contents": contents, "seed": config.seed}
     base.autoencoder.learn_scale(encode(base.autoencoder, images[:networks.SCALE_IMAGES]))
     base.denoiser.requires_grad_(True).text_encoder.requires_grad_(False)
 
