@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,10 @@ from test_commands import ROOT, command, succeed
 
 from mra.formats.read import load
 from mra.run import machine
+from mra.town import sets
+from mra.town.people import UPPERS
 from tests.study import charts, comparisons, study, study_table
+from tests.study.portraits import portraits
 
 MAIN = "tests/study/__main__.py"        # python -m tests.study
 
@@ -48,6 +52,25 @@ def test_no_share_is_told_of_a_gap_within_the_noise(gaps, closed):
     runs = [made_run(arm, "icfg", seed, 50 + gap * (arm == "exact")) for arm in ("source", "exact")
             for seed, gap in enumerate(gaps)]
     assert comparisons.row(runs, "regions", "exact", "zero-shot")["gap closed"] == closed
+
+
+def test_a_gap_on_top_of_augmentation_has_ends_of_its_own():
+    figures = {"source": 10.0, "exact": 50.0, "augmented": 40.0, "augmented dad": 48.0, "augmented exact": 60.0}
+    runs = [made_run(arm, target, seed, r1) for arm, r1 in figures.items() for target in study.TARGETS
+            for seed in range(3)]
+    closed = [comparisons.row(runs, "regions", arm, "zero-shot").get("gap closed from augmented") for arm in figures]
+    assert closed == [None, None, "0 %", "40 %", "100 %"]
+    assert comparisons.row(runs, "regions", "augmented dad", "zero-shot")["gap closed"] == "95 %"
+    assert study_table.with_augmentation(runs) == ""            # without `dad` there is no pair that all arms have
+    runs += [made_run("dad", "icfg", 1, 45.0), made_run("dad", "cuhk", 2, 45.0)]
+    for one in runs:
+        one["results"] = dict.fromkeys(study.STAGES, one["results"]["zero-shot"])
+    said = study_table.with_augmentation(runs)
+    assert "(targets and seeds: cuhk 2, icfg 1)" in said
+    for row in ("| `augmented dad` | with | 48.0 +- 0.0 |", "| augmented dad - augmented | +8.0, +8.0 |",
+                "| R@1, `augmented dad`, from `source` to `exact` | 95 % |",
+                "| mAP, `augmented dad`, from `augmented` to `augmented exact` | 40 % |"):
+        assert row in said
 
 
 def test_differences_are_of_the_runs_that_both_have():
@@ -111,11 +134,14 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     assert 0.93 < inside / 500 < 0.97
 
 
-def test_the_main_arms_come_with_five_seeds_on_three_targets_and_the_others_with_two_on_one():
+def test_the_main_arms_come_on_three_targets_with_five_or_three_seeds_and_the_others_on_one_with_two():
     runs = list(study.plan(study.StudyConfig()))
     main = [one for one in runs if (one.arm, one.losses) in study.MAIN]
-    others = [one for one in runs if (one.arm, one.losses) not in study.MAIN]
-    assert len(main) == 6 * 3 * 5 and {one.arm for one in runs} == {*study.ARMS} - {"dad matched"} == {*study.MADE}
+    augmented = [one for one in runs if (one.arm, one.losses) in study.MAIN_AUGMENTED]
+    others = [one for one in runs if one not in main + augmented]
+    assert len(augmented) == 3 * 3 * 3 and {one.seed for one in augmented} == {0, 1, 2}
+    assert len(main) == 6 * 3 * 5 and len(others) == 2 * 16
+    assert {one.arm for one in runs} == {*study.ARMS} - {"dad matched"} == {*study.MADE}
     assert {one.target for one in others} == {"icfg"} and {one.seed for one in others} == {0, 1}
     assert len({one.name for one in runs}) == len(runs)
     parts = [one.name for arm in study.ARMS for one in study.plan(study.StudyConfig(arms=(arm,)))]
@@ -183,9 +209,10 @@ def test_a_finished_run_is_not_made_again_and_a_wrong_arm_is_refused(quick):
     for flags in (("--arms", "nonsense"), ("--arms", "dad matched"), ("--images", "2"), ("--quick", "--seeds", "1")):
         status, _, err = command(folder, MAIN, *flags)
         assert status == 2 and flags[0] in err and flags[1] in err and err.count("\n") == 1
+        assert flags[0] != "--arms" or all(arm in err for arm in study.MADE)
 
 
-@pytest.mark.parametrize("arm", ("source", "reinhard", "exact", "shuffled", "dad 50%"))
+@pytest.mark.parametrize("arm", ("source", "reinhard", "exact", "worlds", "shuffled", "dad 50%"))
 def test_every_arm_has_as_many_images_of_one_resolution(quick, arm, monkeypatch):
     folder, _ = quick
     monkeypatch.setattr(study, "call", in_process)
@@ -207,6 +234,60 @@ def test_every_arm_has_as_many_images_of_one_resolution(quick, arm, monkeypatch)
         assert sum(true) == (10 if arm == "reinhard" else 10 - own)
     monkeypatch.setattr(study, "make_set", None)            # it is there: another run with the same images finds it
     assert study.image_set(study.Run(arm, "pairs", "icfg", 0, 12, "tiny"), folder / "out/sets", 1.0) == made
+
+
+def test_an_arm_with_augmentation_has_the_images_of_its_arm_without(quick, monkeypatch):
+    """Nothing is made: `quick` has made the sets of `source` and `dad`."""
+    folder, _ = quick
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(study, "make_set", None)
+    for arm, share, name in (("augmented", 1.0, "source-icfg-tiny-60-s0-1"),
+                             ("augmented dad", 1.0, "dad-icfg-tiny-60-s0-1"),
+                             ("augmented dad", 0.1, "dad-icfg-tiny-60-s0-0.1")):
+        one = study.Run(arm, "regions", "icfg", 0, 60, "tiny")
+        assert study.image_set(one, Path("out/study"), share) == Path("out/study/sets") / name
+    assert [arm for arm in study.AUGMENTED if study.learns(arm)] == ["augmented dad"]
+
+
+@pytest.mark.parametrize("arm, first, in_first, in_mix", [
+    ("exact", "regions-tiny-s0", False, False), ("worlds", "regions-tiny-s0", False, False),
+    ("augmented", "regions-augmented-tiny-s0", True, True),
+    ("augmented dad", "regions-augmented-tiny-s0", True, False),
+    ("augmented exact", "regions-augmented-tiny-s0", True, False)])
+def test_augmentation_stays_in_the_sources_stage(arm, first, in_first, in_mix, monkeypatch):
+    calls, one = [], study.Run(arm, "regions", "icfg", 0, 60, "tiny")
+    monkeypatch.setattr(study, "image_set", lambda one, out, share: "images")
+    monkeypatch.setattr(study, "call", lambda *flags: calls.append(" ".join(flags)))
+    study.pretrained(one, Path("out"), 1.0)
+    source, mix = calls
+    assert "--dataset sda" in source and f"--out out/first/{first} --init none" in source
+    assert "--dataset images" in mix and f"--out out/{one.name}/mix-1 --init out/first/{first}/best" in mix
+    assert ["--light 0.75" in said for said in calls] == [in_first, in_mix] == ["--light" in said for said in calls]
+    assert one.key.get("light") == ("0.75" if in_first else None)
+
+
+def test_worlds_show_the_sources_people_otherwise(quick, monkeypatch):
+    """Row by row the same people as in the set of `source`; the caption names what they wear, in a world each."""
+    folder, _ = quick
+    monkeypatch.chdir(folder)
+    made = {arm: study.image_set(study.Run(arm, "regions", "icfg", 0, 60, "tiny"), Path("out/study"), 1.0)
+            for arm in ("source", "worlds")}
+    plain, drawn = (json.loads((path / "sda_0_5000.json").read_text()) for path in made.values())
+    own = json.loads((made["worlds"] / "report.json").read_text())["own"]
+    assert own == 8 and [row["image_id"] for row in plain] == [row["image_id"] for row in drawn]
+    shots = {shot.path: shot for shot in sets.shots("source", sets.TINY["source"], 0)}
+    persons = {record.captions[0]: shots[record.path.split("/imgs/")[1]].person
+               for record in load("sda", "train", folder / "data/demo-tiny", say=study.quiet).records}
+    people = [persons[row["caption"]] for row in plain[:own]]
+    expected = portraits("worlds", people, 7, (32, 16), 1)
+    assert len({one.camera for one in expected}) == own and min(one.camera for one in expected) > 7     # no camera
+    for before, row, person, portrait in zip(plain, drawn, people, expected):
+        assert any(name in row["caption"] for name in UPPERS[person.upper])
+        assert len(row["phrases"]) == len(row["boxes"]) >= 3
+        with Image.open(made["source"] / "imgs" / before["image"]) as first, \
+                Image.open(made["worlds"] / "imgs" / row["image"]) as second:
+            assert np.array_equal(second, portrait.pixels)
+            assert np.abs(np.asarray(first, float) - np.asarray(second, float)).mean() > 10     # of 255
 
 
 def test_an_image_set_of_another_making_is_made_anew(quick, monkeypatch, capsys):
@@ -327,3 +408,9 @@ def test_runs_that_cannot_be_made_any_more_count_as_finished_ones():
     others = [one for one in runs if one["arm"] != "dad matched"]
     assert study_table.count(others) == "124 of 124 runs."
     assert study_table.count([one for one in others if one["arm"] != "none"]) == "122 of 124 runs."
+
+
+def test_the_arms_that_came_later_are_counted_apart():
+    runs = json.loads((ROOT / "tests/study/runs.json").read_text())
+    later = [made_run("augmented dad", "rstp", 2, 1.0), made_run("worlds", "icfg", 1, 1.0)]
+    assert study_table.count(runs + later) == "126 of 126 runs, and 2 of 29 of the arms that came later."

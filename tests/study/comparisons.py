@@ -9,6 +9,8 @@ import statistics
 
 METRICS = {"R@1": ("R@1",), "mAP": ("mAP",), "re-ranked R@1": ("R@1", "re-ranked"), "R@1 of twins": ("twins R@1",)}
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # 97.5 % of t with 1 to 9 degrees of freedom or more
+ENDS = "source", "exact"                            # arms between which a gap is measured
+AUGMENTED_ENDS = "augmented", "augmented exact"     # the same on top of augmentation
 LEAST_GAP = 10      # points of R@1 that a single seed must show for a share of its gap to mean anything
 
 Runs = dict[tuple[str, int], dict]
@@ -54,7 +56,10 @@ def paired(some: Runs, others: Runs, stage: str, *metric: str) -> Values:
 # ---- rows of tables
 
 def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
-    """A table's row: means over targets and seeds, and what lies between `source` and `exact` of the same losses."""
+    """A table's row: means over targets and seeds, and what lies between `source` and `exact` of the same losses.
+
+    Arms with augmentation also have what lies between `augmented` and `augmented exact`.
+    """
     some = of(runs, losses, arm)
     labelled = sorted({one["labelled"][stage] for one in some.values()})
     cells = {"losses": losses, "arm": arm, "runs": str(len(some)), "labelled pairs": " to ".join(map(str, labelled))}
@@ -64,6 +69,8 @@ def row(runs: list[dict], losses: str, arm: str, stage: str) -> dict[str, str]:
     if arm != "source":
         cells["R@1 - source"] = interval(paired(some, of(runs, losses, "source"), stage))
     cells["gap closed"] = gap_closed(runs, losses, arm, stage)
+    if arm.startswith("augmented"):
+        cells["gap closed from augmented"] = gap_closed(runs, losses, arm, stage, ends=AUGMENTED_ENDS)
     others = elsewhere(some, stage)
     if others:
         cells["R@1 on other targets"] = spread(others)
@@ -145,13 +152,16 @@ def interval(gains: Values) -> str:
     return told
 
 
-def gap_closed(runs: list[dict], losses: str, arm: str, stage: str, *metric: str) -> str:
+def gap_closed(runs: list[dict], losses: str, arm: str, stage: str, *metric: str,
+               ends: tuple[str, str] = ENDS) -> str:
     """The share of the gap that an arm closes, (arm - source) / (exact - source) of means over common pairs.
+
+    `ends`: two arms in place of source and exact.
 
     Its interval is that of a ratio, to first order. Empty for a gap that is not three standard errors wide or, of a
     single seed, which shows no error, not LEAST_GAP points.
     """
-    some, source, exact = (of(runs, losses, name) for name in (arm, "source", "exact"))
+    some, source, exact = (of(runs, losses, name) for name in (arm, *ends))
     gains, whole = paired(some, source, stage, *metric), paired(exact, source, stage, *metric)
     gap = {key: whole[key] for key in whole if key in gains}
     least = LEAST_GAP if len(by_seed(gap)) == 1 else 0

@@ -1,4 +1,4 @@
-"""People drawn in memory, as a camera of a domain sees them: what the study compares made images with."""
+"""People drawn in memory, as a camera of a domain or a random world sees them: what the study compares with."""
 
 import random
 from typing import NamedTuple
@@ -16,7 +16,7 @@ CHUNK = 20      # portraits that a process draws at once
 
 
 class Portrait(NamedTuple):
-    """A drawing in memory: pixels (H, W, 3) uint8, one annotator's words, its camera."""
+    """A drawing in memory: pixels (H, W, 3) uint8, one annotator's words, its camera or world."""
     pixels: np.ndarray
     words: Words
     camera: int
@@ -24,7 +24,10 @@ class Portrait(NamedTuple):
 
 def portraits(domain: str, people: list[Person], seed: int, size: tuple[int, int], workers: int,
               poses: list[Pose] | None = None) -> list[Portrait]:
-    """Each person once, as a camera of that domain meets them (or in the given pose), (H, W) = size; pure."""
+    """Each person once, as a camera of that domain meets them (or in the given pose), (H, W) = size; pure.
+
+    With "worlds" in place of a domain each person is in a random world (worlds.py).
+    """
     tasks = [(domain, person, f"{seed}/{i}", size, poses and poses[i]) for i, person in enumerate(people)]
     return list(in_processes(_portrait, tasks, workers if len(tasks) >= MANY else 1, CHUNK))
 
@@ -32,8 +35,14 @@ def portraits(domain: str, people: list[Person], seed: int, size: tuple[int, int
 def _portrait(task: tuple) -> Portrait:
     domain, person, seed, size, pose = task
     rng = random.Random(f"portrait/{domain}/{seed}")
-    shot = next(shots_of(domain, "", 0, person, 1, rng))        # for its camera, pose and seed
-    pose = pose or shot.pose
-    image, boxes = render(person, pose, domain, shot.camera, shot.seed)
+    if domain == "worlds":
+        from tests.study import worlds  # here: with it each drawing process imports torch, which takes seconds
+        shot = next(worlds.shots_of(0, person, 1, rng))             # for its world, pose and seed
+        pose = pose or shot.pose
+        image, boxes = worlds.render(person, pose, shot.camera, shot.seed)
+    else:
+        shot = next(shots_of(domain, "", 0, person, 1, rng))        # for its camera, pose and seed
+        pose = pose or shot.pose
+        image, boxes = render(person, pose, domain, shot.camera, shot.seed)
     return Portrait(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)),
                     describe(person, pose.view, boxes, rng), shot.camera)

@@ -8,7 +8,7 @@
 
 A run is an arm (the images of the second pretraining stage), a set of losses, a target and a seed:
 
-    first stage     the source; the same for all arms
+    first stage     the source; the same for all arms, but in random light for those of AUGMENTED
     mix             four fifths the arm's images, one fifth the source's; then the test without fine-tuning
     tenth, all      fine-tuning on a tenth and on all of the target's labelled pairs, both from the mix; each is tested
 
@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,15 +69,20 @@ VARIANTS = {        # flags of adapt.py; `dad` itself has both filters, and the 
     "dad of target captions": ("--captions", "target"),         # as in the paper
 }
 RETIRED = "dad matched"     # had a retriever as a third filter, which is gone; its runs stay in the tables
+AUGMENTED = {"augmented": "source", "augmented dad": "dad", "augmented exact": "exact"}     # whose images they have
+LATER = (*AUGMENTED, "worlds")      # arms that came after the first 126 runs: study_table.py counts them apart
 ARMS = ("none", "source", *TRANSFERS, "restyled", "dad", *SHARES, "dad unfiltered", "dad only grey",
-        "dad only malformed", RETIRED, "dad of target captions", "exact", "exact again", "shuffled")    # as in tables
+        "dad only malformed", RETIRED, "dad of target captions", "exact", "exact again", "shuffled",
+        *LATER)                     # as in tables
 BESIDE_DAD = [arm for arm in ARMS if arm in (*TRANSFERS, "restyled", *VARIANTS, RETIRED)]   # compared with DaD
 MADE = tuple(arm for arm in ARMS if arm != RETIRED)             # arms that can be run
 MAIN = [(arm, losses) for arm in ("source", "dad", "exact") for losses in ("regions", "pairs")]
+MAIN_AUGMENTED = [(arm, "regions") for arm in AUGMENTED]
 KEPT = 2 / 3                # images of an arm, as a share of those that DaD makes; its filters drop some
 SOURCE_SHARE = 0.25         # source images in the mix, as a share of the arm's
 LEAST = 12                  # images that DaD makes, so that a mix has both kinds
 WORDS = ("caption", "phrases", "boxes")         # what a record says about its image
+LIGHT = "0.75"              # train.py's --light in the arms with augmentation, as for the shipped retriever
 
 # ---- the stages
 FEW = 0.1                   # share of the labelled identities
@@ -99,6 +104,10 @@ COMPARED = {
     "exact: regions - regions that ignore the box": (("regions", "exact"), ("released", "exact")),
     **{f"DaD - {arm}": (("regions", "dad"), ("regions", arm)) for arm in BESIDE_DAD},
     "exact again - exact": (("regions", "exact again"), ("regions", "exact")),
+    "augmented - source": (("regions", "augmented"), ("regions", "source")),
+    "augmented dad - augmented": (("regions", "augmented dad"), ("regions", "augmented")),
+    "augmented exact - augmented": (("regions", "augmented exact"), ("regions", "augmented")),
+    "worlds - source": (("regions", "worlds"), ("regions", "source")),
 }
 
 
@@ -108,7 +117,8 @@ class StudyConfig:
 
     arms: tuple[str, ...] = flag((), "which arms; empty: all")
     targets: tuple[str, ...] = flag((), "of cuhk, icfg, rstp; empty: all")
-    seeds: tuple[str, ...] = flag((), "which seeds; empty: 0 to 4 of the main arms, 0 and 1 of the others")
+    seeds: tuple[str, ...] = flag((), "which seeds; empty: 0 to 4 of the main arms, 0 to 2 of those with augmentation, "
+                                       "0 and 1 of the others")
     out: str = flag("out/study", "folder of the runs and tables")
     images: int = flag(6000, "images that DaD makes; every arm has two thirds as many")
     table: bool = flag(False, "make no run: tables and figures of the finished ones")
@@ -137,7 +147,10 @@ class Run:
     @property
     def key(self) -> dict:
         """All that decides the run."""
-        return asdict(self) | of_kind(self)
+        found = asdict(self) | of_kind(self)
+        if self.arm in AUGMENTED:
+            found["light"] = LIGHT
+        return found
 
     def images_of(self, kind: str) -> str:
         """A name for images of that kind for this target and seed."""
@@ -175,7 +188,7 @@ def check(config: StudyConfig) -> None:
                                ("seeds", config.seeds, every_seed)):
         unknown = [value for value in given if value not in known]
         if unknown:
-            raise UserError(f"--{name} {unknown[0]!r}: choose from {', '.join(known[:20])}.")
+            raise UserError(f"--{name} {unknown[0]!r}: choose from {', '.join(known[:len(MADE)])}.")
     if config.images < LEAST:
         raise UserError(f"--images {config.images}: give {LEAST} or more.")
     if config.quick and (config.arms or config.targets or config.seeds):
@@ -188,11 +201,13 @@ def plan(config: StudyConfig) -> Iterator[Run]:
         for arm in ("source", "dad"):
             yield Run(arm, "regions", "icfg", 0, min(config.images, 60), "tiny")
         return
-    others = [(arm, "regions") for arm in MADE if (arm, "regions") not in MAIN]
+    others = [(arm, "regions") for arm in MADE if (arm, "regions") not in MAIN + MAIN_AUGMENTED]
     asked_for = config.arms and config.seeds
     for seed in map(int, config.seeds or "01234"):
         for target in config.targets or TARGETS:
             groups = list(MAIN)
+            if seed < 3 or asked_for:
+                groups += MAIN_AUGMENTED
             if target == "icfg" and (seed < 2 or asked_for):
                 groups += others
             for arm, losses in groups:
@@ -234,7 +249,7 @@ def perform(one: Run, out: Path) -> dict:
 
 def learns(arm: str) -> bool:
     """Whether the arm's images come from something that has learned from labelled target pairs."""
-    return arm.startswith("dad") or arm == "restyled"
+    return AUGMENTED.get(arm, arm).startswith("dad") or arm == "restyled"
 
 
 def labelled(one: Run) -> dict[str, int]:
@@ -257,8 +272,13 @@ def pretrained(one: Run, out: Path, share: float) -> str:
     if one.arm == "shuffled":           # nothing but wrong captions, for as many steps in all
         return train(folder, one, str(image_set(one, out, share)), steps["mix"] + steps["source"], "none",
                      "--evals", "1")
-    first = train(out / "first" / f"{one.losses}-{one.size}-s{one.seed}", one, "sda", steps["source"], "none")
-    return train(folder, one, str(image_set(one, out, share)), steps["mix"], first, "--evals", "1")
+    kind, light = one.losses, ()
+    if one.arm in AUGMENTED:
+        kind, light = f"{one.losses}-augmented", ("--light", LIGHT)
+    first = train(out / "first" / f"{kind}-{one.size}-s{one.seed}", one, "sda", steps["source"], "none", *light)
+    if one.arm != "augmented":          # random light on the target's look lowered R@1 in a trial: 52.2 for 61.3
+        light = ()
+    return train(folder, one, str(image_set(one, out, share)), steps["mix"], first, "--evals", "1", *light)
 
 
 def fine_tune(one: Run, folder: Path, stage: str, share: float, start: str) -> str:
@@ -339,8 +359,10 @@ def of_twins_in(split: RecordSet, manifest: Path) -> Tensor:
 def image_set(one: Run, out: Path, share: float) -> Path:
     """A folder in SDA format: the arm's images, and the source's to fill its places and SOURCE_SHARE as many besides.
 
-    With region losses and without an arm has the same images, so another process may be making them: it is waited for.
+    With region losses and without, and with augmentation, an arm has the same images, so another process may be making
+    them: it is waited for.
     """
+    one = replace(one, arm=AUGMENTED.get(one.arm, one.arm))
     folder = out / "sets" / f"{one.images_of(one.arm)}-{share:g}"
     file, key = folder / "report.json", set_key(one, share)
     with alone(folder.with_name(f"{folder.name}.lock")):
@@ -403,7 +425,7 @@ def own_images(one: Run, share: float, source: list[Record]) -> tuple[Sequence[T
         return adapted(one, share, len(source))
     if one.arm in TRANSFERS:
         return moved(one, source)
-    return exact(one, source)
+    return redrawn(one, source)
 
 
 def adapted(one: Run, share: float, count: int) -> tuple[Tensor, list[dict]]:
@@ -438,14 +460,15 @@ def moved(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
     return transferred(plain, looks, base.autoencoder)[one.arm], rows_of(source)
 
 
-def exact(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
-    """The source's people as the target's cameras see them, with captions and boxes of their own."""
+def redrawn(one: Run, source: list[Record]) -> tuple[Tensor, list[dict]]:
+    """The source's people as the target's cameras or random worlds show them, with captions and boxes of their own."""
     sizes = sets.TINY if one.tiny else sets.DEFAULT
     shots = {shot.path: shot for shot in sets.shots("source", sizes["source"], 0)}
     people = [shots[record.path.split("/imgs/")[1]].person for record in source]
     size = DIFFUSION_PRESETS[one.size]
     seed = 8 if one.arm == "exact again" else 7
-    drawn = portraits(one.target, people, seed, (size.height, size.width), torch.get_num_threads())
+    place = "worlds" if one.arm == "worlds" else one.target
+    drawn = portraits(place, people, seed, (size.height, size.width), torch.get_num_threads())
     rows = [{"image_id": record.identity} | {name: getattr(portrait.words, name) for name in WORDS}
             for portrait, record in zip(drawn, source)]
     return stacked([portrait.pixels for portrait in drawn]), rows
@@ -505,12 +528,14 @@ def tables_of(runs: list[dict]) -> dict[str, list[dict[str, str]]]:
 
 
 def bars_of(runs: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """R@1 without fine-tuning: of the main arms, which have targets and seeds that others lack, and of all arms."""
+    """R@1 without fine-tuning: of the two kinds of main arms, which have more targets and seeds, and of all arms."""
     bars = {}
     for losses, title in TITLES.items():
         every = {arm: some for arm, some in arms_of(runs, losses).items() if arm != "none"}
         main_arms = {arm: some for arm, some in every.items() if (arm, losses) in MAIN}
         bars[f"{title}, the main arms"] = comparisons.comparable(main_arms)
+        augmented = {arm: some for arm, some in every.items() if (arm, losses) in MAIN_AUGMENTED}
+        bars[f"{title}, the main arms with augmentation"] = comparisons.comparable(augmented)
         if len(every) > len(main_arms):
             bars[f"{title}, all arms"] = comparisons.comparable(every)
     return bars

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from mra.config import DAD_RECIPES, AdaptConfig, UserError
 from mra.data.files import in_processes, save_image, write_text
-from mra.data.records import RecordSet
+from mra.data.records import Box, RecordSet
 from mra.diffusion.base import encode
 from mra.diffusion.pairs import LatentPairs
 from mra.formats.read import load
@@ -32,7 +32,7 @@ from mra.run import checkpoint, networks
 from mra.run.command import run
 from mra.run.machine import Machine
 from mra.town.drawing import DOMAINS, HEIGHT, WIDTH, Domain, Pose, backdrop, camera_of, render_in
-from mra.town.people import describe, sample_person
+from mra.town.people import Person, describe, sample_person
 from mra.town.sets import NOTE, PART, Shot, source_record
 
 PEOPLE, IMAGES, SEED = 20_000, 2, 1
@@ -102,18 +102,27 @@ def shots(people: int) -> Iterator[Shot]:
     """The images of people, each in a world of its own."""
     for number in range(people):
         rng = random.Random(f"{SEED}/worlds/0/{number}")
-        person = sample_person(rng)
-        for i, world in enumerate(rng.sample(range(WORLDS), 7)[:IMAGES]):
-            yaw = rng.choices((0, 180, 270, 90))[0] + rng.uniform(-20, 20)
-            pose = Pose(yaw % 360, rng.uniform(0, 2 * math.pi))
-            path = f"{number // 1000:03d}/{number:04d}_c{world + 1}_{i:04d}.jpg"
-            yield Shot("train", number, person, pose, world, rng.getrandbits(48), path)
+        yield from shots_of(number, sample_person(rng), IMAGES, rng)
+
+
+def shots_of(number: int, person: Person, count: int, rng: random.Random) -> Iterator[Shot]:
+    """`count` shots of one person, at most 7; the camera of a shot is the number of its world."""
+    for i, world in enumerate(rng.sample(range(WORLDS), 7)[:count]):
+        yaw = rng.choices((0, 180, 270, 90))[0] + rng.uniform(-20, 20)
+        pose = Pose(yaw % 360, rng.uniform(0, 2 * math.pi))
+        path = f"{number // 1000:03d}/{number:04d}_c{world + 1}_{i:04d}.jpg"
+        yield Shot("train", number, person, pose, world, rng.getrandbits(48), path)
+
+
+def render(person: Person, pose: Pose, number: int, seed: int) -> tuple[Image.Image, dict[str, Box]]:
+    """The image of a person in the world of that number, and the box of each visible part."""
+    world = world_of(number)
+    return render_in(person, pose, world, partial(scene_of, number, world), seed)
 
 
 def draw(folder: Path, shot: Shot) -> dict:
     """Draw and save one image; returns its record."""
-    world = world_of(shot.camera)
-    image, boxes = render_in(shot.person, shot.pose, world, partial(scene_of, shot.camera, world), shot.seed)
+    image, boxes = render(shot.person, shot.pose, shot.camera, shot.seed)
     file = folder / "imgs" / shot.path
     file.parent.mkdir(parents=True, exist_ok=True)
     save_image(image, file, quality=95)
