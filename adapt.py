@@ -2,7 +2,7 @@
 
     python adapt.py                                  the demo: images in the look of drawn ICFG, from the shipped base
     python adapt.py --target cuhk --mode restyle     the source's own images in the target's look
-    python adapt.py --train-base --source DIR        train a base on the images and captions of a set
+    python adapt.py --train-base                     train a base on the source; --source DIR: on another set
     python adapt.py --size base --source DIR --target cuhk --data-root DIR
     python adapt.py --size sd15 --weights DIR --target cuhk --data-root DIR     beside Stable Diffusion 1.5
     torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
