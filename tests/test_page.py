@@ -428,6 +428,8 @@ def test_a_picture_is_dropped(visit, server):
     visit.until("document.querySelector('figure img')?.naturalWidth")
     assert visit.texts("figcaption") == ["photograph"] and not visit.run("return legend.offsetHeight")
     visit.press(ESCAPE)
+    visit.until("!document.querySelector('dialog[open]')")
+    visit.until(f"document.activeElement.title === {json.dumps(Path(server.gallery.paths[number]).name)}")
     visit.run("remove.click()")
     assert visit.focus() == "sentence" and not visit.run("return picture")
     visit.run("choose(new File([new Uint8Array(16777217)], 'large.jpg'))")
