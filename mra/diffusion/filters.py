@@ -1,7 +1,7 @@
 """Quality assessment: which made images are worth training on (MRA section 2).
 
 The paper drops near-greyscale images and, by a pose estimator, malformed people: 10.63 % in all. Here a judge finds
-malformed people. By what the frozen base sees, it learns to tell the target's images from damaged copies of them. A
+malformed people. It learns, from the frozen base's activations, to tell the target's images from damaged copies. A
 threshold decides: --malformed, or --grey-mean and --grey-variance together. Read next: run/parts.py.
 """
 
@@ -37,7 +37,7 @@ def judged(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Judge:
-    """Finds malformed people by a linear map of what the frozen base, with the target's autoencoder, sees in them."""
+    """Finds malformed people by a linear map of the frozen base's activations for the latents of an image."""
 
     def __init__(self, base: Diffusion):
         dim = 16 * (2 * base.config.widths[0] + base.config.widths[-1] + base.config.latent)    # 16 for each channel

@@ -197,7 +197,7 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
 
 
 def train_judge(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Judge:
-    """A judge of malformed people, which learns half of the target's images against damaged copies of them."""
+    """A judge of malformed people: half of the target's images teach it, a quarter sets its threshold."""
     torch.manual_seed(config.seed)
     learned, others, _ = judged(target.images)
     judge = Judge(base)

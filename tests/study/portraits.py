@@ -37,12 +37,12 @@ def _portrait(task: tuple) -> Portrait:
     rng = random.Random(f"portrait/{domain}/{seed}")
     if domain == "worlds":
         from tests.study import worlds  # here: with it each drawing process imports torch, which takes seconds
-        shot = next(worlds.shots_of(0, person, 1, rng))             # for its world, pose and seed
-        pose = pose or shot.pose
-        image, boxes = worlds.render(person, pose, shot.camera, shot.seed)
+        shot, place = next(worlds.shots_of(0, person, 1, rng)), ()
+        draw = worlds.render
     else:
-        shot = next(shots_of(domain, "", 0, person, 1, rng))        # for its camera, pose and seed
-        pose = pose or shot.pose
-        image, boxes = render(person, pose, domain, shot.camera, shot.seed)
+        shot, place = next(shots_of(domain, "", 0, person, 1, rng)), (domain,)
+        draw = render
+    pose = pose or shot.pose        # the shot also has a camera or world, and a seed
+    image, boxes = draw(person, pose, *place, shot.camera, shot.seed)
     return Portrait(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)),
                     describe(person, pose.view, boxes, rng), shot.camera)
