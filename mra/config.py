@@ -273,10 +273,13 @@ class AdaptConfig:
 
     @property
     def usual_out(self) -> str:
-        """out/sda/<target>, then size, mode, captions, seed and share where they differ from the defaults."""
+        """out/sda/<target>, then size, mode, captions, seed, share and `real` where they differ from the defaults."""
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
                  ("1", f"{self.share:g}"))
-        return "-".join([f"out/sda/{self.target}", *(own for default, own in usual if own != default)])
+        parts = [f"out/sda/{self.target}", *(own for default, own in usual if own != default)]
+        if self.data_root:          # train.py must not find it for the drawn target of the same name
+            parts.append("real")
+        return "-".join(parts)
 
 
 @dataclass(frozen=True)

@@ -409,12 +409,13 @@ def test_another_seed_another_target_a_single_image(made):
     assert "Kept 1 of 1 images" in adapt(folder, "--images", "1", "--malformed", "0", "--out", "out/one")
     shutil.copytree(folder / "data/demo-tiny", folder / "other")
     path = next((folder / "other/ICFG-PEDES/imgs/train").rglob("*.jpg"))
+    few = ("--images", "8", "--malformed", "0", "--out")
+    own = ("--source", "data/demo-tiny", "--data-root", "other", "--base", "out/base-tiny/base.safetensors", *few)
+    adapt(folder, *own, "out/other")
     Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
-    said = adapt(folder, "--source", "data/demo-tiny", "--data-root", "other", "--base",
-                 "out/base-tiny/base.safetensors", "--images", "8", "--malformed", "0", "--out", "out/other")
-    assert "branch.safetensors is made anew: contents was" in said
-    assert "branch.safetensors is made anew: contents was" in adapt(folder, "--images", "8", "--malformed", "0",
-                                                                      "--out", "out/again")
+    assert "icfg-tiny-s0-real/branch.safetensors is made anew: contents was" in adapt(folder, *own, "out/changed")
+    assert "icfg-tiny-s0/branch.safetensors is there" in adapt(folder, *few, "out/again")
+    assert AdaptConfig(data_root="other").usual_out == "out/sda/icfg-real"      # not the set that train.py looks for
 
 
 def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):

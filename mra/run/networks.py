@@ -145,6 +145,8 @@ class Target:
         name = f"{config.target}-{config.size}-s{config.seed}"
         if config.share < 1:
             name += f"-{config.share:g}"
+        if config.data_root:
+            name += "-real"
         key = {"target": records.name, "contents": contents, "base": checkpoint.digest(base), "seed": config.seed}
         return Target(images, captions, Path("out/dad") / name, key)
 

@@ -6,7 +6,7 @@
 Light, colour, blur, grain, compression, the camera's height and distance, and the scene are drawn anew for every
 image, from wide ranges. They hold nothing of the targets: a world keeps a least distance from each of their cameras,
 and its scene is drawn by a function of its own. Nobody here lives in another set. The shipped base has not learned from
-them: mra/diffusion/README.md says what a first sitting was worth.
+them: trials.md says what a first sitting was worth.
 """
 
 import argparse
