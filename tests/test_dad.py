@@ -221,7 +221,7 @@ def test_damage_is_damage_and_the_judge_learns_it():
     assert torch.allclose(judge.features(learned[:3]), good[:3], atol=1e-4)     # the noise is the same for all
 
     def loss_of(portion):
-        return {"loss": judge_loss(judge.head, good, bad, portion.draw, portion.count)}
+        return {"loss": judge_loss(judge.head, good, bad, portion.generator, portion.count)}
 
     fit = replace(DAD_RECIPES["demo"].judge, steps=100, batch=64)
     Loop(Task("judge", judge.head, fit, 0), loss_of, Machine.of("cpu", "")).run()

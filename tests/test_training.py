@@ -373,7 +373,7 @@ def fitted(group: Group) -> torch.Tensor:
     model = torch.nn.Sequential(torch.nn.Dropout(0.25), torch.nn.Linear(3, 1))
 
     def loss_of(portion: Portion) -> dict[str, torch.Tensor]:
-        x = torch.randn(portion.count, 3, generator=portion.draw)
+        x = torch.randn(portion.count, 3, generator=portion.generator)
         return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
 
     Loop(Task("line", model, Fit(9, 16, 0.1), 0), loss_of, Machine(torch.device("cpu"), "float32", group)).run()

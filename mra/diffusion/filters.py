@@ -72,10 +72,10 @@ def pooled(x: Tensor) -> Tensor:
     return torch.cat([strip.flatten(1) for strip in strips], 1)
 
 
-def judge_loss(head: nn.Module, good: Tensor, bad: Tensor, draw: torch.Generator, count: int) -> Tensor:
+def judge_loss(head: nn.Module, good: Tensor, bad: Tensor, generator: torch.Generator, count: int) -> Tensor:
     """Cross-entropy of `count` random features of (N, F), half good (low score), half bad; a scalar."""
-    some = [x[torch.randint(len(x), (count // 2,), generator=draw, device=draw.device)] for x in (good, bad)]
-    labels = torch.tensor([0.0, 1.0], device=draw.device).repeat_interleave(count // 2)
+    some = [x[torch.randint(len(x), (count // 2,), generator=generator, device=generator.device)] for x in (good, bad)]
+    labels = torch.tensor([0.0, 1.0], device=generator.device).repeat_interleave(count // 2)
     return F.binary_cross_entropy_with_logits(head(torch.cat(some))[:, 0].float(), labels)
 
 

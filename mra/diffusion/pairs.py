@@ -50,13 +50,13 @@ class LatentPairs:
         states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
         return TextStates(states.to(keep.device), keep)
 
-    def loss(self, draw: torch.Generator, count: int, branch: DomainBranch | None = None) -> Tensor:
+    def loss(self, generator: torch.Generator, count: int, branch: DomainBranch | None = None) -> Tensor:
         """The diffusion loss of `count` random pairs, a scalar. Our branch learns mostly at levels in the middle."""
         device, denoiser, schedule = self.latents.device, self.base.denoiser, self.base.schedule
-        pair = torch.randint(len(self.image_of), (count,), generator=draw, device=device)
+        pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
         latents = self.latents[self.image_of[pair]]                                             # (B, C, h, w)
-        pair[torch.rand(count, generator=draw, device=device) < NO_WORDS] = len(self.caption_of) - 1
+        pair[torch.rand(count, generator=generator, device=device) < NO_WORDS] = len(self.caption_of) - 1
         text = self.text_states(self.caption_of[pair])
-        t = schedule.random_levels(count, draw, middle=branch is not None and not self.base.config.stable)  # (B,)
-        noise = torch.randn(latents.shape, generator=draw, device=device)
+        t = schedule.random_levels(count, generator, middle=branch is not None and not self.base.config.stable)  # (B,)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
         return diffusion_loss(lambda z, t: denoiser(z, t, text, branch), latents, noise, t, schedule)

@@ -47,17 +47,17 @@ class Painter:
             self.source_latents = encode(base.autoencoder, images)
 
     @torch.no_grad()
-    def sample(self, drafts: Sequence[Record], draw: torch.Generator) -> Tensor:
+    def sample(self, drafts: Sequence[Record], generator: torch.Generator) -> Tensor:
         """Latents (B, C, h, w) for the first captions of drafts, from pure noise or from the drafts' noised images."""
         config, base = self.config, self.base
-        noise = torch.randn(len(drafts), *base.config.shape, generator=draw, device=draw.device)
+        noise = torch.randn(len(drafts), *base.config.shape, generator=generator, device=generator.device)
         start, strength = noise, 1.0
         if config.mode == "restyle":
             images, strength = read_images([draft.path for draft in drafts], base.config), config.strength
             start = transfer_moments(encode(base.autoencoder, images), self.source_latents, self.target_latents)
             visited = base.schedule.trailing(config.sampling_steps, strength)
             if visited:
-                t = torch.full((len(drafts),), visited[0], device=draw.device)
+                t = torch.full((len(drafts),), visited[0], device=generator.device)
                 start = q_sample(start, noise, t, base.schedule)
         both = base.encode_text([draft.captions[0] for draft in drafts] + [""] * len(drafts))
         levels = len(base.schedule.alpha)

@@ -53,7 +53,7 @@ class Portion:
     step: int
     batch: Any                  # its samples; None: the loss draws them itself
     count: int                  # of its samples
-    draw: torch.Generator       # of all its random numbers
+    generator: torch.Generator  # of all its random numbers
     group: Group
 
 
@@ -129,8 +129,8 @@ class Loop:
         for number in range(fit.accumulate):
             portions = []
             for member, samples in zip(self.members, next(batches), strict=True):
-                draw = self.machine.generator(task.seed, step, number, member.rank)
-                portions.append(Portion(step, samples, size, draw, member))
+                generator = self.machine.generator(task.seed, step, number, member.rank)
+                portions.append(Portion(step, samples, size, generator, member))
             for terms, gradients in self.side_by_side(portions):
                 if total:
                     torch._foreach_add_(list(total.values()), list(gradients.values()))
@@ -161,7 +161,7 @@ class Loop:
 
     def gradients_of(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of a portion, and the gradient of each parameter that its loss depends on."""
-        with self.machine.randomness(portion.draw), self.machine.autocast():
+        with self.machine.randomness(portion.generator), self.machine.autocast():
             terms = self.loss_of(portion)
         gradients = torch.autograd.grad(terms["loss"], list(self.parameters.values()), allow_unused=True)
         # a term that has not begun leaves some parameters without a gradient

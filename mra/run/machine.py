@@ -65,11 +65,11 @@ class Threads(Group):
 
 
 class OwnRandomness(TorchFunctionMode):
-    """Within it, dropout and multinomial draw from `draw`, and not from the generator that all threads share."""
+    """Within it, dropout and multinomial draw from `generator`, and not from the generator that all threads share."""
 
-    def __init__(self, draw: torch.Generator):
+    def __init__(self, generator: torch.Generator):
         super().__init__()
-        self.draw, self.places = draw, random.Random(draw.initial_seed())
+        self.generator, self.places = generator, random.Random(generator.initial_seed())
         # for each rate one long mask, from which all are cut: drawing each anew takes a seventh of a step on the CPU
         self.masks: dict[float, Tensor] = {}
 
@@ -78,7 +78,7 @@ class OwnRandomness(TorchFunctionMode):
         if function is F.dropout:
             return self.dropout(*args, **kwargs)
         if function is torch.multinomial:
-            kwargs = kwargs | {"generator": self.draw}
+            kwargs = kwargs | {"generator": self.generator}
         return function(*args, **kwargs)
 
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -87,7 +87,7 @@ class OwnRandomness(TorchFunctionMode):
             return x
         if p not in self.masks or len(self.masks[p]) < 2 * x.numel():
             draws = torch.empty(max(x.numel() // 2 + 1, 2**18), dtype=torch.int64)      # each for 4 elements
-            bits = draws.random_(-2**63, None, generator=self.draw).view(torch.int16)
+            bits = draws.random_(-2**63, None, generator=self.generator).view(torch.int16)
             self.masks[p] = (bits >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
         start = self.places.randrange(len(self.masks[p]) - x.numel())
         return x * self.masks[p][start:start + x.numel()].view(x.shape)
@@ -127,11 +127,11 @@ class Machine:
         """A generator on this device, seeded by all these numbers."""
         return torch.Generator(self.device).manual_seed(hash(seeds) % 2**62)
 
-    def randomness(self, draw: torch.Generator) -> AbstractContextManager:
-        """Within it, all randomness of a member's step depends on the seed of `draw`."""
+    def randomness(self, generator: torch.Generator) -> AbstractContextManager:
+        """Within it, all randomness of a member's step depends on the seed of `generator`."""
         if self.device.type == "cpu" and not self.compiles:     # the compiler would trace OwnRandomness
-            return OwnRandomness(draw)
-        torch.manual_seed(draw.initial_seed())
+            return OwnRandomness(generator)
+        torch.manual_seed(generator.initial_seed())
         return nullcontext()
 
     def on_rank_0(self, make: Callable[[], object]) -> None:

@@ -48,7 +48,7 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
             loss, state = prepare(), path.with_suffix(".part")
             saves = frozenset(range(fit.save_every, fit.steps, fit.save_every))
             task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=saves)
-            Loop(task, lambda portion: {"loss": loss(portion.draw, portion.count)}, machine).run()
+            Loop(task, lambda portion: {"loss": loss(portion.generator, portion.count)}, machine).run()
             machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
             machine.on_rank_0(lambda: checkpoint.remember(path, key))
             machine.on_rank_0(lambda: state.unlink(missing_ok=True))
@@ -97,11 +97,11 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     machine.say(f"{folder / 'base.safetensors'} is ready.")
 
 
-def autoencoder_loss(base: Diffusion, images: Tensor, draw: torch.Generator, count: int) -> Tensor:
+def autoencoder_loss(base: Diffusion, images: Tensor, generator: torch.Generator, count: int) -> Tensor:
     """The autoencoder's loss on `count` random images of (N, 3, H, W), three of four under a random light."""
-    chosen = torch.randint(len(images), (count,), generator=draw, device=draw.device).cpu()
-    lit = random_light(to_float(images[chosen].to(draw.device)), LIT, draw)
-    noise = torch.randn(count, *base.config.shape, generator=draw, device=draw.device)
+    chosen = torch.randint(len(images), (count,), generator=generator, device=generator.device).cpu()
+    lit = random_light(to_float(images[chosen].to(generator.device)), LIT, generator)
+    noise = torch.randn(count, *base.config.shape, generator=generator, device=generator.device)
     return base.autoencoder.loss(lit, noise)
 
 
@@ -169,10 +169,11 @@ def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, mach
     return adapted.eval().requires_grad_(False)
 
 
-def decoder_loss(autoencoder: nn.Module, images: Tensor, latents: Tensor, draw: torch.Generator, count: int) -> Tensor:
+def decoder_loss(autoencoder: nn.Module, images: Tensor, latents: Tensor, generator: torch.Generator,
+                 count: int) -> Tensor:
     """Of the autoencoder's decoder, on `count` of the images (N, 3, H, W) and their latents (N, C, h, w)."""
-    chosen = torch.randint(len(latents), (count,), generator=draw, device=draw.device)
-    return autoencoder.decoder_loss(to_float(images[chosen.cpu()].to(draw.device)), latents[chosen])
+    chosen = torch.randint(len(latents), (count,), generator=generator, device=generator.device)
+    return autoencoder.decoder_loss(to_float(images[chosen.cpu()].to(generator.device)), latents[chosen])
 
 
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> DomainBranch:

@@ -69,9 +69,9 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
     machine.say(f"Making {len(plan.drafts)} images in {out}.")
 
     def sample(start: int) -> Tensor:
-        draw = machine.generator(painter.config.seed, PROBE_SEED + start // PART)
+        generator = machine.generator(painter.config.seed, PROBE_SEED + start // PART)
         with machine.autocast():
-            return painter.sample(plan.probes[start:start + PART], draw)                 # (B, C, h, w)
+            return painter.sample(plan.probes[start:start + PART], generator)            # (B, C, h, w)
 
     scale, shift = 1.0, 0.0
     if missing and plan.probes:
@@ -80,10 +80,10 @@ def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine
     started, done = time.perf_counter(), []
 
     def make_part(number: int) -> None:
-        draw = machine.generator(painter.config.seed, number)
+        generator = machine.generator(painter.config.seed, number)
         with machine.autocast():
-            latents = scale * painter.sample(parts[number], draw) + shift                # (B, C, h, w)
-            images = decode(painter.base.autoencoder, latents, draw)                     # (B, 3, H, W) uint8
+            latents = scale * painter.sample(parts[number], generator) + shift           # (B, C, h, w)
+            images = decode(painter.base.autoencoder, latents, generator)                # (B, 3, H, W) uint8
         write_part(files[number], parts[number], images, scores_of(images, judge))
         done.append(number)
         seconds = (time.perf_counter() - started) / len(done)

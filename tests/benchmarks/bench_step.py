@@ -106,7 +106,7 @@ def training(preset: str, now: bool):
     masks = machine_module.OwnRandomness
 
     def step(number: int) -> float:
-        machine_module.OwnRandomness = masks if now else lambda draw: nullcontext()
+        machine_module.OwnRandomness = masks if now else lambda generator: nullcontext()
         started = time.perf_counter()
         model.train()
         own.backward(number, batches)

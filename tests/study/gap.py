@@ -420,7 +420,7 @@ def tell_apart(first: Tensor, second: Tensor, fit: Fit, seed: int, machine: Mach
     classifier = Classifier().to(machine.device, memory_format=torch.channels_last)
 
     def loss_of(portion: Portion) -> dict[str, Tensor]:
-        return {"loss": classifier_loss(classifier, first, second, portion.draw, portion.count)}
+        return {"loss": classifier_loss(classifier, first, second, portion.generator, portion.count)}
 
     Loop(Task("classifier", classifier, fit, seed), loss_of, replace(machine, precision="float32")).run()
     return classifier.eval()
