@@ -275,11 +275,8 @@ class AdaptConfig:
     def usual_out(self) -> str:
         """out/sda/<target>, then size, mode, captions, seed, share and `real` where they differ from the defaults."""
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
-                 ("1", f"{self.share:g}"))
-        parts = [f"out/sda/{self.target}", *(own for default, own in usual if own != default)]
-        if self.data_root:          # train.py must not find it for the drawn target of the same name
-            parts.append("real")
-        return "-".join(parts)
+                 ("1", f"{self.share:g}"), ("", "real" if self.data_root else ""))     # train.py looks for drawn ones
+        return "-".join([f"out/sda/{self.target}", *(own for default, own in usual if own != default)])
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,9 @@ class Target:
         images, captions, contents = read_pairs(records, base.config, config.workers)
         if len(images) < 2:
             raise UserError(f"{records.name} has a single training image, from which no look can be learned.")
-        name = f"{config.target}-{config.size}-s{config.seed}"
+        name = f"{config.target}-{config.size}-s{config.seed}" + ("-real" if config.data_root else "")
         if config.share < 1:
             name += f"-{config.share:g}"
-        if config.data_root:
-            name += "-real"
         key = {"target": records.name, "contents": contents, "base": checkpoint.digest(base), "seed": config.seed}
         return Target(images, captions, Path("out/dad") / name, key)
 
@@ -169,11 +167,10 @@ def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, mach
     return adapted.eval().requires_grad_(False)
 
 
-def decoder_loss(autoencoder: nn.Module, images: Tensor, latents: Tensor, generator: torch.Generator,
-                 count: int) -> Tensor:
-    """Of the autoencoder's decoder, on `count` of the images (N, 3, H, W) and their latents (N, C, h, w)."""
+def decoder_loss(network: nn.Module, images: Tensor, latents: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    """Of the decoder of an autoencoder, on `count` of the images (N, 3, H, W) and their latents (N, C, h, w)."""
     chosen = torch.randint(len(latents), (count,), generator=generator, device=generator.device)
-    return autoencoder.decoder_loss(to_float(images[chosen.cpu()].to(generator.device)), latents[chosen])
+    return network.decoder_loss(to_float(images[chosen.cpu()].to(generator.device)), latents[chosen])
 
 
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> DomainBranch:
