@@ -273,9 +273,9 @@ class AdaptConfig:
 
     @property
     def usual_out(self) -> str:
-        """out/sda/<target>, then size, mode, captions, seed, share and `real` where they differ from the defaults."""
+        """out/sda/<target>, then what is not the default; "real" keeps a set of one's own from the demo's train.py."""
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
-                 ("1", f"{self.share:g}"), ("", "real" if self.data_root else ""))     # train.py looks for drawn ones
+                 ("1", f"{self.share:g}"), ("", "real" if self.data_root else ""))
         return "-".join([f"out/sda/{self.target}", *(own for default, own in usual if own != default)])
 
 
