@@ -8,10 +8,9 @@
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
-Every field of mra.config.EvalConfig is a flag. Prints the metrics of both stages, and writes results.json and
-ranking.png. Flags add to these names, as in results-cuhk-split-val.json. For queries it writes query.json and
-query.png and, for the next search, the embeddings of the gallery. mra/weights/README.md explains --weight for
-a released checkpoint.
+Every field of mra.config.EvalConfig is a flag. Prints the metrics by embeddings and re-ranked, and writes results.json
+and ranking.png. Flags add to these names, as in results-cuhk-split-val.json. For queries it writes query.json and
+query.png and, for the next search, the embeddings of the gallery.
 """
 
 import time
@@ -125,8 +124,9 @@ def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, mo
         metrics = {"embeddings": found.metrics(query_ids, gallery_ids, found.candidates)}
         if config.k:
             metrics["re-ranked"] = found.metrics(query_ids, gallery_ids, last)
-        for stage, values in metrics.items():
-            machine.say(f"{record_set.name + ' ' + stage:24}" + "".join(f"{value:8.2f}" for value in values.values()))
+        for ranked_by, values in metrics.items():
+            numbers = "".join(f"{value:8.2f}" for value in values.values())
+            machine.say(f"{record_set.name + ' ' + ranked_by:24}{numbers}")
         results[dataset] = metrics | {"queries": len(captions), "not_counted": lost, "gallery": len(paths),
                                       "identities": len(people), "seconds": round(time.perf_counter() - started, 1)}
         rows += pictures.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])
@@ -146,7 +146,7 @@ def answer(config: EvalConfig, machine: Machine, settings: ranking.Settings, mod
     sentences = gallery.sentences_of(config, dataset, tokenizer, model.config.max_tokens)
     with machine.autocast():
         if config.gallery:
-            paths = gallery.photographs(Path(config.gallery), folder)
+            paths = gallery.photographs(Path(config.gallery))
         else:
             paths = [record.path for record in load(config, facts, dataset, machine).records if record.path]
         name = config.gallery or dataset

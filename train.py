@@ -29,7 +29,6 @@ from torch import Tensor
 from mra import losses, ranking
 from mra.config import PRESETS, TrainConfig, UserError, recipe
 from mra.data.batches import PairDataset, loader, order
-from mra.data.files import open_image
 from mra.data.records import share_of
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.formats.check import check_set
@@ -88,9 +87,6 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
                           for split in ("train", "val"))
     model, tokenizer, pretrained_on = stages.load_model(config, machine)
-    for record in val_set.records:          # a broken image is found now, not after an epoch
-        if record.path:
-            open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
     # ---- steps and loss
     fit, fused_from, evaluated = stages.timetable_of(config, len(dataset), machine.group.count)
@@ -101,8 +97,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     def loss_of(portion: Portion) -> dict[str, Tensor]:
         """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM): a member's share; ITC and RPC are joint."""
         objective = Objective(portion.step >= fused_from, config.smoothing, config.eda,
-                              partial(contrastive.CONTRASTIVE[config.contrastive], group=portion.group),
-                              partial(contrastive.mean_where, group=portion.group))
+                              partial(contrastive.CONTRASTIVE[config.contrastive], group=portion.group), portion.group)
         terms = step_model(portion.batch.to(machine.device), objective)
         return terms | {"loss": losses.total(terms, config.beta)}
 
@@ -117,7 +112,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
         write_line(log, {"step": done, "val": result}, machine)
         machine.say(f"val at step {done}: {stages.describe(result)}")
         best = before.get("best", result)
-        if result["selected_by"] >= best.get("selected_by", best.get("quality")):     # "quality": of older runs
+        if result["selected_by"] >= best["selected_by"]:
             best = result
             facts = model_facts(model, tokenizer) | {
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,

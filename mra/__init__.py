@@ -12,14 +12,8 @@ The method, in reading order; each file's docstring says what to read next:
     diffusion/            DaD: images that look as if the target's cameras had taken them
     group.py              how a step or a search is shared out
 
-Beside the method; the method imports none of these:
-
-    formats/              annotation files of the real sets, --check
-    town/                 drawn people in the real sets' formats, for a demo and for exact answers
-    weights/              the shipped retriever; BERT, ViT, CLIP, IRRA's and the released MRA models, Stable Diffusion
-    run/                  command line, machine, checkpoints, the one training loop, large batches, what is kept
-    show/                 pictures, a folder of photographs, answers to sentences, a page to search from
-    train.py, adapt.py, evaluate.py   the scripts; tests/study/ has the ablation
+Beside the method stand formats/, town/, weights/, run/ and show/, which it never imports. Their first lines say what
+they hold.
 
 Shape letters; a docstring explains any other. Masks are `keep` or end in `_keep`, True = use it:
 

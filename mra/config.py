@@ -149,7 +149,7 @@ DAD_RECIPES = {
 # What a stage of train.py sets: the paper's values (section 3) and, for tiny and demo, ours.
 PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
-    "cuhk": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
+    "finetune": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
     "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
 # IRRA's (arXiv 2303.12501) epochs, batch, learning rates, warmup and weight decay; theirs falls as a cosine, ours
@@ -168,19 +168,16 @@ DEMO = {
 
 def pretrains(dataset: str) -> bool:
     """Whether `dataset` is for pretraining: SDA, MALS, or a folder in SDA format, which adapt.py makes."""
-    if dataset in ("cuhk", "icfg", "rstp"):         # never a folder of that name
-        return False
     return dataset in ("sda", "mals") or any(Path(dataset).glob("sda_*.json"))
 
 
 def recipe(dataset: str, preset: str) -> dict:
     """The fields of TrainConfig that `dataset` sets at `preset`; a flag overrides them."""
-    tables = {"tiny": DEMO, "demo": DEMO, "clip": CLIP}
-    table = tables.get(preset, PAPER)
+    table = {"tiny": DEMO, "demo": DEMO, "clip": CLIP}.get(preset, PAPER)
     if pretrains(dataset):
         return table["pretrain"]
-    if table is PAPER:
-        return PAPER["rstp" if dataset == "rstp" else "cuhk"]
+    if dataset == "rstp" and table is PAPER:
+        return PAPER["rstp"]
     return table["finetune"]
 
 

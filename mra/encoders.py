@@ -99,8 +99,9 @@ class FusionEncoder(nn.Module):
         """
         kept = keep.flatten().nonzero().squeeze(1)                                     # (L,) of B * T
         padded = (keep.flatten().cumsum(0) - 1).view(keep.shape)                       # (B, T) of L, any at padding
-        texts, tokens = (rows.bincount(minlength=len(keys_values[0])).tolist()         # counts for each image
-                         for rows in (images, images.repeat_interleave(keep.sum(1))))
+        count = len(keys_values[0])
+        texts = images.bincount(minlength=count).tolist()                              # their number for each image
+        tokens = images.repeat_interleave(keep.sum(1)).bincount(minlength=count).tolist()
         x, first = started, started[:, 0]
         for block, following, context in zip(self.blocks, self.blocks[1:], keys_values):
             x = block.attend_context(x.flatten(0, 1)[kept][None], context, counts=tokens)[0][padded]

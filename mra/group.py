@@ -43,6 +43,11 @@ class Group:
             total = total + other
         return total
 
+    def mean_where(self, values: Tensor, exists: Tensor) -> Tensor:
+        """This member's share of the mean of all values that exist, 0 without any: the shares' mean is that mean."""
+        total = self.summed(exists.sum().float())
+        return (values * exists).sum() * self.count / total.clamp(min=1)
+
     def own_rows(self, rows: int) -> slice:
         """Where this member's `rows` rows stand in what `gathered` returns."""
         return slice(rows * self.rank, rows * (self.rank + 1))

@@ -25,8 +25,7 @@ def contrastive(image_features: Tensor, text_features: Tensor, temperature: Tens
 
     L = -1/2 E[sum_j target_ij log S_I2T(i, j) + sum_j target_ij log S_T2I(i, j)]   (MRA section 3)
 
-    image_features, text_features (B, E) of unit length; classes (B,): pairs of one class, an identity or
-    a phrase, are positives.
+    Features (B, E) of unit length; classes (B,): pairs of one class, an identity or a phrase, are positives.
     """
     logits = (image_features @ text_features.T).float() / temperature        # (B, B)
     targets = soft_targets(classes, smoothing)
@@ -43,16 +42,14 @@ def distribution_matching(image_features: Tensor, text_features: Tensor, tempera
     """
     logits = (image_features @ text_features.T).float() / temperature        # (B, B)
     log_targets = (soft_targets(classes, smoothing) + 1e-8).log()
-    divergences = [F.kl_div(log_targets, rows.log_softmax(1), reduction="batchmean", log_target=True)
-                   for rows in (logits, logits.T)]
-    return sum(divergences)
+    return sum(F.kl_div(log_targets, rows.log_softmax(1), reduction="batchmean", log_target=True)
+               for rows in (logits, logits.T))
 
 
 def hard_negatives(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of contrastive logits (B, B), similarities / temperature, one column of another class.
 
-    Drawn in proportion to exp(logits). Returns the columns (B,) and
-    exists (B,): False where the batch holds no other class, and the column must not be used.
+    Drawn in proportion to exp(logits). Returns the columns (B,) and exists (B,): False where there is no other class.
     """
     other = classes[:, None] != classes[None, :]                             # (B, B)
     weights = logits.float().masked_fill(~other, -torch.inf).softmax(1)
@@ -68,11 +65,6 @@ def matching(logits: Tensor, matched: Tensor) -> Tensor:
 def masked_words(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (B, M) of the words at masked positions, logits (B, M, V); 0 where labels (B, M) are -100."""
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-
-
-def mean_where(values: Tensor, exists: Tensor) -> Tensor:
-    """Mean of the values where `exists` is True, 0 if it is True nowhere; a scalar."""
-    return (values * exists).sum() / exists.sum().float().clamp(min=1)
 
 
 def total(terms: dict[str, Tensor], beta: float) -> Tensor:

@@ -2,10 +2,9 @@
 
 k is the preset's `rerank` unless --k says otherwise; the images after the first k keep their order by similarity. The
 score of a candidate is match logit + weight * similarity: the fusion encoder's [matched] - [mismatched], and the cosine
-of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score here depends on its pair alone. MRA
-section 3 normalises scores over all pairs, so one query's order depends on the others. With `Settings.mirror` both
-stages average two passes: images and captions as they are, then mirrored images and captions with left and right
-exchanged. Read next: group.py, evaluate.py.
+of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score depends on its pair alone; the
+paper normalises scores over all pairs. With `Settings.mirror` both stages average two passes: images and captions as
+they are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
 """
 
 from dataclasses import dataclass
@@ -189,22 +188,13 @@ def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
         indices = torch.empty(len(some), 0, dtype=torch.long, device=some.device)
         for start in range(0, len(gallery), CHUNK):
             scores = some @ gallery[start:start + CHUNK].to(some).T                # (q, c)
-            columns = first_columns(scores, min(k, scores.shape[1]))
+            columns = scores.topk(min(k, scores.shape[1])).indices.sort().values   # ascending, for the stable sort
             values = torch.cat([values, scores.gather(1, columns)], 1)
             indices = torch.cat([indices, start + columns], 1)
             order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
             values, indices = values.gather(1, order), indices.gather(1, order)    # (q, k)
         found.append((values, indices))
     return tuple(torch.cat(blocks) for blocks in zip(*found))
-
-
-def first_columns(scores: Tensor, k: int) -> Tensor:
-    """The columns (q, k) of the k highest scores of each row, in ascending order; of equal scores the first."""
-    columns = scores.topk(k, dim=1).indices                                        # of equal scores any
-    lowest = scores.gather(1, columns).amin(1, keepdim=True)
-    tied = (scores >= lowest).sum(1) > k                                           # few rows are sorted as a whole
-    columns[tied] = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
-    return columns.sort(1).values
 
 
 @torch.inference_mode()
@@ -243,10 +233,7 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
 
 
 def queries_of(records: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:
-    """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query.
-
-    An image without a caption is a distractor. A record without an image adds queries alone.
-    """
+    """Captions and their identities (Q,), image paths and their identities (G,): every caption is a query."""
     captions = [tokenizer.clean(caption, records.name) for record in records.records for caption in record.captions]
     query_ids = torch.tensor([record.identity for record in records.records for _ in record.captions])
     images = [record for record in records.records if record.path]

@@ -18,6 +18,7 @@ from mra import losses
 from mra.config import ModelConfig
 from mra.data.batches import Batch
 from mra.encoders import FusionEncoder, ImageEncoder, TextEncoder
+from mra.group import Group
 from mra.layers import initialise
 
 
@@ -28,7 +29,7 @@ class Objective:
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
     contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all members' pairs
-    mean: Callable[[Tensor, Tensor], Tensor] = losses.mean_where       # this member's share of the joint mean
+    group: Group = Group()      # who shares the batch
 
 
 class Seen(NamedTuple):
@@ -131,7 +132,7 @@ class Retriever(nn.Module):
         if seen.keys_values is not None:
             contrasts = (seen.feature @ feature.T).detach() / self.temperature.detach()     # (B, B)
             logits, matched, exists = self.match_with_negatives(contrasts, seen, text, keep, classes)
-            terms["itm"] = objective.mean(losses.matching(logits, matched), exists)
+            terms["itm"] = objective.group.mean_where(losses.matching(logits, matched), exists)
         return terms
 
     def match_with_negatives(self, contrasts: Tensor, seen: Seen, text: Tensor, keep: Tensor,
@@ -160,7 +161,8 @@ class Retriever(nn.Module):
         started = self.fusion_encoder.start(text, keep)                                              # (B, T, D)
         fused = self.fusion_encoder(started, keep, batch.masked_at, seen.keys_values)                # (B, M, D)
         logits = self.word_head(fused)                                                               # (B, M, V)
-        return objective.mean(losses.masked_words(logits, batch.masked_labels), batch.masked_labels >= 0)
+        lost = losses.masked_words(logits, batch.masked_labels)                                      # (B, M)
+        return objective.group.mean_where(lost, batch.masked_labels >= 0)
 
     @torch.no_grad()
     def limit_temperature(self) -> None:

@@ -58,10 +58,6 @@ def test_published_counts():
 
 
 def test_a_whole_set(checked, root):
-    def tell_apart(items):
-        for item in items:
-            item["captions"][1] += f" with {item['id']} pens"
-    records_of(root, tell_apart)
     status, out = checked()
     assert status == 0 and out.endswith("All is well.\n") and "Note" not in out
     for split in ("train", "val", "test"):
@@ -92,16 +88,14 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
                           (12, "record 1 ("), (17, "also in test, "), (17, "record 16 (")):
         assert any(f"record {number} (" in line and words in line for line in out.splitlines()), words
     train_counts = "train: 3 identities, 5 images, 11 captions; published 3, 6 and 12\n"
-    assert f"Note: 2 x split without the published counts, such as\n  {train_counts}" in out
-    assert out.count(train_counts) == 2 and "\ntest: 3 identities, 4 images, 8 captions; published 3, 6 and 12\n" in out
+    assert out.count(train_counts) == 1 and "\ntest: 3 identities, 4 images, 8 captions; published 3, 6 and 12\n" in out
 
 
 def test_a_part_of_a_benchmark_is_well(checked, root):
     records_of(root, lambda items: items.__delitem__(slice(1, 6)))          # train keeps one image
     status, out = checked()
     assert status == 0 and out.endswith("All is well.\n")
-    assert ("Note: 1 x split without the published counts, such as\n  "
-            "train: 1 identities, 1 images, 2 captions; published 3, 6 and 12\n") in out
+    assert "\ntrain: 1 identities, 1 images, 2 captions; published 3, 6 and 12\n" in out
 
 
 @pytest.mark.parametrize("size, odd", [((15, 40), True), ((40, 15), True), ((16, 16), False), ((16, 96), False),
@@ -132,24 +126,7 @@ def test_words_that_the_vocabulary_lacks_are_noted(checked, root, note):
     records_of(root, spoil)
     line = note("vocabulary lacks")
     assert line.startswith("Note: 2 x caption with words that the vocabulary lacks, such as\n  '")
-    assert "record 2 (" in line
-    assert line.endswith("'a man 穿 in a [UNK] café' has '穿'")
-    (root / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "woman")))
-    status, out = checked("--dataset", "cuhk", "--data-root", ".", "--vocab", "vocab.txt")
-    assert status == 0 and "Note: 36 x caption with words" in out and "'with 0 bags on his left'" in out
-
-
-def test_a_caption_of_several_people_is_noted(root, note):
-    """Within one split: elsewhere nothing compares the two people. Letter case makes no difference to the model."""
-    def spoil(items):
-        for item in items:
-            item["captions"] = [f"number {item['id']}"]
-        items[0]["captions"] = items[1]["captions"] = items[6]["captions"] = ["the same"]       # two people
-        items[4]["captions"] = ["THE same", "another"]
-    records_of(root, spoil)
-    line = note("several people")
-    assert line.startswith("Note: 1 x caption of several people, such as\n  ")
-    assert "record 4 (" in line and "'THE same' and " in line and "record 0 (" in line
+    assert "record 2 (" in line and line.endswith("'a man 穿 in a [UNK] café'")
 
 
 def test_images_that_do_not_decode(checked, root):

@@ -20,12 +20,11 @@ import torch
 from PIL import Image
 
 from mra import losses, ranking
-from mra.config import PRESETS, TrainConfig, pretrains, recipe
+from mra.config import PRESETS, TrainConfig
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
 from mra.run import checkpoint, machine, stages
 from mra.run.command import run
-from mra.show import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--preset", "tiny")
@@ -338,14 +337,6 @@ def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):
     assert stages.adapted_set(TrainConfig(share=0.1)) == Path("out/sda/icfg-0.1")
 
 
-def test_a_known_name_is_never_a_folder(tmp_path, monkeypatch):
-    (tmp_path / "icfg").mkdir()
-    (tmp_path / "icfg/sda_0.json").write_text("[]")
-    monkeypatch.chdir(tmp_path)
-    assert not pretrains("icfg") and recipe("icfg", "tiny") == recipe("cuhk", "tiny")
-    assert pretrains("./icfg")
-
-
 # ---- evaluate.py
 
 def test_evaluate_finds_the_newest_checkpoint(work):
@@ -487,11 +478,6 @@ def test_a_sentence_without_a_known_word_is_refused(work):
                   "data/demo-tiny/ICFG-PEDES/imgs/test")
     assert "does not know 2 of its" in out and "'a hat':" in out
     assert not (work / "out/icfg-tiny-s0/results.json").exists()
-
-
-def test_a_picture_shows_no_empty_boxes():
-    font = pictures.ImageFont.load_default(15)
-    assert pictures.fitted("green \u8d70 \x1b\t$", font, 500) == "green \\u8d70 $"
 
 
 # ---- a user's mistakes

@@ -33,7 +33,7 @@ ASKED = ["a man in a red coat with a bag on his left", "a woman", "black hat"]
 
 def encode_folder(folder: Path, model: Retriever, cache: Path, settings: Settings, say=print):
     """As evaluate.py --gallery encodes a folder."""
-    return gallery.encode(str(folder), gallery.photographs(folder, cache.parent, say), model, cache, settings, say)
+    return gallery.encode(str(folder), gallery.photographs(folder, say), model, cache, settings, say)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mra import losses
+from mra.group import Group
 from mra.retriever import Seen
 
 
@@ -131,8 +132,8 @@ def test_masked_words_by_hand():
 
 def test_the_mean_counts_what_is_marked():
     values = torch.tensor([1.0, 5.0, 9.0])
-    assert losses.mean_where(values, torch.tensor([True, False, True])) == 5
-    assert losses.mean_where(values, torch.zeros(3, dtype=torch.bool)) == 0
+    assert Group().mean_where(values, torch.tensor([True, False, True])) == 5
+    assert Group().mean_where(values, torch.zeros(3, dtype=torch.bool)) == 0
 
 
 # ---- the sum
@@ -155,7 +156,7 @@ def texts_and_images(model, batch, rows: int):
 
 def matching_loss(model, similarity, seen: Seen, text, keep, classes) -> torch.Tensor:
     logits, matched, counts = model.match_with_negatives(similarity, seen, text, keep, classes)
-    return losses.mean_where(losses.matching(logits, matched), counts)
+    return Group().mean_where(losses.matching(logits, matched), counts)
 
 
 def pair_loss(model, text, keep, keys_values, i: int, j: int, matched: bool) -> torch.Tensor:

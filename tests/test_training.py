@@ -294,8 +294,7 @@ def test_accumulated_batches_are_one_batch(town, tmp_path, monkeypatch):
     """
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], dropout=0.0))
     monkeypatch.setattr(batches, "WINDOW", 1)       # which pairs share a batch depends on its size
-    monkeypatch.setattr(contrastive, "mean_where",
-                        lambda values, counts, group: (values * counts).sum() / len(values))
+    monkeypatch.setattr(Group, "mean_where", lambda group, values, exists: (values * exists).sum() / len(values))
     monkeypatch.setattr(losses, "total", lambda terms, beta: terms["mlm"])
     for name, flags in (("two", ("--batch", "4", "--accumulate", "2")), ("one", ("--batch", "8"))):
         succeed(town, "train.py", *SIX, "--steps", "1", "--dataset", "cuhk", "--precision", "float32", "--max-norm",
@@ -347,8 +346,7 @@ def model_of_one_seed() -> Retriever:
 def terms_and_gradients(model: Retriever, batch: Batch, fuse: bool, group: Group) -> dict[str, torch.Tensor]:
     """Loss terms, and gradients averaged over the group, of a member's own batch."""
     losses.hard_negatives = next_within_half
-    terms = model(batch, Objective(fuse, 0.2, 0.8, partial(contrastive.contrastive, group=group),
-                                   partial(contrastive.mean_where, group=group)))
+    terms = model(batch, Objective(fuse, 0.2, 0.8, partial(contrastive.contrastive, group=group), group))
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(losses.total(terms, 0.8), list(named.values()), allow_unused=True)
     found = {name: term.detach() for name, term in terms.items()}

@@ -58,16 +58,13 @@ def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
 
 
 def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """Replace up to alpha x words terms of the lexicon. Case and punctuation stay; "a" or "an" agrees."""
+    """Replace up to alpha x words terms of the lexicon by synonyms in lower case; "a" or "an" before one agrees."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
     for term in sorted(chosen, key=re.Match.start, reverse=True):
         synonym = _synonym(term, rng)
-        if term[0].isupper():
-            synonym = synonym.upper()
-        elif term[0][0].isupper():
-            synonym = synonym[0].upper() + synonym[1:]
-        text = _agreeing(text[:term.start()], synonym) + synonym + text[term.end():]
+        n = "n" if VOWEL.match(synonym) else ""
+        text = ARTICLE.sub(rf"\1{n}", text[:term.start()]) + synonym + text[term.end():]
     return text
 
 
@@ -76,10 +73,7 @@ def insert_synonyms(text: str, rng: random.Random, alpha: float) -> str:
     found, words = list(TERM.finditer(text)), text.split()
     if found:
         for _ in range(_changes(text, alpha)):
-            at, synonym = rng.randint(0, len(words)), _synonym(rng.choice(found), rng)
-            if at:
-                words[at - 1] = _agreeing(words[at - 1], synonym)
-            words.insert(at, synonym)
+            words.insert(rng.randint(0, len(words)), _synonym(rng.choice(found), rng))
     return " ".join(words)
 
 
@@ -108,11 +102,3 @@ def _changes(text: str, alpha: float) -> int:
 
 def _synonym(term: re.Match, rng: random.Random) -> str:
     return rng.choice(SYNONYMS[" ".join(term[0].lower().split())])
-
-
-def _agreeing(before: str, word: str) -> str:
-    """`before`, with an "a" or "an" at its end that agrees with the `word` to come."""
-    n = "n" if VOWEL.match(word) else ""
-    if word.isupper():
-        n = n.upper()
-    return ARTICLE.sub(rf"\1{n}", before)

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -31,19 +30,19 @@ class Layout(NamedTuple):
     """Paths below the data root; `{}` stands for the split, `*` for any text."""
     images: str                         # folder of the images
     whole: str = ""                     # the file of all splits
-    of_split: tuple[str, ...] = ()      # files of one split each
+    of_split: str = ""                  # files of one split each
     parts: str = ""                     # files that share the training data
     has_val: bool = False               # without a val split, training identities are held out
 
 
 LAYOUTS = {
-    "cuhk": Layout("CUHK-PEDES", "CUHK-PEDES/reid_raw.json", ("finetune/cuhk_{}.json",), has_val=True),
-    "icfg": Layout("ICFG-PEDES", "ICFG-PEDES/ICFG[-_]PEDES.json", ("finetune/icfg_{}.json",)),
-    "rstp": Layout("RSTPReid", "RSTPReid/data_captions.json", ("finetune/rstp_{}.json",), has_val=True),
-    "sda": Layout("SDA", of_split=("SDA/finetune/sda_{}.json",), parts="SDA/sda_*.json"),
+    "cuhk": Layout("CUHK-PEDES", "CUHK-PEDES/reid_raw.json", "finetune/cuhk_{}.json", has_val=True),
+    "icfg": Layout("ICFG-PEDES", "ICFG-PEDES/ICFG[-_]PEDES.json", "finetune/icfg_{}.json"),
+    "rstp": Layout("RSTPReid", "RSTPReid/data_captions.json", "finetune/rstp_{}.json", has_val=True),
+    "sda": Layout("SDA", of_split="SDA/finetune/sda_{}.json", parts="SDA/sda_*.json"),
     "mals": Layout("MALS", parts="MALS/g_*_attrs.json"),
 }
-OWN = Layout("", of_split=("{}.json", "*_{}.json"), parts="sda_*.json")     # below the user's folder
+OWN = Layout("", of_split="{}.json", parts="sda_*.json")     # below the user's folder
 DATASETS = tuple(LAYOUTS)
 
 
@@ -108,18 +107,16 @@ def locate(dataset: str, split: str, root: Path) -> Source:
     whole = _files(base, layout.whole)
     if whole:
         return Source(whole[:1], images, None, not layout.has_val)
-    hold_out = not layout.has_val and not _files(base, *layout.of_split, split="val")
+    hold_out = not layout.has_val and not _files(base, layout.of_split.format("val"))
     wanted = "train" if hold_out and split == "val" else split
-    files = _files(base, *layout.of_split, split=wanted)
-    if len(files) > 1:
-        raise UserError(f"{shown(images)} holds more than one {wanted} file: keep one data set in a folder")
+    files = _files(base, layout.of_split.format(wanted))
     if files:
         return Source(files, images, wanted, hold_out, grouped=True)
     parts = layout.parts if wanted == "train" else ""
     files = _files(base, parts)
     if files:
         return Source(files, images, wanted, hold_out)
-    sought = [path.format(wanted) for path in (layout.whole, *layout.of_split, parts) if path]
+    sought = [path.format(wanted) for path in (layout.whole, layout.of_split, parts) if path]
     hint = ""
     if (images / "caption_all.json").is_file():
         hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
@@ -127,11 +124,9 @@ def locate(dataset: str, split: str, root: Path) -> Source:
                     f"{' or '.join(sought) or 'file of it'}{hint}")
 
 
-def _files(base: Path, *patterns: str, split: str = "") -> list[Path]:
-    """The files of these patterns in natural order: part_2 before part_10."""
-    found = [file for pattern in patterns if pattern for file in base.glob(pattern.format(split))
-             if not file.name.startswith(".")]
-    return sorted(found, key=lambda file: re.sub(r"\d+", lambda run: run[0].zfill(20), file.name))
+def _files(base: Path, pattern: str) -> list[Path]:
+    """The files of a pattern in alphabetical order; none if the pattern is empty."""
+    return sorted(base.glob(pattern)) if pattern else []
 
 
 def read_rows(source: Source) -> tuple[list[Row], list[str]]:

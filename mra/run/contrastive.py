@@ -147,9 +147,3 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 CONTRASTIVE = {"itc": contrastive, "sdm": distribution_matching}       # by the value of --contrastive
-
-
-def mean_where(values: Tensor, exists: Tensor, group: Group) -> Tensor:
-    """This member's share of `losses.mean_where` of all members' values: the shares' mean is the joint mean."""
-    total = group.summed(exists.sum().float())
-    return (values * exists).sum() * group.count / total.clamp(min=1)

@@ -143,8 +143,8 @@ def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: T
 
 def describe(result: dict) -> str:
     """A validation result in one line."""
-    stages = [stage for stage in ("embeddings", "reranked") if stage in result]
-    return ", ".join(f"{stage} R@1 {result[stage]['R@1']:.2f} mAP {result[stage]['mAP']:.2f}" for stage in stages)
+    rankings = {name: result[name] for name in ("embeddings", "reranked") if name in result}
+    return ", ".join(f"{name} R@1 {ranked['R@1']:.2f} mAP {ranked['mAP']:.2f}" for name, ranked in rankings.items())
 
 
 def check(config: TrainConfig) -> None:

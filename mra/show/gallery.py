@@ -57,9 +57,8 @@ class Gallery:
                threshold: float = -1.0) -> list[list[Hit]]:
         """The first `listed` hits of each sentence, best first, without those of a similarity below the threshold.
 
-        A picture `image` goes with each sentence: the similarity is the mean of both, or the picture's for an empty
-        sentence. Similarity alone then ranks, for the fusion encoder matches no image with an image. Call it under the
-        model's autocast.
+        With a picture `image`, `example` of ranking.search, similarity alone ranks, for the fusion encoder matches no
+        image with an image. Call it under the model's autocast.
         """
         settings, example = replace(self.settings, listed=listed), None
         if image:
@@ -114,15 +113,14 @@ def sentences_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest
     return [sentence for _, sentence in asked] or [""]
 
 
-def photographs(folder: Path, results: Path, say: Callable = print) -> list[str]:
-    """Images below `folder`, without hidden ones, linked folders and pictures that evaluate.py wrote to `results`."""
+def photographs(folder: Path, say: Callable = print) -> list[str]:
+    """Images below `folder`, without hidden ones, linked folders and the query.png of an earlier search."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
     found, others = [], Counter()
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        own = path.match("ranking*.png") and path.parent.resolve() == results.resolve()
-        own = own or (path.name == "query.png" and path.with_suffix(".json").exists())
-        if hidden or own or not path.is_file():
+        earlier = path.name == "query.png" and path.with_suffix(".json").exists()
+        if hidden or earlier or not path.is_file():
             continue
         if path.suffix.lower() in suffixes:
             found.append(str(path))

@@ -137,11 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.model, self.server.autocast():
             image = open_image(io.BytesIO(picture)) if picture else None
             started = time.perf_counter()
-            try:
-                hits, = gallery.search([text], image, LISTED)
-            except UserError as gone:       # a photograph that the fusion encoder reads has gone since the start
-                notes.append(f"Ranked by similarity alone: {gone}.")
-                hits, = replace(gallery, settings=replace(gallery.settings, k=0)).search([text], image, LISTED)
+            hits, = gallery.search([text], image, LISTED)
         rows = [{"photo": self.server.numbers[hit.path], "similarity": hit.similarity, "match": hit.match,
                  "name": harmless(os.path.relpath(hit.path, self.server.home))} for hit in hits]
         return {"hits": rows, "phrases": phrases, "notes": notes, "seconds": time.perf_counter() - started}

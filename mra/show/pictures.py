@@ -86,11 +86,10 @@ def table(rows: list[Row], path: Path) -> None:
 
 
 def fitted(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """At most two lines of `width` pixels. Characters that the font lacks are escaped, unprintable ones blank."""
+    """At most two lines of `width` pixels. Unprintable characters become blank."""
     printable = "".join(character if character.isprintable() else " " for character in text[:1000])
-    lines, lacking = [""], bytes(font.getmask("\uffff"))     # what the font draws for a character that it lacks
-    drawn = [ascii(c)[1:-1] if bytes(font.getmask(c)) == lacking else c for c in printable]
-    for word in "".join(drawn).split():
+    lines = [""]
+    for word in printable.split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()

@@ -147,10 +147,7 @@ def source_record(shot: Shot, words: Words) -> dict:
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:
-    """The demo town's folder, relative to the working directory. If the set `dataset` is missing there, it is drawn.
-
-    Several processes may call it at once. Names other than sda, cuhk, icfg and rstp are not drawn.
-    """
+    """The demo town's folder below the working directory; a set `dataset` of the town that it lacks is drawn first."""
     root = Path("data/demo-tiny" if tiny else "data/demo")
     set_name = "source" if dataset == "sda" else dataset
     if set_name in FOLDERS:

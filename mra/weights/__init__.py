@@ -1,4 +1,1 @@
-"""Weights from elsewhere: BERT, vision transformers, CLIP, the released MRA models, Stable Diffusion.
-
-Read files.py and names.ini, released.py, clip.py, retrievers.py and stable.py. README.md says what was compared.
-"""
+"""Weights from elsewhere. Read README.md, files.py with names.ini, released.py, clip.py, retrievers.py, stable.py."""

@@ -26,11 +26,7 @@ USUAL_HEADS = {512: 8, 768: 12, 1024: 16, 1280: 16}      # CLIP's text; BERT and
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights, or of the first of FILES in a folder. Raises UserError for anything else.
-
-    A file may hold them in a table under "model", "state_dict" or "model_state_dict". A "module." before a name, which
-    DataParallel adds, is dropped.
-    """
+    """The tensors of a file of weights, or of the first of FILES in a folder. Raises UserError for anything else."""
     path = next((path / name for name in FILES if (path / name).is_file()), path)
     if not path.is_file():
         raise UserError(f"{path}: no such file of weights, and no folder with one of {', '.join(FILES)}.")
@@ -48,14 +44,11 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): it is broken, is no table of "
                         "tensors, or is a TorchScript archive, which holds code; in place of OpenAI's CLIP give "
                         "Hugging Face's folder, or open_clip's safetensors file.") from error
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}     # DataParallel adds it
 
 
 def named(given: dict[str, Tensor], path: Path, *kinds: str) -> dict[str, Tensor]:
-    """The tensors of the file `path` under our names, by the rules of `kinds` and then of "block" in names.ini.
-
-    The keys and values of an attention become one tensor, as ours are.
-    """
+    """The tensors of the file `path` under our names, by the rules of `kinds` and then of "block" in names.ini."""
     rules = configparser.RawConfigParser(delimiters=("->",))
     rules.optionxform = str         # upper and lower case differ
     rules.read(Path(__file__).with_name("names.ini"))
@@ -72,7 +65,7 @@ def named(given: dict[str, Tensor], path: Path, *kinds: str) -> dict[str, Tensor
         for name in [name for name in found if ".to_all." in name]:         # torchvision's
             parts = zip(("to_query", "to_key", "to_value"), found.pop(name).chunk(3))
             found |= {name.replace("to_all", part): tensor for part, tensor in parts}
-        for name in [name for name in found if ".to_key." in name]:
+        for name in [name for name in found if ".to_key." in name]:         # keys and values are one tensor of ours
             value = name.replace("to_key", "to_value")
             if value in found:
                 found[name.replace("to_key", "to_keys_values")] = torch.cat([found.pop(name), found.pop(value)])

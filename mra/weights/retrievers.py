@@ -1,8 +1,7 @@
 """Retrievers: made from a configuration, started from weights from elsewhere, or loaded from a checkpoint of any kind.
 
-CLIP's files are Hugging Face's, open_clip's with OpenAI's names, and those of IRRA's code (arXiv 2303.12501), which
-most methods since 2023 share. Tables of positions are interpolated for images of another size. Read next:
-run/stages.py.
+CLIP's files are Hugging Face's, open_clip's with OpenAI's names, and those of IRRA's code (arXiv 2303.12501). Tables of
+positions are interpolated for images of another size. Read next: run/stages.py.
 """
 
 import math
@@ -67,13 +66,10 @@ def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str,
 
 
 def read_bert(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
-    """A Hugging Face BERT's tensors under our names, and the configuration with its sizes.
-
-    Its layers, however many, are divided between text and fusion encoder as `config`'s are.
-    """
+    """A Hugging Face BERT's tensors under our names, and `config` with its sizes."""
     tensors = named(read(path), path, "bert")
     depth = depth_of(tensors, "layers.")
-    text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)
+    text_depth = depth * config.text_depth // (config.text_depth + config.fusion_depth)     # divided as ours are
     if not 0 < text_depth < depth:
         raise UserError(f"{path}: {depth} layers are too few for a text and a fusion encoder.")
     with checkpoint.trusting(path):
@@ -178,10 +174,7 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
 
 
 def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, dict]:
-    """The model of a released checkpoint's tensors, and the facts of a checkpoint of ours.
-
-    They are a Swin, BERT's layers as text and fusion encoder, and the heads. The score is the matching logit.
-    """
+    """The model of a released checkpoint's tensors, and the facts of a checkpoint of ours."""
     tensors = named(tensors, path, "released", "bert")
     with checkpoint.trusting(path):
         table = tensors["image_encoder.stages.0.0.attn.relative_position_bias_table"]
@@ -193,7 +186,7 @@ def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, di
     model = make_retriever(config)
     fill(model, tensors, path)
     train = UNTOLD | {"preset": preset, "dataset": "sda" if preset == "swin-224" else ""}
-    return model, {"train": train, "val": {"weight": 0.0}, "pretrained_on": "sda"}
+    return model, {"train": train, "val": {"weight": 0.0}, "pretrained_on": "sda"}     # ranked by matching logits alone
 
 
 def resized(model: Retriever, like: ModelConfig) -> Retriever:

@@ -90,7 +90,7 @@ def training(preset: str, now: bool):
 
     def loss_of(portion: loops.Portion):
         objective = Objective(contrastive=partial(contrastive.contrastive, group=portion.group),
-                              mean=partial(contrastive.mean_where, group=portion.group))
+                              group=portion.group)
         terms = model(portion.batch, objective)
         return terms | {"loss": losses.total(terms, config.beta)}
 

@@ -326,7 +326,7 @@ def images(folder: Path) -> Maker:
 
         def read() -> None:
             if rng.random() < 0.2:
-                for photograph in gallery.photographs(target, folder, lambda line: None):
+                for photograph in gallery.photographs(target, lambda line: None):
                     examined(photograph)
                 return
             image = open_image(str(path))
