@@ -56,7 +56,8 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
         if row.missing:
             faults["missing image"].append(row.place)
         for caption in row.record.captions:
-            ids, place = tokenizer.encode(tokenizer.clean(caption, dataset), longest + 1), f"{row.place}: {shown(caption)}"
+            ids = tokenizer.encode(tokenizer.clean(caption, dataset), longest + 1)
+            place = f"{row.place}: {shown(caption)}"
             if len(ids) > longest:
                 notes[f"caption of more than {longest - 2} word pieces, which the model cuts"].append(place)
             if tokenizer.unk_id in ids:
