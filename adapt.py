@@ -69,10 +69,10 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
         return machine.say(f"{out} is complete.")
     # ---- what learns the target: autoencoder, branch, a judge of malformed people
     base = networks.adapt_autoencoder(config, base, target, machine)
-    branch = networks.train_branch(config, base, target, machine)
+    adapted = networks.train_branch(config, base, target, machine)
     judge = networks.train_judge(config, base, target, machine)
     # ---- samples, calibrated and decoded, and their scores for the filters
-    painter = Painter(config, base, branch, target.images, plan.source_sample)
+    painter = Painter(config, base, adapted, target.images, plan.source_sample)
     parts.make_parts(painter, judge, plan, out, machine)
     # ---- the set: what passes the filters
     machine.on_rank_0(lambda: parts.finish(config, out, target.images, set_key, machine))

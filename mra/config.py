@@ -136,9 +136,9 @@ class DadRecipe:
 
 DAD_RECIPES = {
     "tiny":  DadRecipe(Fit(5, 16, 1e-3), Fit(5, 16, 1e-3), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
-                       probes=16, flags=dict(sampling_steps=4)),
-    "demo":  DadRecipe(branch=Fit(2400, 16, 3e-3), autoencoder=Fit(2000, 32, 1e-3),
-                       denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3)),
+                       probes=16, flags=dict(sampling_steps=4, rank=2)),
+    "demo":  DadRecipe(branch=Fit(1500, 16, 3e-3), autoencoder=Fit(2000, 32, 1e-3),
+                       denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3), flags=dict(rank=32)),
     "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), autoencoder=Fit(50_000, 32, 2e-4),
                        denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4)),
     # three epochs of the target's pairs, as in the paper
@@ -253,6 +253,7 @@ class AdaptConfig:
     out: str = flag("", "folder of the set; empty: out/sda/<target>, then size, mode, ... that differ")
     resume: bool = flag(True, "go on with the set in --out; --no-resume removes one that was made otherwise")
     steps: int = flag(0, "training steps of the branch; 0: those of the recipe", 0, 1e9)
+    rank: int = flag(0, "rank of the branch's layers, one beside each of the base's; 0: the paper's branch", 0, 1024)
     recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
     sampling_steps: int = flag(12, "denoising steps of an image, by DPM-Solver++(2M)", 1, 1000)
     guidance: float = flag(3.5, "scale of the guidance on the text; 1: none", 0, 100)

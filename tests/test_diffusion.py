@@ -15,7 +15,7 @@ import torch
 
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
 from mra.diffusion.base import Diffusion, decode, encode, to_float
-from mra.diffusion.denoiser import DomainBranch
+from mra.diffusion.denoiser import DomainBranch, low_rank_branch
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
 from mra.diffusion.pairs import LatentPairs
 from mra.diffusion.sampling import guide
@@ -198,6 +198,23 @@ def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the white condition has an effect
 
 
+def test_a_new_low_rank_branch_changes_nothing_and_each_of_its_layers_can(base):
+    torch.manual_seed(0)
+    (adapted, branch), prompt = low_rank_branch(base.denoiser, 3), base.encode_text(CAPTIONS)
+    z, t = torch.randn(3, *base.config.shape), torch.tensor([1, 500, 999])
+    torch.nn.init.normal_(base.denoiser.last[-1].weight, std=0.1)
+    adapted.last[-1].frozen.weight.data.copy_(base.denoiser.last[-1].weight)
+    plain = base.denoiser(z, t, prompt)
+    assert torch.equal(adapted(z, t, prompt), plain)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(trained) == len(list(branch.parameters())) == 3 * len(branch)
+    for number, layer in enumerate(branch):
+        torch.nn.init.normal_(layer[1].bias, std=0.1)
+        assert not torch.equal(adapted(z, t, prompt), plain), number
+        torch.nn.init.zeros_(layer[1].bias)
+    assert torch.equal(base.denoiser(z, t, prompt), plain)
+
+
 def test_captions_are_cut_at_what_the_base_can_read(tokenizer, images):
     size = dataclasses.replace(DIFFUSION_PRESETS["tiny"], vocab=len(tokenizer), max_tokens=10, positions=10)
     base = Diffusion.new(size, tokenizer)
@@ -205,13 +222,18 @@ def test_captions_are_cut_at_what_the_base_can_read(tokenizer, images):
     assert pairs.ids.shape[1] == 10 and pairs.ids[0, -1] == tokenizer.sep_id
 
 
-def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path, rank):
     base.requires_grad_(False)
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    branch = DomainBranch(base.denoiser)
+    if rank:
+        adapted, branch = low_rank_branch(base.denoiser, rank)
+    else:
+        branch = DomainBranch(base.denoiser)
+        adapted = partial(base.denoiser, branch=branch)
     pairs = LatentPairs(base, images, [(i, CAPTIONS[i % 3]) for i in range(5)])
     first = {name: value.clone() for name, value in branch.state_dict().items()}
-    learn("branch", branch, lambda: partial(pairs.loss, branch=branch), Fit(4, 8, 1e-2),
+    learn("branch", branch, lambda: partial(pairs.loss, adapted=adapted), Fit(4, 8, 1e-2),
           tmp_path, {"seed": 0}, MACHINE)
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
     assert all(parameter.requires_grad for parameter in branch.parameters())
@@ -253,7 +275,7 @@ def test_guidance_of_one_costs_and_changes_nothing(base):
     base.denoiser.register_forward_pre_hook(lambda module, given: passes.append(len(given[0])))
 
     def v(guidance: float, span: tuple = (0, 1000)) -> torch.Tensor:
-        return guide(base.denoiser, branch, both, guidance, span)(z, t)
+        return guide(partial(base.denoiser, branch=branch), both, guidance, span)(z, t)
 
     words = base.denoiser(z, t, prompt, branch)
     empty = base.denoiser(z, t, nothing, branch)

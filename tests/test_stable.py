@@ -10,6 +10,7 @@ set_alpha_to_one, no clipping; 20 steps at guidance 7.5.
 import dataclasses
 import math
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_everything_agrees_with_diffusers(base):
 
 def test_a_guided_trajectory_agrees_with_diffusers(base):
     assert off(base.schedule.alpha[::37], "alpha") < 1e-5 and base.schedule.predicts_noise
-    denoise = guide(base.denoiser, None, base.encode_text([WORDS[0], ""]), 7.5)
+    denoise = guide(base.denoiser, base.encode_text([WORDS[0], ""]), 7.5)
     assert off(ddim(denoise, array("noise", 1, 4, 16, 8), base.schedule, 20), "ddim") < 1e-4
 
 
@@ -185,7 +186,7 @@ def test_weights_that_do_not_fit_are_refused(folder, tmp_path):
 
 
 def gradients(base: Diffusion, branch: DomainBranch, data: pairs.LatentPairs) -> list[Tensor]:
-    loss = data.loss(torch.Generator().manual_seed(3), 3, branch)
+    loss = data.loss(torch.Generator().manual_seed(3), 3, partial(base.denoiser, branch=branch))
     return [loss, *torch.autograd.grad(loss, list(branch.parameters()))]
 
 

@@ -1,4 +1,4 @@
-"""The denoiser and the domain branch beside it: DaD's two networks (MRA section 2).
+"""The denoiser and the branch beside it that learns a domain: DaD's two networks (MRA section 2).
 
 The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level has two residual blocks in the encoder
 and three in the decoder. A transformer follows each block, except at the lowest resolution: pixels attend to each
@@ -156,11 +156,11 @@ class Denoiser(nn.Module):
 
 
 class DomainBranch(nn.Module):
-    """A trainable copy of a denoiser's encoder and middle, with a domain embedding (ControlNet, Zhang et al. 2023).
+    """The paper's branch: a trainable copy of a denoiser's encoder and middle (ControlNet, Zhang et al. 2023).
 
-    Its outputs leave through convolutions that start at zero, so an untrained branch changes nothing. As in the paper
-    the condition is a white image, so the branch learns the target's look alone. Folded to the resolution of the
-    latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
+    It has a domain embedding. Its outputs leave through convolutions that start at zero, so an untrained branch changes
+    nothing. As in the paper the condition is a white image, so the branch learns the target's look alone. Folded to the
+    resolution of the latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
     """
 
     def __init__(self, base: Denoiser):
@@ -177,6 +177,40 @@ class DomainBranch(nn.Module):
         embedding = self.encoder.embed(t) + self.domain
         outputs = self.encoder(z, embedding, text, self.condition(white))
         return [convolution(x) for convolution, x in zip(self.outputs, outputs)]
+
+
+class LowRank(nn.Module):
+    """A frozen layer and, beside it, one of low rank that starts at zero (LoRA, Hu et al. 2022)."""
+
+    def __init__(self, frozen: nn.Conv2d | nn.Linear, rank: int):
+        super().__init__()
+        self.frozen = frozen
+        if isinstance(frozen, nn.Conv2d):
+            first = nn.Conv2d(frozen.in_channels, rank, frozen.kernel_size, frozen.stride, frozen.padding, bias=False)
+            last = nn.Conv2d(rank, frozen.out_channels, 1)
+        else:
+            first, last = nn.Linear(frozen.in_features, rank, bias=False), nn.Linear(rank, frozen.out_features)
+        self.beside = nn.Sequential(first, zero(last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.beside(x)
+
+
+def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
+    """A copy of the denoiser with a layer of low rank beside each of its layers, and these layers alone, to be trained.
+
+    Other than the paper's branch, this one also reaches the U-Net's decoder. The text encoder, the embedding of the
+    noise level and the norms stay as they are.
+    """
+    adapted, beside = copy.deepcopy(base).requires_grad_(False), nn.ModuleList()
+    names = [name for name, layer in adapted.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
+             and not name.startswith(("text_encoder.", "encoder.level."))]
+    for name in names:
+        layer = LowRank(adapted.get_submodule(name), rank)
+        parent, _, last = name.rpartition(".")
+        setattr(adapted.get_submodule(parent), last, layer)
+        beside.append(layer.beside)
+    return adapted, beside
 
 
 def recompute_stages(network: nn.Module) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from mra.data.tokenizer import pad
 from mra.data.words import swap_left_right
 from mra.diffusion.base import Diffusion, encode
-from mra.diffusion.denoiser import DomainBranch, TextStates
+from mra.diffusion.denoiser import Denoiser, TextStates
 from mra.diffusion.noising import diffusion_loss
 
 NO_WORDS = 0.1      # chance of an empty caption, which guidance needs
@@ -50,13 +50,16 @@ class LatentPairs:
         states = torch.stack([self.states[i][:keep.shape[1]] for i in caption.tolist()])
         return TextStates(states.to(keep.device), keep)
 
-    def loss(self, generator: torch.Generator, count: int, branch: DomainBranch | None = None) -> Tensor:
-        """The diffusion loss of `count` random pairs, a scalar. Our branch learns mostly at levels in the middle."""
-        device, denoiser, schedule = self.latents.device, self.base.denoiser, self.base.schedule
+    def loss(self, generator: torch.Generator, count: int, adapted: Denoiser | None = None) -> Tensor:
+        """The diffusion loss of `count` random pairs, a scalar: of the base, or of the base with a branch.
+
+        Our branch learns mostly at levels in the middle.
+        """
+        device, denoiser, schedule = self.latents.device, adapted or self.base.denoiser, self.base.schedule
         pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
         latents = self.latents[self.image_of[pair]]                                             # (B, C, h, w)
         pair[torch.rand(count, generator=generator, device=device) < NO_WORDS] = len(self.caption_of) - 1
         text = self.text_states(self.caption_of[pair])
-        t = schedule.random_levels(count, generator, middle=branch is not None and not self.base.config.stable)  # (B,)
+        t = schedule.random_levels(count, generator, middle=adapted is not None and not self.base.config.stable)  # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-        return diffusion_loss(lambda z, t: denoiser(z, t, text, branch), latents, noise, t, schedule)
+        return diffusion_loss(lambda z, t: denoiser(z, t, text), latents, noise, t, schedule)

@@ -8,12 +8,11 @@ from torch import Tensor
 from mra.config import AdaptConfig
 from mra.data.records import Record
 from mra.diffusion.base import Diffusion, encode, read_images
-from mra.diffusion.denoiser import Denoiser, DomainBranch, TextStates
+from mra.diffusion.denoiser import Denoiser, TextStates
 from mra.diffusion.noising import Denoise, dpm_solver, q_sample
 
 
-def guide(denoiser: Denoiser, branch: DomainBranch | None, both: TextStates, guidance: float,
-          span: tuple[float, float] = (0, 1000)) -> Denoise:
+def guide(denoiser: Denoiser, both: TextStates, guidance: float, span: tuple[float, float] = (0, 1000)) -> Denoise:
     """A `denoise` for the samplers with classifier-free guidance on the text (Ho & Salimans 2022).
 
     v = v(empty) + guidance (v(words) - v(empty));    `both` holds B captions and then the empty caption B times.
@@ -25,20 +24,20 @@ def guide(denoiser: Denoiser, branch: DomainBranch | None, both: TextStates, gui
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         if guidance == 1 or not span[0] <= t[0] <= span[1]:
-            return denoiser(z, t, both[:count], branch).float()
-        words, empty = denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), both, branch).float().chunk(2)
+            return denoiser(z, t, both[:count]).float()
+        words, empty = denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         return empty + guidance * (words - empty)
 
     return denoise
 
 
 class Painter:
-    """Samples latents in the target's look, by the base and its branch."""
+    """Samples latents in the target's look."""
 
-    def __init__(self, config: AdaptConfig, base: Diffusion, branch: DomainBranch, target: Tensor,
+    def __init__(self, config: AdaptConfig, base: Diffusion, adapted: Denoiser, target: Tensor,
                  source_sample: Sequence[Record]):
         """`target`: uint8 images (N, 3, H, W). `source_sample`: source records, empty unless images are restyled."""
-        self.config, self.base, self.branch = config, base, branch
+        self.config, self.base, self.adapted = config, base, adapted
         self.target_latents = self.source_latents = None        # (N, C, h, w) each, where they are needed
         if source_sample or not base.config.stable:
             self.target_latents = encode(base.autoencoder, target)
@@ -62,7 +61,7 @@ class Painter:
         both = base.encode_text([draft.captions[0] for draft in drafts] + [""] * len(drafts))
         levels = len(base.schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
-        denoise = guide(base.denoiser, self.branch, both, config.guidance, span)
+        denoise = guide(self.adapted, both, config.guidance, span)
         return dpm_solver(denoise, start, base.schedule, config.sampling_steps, strength)
 
 

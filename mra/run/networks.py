@@ -19,7 +19,7 @@ from mra.data.files import harmless
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
-from mra.diffusion.denoiser import DomainBranch, recompute_stages
+from mra.diffusion.denoiser import Denoiser, DomainBranch, low_rank_branch, recompute_stages
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged
 from mra.diffusion.pairs import LatentPairs
 from mra.run import checkpoint
@@ -173,27 +173,34 @@ def decoder_loss(network: nn.Module, images: Tensor, latents: Tensor, generator:
     return network.decoder_loss(to_float(images[chosen.cpu()].to(generator.device)), latents[chosen])
 
 
-def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> DomainBranch:
-    """The domain branch, trained on the target's training pairs beside the frozen base."""
+def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Denoiser:
+    """The frozen base with a domain branch, trained on the target's training pairs; it is called as a denoiser is."""
     recipe, captions = DAD_RECIPES[config.size], target.captions
     machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {len(captions)} captions.")
     torch.manual_seed(config.seed)
-    branch = DomainBranch(base.denoiser).to(machine.device)
+    if config.rank:
+        network, branch = low_rank_branch(base.denoiser, config.rank)
+        adapted = network.to(machine.device)
+    else:
+        network, branch = base.denoiser, DomainBranch(base.denoiser).to(machine.device)
+        adapted = partial(network, branch=branch)
     if config.recompute:
-        recompute_stages(base.denoiser)
+        recompute_stages(network)
         recompute_stages(branch)
-    if config.compile:      # base and branch are compiled together, at their first call in training or in sampling
-        base.denoiser.compile()
+    if config.compile:      # with its branch, at the first call in training or in sampling
+        network.compile()
 
     def prepare() -> Loss:
         pairs = LatentPairs(base, target.images, captions)
         with machine.autocast():
             pairs.encode_captions(torch.bfloat16 if machine.precision == "bf16" else torch.float32)
-        return partial(pairs.loss, branch=branch)
+        return partial(pairs.loss, adapted=adapted)
 
     steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * len(captions) / recipe.branch.batch)
-    learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder, target.key, machine)
-    return branch.eval().requires_grad_(False)
+    key = target.key | {"rank": config.rank}
+    learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder, key, machine)
+    branch.eval().requires_grad_(False)
+    return adapted
 
 
 def train_judge(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Judge:

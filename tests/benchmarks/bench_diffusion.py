@@ -119,7 +119,7 @@ def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.devic
     @torch.no_grad()
     def sample(side: nn.Module | None) -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            ddim(guide(denoiser, side, both, GUIDANCE), noise, base.schedule, options.steps)
+            ddim(guide(partial(denoiser, branch=side), both, GUIDANCE), noise, base.schedule, options.steps)
 
     return train, partial(sample, side), partial(sample, None)
 
@@ -277,7 +277,8 @@ def where(size: DiffusionConfig, options: argparse.Namespace, device: torch.devi
         with meter.part("all"), within(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             with meter.part("captions"):
                 both = base.denoiser.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
-            latents = ddim(guide(base.denoiser, side, both, guidance), noise, base.schedule, options.steps)
+            denoise = guide(partial(base.denoiser, branch=side), both, guidance)
+            latents = ddim(denoise, noise, base.schedule, options.steps)
             with meter.part("images"):
                 decode(base.autoencoder, latents, None)
 
