@@ -15,7 +15,7 @@ import torch
 
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
 from mra.diffusion.base import Diffusion, decode, encode, to_float
-from mra.diffusion.denoiser import DomainBranch, low_rank_branch
+from mra.diffusion.denoiser import DomainBranch, low_rank_branch, merge
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
 from mra.diffusion.pairs import LatentPairs
 from mra.diffusion.sampling import guide
@@ -212,6 +212,13 @@ def test_a_new_low_rank_branch_changes_nothing_and_each_of_its_layers_can(base):
         torch.nn.init.normal_(layer[1].bias, std=0.1)
         assert not torch.equal(adapted(z, t, prompt), plain), number
         torch.nn.init.zeros_(layer[1].bias)
+    for layer in branch:
+        torch.nn.init.normal_(layer[1].weight, std=0.1)
+    changed = adapted(z, t, prompt)
+    assert (changed - plain).abs().amax((1, 2, 3)).min() > 1e-3
+    merge(adapted)
+    assert checkpoint.weights(adapted).keys() == checkpoint.weights(base.denoiser).keys()
+    assert torch.allclose(adapted(z, t, prompt), changed, atol=1e-5)
     assert torch.equal(base.denoiser(z, t, prompt), plain)
 
 

@@ -184,16 +184,26 @@ class LowRank(nn.Module):
 
     def __init__(self, frozen: nn.Conv2d | nn.Linear, rank: int):
         super().__init__()
-        self.frozen = frozen
+        self.frozen, biased = frozen, frozen.bias is not None
         if isinstance(frozen, nn.Conv2d):
             first = nn.Conv2d(frozen.in_channels, rank, frozen.kernel_size, frozen.stride, frozen.padding, bias=False)
-            last = nn.Conv2d(rank, frozen.out_channels, 1)
+            last = nn.Conv2d(rank, frozen.out_channels, 1, bias=biased)
         else:
-            first, last = nn.Linear(frozen.in_features, rank, bias=False), nn.Linear(rank, frozen.out_features)
+            first = nn.Linear(frozen.in_features, rank, bias=False)
+            last = nn.Linear(rank, frozen.out_features, bias=biased)
         self.beside = nn.Sequential(first, zero(last))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.frozen(x) + self.beside(x)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Conv2d | nn.Linear:
+        """The frozen layer with the other one added to its weights: one layer that computes their sum."""
+        first, last = self.beside
+        self.frozen.weight += (last.weight.flatten(1) @ first.weight.flatten(1)).view_as(self.frozen.weight)
+        if last.bias is not None:
+            self.frozen.bias += last.bias
+        return self.frozen
 
 
 def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
@@ -203,14 +213,19 @@ def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]
     noise level and the norms stay as they are.
     """
     adapted, beside = copy.deepcopy(base).requires_grad_(False), nn.ModuleList()
-    names = [name for name, layer in adapted.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
-             and not name.startswith(("text_encoder.", "encoder.level."))]
-    for name in names:
-        layer = LowRank(adapted.get_submodule(name), rank)
-        parent, _, last = name.rpartition(".")
-        setattr(adapted.get_submodule(parent), last, layer)
-        beside.append(layer.beside)
+    for name, layer in list(adapted.named_modules()):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith(("text_encoder.", "encoder.level.")):
+            both = LowRank(layer, rank)
+            adapted.set_submodule(name, both)
+            beside.append(both.beside)
     return adapted, beside
+
+
+def merge(adapted: Denoiser) -> None:
+    """Merge the layers of low rank into a trained copy, in place: it is then as fast as the base."""
+    for name, layer in list(adapted.named_modules()):
+        if isinstance(layer, LowRank):
+            adapted.set_submodule(name, layer.merged())
 
 
 def recompute_stages(network: nn.Module) -> None:

@@ -19,7 +19,7 @@ from mra.data.files import harmless
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
-from mra.diffusion.denoiser import Denoiser, DomainBranch, low_rank_branch, recompute_stages
+from mra.diffusion.denoiser import Denoiser, DomainBranch, low_rank_branch, merge, recompute_stages
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged
 from mra.diffusion.pairs import LatentPairs
 from mra.run import checkpoint
@@ -200,6 +200,8 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     key = target.key | {"rank": config.rank}
     learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder, key, machine)
     branch.eval().requires_grad_(False)
+    if config.rank:
+        merge(network)
     return adapted
 
 
