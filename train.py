@@ -29,11 +29,11 @@ from torch import Tensor
 from mra import losses, ranking
 from mra.config import PRESETS, TrainConfig, UserError, recipe
 from mra.data.batches import PairDataset, loader, order
-from mra.data.records import share_of
+from mra.data.records import RecordSet, share_of
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.formats.check import check_set
 from mra.formats.read import load
-from mra.retriever import Objective
+from mra.retriever import Objective, Retriever
 from mra.run import checkpoint, contrastive, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Portion, Task, write_line
@@ -41,7 +41,7 @@ from mra.run.machine import Machine, claimed
 from mra.town import sets
 from mra.weights.clip import ClipTokenizer
 from mra.weights.files import folder_of
-from mra.weights.retrievers import model_facts
+from mra.weights.retrievers import load_retriever, model_facts
 
 
 def main() -> None:
@@ -53,18 +53,20 @@ def main() -> None:
             tokenizer = ClipTokenizer.read(Path(config.vocab or folder_of(Path(config.clip))))
         else:
             tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
-        root = Path(config.data_root or sets.ready(config.dataset, config.preset == "tiny"))
-        well = check_set(config.dataset, root, tokenizer, PRESETS[config.preset].max_tokens,
+        well = check_set(config.dataset, root_of(config), tokenizer, PRESETS[config.preset].max_tokens,
                          config.workers or machine.cores, machine.say)
         sys.exit(0 if well else 1)
-    start, queue = None, stages.stages_of(config, machine)
+    queue, shipped = stages.stages_of(config, machine), checkpoint.shipped(config.preset)
+    made = [shipped] if queue[0].init == str(shipped) else []
     Path(queue[-1].out).mkdir(parents=True, exist_ok=True)        # a wrong --out fails before the first stage
     for number, stage in enumerate(queue, 1):
         if len(queue) > 1:
             machine.say(f"Stage {number} of {len(queue)}: training on {stage.dataset}.")
-        if start:       # a checkpoint, which has its own vocabulary
-            stage = replace(stage, init=str(start), bert="", vit="", vocab="")
-        start = train(stage, machine)
+        if number > 1:      # it starts from a checkpoint, which has its own vocabulary
+            stage = replace(stage, init=str(made[-1]), bert="", vit="", vocab="")
+        made.append(train(stage, machine))
+    if len(made) > 1:
+        print_worth(config, made, machine)
 
 
 def train(config: TrainConfig, machine: Machine) -> Path:
@@ -83,7 +85,7 @@ def train(config: TrainConfig, machine: Machine) -> Path:
 def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     """From records to the best checkpoint `path`; returns its result on val."""
     # ---- records and model
-    root = Path(config.data_root or sets.ready(config.dataset, config.preset == "tiny"))
+    root = root_of(config)
     train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
                           for split in ("train", "val"))
     model, tokenizer, pretrained_on = stages.load_model(config, machine)
@@ -105,10 +107,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     def keep_best(done: int, before: dict) -> dict:
         """Evaluate after `done` steps, and save the weights if they are the best; returns this result and the best."""
         fused = done > fused_from
-        settings = ranking.Settings(model.config.rerank if fused else 0, workers=config.workers, group=machine.group)
-        autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()       # as evaluate.py does
-        with autocast:
-            result = ranking.validate(model, tokenizer, val_set, fused, settings)
+        result = validate(model, tokenizer, val_set, fused, config, machine)
         write_line(log, {"step": done, "val": result}, machine)
         machine.say(f"val at step {done}: {stages.describe(result)}")
         best = before.get("best", result)
@@ -136,6 +135,30 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     loop.run(loader(dataset, config.workers, batch_sampler=keys, pin_memory=machine.device.type == "cuda",
                     collate_fn=partial(dataset.collate_parts, parts=len(loop.members))))
     return loop.results["best"]
+
+
+def print_worth(config: TrainConfig, made: list[Path], machine: Machine) -> None:
+    """Print what each stage was worth on val of the last stage's set: the checkpoints before and after it."""
+    val_set = load(config.dataset, "val", root_of(config), config.allow_missing, lambda line: None)
+    machine.say(f"What each stage was worth on {val_set.name} val:")
+    for path in made:
+        model, tokenizer, facts = load_retriever(path, machine.device)
+        result = validate(model, tokenizer, val_set, "reranked" in facts["val"], config, machine)
+        machine.say(f"{stages.describe(result)}  {path}")
+
+
+def root_of(config: TrainConfig) -> Path:
+    """The folder of the sets; the demo's sets are drawn if need be."""
+    return Path(config.data_root or sets.ready(config.dataset, config.preset == "tiny"))
+
+
+def validate(model: Retriever, tokenizer: Tokenizer, val_set: RecordSet, fused: bool, config: TrainConfig,
+             machine: Machine) -> dict:
+    """Metrics on val, in the precision that evaluate.py has by default; `fused`: re-ranked, too."""
+    settings = ranking.Settings(model.config.rerank if fused else 0, workers=config.workers, group=machine.group)
+    autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()
+    with autocast:
+        return ranking.validate(model, tokenizer, val_set, fused, settings)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,10 @@ def test_the_demo_draws_pretrains_and_fine_tunes(first):
             "out/icfg-tiny-s0/best.safetensors is ready")
     places = [out.find(words) for words in said]
     assert -1 not in places and places[0] == min(places) and places[-1] == max(places)
+    best = re.findall(r"^Best on val: (.*)", out, re.M)
+    worth = out[out.index("What each stage was worth on icfg val:"):].splitlines()[1:]
+    assert worth[0].endswith("  out/sda-tiny-s0/best.safetensors")
+    assert worth[1:] == [f"{best[-1]}  out/icfg-tiny-s0/best.safetensors"]
     for name, pretrained_on, terms in (("icfg", "sda", {"itc", "itm", "mlm"}),
                                        ("sda", "nothing", {"itc", "itm", "mlm", "rpc", "rpm"})):
         out = folder / f"out/{name}-tiny-s0"
@@ -287,6 +291,7 @@ def test_a_fine_tuning_starts_from_the_shipped_retriever(work, tmp_path, monkeyp
     out = succeed(work, "train.py", *one)
     assert "Stage 1 of 2: training on out/sda/icfg-tiny." in out and "shipped/tiny.safetensors, trained on sda" in out
     assert "out/icfg-tiny-s0-adapted/best.safetensors is ready" in out
+    assert re.search(r"icfg val:\n.*/shipped/tiny.safetensors\n.*\n.* out/icfg-tiny-s0-adapted/best.safetensors$", out)
 
 
 def test_a_run_goes_on_with_the_same_content_alone(work):
