@@ -191,6 +191,7 @@ class LowRank(nn.Module):
         else:
             first = nn.Linear(frozen.in_features, rank, bias=False)
             last = nn.Linear(rank, frozen.out_features, bias=biased)
+        nn.init.kaiming_normal_(first.weight, nonlinearity="linear")        # its outputs are as large as its inputs
         self.beside = nn.Sequential(first, zero(last))
 
     def forward(self, x: Tensor) -> Tensor:
