@@ -91,7 +91,7 @@ class Encoder(nn.Module):
 
     def embed(self, t: Tensor) -> Tensor:
         """Noise levels t (B,) -> embedding (B, D): sines and cosines of frequencies 1 to 1/10,000, then an MLP."""
-        half = self.level[0].in_features // 2
+        half = self.skip_dims[0] // 2
         angle = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
         return self.level(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -210,12 +210,12 @@ class LowRank(nn.Module):
 def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
     """A copy of the denoiser with a layer of low rank beside each of its layers, and these layers alone, to be trained.
 
-    Other than the paper's branch, this one also reaches the U-Net's decoder. The text encoder, the embedding of the
-    noise level and the norms stay as they are.
+    Other than the paper's branch, this one also reaches the U-Net's decoder. The text encoder and the norms stay as
+    they are.
     """
     adapted, beside = copy.deepcopy(base).requires_grad_(False), nn.ModuleList()
     for name, layer in list(adapted.named_modules()):
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith(("text_encoder.", "encoder.level.")):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith("text_encoder."):
             both = LowRank(layer, rank)
             adapted.set_submodule(name, both)
             beside.append(both.beside)
