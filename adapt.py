@@ -7,9 +7,8 @@
     python adapt.py --size sd15 --weights DIR --target cuhk --data-root DIR     beside Stable Diffusion 1.5
     torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
 
-Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The
-set in `out` is in SDA format: `train.py --dataset out/sda/cuhk` pretrains on it. In the demo `train.py --dataset cuhk`
-finds the set made with the default flags. Thresholds of the filters can be changed without making the images again.
+Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The set
+is in SDA format. In the demo `train.py --dataset cuhk` finds the one that was made with the default flags.
 """
 
 import json

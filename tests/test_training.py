@@ -451,6 +451,18 @@ def test_an_error_in_one_thread_ends_the_step(monkeypatch):
         Loop(Task("one", model, Fit(2, 4, 0.1), 0), loss_of, machine_of(0, 1)).run()
 
 
+def test_a_gradient_of_another_memory_layout_changes_nothing():
+    """The fused AdamW of a CPU reads gradients as if they lay in memory as their parameters do."""
+    def trained(layout: torch.memory_format) -> torch.Tensor:
+        torch.manual_seed(0)
+        model, x = torch.nn.Conv2d(3, 4, 3), torch.randn(4, 3, 8, 8).to(memory_format=layout)
+        Loop(Task("one", model, Fit(5, 4, 0.1), 0), lambda portion: {"loss": model(x).square().mean()},
+             machine_of(0, 1)).run()
+        return model.weight.detach()
+
+    assert torch.allclose(trained(torch.contiguous_format), trained(torch.channels_last), atol=1e-4)
+
+
 def test_a_step_is_halved_where_that_changes_nothing():
     """Not an odd number of samples, not among several processes, and not where a batch norm must see them all."""
     plain, normed = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm1d(2))

@@ -210,8 +210,7 @@ class LowRank(nn.Module):
 def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
     """A copy of the denoiser with a layer of low rank beside each of its layers, and these layers alone, to be trained.
 
-    Other than the paper's branch, this one also reaches the U-Net's decoder. The text encoder and the norms stay as
-    they are.
+    Other than the paper's branch, it also reaches the U-Net's decoder. Text encoder and norms stay as they are.
     """
     adapted, beside = copy.deepcopy(base).requires_grad_(False), nn.ModuleList()
     for name, layer in list(adapted.named_modules()):

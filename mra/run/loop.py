@@ -140,7 +140,10 @@ class Loop:
         count = fit.accumulate * len(self.members)
         torch._foreach_div_(list(total.values()), count * self.machine.group.count)
         for name, gradient in total.items():
-            self.parameters[name].grad = self.machine.group.summed(gradient)
+            parameter, gradient = self.parameters[name], self.machine.group.summed(gradient)
+            if gradient.stride() != parameter.stride():     # the fused AdamW of a CPU would mix up their elements
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
         return {name: term / count for name, term in seen.items()}
 
     def side_by_side(self, portions: list[Portion]) -> list[tuple[dict, dict]]:
