@@ -29,6 +29,7 @@ from torch import Tensor
 from mra import losses, ranking
 from mra.config import PRESETS, TrainConfig, UserError, recipe
 from mra.data.batches import PairDataset, loader, order
+from mra.data.files import open_image
 from mra.data.records import RecordSet, share_of
 from mra.data.tokenizer import VOCAB_FILE, Tokenizer
 from mra.formats.check import check_set
@@ -89,6 +90,9 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     train_set, val_set = (load(config.dataset, split, root, config.allow_missing, machine.say)
                           for split in ("train", "val"))
     model, tokenizer, pretrained_on = stages.load_model(config, machine)
+    for record in val_set.records:          # a broken image is found now, not after an epoch
+        if record.path:
+            open_image(record.path)
     dataset = PairDataset(share_of(train_set, config.share), tokenizer, model.config, config)
     # ---- steps and loss
     fit, fused_from, evaluated = stages.timetable_of(config, len(dataset), machine.group.count)

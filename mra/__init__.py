@@ -12,8 +12,7 @@ The method, in reading order; each file's docstring says what to read next:
     diffusion/            DaD: images that look as if the target's cameras had taken them
     group.py              how a step or a search is shared out
 
-Beside the method stand formats/, town/, weights/, run/ and show/, which it never imports. Their first lines say what
-they hold.
+Beside the method stand formats/, town/, weights/, run/ and show/, which it never imports.
 
 Shape letters; a docstring explains any other. Masks are `keep` or end in `_keep`, True = use it:
 

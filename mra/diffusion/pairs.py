@@ -51,10 +51,7 @@ class LatentPairs:
         return TextStates(states.to(keep.device), keep)
 
     def loss(self, generator: torch.Generator, count: int, adapted: Denoiser | None = None) -> Tensor:
-        """The diffusion loss of `count` random pairs, a scalar: of the base, or of the base with a branch.
-
-        Our branch learns mostly at levels in the middle.
-        """
+        """The diffusion loss of `count` random pairs, a scalar. Our branch learns mostly at levels in the middle."""
         device, denoiser, schedule = self.latents.device, adapted or self.base.denoiser, self.base.schedule
         pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
         latents = self.latents[self.image_of[pair]]                                             # (B, C, h, w)

@@ -277,7 +277,7 @@ def where(size: DiffusionConfig, options: argparse.Namespace, device: torch.devi
         with meter.part("all"), within(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             with meter.part("captions"):
                 both = base.denoiser.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
-            denoise = guide(partial(base.denoiser, branch=side), both, guidance)
+            denoise = guide(lambda z, t, text: base.denoiser(z, t, text, side), both, guidance)
             latents = ddim(denoise, noise, base.schedule, options.steps)
             with meter.part("images"):
                 decode(base.autoencoder, latents, None)
