@@ -124,9 +124,8 @@ def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, mo
         metrics = {"embeddings": found.metrics(query_ids, gallery_ids, found.candidates)}
         if config.k:
             metrics["re-ranked"] = found.metrics(query_ids, gallery_ids, last)
-        for ranked_by, values in metrics.items():
-            numbers = "".join(f"{value:8.2f}" for value in values.values())
-            machine.say(f"{record_set.name + ' ' + ranked_by:24}{numbers}")
+        for kind, values in metrics.items():
+            machine.say(f"{record_set.name + ' ' + kind:24}" + "".join(f"{value:8.2f}" for value in values.values()))
         results[dataset] = metrics | {"queries": len(captions), "not_counted": lost, "gallery": len(paths),
                                       "identities": len(people), "seconds": round(time.perf_counter() - started, 1)}
         rows += pictures.examples(model, tokenizer, captions, paths, last, gallery_ids[last] == query_ids[:, None])

@@ -146,6 +146,7 @@ DAD_RECIPES = {
                        flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
 }
 
+TARGETS = "cuhk", "icfg", "rstp"        # names of sets; a folder of such a name is given as ./icfg
 # What a stage of train.py sets: the paper's values (section 3) and, for tiny and demo, ours.
 PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
@@ -168,7 +169,7 @@ DEMO = {
 
 def pretrains(dataset: str) -> bool:
     """Whether `dataset` is for pretraining: SDA, MALS, or a folder in SDA format, which adapt.py makes."""
-    return dataset in ("sda", "mals") or any(Path(dataset).glob("sda_*.json"))
+    return dataset in ("sda", "mals") or (dataset not in TARGETS and any(Path(dataset).glob("sda_*.json")))
 
 
 def recipe(dataset: str, preset: str) -> dict:
@@ -239,7 +240,7 @@ class TrainConfig:
 class AdaptConfig:
     """What adapt.py makes, from what, and how."""
 
-    target: str = flag("icfg", "set whose look the images get", choices=("cuhk", "icfg", "rstp"))
+    target: str = flag("icfg", "set whose look the images get", choices=TARGETS)
     mode: str = flag("generate", "generate from captions, or restyle source images", choices=("generate", "restyle"))
     share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
     images: int = flag(1500, "number of images to make, before the filters", 1, 1e9)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from mra import losses, ranking
-from mra.config import PRESETS, TrainConfig
+from mra.config import PRESETS, TrainConfig, pretrains, recipe
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
 from mra.run import checkpoint, machine, stages
@@ -340,6 +340,14 @@ def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):
     assert stages.adapted_set(TrainConfig(share=0.1)) is None       # icfg was made from all labels
     (tmp_path / "out/sda/icfg").rename(tmp_path / "out/sda/icfg-0.1")
     assert stages.adapted_set(TrainConfig(share=0.1)) == Path("out/sda/icfg-0.1")
+
+
+def test_a_known_name_is_never_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "icfg").mkdir()
+    (tmp_path / "icfg/sda_0.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    assert not pretrains("icfg") and recipe("icfg", "tiny") == recipe("cuhk", "tiny")
+    assert pretrains("./icfg")
 
 
 # ---- evaluate.py

@@ -1,4 +1,4 @@
-"""The denoiser and the branch beside it that learns a domain: DaD's two networks (MRA section 2).
+"""The denoiser, and the two kinds of branch that adapt it to a domain (MRA section 2).
 
 The denoiser is a U-Net in the block layout of Stable Diffusion 1.5. Each level has two residual blocks in the encoder
 and three in the decoder. A transformer follows each block, except at the lowest resolution: pixels attend to each
@@ -222,7 +222,7 @@ def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]
 
 
 def merge(adapted: Denoiser) -> None:
-    """Merge the layers of low rank into a trained copy, in place: it is then as fast as the base."""
+    """Add the trained layers of low rank to the weights beside them, in place: it is then as fast as the base."""
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, LowRank):
             adapted.set_submodule(name, layer.merged())

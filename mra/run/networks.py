@@ -197,8 +197,8 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
         return partial(pairs.loss, adapted=adapted)
 
     steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * len(captions) / recipe.branch.batch)
-    key = target.key | {"rank": config.rank}
-    learn("branch", branch, prepare, replace(recipe.branch, steps=steps), target.folder, key, machine)
+    fit = replace(recipe.branch, steps=steps)
+    learn("branch", branch, prepare, fit, target.folder, target.key | {"rank": config.rank}, machine)
     branch.eval().requires_grad_(False)
     if config.rank:
         merge(network)
