@@ -58,7 +58,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     # ---- what to make, from the captions or images of target or source; each phrase with its box
     plan = make_plan(config, base, source, records.records)
     if not any(draft.boxes for draft in plan.drafts):
-        machine.say("All regions are whole images, since no phrase has a box: --source gives boxes.")
+        machine.say("All regions are whole images: no phrase has a box. A --source whose records have boxes gives some.")
     key = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
            "precision": machine.precision, "recipe": asdict(DAD_RECIPES[config.size]), **target.key,
            "plan": checkpoint.digest_of(plan.content())}
@@ -89,6 +89,8 @@ def check(config: AdaptConfig) -> None:
     stable = DIFFUSION_PRESETS[config.size].stable
     if config.mode == "restyle" and config.captions == "source":
         raise UserError("--captions is for --mode generate: restyled images keep their own captions.")
+    if config.mode == "generate" and config.strength != AdaptConfig.strength:
+        raise UserError("--strength is for --mode restyle: generated images start from pure noise.")
     if config.guidance_from > config.guidance_to:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
     if config.weights and not stable:

@@ -90,6 +90,7 @@ def _begin(places: tuple[str, str, str], threads: int, environment: dict[str, st
     folder, *logs = places
     torch.set_num_threads(threads)
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background of a shell ignores it
     os.environ |= environment
     os.chdir(folder)
     for number, path in enumerate(logs, 1):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_commands import command, succeed
 
 from adapt import main as adapt_main
-from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, Fit
 from mra.data.records import Record
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
@@ -29,7 +29,7 @@ from mra.diffusion.plan import SetPlan, average_boxes, drafts_of, record_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import Painter, calibration, transfer_moments
 from mra.formats.read import load
-from mra.run import networks, parts
+from mra.run import checkpoint, networks, parts
 from mra.run.checkpoint import digest_of
 from mra.run.loop import Loop, Task
 from mra.run.machine import Machine
@@ -325,11 +325,15 @@ def test_a_finished_set_outlives_mistakes(made):
     before = {path: path.read_bytes() for path in (folder / "out/sda/icfg-tiny").glob("*.json")}
     same = ("--size", "tiny", "--precision", "float32", "--images", "70", "--malformed", "0")
     assert {path.name for path in before} == {"report.json", "parts.key.json", "sda_0_5000.json"}
+    photograph = folder / "photographs/imgs/own.jpg"
+    photograph.parent.mkdir(parents=True)
+    photograph.write_bytes(b"mine")
     for flags, named in ((("--base", "nowhere.safetensors"), "nowhere.safetensors"),
-                         (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds a set")):
+                         (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds files"),
+                         (("--out", "photographs", "--no-resume"), "photographs holds files")):
         status, _, err = command(folder, "adapt.py", *same, *flags)
         assert status == 2 and named in err
-    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.read_bytes() for path in before} == before and photograph.read_bytes() == b"mine"
     for name in ("report.json", "parts.key.json"):
         file = folder / "out/sda/icfg-tiny" / name
         for spoilt in ("{", "[]"):
@@ -359,6 +363,9 @@ def test_what_is_made_anew_says_what_has_changed(made):
     assert "Kept 3 of 3" in said and "parts made" not in said
     assert json.loads((folder / "out/anew/report.json").read_text())["key"]["grey_mean"] == 0
     assert not (folder / "out/anew/sda_5000_10000.json").exists()           # nothing of the set before stays
+    said = adapt(folder, *flags, "--rank", "0", "--recompute", "--no-resume")       # the paper's branch
+    assert "branch.safetensors is made anew: fit.steps was 7 and is 5; rank was 2 and is 0." in said
+    assert "Kept 3 of 3" in said
 
 
 def test_another_source_makes_another_set(made):
@@ -433,7 +440,7 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
                                           "--out", f"out/compile{len(flags)}", *flags])
         adapt_main()
     first, second = (json.loads((folder / f"out/compile{n}/sda_0_5000.json").read_text()) for n in (7, 6))
-    assert len(compiled) == 1 and len(first) == 8       # the denoiser, which calls the branch
+    assert len(compiled) == 1 and len(first) == 8       # the denoiser, with the layers of its branch
     for one, other in zip(first, second, strict=True):
         images = [np.asarray(Image.open(folder / f"out/compile{n}/imgs" / row["image"]), np.int16)
                   for n, row in ((7, one), (6, other))]
@@ -511,11 +518,38 @@ def test_train_pretrains_on_the_adapted_set(made):
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
     (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
     (("--mode", "restyle", "--captions", "source"), "--captions is for --mode generate"),
+    (("--strength", "0.5"), "--strength is for --mode restyle"),
     (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),
     (("--mode", "edges"), "--mode: invalid choice"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):
     status, _, err = command(tmp_path, "adapt.py", *flags)
     assert status == 2 and named in err and err.count("\n") == 1
+
+
+def test_new_weights_never_lie_beside_an_old_key(made, monkeypatch):
+    folder, _ = made
+    monkeypatch.chdir(folder)
+    machine, network, fit = Machine.of("cpu", "float32"), torch.nn.Linear(1, 1), Fit(1, 2, 1e-3)
+
+    def learn(key: str) -> None:
+        networks.learn("line", network, lambda: lambda generator, count: network(torch.ones(count, 1)).mean(), fit,
+                       Path("out/line"), {"seed": 0, "of": key}, machine)
+
+    learn("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remember", lambda *given: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            learn("second")
+    assert Path("out/line/line.safetensors").exists() and not Path("out/line/line.key.json").exists()
+
+
+def test_a_trained_base_is_named_where_a_shipped_one_would_be_taken(made, monkeypatch, capsys):
+    folder, _ = made
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(networks, "base_file", lambda config: Path("shipped.safetensors"))
+    monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--precision", "float32", "--train-base"])
+    adapt_main()
+    assert "Give adapt.py --base out/base-tiny/base.safetensors" in capsys.readouterr().out
 
 
 def test_a_base_learns_from_worlds_and_keeps_its_words(made):

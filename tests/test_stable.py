@@ -214,7 +214,7 @@ def test_adapt_beside_stable_diffusion(folder, root):
              "--images", "3", "--malformed", "0", "--grey-mean", "0", "--out", "out/made")
     said = succeed(root, "adapt.py", *flags)
     for words in ("Stable Diffusion", "6 images, 12 captions", "branch step 3/3", "Kept 3 of 3",
-                  "All regions are whole images, since no phrase has a box: --source gives boxes."):
+                  "All regions are whole images: no phrase has a box."):
         assert words in said
     assert '"sampling_steps": 2,' in said                                  # the preset's, not the demo's
     records = [record for split in ("train", "val") for record in

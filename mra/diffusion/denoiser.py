@@ -184,7 +184,8 @@ class LowRank(nn.Module):
 
     def __init__(self, frozen: nn.Conv2d | nn.Linear, rank: int):
         super().__init__()
-        self.frozen, biased = frozen, frozen.bias is not None
+        self.frozen = frozen
+        biased = frozen.bias is not None
         if isinstance(frozen, nn.Conv2d):
             first = nn.Conv2d(frozen.in_channels, rank, frozen.kernel_size, frozen.stride, frozen.padding, bias=False)
             last = nn.Conv2d(rank, frozen.out_channels, 1, bias=biased)
@@ -199,7 +200,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Conv2d | nn.Linear:
-        """The frozen layer with the other one added to its weights: one layer that computes their sum."""
+        """The frozen layer, to whose weights the other one is added in place: it then computes their sum."""
         first, last = self.beside
         self.frozen.weight += (last.weight.flatten(1) @ first.weight.flatten(1)).view_as(self.frozen.weight)
         if last.bias is not None:
@@ -208,11 +209,12 @@ class LowRank(nn.Module):
 
 
 def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
-    """A copy of the denoiser with a layer of low rank beside each of its layers, and these layers alone, to be trained.
+    """A copy of the denoiser with a layer of low rank beside each convolution and linear layer, and a list of these.
 
-    Other than the paper's branch, it also reaches the U-Net's decoder. Text encoder and norms stay as they are.
+    Only they are trained. Unlike the paper's branch they also reach the U-Net's decoder. The text encoder has none.
     """
-    adapted, beside = copy.deepcopy(base).requires_grad_(False), nn.ModuleList()
+    adapted = copy.deepcopy(base).requires_grad_(False)
+    beside = nn.ModuleList()
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith("text_encoder."):
             both = LowRank(layer, rank)
@@ -222,7 +224,7 @@ def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]
 
 
 def merge(adapted: Denoiser) -> None:
-    """Add the trained layers of low rank to the weights beside them, in place: it is then as fast as the base."""
+    """Add the trained layers of low rank to the weights beside them, in place. `adapted` is then as fast as the base."""
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, LowRank):
             adapted.set_submodule(name, layer.merged())

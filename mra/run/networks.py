@@ -49,9 +49,14 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
             saves = frozenset(range(fit.save_every, fit.steps, fit.save_every))
             task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=saves)
             Loop(task, lambda portion: {"loss": loss(portion.generator, portion.count)}, machine).run()
-            machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
-            machine.on_rank_0(lambda: checkpoint.remember(path, key))
-            machine.on_rank_0(lambda: state.unlink(missing_ok=True))
+
+            def keep() -> None:
+                checkpoint.key_file(path).unlink(missing_ok=True)       # new weights never lie beside an old key
+                checkpoint.save(path, checkpoint.weights(network), {"key": key})
+                checkpoint.remember(path, key)
+                state.unlink(missing_ok=True)
+
+            machine.on_rank_0(keep)
     checkpoint.restore_weights(network, checkpoint.load(path)[0], path)
 
 
@@ -93,8 +98,10 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     learn("denoiser", base.denoiser, lambda: LatentPairs(base, images, captions).loss, recipe.denoiser, folder, key,
           machine)
     facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
-    machine.on_rank_0(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.weights(base, half=True), facts))
-    machine.say(f"{folder / 'base.safetensors'} is ready.")
+    path = folder / "base.safetensors"
+    machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(base, half=True), facts))
+    hint = "" if base_file(config) == path else f" Give adapt.py --base {path}: without it the shipped base is taken."
+    machine.say(f"{path} is ready.{hint}")
 
 
 def autoencoder_loss(base: Diffusion, images: Tensor, generator: torch.Generator, count: int) -> Tensor:
@@ -174,7 +181,7 @@ def decoder_loss(network: nn.Module, images: Tensor, latents: Tensor, generator:
 
 
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Denoiser:
-    """The frozen base with a domain branch, trained on the target's training pairs; it is called as a denoiser is."""
+    """Train the branch on the target's pairs; returns the adapted denoiser, which is called as the base is."""
     recipe, captions = DAD_RECIPES[config.size], target.captions
     machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {len(captions)} captions.")
     torch.manual_seed(config.seed)
@@ -187,7 +194,7 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     if config.recompute:
         recompute_stages(network)
         recompute_stages(branch)
-    if config.compile:      # with its branch, at the first call in training or in sampling
+    if config.compile:      # at its first call; merged, it is compiled anew
         network.compile()
 
     def prepare() -> Loss:
@@ -212,8 +219,8 @@ def train_judge(config: AdaptConfig, base: Diffusion, target: Target, machine: M
     judge = Judge(base)
 
     def prepare() -> Loss:
-        damaged = torch.cat([distort(learned, DAMAGE, seed) for seed in range(2)])
-        return partial(judge_loss, judge.head, judge.features(learned), judge.features(damaged))
+        damaged = [judge.features(distort(learned, DAMAGE, seed)) for seed in range(2)]
+        return partial(judge_loss, judge.head, judge.features(learned), torch.cat(damaged))
 
     learn("judge", judge.head.to(machine.device), prepare, DAD_RECIPES[config.size].judge, target.folder, target.key,
           machine)

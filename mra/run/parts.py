@@ -34,11 +34,12 @@ PICTURED = 10          # images in a row of a picture
 def begin(out: Path, key: dict, resume: bool, machine: Machine) -> None:
     """Make `out` a folder for parts of this key; parts of another key are removed with their images.
 
-    Raises UserError where `out` holds such parts and `resume` is true, or records that adapt.py did not make.
+    Raises UserError where `out` holds such parts and `resume` is true, or files that adapt.py did not make.
     """
     parts, advice = out / "parts", "give another --out, or --no-resume to make it anew"
-    if any(out.glob("*.json")) and not checkpoint.key_file(parts).exists():
-        raise UserError(f"--out {out} holds a set that adapt.py did not make; give another folder.")
+    foreign = any(out.glob("*.json")) or (out / "imgs").exists() or parts.exists()
+    if foreign and not checkpoint.key_file(parts).exists():
+        raise UserError(f"--out {out} holds files that adapt.py did not make; give another folder.")
     if checkpoint.is_kept(parts, key, machine.say, advice if resume else ""):
         return
     remove_annotation(out)
