@@ -50,12 +50,10 @@ def main() -> None:
     stages.check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     if config.check:
-        if config.clip:
-            tokenizer = ClipTokenizer.read(Path(config.vocab or folder_of(Path(config.clip))))
-        else:
-            tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
-        well = check_set(config.dataset, root_of(config), tokenizer, PRESETS[config.preset].max_tokens,
-                         config.workers or machine.cores, machine.say)
+        kind, weights = ClipTokenizer if config.clip else Tokenizer, config.clip or config.bert
+        beside = folder_of(Path(weights)) if weights else VOCAB_FILE
+        well = check_set(config.dataset, root_of(config), kind.read(Path(config.vocab or beside)),
+                         PRESETS[config.preset].max_tokens, max(config.workers, machine.cores), machine.say)
         sys.exit(0 if well else 1)
     queue, shipped = stages.stages_of(config, machine), checkpoint.shipped(config.preset)
     made = [shipped] if queue[0].init == str(shipped) else []

@@ -283,7 +283,7 @@ class EvalConfig:
     """What evaluate.py evaluates, and how."""
 
     checkpoint: str = flag("", "ours, released, CLIP's or IRRA's; empty: the newest under out/, else the shipped")
-    vocab: str = flag("", "BERT's vocab.txt for a released checkpoint; empty: the one beside it")
+    vocab: str = flag("", "vocabulary for a released checkpoint, CLIP's or IRRA's; empty: the one beside it")
     dataset: tuple[str, ...] = flag((), "sets to evaluate on; empty: the checkpoint's training set")
     split: str = flag("test", "split to evaluate on", choices=("train", "val", "test"))
     data_root: str = flag("", "folder of the real sets; empty: the demo town")

@@ -1,6 +1,6 @@
-"""Is a set on disk whole? Every record is read and every image decoded. Faults are listed, oddities are noted.
+"""Is a set on disk whole? `python train.py --check --dataset cuhk --data-root DIR` reads and decodes all of it.
 
-`python train.py --check --dataset cuhk --data-root DIR` lists all faults; training stops at the first one.
+It counts all faults, lists the first LISTED of each kind, and notes oddities. Training stops at the first fault.
 """
 
 from collections import defaultdict
@@ -29,7 +29,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
 
     The model reads `longest` ids of a caption, [CLS] and [SEP] included. `workers` processes decode the images.
     """
-    sources, rows = [], []
+    sources, rows, vocabulary = [], [], f"the vocabulary {shown(tokenizer.source)}"
     faults, notes = defaultdict(list), defaultdict(list)
     for split in SPLITS:
         try:
@@ -55,13 +55,14 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
             faults["image that has two records"].append(f"{row.place}: also in {before.split}, {before.place}")
         if row.missing:
             faults["missing image"].append(row.place)
+        notes["box that reaches out of its image, and is clipped"] += [row.place] * row.clipped
         for caption in row.record.captions:
             ids = tokenizer.encode(tokenizer.clean(caption, dataset), longest + 1)
             place = f"{row.place}: {shown(caption)}"
             if len(ids) > longest:
-                notes[f"caption of more than {longest - 2} word pieces, which the model cuts"].append(place)
+                notes[f"caption of more than {longest - 2} pieces of {vocabulary}, which the model cuts"].append(place)
             if tokenizer.unk_id in ids:
-                notes["caption with words that the vocabulary lacks"].append(place)
+                notes[f"caption with words that {vocabulary} lacks"].append(place)
     paths = [row.record.path for row in first.values() if row.record.path and not row.missing]
     for number, (trouble, width, height) in enumerate(in_processes(examined, paths, workers, CHUNK), 1):
         if trouble:

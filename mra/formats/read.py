@@ -22,7 +22,7 @@ from mra.data.records import Box, Record, RecordSet
 SPLITS = ("train", "val", "test")
 # The names of a field in the different formats.
 IMAGE, CAPTIONS, IDENTITY = ("image", "file_path", "img_path"), ("caption", "captions"), ("image_id", "id")
-BOX_ROUNDING = 1e-3                 # a box may leave the image by this fraction; it is clipped
+BOX_ROUNDING = 1e-3                 # a box that is clipped by less is not counted as clipped
 VAL_SHARE, VAL_IMAGES = 0.1, 1000   # a val split made from train: share of the identities, most images
 
 
@@ -62,6 +62,7 @@ class Row(NamedTuple):
     place: str                      # for messages: annotation file, record number, image
     missing: bool                   # the image is not there; the record's path is then that of the annotation file
     record: Record                  # with identity 0
+    clipped: int                    # boxes that reached out of the image
 
 
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
@@ -79,10 +80,11 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     images = [row for row in rows if row.record.path]
     missing = [row.place for row in images if row.missing]
     if missing:
-        told = f"{len(missing)} of {len(images)} images are missing in {shown(source.images)}"
-        if len(missing) == len(images) or not allow_missing:
-            raise UserError(f"{told}; complete it (--allow-missing of train.py drops some): {'; '.join(missing[:5])}")
-        say(f"{told} and left out")
+        told = f"{len(missing)} of {len(images)} images are missing in {shown(source.images)} and its folder imgs"
+        advice = "; --allow-missing of train.py and evaluate.py drops some" if len(missing) < len(images) else ""
+        if not advice or not allow_missing:
+            raise UserError(f"{told}{advice}: {'; '.join(missing[:5])}")
+        say(f"{told}, and are left out")
         rows, images = ([row for row in some if not row.missing] for some in (rows, images))
     if {row.identity for row in rows if row.record.captions}.isdisjoint(row.identity for row in images):
         raise UserError(f"{shown(source.files[0])}: in the split {split} no caption is of a person with an image")
@@ -166,10 +168,11 @@ def _row(item, source: Source, place: str, listing) -> Row:
     if split not in SPLITS:
         raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
     captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
-    boxes = phrases = ()
+    given, phrases = [], ()
     if "boxes" in item or "phrases" in item:
-        boxes = tuple(map(_box, _field(item, ("boxes",), list)))
+        given = _field(item, ("boxes",), list)
         phrases = _texts(_field(item, ("phrases",), list), "phrase")
+    boxes = tuple(map(_box, given))
     if len(boxes) != len(phrases):
         raise ValueError(f"it has {len(boxes)} boxes and {len(phrases)} phrases")
     if not (image or captions) or split == "train" and not (image and captions):
@@ -180,7 +183,8 @@ def _row(item, source: Source, place: str, listing) -> Row:
     found = [root + image for root in (f"{source.images}/imgs/", f"{source.images}/") if name in listing(root + below)]
     path = found[0] if found else image
     missing = image != "" and not found
-    return Row(split, identity, place, missing, Record(path, captions, 0, boxes, phrases))
+    clipped = sum(math.dist(box, value) > BOX_ROUNDING for box, value in zip(boxes, given))
+    return Row(split, identity, place, missing, Record(path, captions, 0, boxes, phrases), clipped)
 
 
 def _joined(before: Row, row: Row) -> Row:
@@ -188,8 +192,9 @@ def _joined(before: Row, row: Row) -> Row:
     if before.identity != row.identity:
         raise ValueError(f"identity {shown(row.identity)}, before {shown(before.identity)}")
     one, two = before.record, row.record
-    return before._replace(record=replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
-                                          phrases=one.phrases + two.phrases))
+    both = replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
+                   phrases=one.phrases + two.phrases)
+    return before._replace(record=both, clipped=before.clipped + row.clipped)
 
 
 def _files_in(folder: str) -> set[str]:
@@ -220,18 +225,16 @@ def _texts(values: list, kind: str) -> tuple[str, ...]:
 
 
 def _box(value) -> Box:
-    """Check a box, and clip what rounding put outside the image."""
+    """Check a box, and clip it to the image: the boxes of a detector may reach over its edges."""
     if not (isinstance(value, list) and len(value) == 4
             and all(type(number) in (int, float) and abs(number) <= 2 for number in value)):
         raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
     cx, cy, w, h = value
     edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-    clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
-    left, top, right, bottom = clipped
-    outside = max(abs(edge - inside) for edge, inside in zip(edges, clipped))
-    if outside > BOX_ROUNDING or left >= right or top >= bottom:
-        raise ValueError(f"the box {shown(value)} is empty or leaves the image (cx, cy, w, h)")
-    if not outside:
+    left, top, right, bottom = clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
+    if left >= right or top >= bottom:
+        raise ValueError(f"the box {shown(value)} is empty, or beside the image (cx, cy, w, h)")
+    if clipped == edges:
         return cx, cy, w, h
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 

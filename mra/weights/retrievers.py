@@ -147,6 +147,8 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
     Its content shows which. All but ours have their vocabulary in `vocab`, or beside the file.
     """
     facts = {}
+    if (path / "best.safetensors").is_file():       # a folder of train.py
+        path /= "best.safetensors"
     if path.suffix == ".safetensors" and not path.is_dir():
         tensors, facts = checkpoint.load(path)
     if not facts:
@@ -160,6 +162,8 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         else:
             raise UserError(f"{path} holds no checkpoint of train.py, no released MRA model and no CLIP.")
         return model.to(device).eval(), tokenizer, facts
+    if "evaluated" in facts:
+        raise UserError(f"{path} only resumes its run: give {path.with_name('best.safetensors')}.")
     if vocab:
         raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
     with checkpoint.trusting(path):
