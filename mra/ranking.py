@@ -1,10 +1,9 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k images.
 
-k is the preset's `rerank` unless --k says otherwise; the images after the first k keep their order by similarity. The
-score of a candidate is match logit + weight * similarity: the fusion encoder's [matched] - [mismatched], and the cosine
-of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score depends on its pair alone; the
-paper normalises scores over all pairs. With `Settings.mirror` both stages average two passes: images and captions as
-they are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
+The images after the first k keep their order by similarity. The score of a candidate is match logit + weight *
+similarity: the fusion encoder's [matched] - [mismatched], and the cosine of the embeddings. The weight is chosen on
+val, and the checkpoint keeps it. With `Settings.mirror` both stages average two passes: images and captions as they
+are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
 """
 
 from dataclasses import dataclass
@@ -151,10 +150,7 @@ class Images(Dataset):
 @torch.inference_mode()
 def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256,
                    fuse: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions -> text tokens (Q, T, D) from `fusion_encoder.start`, keep (Q, T), and unit features (Q, E).
-
-    Without `fuse` there are no text tokens: (Q, 0, D).
-    """
+    """Captions -> tokens (Q, T, D) from `fusion_encoder.start`, none unless `fuse`; keep (Q, T); features (Q, E)."""
     device = next(model.parameters()).device
     pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
     ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)
@@ -207,8 +203,8 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     """The logit [matched] - [mismatched] (Q, k) of each query with its candidates (Q, k), the mean of the passes.
 
     passes: `encode_queries` of the captions for the images and, perhaps, of those for the mirror images. The keys and
-    values of an image are computed once, and not copied. A step fuses about TOKENS tokens of pairs, of similar length,
-    with IMAGES images: beside their keys and values, what TOKENS tokens take in one block bounds its memory.
+    values of an image are computed once, and not copied. A step fuses pairs of similar length with IMAGES images:
+    beside their keys and values, what TOKENS tokens take in one block bounds its memory.
     """
     device, k = candidates.device, candidates.shape[1]
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) indices into it

@@ -1,7 +1,4 @@
-"""Is a set on disk whole? `python train.py --check --dataset cuhk --data-root DIR` reads and decodes all of it.
-
-It counts all faults, lists the first LISTED of each kind, and notes oddities. Training stops at the first fault.
-"""
+"""Is a set on disk whole? All faults are counted, the first LISTED of each kind listed; training stops at the first."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -83,20 +80,19 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
 
 def _count(split: str, rows: list[Row], published: dict, faults: dict, say: Callable) -> None:
     """Say what a split holds, beside the published numbers. Other numbers are no fault: a part can be trained on."""
-    images = [row.record for row in rows if row.record.path]
+    images = [row for row in rows if row.record.path]
     counts = len({row.identity for row in rows}), len(images), sum(len(row.record.captions) for row in rows)
     line = "{}: {:,} identities, {:,} images, {:,} captions".format(split, *counts)
     if split in published:
         line += "; published {:,}, {:,} and {:,}".format(*published[split])
         if not rows:
             faults["empty split"].append(line)
-    pictured = {row.identity for row in rows if row.record.path}
+    pictured = {row.identity for row in images}
     if rows and pictured.isdisjoint(row.identity for row in rows if row.record.captions):
         faults["split in which no caption is of a person with an image"].append(line)
     if rows or split in published:
         say(line)
-    distractors = sum(not record.captions for record in images)
-    alone = counts[2] - sum(len(record.captions) for record in images)
-    for number, kind in ((distractors, "images are distractors, without a caption"), (alone, "captions have no image")):
-        if number:
-            say(f"{split}: {number:,} of these {kind}")
+    distractors = sum(not row.record.captions for row in images)
+    alone = sum(len(row.record.captions) for row in rows if not row.record.path)
+    if distractors or alone:
+        say(f"{split}: {distractors:,} of these images are distractors, {alone:,} of these captions have no image")

@@ -68,9 +68,7 @@ class Row(NamedTuple):
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
     """Read a split of one of DATASETS under `data_root`, or of the folder `dataset`. Raises UserError.
 
-    A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same ones;
-    train leaves them out. `allow_missing` drops the records whose image is missing. Val and test may hold records
-    without a caption (distractors) or without an image (queries alone), train may not.
+    `allow_missing` drops the records whose image is missing.
     """
     source = locate(dataset, split, Path(data_root))
     rows, refused = read_rows(source)
@@ -91,11 +89,10 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     numbers = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
     records = [replace(row.record, identity=numbers[row.identity]) for row in rows]
     captions = sum(len(record.captions) for record in records)
-    if (source.images / "town.json").is_file():
-        say(f"{shown(source.images)} is drawn data, not photographs.")
+    drawn = " (drawn data, not photographs)" if (source.images / "town.json").is_file() else ""
     others = " and others" if len(source.files) > 1 else ""
     say(f"{shown(dataset)} {split}: {len(images)} images, {captions} captions, {len(numbers)} identities, "
-        f"read from {shown(source.files[0])}{others}")
+        f"read from {shown(source.files[0])}{others}{drawn}")
     return RecordSet(dataset, split, records)
 
 
@@ -111,13 +108,11 @@ def locate(dataset: str, split: str, root: Path) -> Source:
         return Source(whole[:1], images, None, not layout.has_val)
     hold_out = not layout.has_val and not _files(base, layout.of_split.format("val"))
     wanted = "train" if hold_out and split == "val" else split
-    files = _files(base, layout.of_split.format(wanted))
-    if files:
-        return Source(files, images, wanted, hold_out, grouped=True)
+    of_split = _files(base, layout.of_split.format(wanted))
     parts = layout.parts if wanted == "train" else ""
-    files = _files(base, parts)
+    files = of_split or _files(base, parts)
     if files:
-        return Source(files, images, wanted, hold_out)
+        return Source(files, images, wanted, hold_out, grouped=files is of_split)
     sought = [path.format(wanted) for path in (layout.whole, layout.of_split, parts) if path]
     hint = ""
     if (images / "caption_all.json").is_file():
@@ -192,9 +187,8 @@ def _joined(before: Row, row: Row) -> Row:
     if before.identity != row.identity:
         raise ValueError(f"identity {shown(row.identity)}, before {shown(before.identity)}")
     one, two = before.record, row.record
-    both = replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
-                   phrases=one.phrases + two.phrases)
-    return before._replace(record=both, clipped=before.clipped + row.clipped)
+    return before._replace(clipped=before.clipped + row.clipped, record=replace(
+        one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes, phrases=one.phrases + two.phrases))
 
 
 def _files_in(folder: str) -> set[str]:

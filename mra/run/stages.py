@@ -94,15 +94,12 @@ def default_out(config: TrainConfig) -> str:
     name, fine_tunes = config.dataset, not pretrains(config.dataset)
     if name not in DATASETS:
         name = "-".join(Path(name).resolve().parts[-2:])
-    parts = [name, config.preset, f"s{config.seed}"]
-    if not config.regions:
-        parts.append("noregions")
+    regions = "" if config.regions else "noregions"
+    start = config.init if fine_tunes else ""
     if config.init not in NO_CHECKPOINT:
-        parts += ["from", folder_of(Path(config.init).resolve()).name]
-    elif config.init and fine_tunes:
-        parts.append(config.init)
-    if config.init in PRETRAINED and fine_tunes and adapted_set(config):
-        parts.append("adapted")
+        start = f"from-{folder_of(Path(config.init).resolve()).name}"
+    adapted = "adapted" if config.init in PRETRAINED and fine_tunes and adapted_set(config) else ""
+    parts = name, config.preset, f"s{config.seed}", regions, start, adapted
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
@@ -166,10 +163,9 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--preset {config.preset} has a Swin, and --vit is none: leave one of them out.")
     if fresh and (config.preset == "clip") != bool(config.clip):
         raise UserError("--preset clip starts from --clip or --init, and no other preset takes --clip.")
-    if config.check or pretrains(config.dataset):
-        return
-    if config.data_root and config.init in PRETRAINED:
+    fine_tunes = not (config.check or pretrains(config.dataset))
+    if fine_tunes and config.data_root and config.init in PRETRAINED:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
-    if config.dataset not in DATASETS and not config.init and config.preset not in ("tiny", "demo"):
+    if fine_tunes and config.dataset not in DATASETS and not config.init and config.preset not in ("tiny", "demo"):
         raise UserError(f"--dataset {config.dataset} needs --init at --preset {config.preset}: a checkpoint; none to "
                         "start from random weights or --bert, --vit, --clip; scratch to pretrain on drawn people.")
