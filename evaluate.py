@@ -9,8 +9,8 @@
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics by embeddings and re-ranked, and writes results.json
-and ranking.png. Flags add to these names, as in results-cuhk-split-val.json. For queries it writes query.json and
-query.png and, for the next search, the embeddings of the gallery.
+and ranking.png. Flags, and a checkpoint that is not best.safetensors, add to these names: results-ft_cuhk-cuhk.json.
+For queries it writes query.json and query.png and, for the next search, the embeddings of the gallery.
 """
 
 import time
@@ -50,15 +50,19 @@ def main() -> None:
                          f"{facts['pretrained_on']}, seed {facts['train'].get('seed')}; evaluating on "
                          f"{machine.device}."))
     usual = "icfg" if shipped else trained_on       # the demo's target is drawn sooner than the source
-    config, fused = replace(given, dataset=given.dataset or (usual,)), "weight" in facts["val"]
+    config = replace(given, dataset=given.dataset or (usual,), mirror=given.mirror and facts.get("mirror", True),
+                     device=machine.device.type, precision=machine.precision)
+    fused = "weight" in facts["val"]
     if given.k > 0 and not fused:
         raise UserError(f"--k {given.k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
     if given.k < 0:
         config = replace(config, k=model.config.rerank if fused else 0)
+    reranks = config.k > 0 and not config.query_image
+    if given.weight >= 0 and not reranks:
+        raise UserError(f"--weight {given.weight:g}: nothing is re-ranked here; leave the flag out.")
     if given.weight < 0:
-        config = replace(config, weight=facts["val"].get("weight", 0.0))
-    mirror = config.mirror and facts.get("mirror", True)
-    settings = ranking.Settings(config.k, mirror, config.batch, config.workers, machine.group)
+        config = replace(config, weight=facts["val"]["weight"] if reranks else 0.0)
+    settings = ranking.Settings(config.k, config.mirror, config.batch, config.workers, machine.group)
     beside = path if path.is_dir() else path.parent
     folder = Path(config.out or ("out/shipped" if shipped else beside))
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,17 +70,17 @@ def main() -> None:
         return answer(config, machine, settings, model, tokenizer, facts, folder)
     results, rows = measure(config, machine, settings, model, tokenizer, facts)
     if machine.group.rank == 0:
-        # the names say which flags differ from the defaults, so results with other flags stay
-        ending = ""
+        # the names say which checkpoint of its folder it is, and which flags differ from the defaults
+        ending = f"-{path.stem}" if path.is_file() and path.name != "best.safetensors" and not shipped else ""
         if given.dataset != (trained_on,):
-            ending = "".join(f"-{Path(name).resolve().name}" for name in given.dataset)
+            ending += "".join(f"-{Path(name).resolve().name}" for name in given.dataset)
         for name in ("split", "k", "mirror", "weight"):
             if getattr(given, name) != getattr(EvalConfig(), name):
                 ending += f"-{name}-{getattr(given, name)}"
         written, picture = folder / f"results{ending}.json", folder / f"ranking{ending}.png"
         write_json(written, {
-            "results": results, "evaluation": asdict(given), "checkpoint": str(path), "versions": checkpoint.VERSIONS,
-            "pretrained_on": facts["pretrained_on"], "train": facts["train"], "weight": config.weight})
+            "results": results, "evaluation": asdict(config), "checkpoint": str(path),
+            "versions": checkpoint.VERSIONS, "pretrained_on": facts["pretrained_on"], "train": facts["train"]})
         pictures.table(rows, picture)
         print(f"Wrote {written} and {picture}.")
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from mra import losses, ranking
-from mra.config import PRESETS, TrainConfig, UserError, recipe
+from mra.config import TrainConfig, UserError, recipe
 from mra.data.batches import PairDataset, loader, order
 from mra.data.files import open_image
 from mra.data.records import RecordSet, share_of
-from mra.data.tokenizer import VOCAB_FILE, Tokenizer
+from mra.data.tokenizer import Tokenizer
 from mra.formats.check import check_set
 from mra.formats.read import load
 from mra.retriever import Objective, Retriever
@@ -40,8 +40,6 @@ from mra.run.command import parse, run
 from mra.run.loop import Loop, Portion, Task, write_line
 from mra.run.machine import Machine, claimed
 from mra.town import sets
-from mra.weights.clip import ClipTokenizer
-from mra.weights.files import folder_of
 from mra.weights.retrievers import load_retriever, model_facts
 
 
@@ -50,12 +48,9 @@ def main() -> None:
     stages.check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     if config.check:
-        if config.clip:
-            tokenizer = ClipTokenizer.read(Path(config.vocab or folder_of(Path(config.clip))))
-        else:
-            tokenizer = Tokenizer.read(Path(config.vocab or VOCAB_FILE))
-        well = check_set(config.dataset, root_of(config), tokenizer, PRESETS[config.preset].max_tokens,
-                         config.workers or machine.cores, machine.say)
+        model, tokenizer, _ = stages.load_model(config, machine)      # as in training: which captions would it cut?
+        well = check_set(config.dataset, root_of(config), tokenizer, model.config.max_tokens,
+                         max(config.workers, machine.cores), machine.say)
         sys.exit(0 if well else 1)
     queue, shipped = stages.stages_of(config, machine), checkpoint.shipped(config.preset)
     made = [shipped] if queue[0].init == str(shipped) else []

@@ -151,7 +151,7 @@ TARGETS = "cuhk", "icfg", "rstp"        # names of sets; a folder of such a name
 PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
     "finetune": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
-    "rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
+    "finetune rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
 # IRRA's (arXiv 2303.12501) epochs, batch, learning rates, warmup and weight decay; theirs falls as a cosine, ours
 # linearly. Pretraining with them is ours.
@@ -177,9 +177,7 @@ def recipe(dataset: str, preset: str) -> dict:
     table = {"tiny": DEMO, "demo": DEMO, "clip": CLIP}.get(preset, PAPER)
     if pretrains(dataset):
         return table["pretrain"]
-    if dataset == "rstp" and table is PAPER:
-        return PAPER["rstp"]
-    return table["finetune"]
+    return table.get(f"finetune {dataset}", table["finetune"])
 
 
 # ---- flags of the scripts
@@ -283,7 +281,7 @@ class EvalConfig:
     """What evaluate.py evaluates, and how."""
 
     checkpoint: str = flag("", "ours, released, CLIP's or IRRA's; empty: the newest under out/, else the shipped")
-    vocab: str = flag("", "BERT's vocab.txt for a released checkpoint; empty: the one beside it")
+    vocab: str = flag("", "vocabulary for a released checkpoint, CLIP's or IRRA's; empty: the one beside it")
     dataset: tuple[str, ...] = flag((), "sets to evaluate on; empty: the checkpoint's training set")
     split: str = flag("test", "split to evaluate on", choices=("train", "val", "test"))
     data_root: str = flag("", "folder of the real sets; empty: the demo town")

@@ -1,10 +1,9 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k images.
 
-k is the preset's `rerank` unless --k says otherwise; the images after the first k keep their order by similarity. The
-score of a candidate is match logit + weight * similarity: the fusion encoder's [matched] - [mismatched], and the cosine
-of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score depends on its pair alone; the
-paper normalises scores over all pairs. With `Settings.mirror` both stages average two passes: images and captions as
-they are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
+The images after the first k keep their order by similarity. The score of a candidate is match logit + weight *
+similarity: the fusion encoder's [matched] - [mismatched], and the cosine of the embeddings. The weight is chosen on
+val, and the checkpoint keeps it. With `Settings.mirror` both stages average two passes: images and captions as they
+are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
 """
 
 from dataclasses import dataclass
@@ -116,15 +115,16 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
     `example` (passes, E) are the features of a picture. The similarity is then the mean of the picture's and the
     caption's; with an empty caption it is the picture's alone.
     """
-    images, passes = Images(paths, model.config), [encode_queries(model, tokenizer, captions)]
+    images, spoken = Images(paths, model.config), [captions]
     if settings.mirror:
-        passes.append(encode_queries(model, tokenizer, [swap_left_right(caption) for caption in captions]))
+        spoken.append([swap_left_right(caption) for caption in captions])
+    passes = [encode_queries(model, tokenizer, some, fuse=settings.k > 0) for some in spoken]
     if features is None:
         features = encode_gallery(model, images, settings)
     queries = torch.stack([feature for _, _, feature in passes], 1)                # (Q, passes, E)
     if example is not None:
-        spoken = torch.tensor([bool(caption) for caption in captions], device=queries.device)[:, None, None]
-        queries = torch.where(spoken, (queries + example) / 2, example)
+        worded = torch.tensor([bool(caption) for caption in captions], device=queries.device)[:, None, None]
+        queries = torch.where(worded, (queries + example) / 2, example)
     # one product of queries and gallery is the mean of the passes' similarities
     queries = queries.flatten(1) / len(passes)                                     # (Q, passes * E)
     gallery = features[:, :len(passes)].flatten(1)                                 # (G, passes * E)
@@ -148,16 +148,16 @@ class Images(Dataset):
 
 
 @torch.inference_mode()
-def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
-                   batch: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions -> text tokens (Q, T, D) from `fusion_encoder.start`, keep (Q, T), and unit features (Q, E)."""
+def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256,
+                   fuse: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions -> tokens (Q, T, D) from `fusion_encoder.start`, none unless `fuse`; keep (Q, T); features (Q, E)."""
     device = next(model.parameters()).device
     pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
     ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)
     started, features = [], []
     for own_ids, own_keep in zip(ids.split(batch), keep.split(batch)):
         tokens, feature = model.encode_text(own_ids, own_keep)
-        started.append(model.fusion_encoder.start(tokens, own_keep))
+        started.append(model.fusion_encoder.start(tokens, own_keep) if fuse else tokens[:, :0])
         features.append(feature.float())
     return torch.cat(started), keep, torch.cat(features)
 
@@ -203,12 +203,13 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     """The logit [matched] - [mismatched] (Q, k) of each query with its candidates (Q, k), the mean of the passes.
 
     passes: `encode_queries` of the captions for the images and, perhaps, of those for the mirror images. The keys and
-    values of an image are computed once, and not copied. A step fuses about TOKENS tokens of pairs, of similar length,
-    with IMAGES images: beside their keys and values, what TOKENS tokens take in one block bounds its memory.
+    values of an image are computed once, and not copied. A step fuses pairs of similar length with IMAGES images:
+    beside their keys and values, what TOKENS tokens take in one block bounds its memory.
     """
     device, k = candidates.device, candidates.shape[1]
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) indices into it
     places = places.flatten()                                                      # (Q * k,) of every pair
+    tokens_of = [keep.sum(1).repeat_interleave(k) for _, keep, _ in passes]        # (Q * k,) of every pair's text
     match = torch.zeros(len(places), device=device)
     batch = min(settings.batch, IMAGES)
     asked = places.argsort(stable=True).split((places // batch).bincount().tolist())        # pairs of each batch
@@ -216,20 +217,24 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     batches = loader(images, settings.workers, batch_size=batch, sampler=wanted[own].tolist())
     for start, image in zip(own[::batch], batches):
         image = image.to(device)
-        for view, (text, keep, _) in zip((image, image.flip(-1)), passes):         # (Q, T, D), (Q, T)
+        for view, (text, keep, _), tokens in zip((image, image.flip(-1)), passes, tokens_of):   # (Q, T, D), (Q, T)
             keys_values = model.fusion_encoder.keys_values(model.image_encoder(view))
-            lengths = keep.sum(1)                                                  # (Q,)
-            by_length = asked[start // batch]
-            by_length = by_length[lengths[by_length // k].argsort(stable=True)]
-            steps = (lengths[by_length // k].cumsum(0) - 1) // TOKENS[device.type]
-            for pairs in by_length.split(steps.unique_consecutive(return_counts=True)[1].tolist()):
-                longest = int(lengths[pairs[-1] // k])
+            for pairs in steps_of(asked[start // batch], tokens, TOKENS[device.type]):
+                longest = int(tokens[pairs].max())
                 pairs = pairs[places[pairs].argsort(stable=True)]                  # those of an image side by side
                 query, column = pairs // k, places[pairs] - start
                 logits = model.matching_logits(model.fusion_encoder.fused_cls(
                     text[query, :longest], keep[query, :longest], keys_values, column))
                 match[pairs] += (logits[:, 1] - logits[:, 0]) / len(passes)
     return settings.group.summed(match).view(candidates.shape)
+
+
+def steps_of(pairs: Tensor, tokens_of: Tensor, limit: int) -> tuple[Tensor, ...]:
+    """The pairs (P,) by the length of their texts, in steps of about `limit` tokens; tokens_of: of each pair's text."""
+    pairs = pairs[tokens_of[pairs].argsort(stable=True)]
+    last = tokens_of[pairs].cumsum(0) - 1               # the number of each text's last token, if all are counted
+    _, sizes = (last // limit).unique_consecutive(return_counts=True)
+    return pairs.split(sizes.tolist())
 
 
 def queries_of(records: RecordSet, tokenizer: Tokenizer) -> tuple[list[str], Tensor, list[str], Tensor]:

@@ -5,12 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import train
 from mra.config import UserError
+from mra.data.tokenizer import VOCAB_FILE
 from mra.formats import check
+from mra.group import Group
 from mra.run.command import run
+from mra.run.machine import Machine
 
 COUNTS = {split: (3, 6, 12) for split in ("train", "val", "test")}    # of the fixture `root`
 
@@ -116,16 +120,40 @@ def test_captions_that_the_model_cuts_are_noted(root, note):
         items[7]["captions"] = ["a " * 54, "a " * 53 + "xq", "a " * 300]
     records_of(root, spoil)
     line = note("model cuts")
-    assert line.startswith("Note: 2 x caption of more than 54 word pieces, which the model cuts, such as\n")
+    vocabulary = f"the vocabulary '{VOCAB_FILE}'"
+    assert line.startswith(f"Note: 2 x caption of more than 54 pieces of {vocabulary}, which the model cuts, such as\n")
     assert "record 7 (" in line and "'a a a" in line
+
+
+def test_all_cores_decode_unless_more_processes_are_asked_for(checked, monkeypatch):
+    """The recipes of training have a number of processes of their own."""
+    seen, machine = [], Machine(torch.device("cpu"), "float32", Group(), cores=6)
+    monkeypatch.setattr(train, "check_set", lambda *given: seen.append(given[4]) or True)
+    monkeypatch.setattr(Machine, "of", lambda *given: machine)
+    for flags in (("--preset", "demo"), ("--preset", "small"), ("--workers", "0"), ("--workers", "7")):
+        checked("--dataset", "cuhk", "--data-root", ".", *flags)
+    assert seen == [6, 8, 6, 7]
+
+
+def test_boxes_that_are_clipped_are_counted(checked, root):
+    (root / "mine").mkdir()
+    items = []
+    for number in range(3):
+        Image.new("RGB", (20, 40)).save(root / f"mine/{number}.png")
+        boxes = [[0.5, 0.5, 1.004, 0.9], [0.5, 0.5, 0.5, 0.5], [0.1, 0.5, 0.5, 0.5]]
+        items.append({"image": f"{number}.png", "caption": "a man", "image_id": number, "boxes": boxes,
+                      "phrases": ["a man", "a bag", "a hat"]})
+    (root / "mine/sda_0.json").write_text(json.dumps(items))
+    status, out = checked("--dataset", "mine")
+    assert status == 0 and "Note: 6 x box that reaches out of its image, and is clipped, such as\n  'mine/sda_0" in out
 
 
 def test_words_that_the_vocabulary_lacks_are_noted(checked, root, note):
     def spoil(items):
         items[2]["captions"] = ["a man 穿 in a [UNK] café", "a man 红 and ☂, 穿"]
     records_of(root, spoil)
-    line = note("vocabulary lacks")
-    assert line.startswith("Note: 2 x caption with words that the vocabulary lacks, such as\n  '")
+    line = note("caption with words")
+    assert line.startswith(f"Note: 2 x caption with words that the vocabulary '{VOCAB_FILE}' lacks, such as\n  '")
     assert "record 2 (" in line and line.endswith("'a man 穿 in a [UNK] café'")
 
 
@@ -177,7 +205,7 @@ def test_a_set_of_ones_own_needs_no_val_and_no_test(checked, root):
     (root / "mine/train.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
     status, out = checked("--dataset", "mine")
     assert status == 0 and "Note: 1 x split without a file, such as\n  'mine' has no test split" in out
-    assert "Note: 70 x caption with words that the vocabulary lacks" in out and "published" not in out
+    assert "Note: 70 x caption with words that the vocabulary" in out and "published" not in out
     (root / "mine/test.json").write_text("[")
     assert checked("--dataset", "mine")[0] == 1
 
@@ -192,8 +220,8 @@ def test_distractors_and_queries_without_an_image_are_counted(checked, root):
     (root / "test.json").write_text(json.dumps(items))
     status, out = checked("--dataset", ".")
     assert status == 0 and "test: 4 identities, 6 images, 6 captions\n" in out
-    assert "\ntest: 3 of these images are distractors, without a caption\n" in out
-    assert "\ntest: 3 of these captions have no image\n" in out and "6 of 6 images decoded" in out
+    assert "\ntest: 3 of these images are distractors, 3 of these captions have no image\n" in out
+    assert "6 of 6 images decoded" in out
     (root / "test.json").write_text(json.dumps(items[3:6]))
     status, out = checked("--dataset", ".")
     assert status == 0 and "of these" not in out

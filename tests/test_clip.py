@@ -309,20 +309,27 @@ def test_files_that_hold_no_clip(tmp_path):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"visual.ln_post.weight": None}, "1 tensors differ, image_encoder.norm.weight first"),
-    ({"visual.extra": torch.zeros(3)}, "1 tensors differ, image_encoder.extra first"),
+    ({"visual.ln_post.weight": None}, "Tensors it lacks: 1, image_encoder.norm.weight first"),
+    ({"visual.extra": torch.zeros(3)}, "Tensors unknown to the model: 1, image_encoder.extra first"),
     ({"transformer.resblocks.1.mlp.c_fc.bias": None}, "text_encoder.blocks.1.mlp.0.bias first"),
     ({"text_projection": None}, "text_projection.weight first"),
-    ({"text_projection": torch.zeros(64, 31)}, "1 tensors differ, text_projection.weight first"),
+    ({"text_projection": torch.zeros(64, 31)}, "Tensors of another shape: 1, text_projection.weight first"),
     ({"visual.conv1.weight": None}, "image_encoder.patches.weight"),
     ({"visual.proj": None}, "image_projection.weight"),
     ({"visual.positional_embedding": torch.zeros(12, 128)}, "image_encoder.positions first"),
-    ({"visual.conv1.weight": torch.zeros(96, 3, 8, 8)}, "tensors differ"),
-    ({"positional_embedding": torch.zeros(77, 96)}, "tensors differ")])
+    ({"visual.conv1.weight": torch.zeros(96, 3, 8, 8)}, "of another shape"),
+    ({"positional_embedding": torch.zeros(77, 96)}, "of another shape")])
 def test_a_clip_with_one_tensor_too_few_or_too_many_or_misshapen(small, tmp_path, changes, said):
     path = write_open_clip(tmp_path, **changes)
     message = refusal(load_retriever, path, CPU)
     assert str(path) in message and said in message
+
+
+def test_a_method_that_adds_to_irras_encoders_is_refused(small, tmp_path):
+    path = write_irra(tmp_path)
+    state = torch.load(path)["model"] | {"visual_emb_layer.linear.weight": torch.zeros(3, 3)}
+    torch.save({"model": state}, path)
+    assert "Tensors unknown to the model: 1, visual_emb_layer.linear.weight first" in refusal(load_retriever, path, CPU)
 
 
 def test_what_config_json_says_of_a_clip(small, tmp_path):
@@ -445,7 +452,9 @@ def test_the_commands_take_a_clip(small, root, monkeypatch, capsys):
     assert ended.value.code == 0 and "All is well." in said and "that the vocabulary lacks" not in said
     assert "A CLIP, or one of IRRA's family: ranked by embeddings, without mirror images." in said
     for file, fused in (("out/results-cuhk.json", False), ("one/results.json", True)):
-        results = json.loads((root / file).read_text())["results"]["cuhk"]
+        written = json.loads((root / file).read_text())
+        assert written["evaluation"]["mirror"] == fused and (written["evaluation"]["k"] > 0) == fused
+        results = written["results"]["cuhk"]
         assert results["queries"] == 12 and ("re-ranked" in results) == fused
     hit, *_ = json.loads((root / "out/query.json").read_text())["answers"][0]["first"]
     assert -1 <= hit["similarity"] <= 1 and "match" not in hit

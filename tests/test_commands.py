@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from mra import losses, ranking
-from mra.config import PRESETS, TrainConfig, pretrains, recipe
+from mra.config import PRESETS, TrainConfig, UserError, pretrains, recipe
 from mra.data.tokenizer import VOCAB_FILE
 from mra.retriever import Retriever
 from mra.run import checkpoint, machine, stages
@@ -358,8 +358,11 @@ def test_evaluate_finds_the_newest_checkpoint(work):
     rows = rows_of(out)
     assert rows.keys() == {"icfg embeddings", "icfg re-ranked"}
     results = json.loads((work / "out/icfg-tiny-s0/results.json").read_text())
-    assert results.keys() >= {"results", "evaluation", "train", "checkpoint", "versions", "pretrained_on", "weight"}
-    assert results["pretrained_on"] == "sda" and results["train"]["seed"] == 0 and results["evaluation"]["k"] == -1
+    assert results.keys() >= {"results", "evaluation", "train", "checkpoint", "versions", "pretrained_on"}
+    assert results["pretrained_on"] == "sda" and results["train"]["seed"] == 0
+    used = {"k": 8, "mirror": True, "weight": results["evaluation"]["weight"], "dataset": ["icfg"], "device": "cpu",
+            "precision": "float32"}
+    assert used.items() <= results["evaluation"].items() and used["weight"] in ranking.WEIGHTS
     found = results["results"]["icfg"]
     assert (found["queries"], found["gallery"], found["identities"]) == (18, 18, 6) and found["seconds"] >= 0
     for stage in ("embeddings", "re-ranked"):
@@ -415,7 +418,8 @@ def test_flags_of_evaluation(work):
     alone = rows_of(succeed(work, "evaluate.py", "--no-mirror", "--weight", "1"))
     assert alone.keys() == plain.keys()
     results = work / "out/icfg-tiny-s0"
-    assert json.loads((results / "results-mirror-False-weight-1.0.json").read_text())["weight"] == 1.0
+    used = json.loads((results / "results-mirror-False-weight-1.0.json").read_text())["evaluation"]
+    assert (used["weight"], used["mirror"]) == (1.0, False)
     assert json.loads((results / "results.json").read_text())["evaluation"]["mirror"]       # not replaced by the others
     assert {path.name for path in results.glob("results*")} == {
         "results.json", "results-k-0.json", "results-k-10000.json", "results-k-18.json",
@@ -532,6 +536,11 @@ def refused(folder: Path, script: str, *flags: str) -> str:
     (("--init", "none", "--vit", "missing.pth"), "missing.pth"),
     (("--init", "none", "--vocab", "missing.txt"), "missing.txt"),
     (("--init", "none", "--preset", "swin", "--batch", "1"), "--batch 1"),
+    (("--preset", "swin", "--vit", "words.txt"), "--preset swin has a Swin"),
+    (("--preset", "clip", "--clip", "words.txt", "--bert", "words.txt"), "leave out --bert and --vit"),
+    (("--preset", "clip", "--clip", "words.txt", "--vit", "words.txt"), "leave out --bert and --vit"),
+    (("--preset", "base", "--dataset", "data/demo-tiny"), "--dataset data/demo-tiny needs --init at --preset base"),
+    (("--init", "out/icfg-tiny-s0/last.safetensors"), "only resumes its run: give out/icfg-tiny-s0/best.safetensors"),
 ])
 def test_mistakes_in_training(work, flags, named):
     (work / "words.txt").write_text("no checkpoint")
@@ -551,7 +560,10 @@ def test_mistakes_in_training(work, flags, named):
     (("--data-root", "real"), "'real/ICFG-PEDES'"),
     (("--checkpoint", "missing.safetensors"), "missing.safetensors"),
     (("--checkpoint", "words.txt"), "words.txt"),
+    (("--checkpoint", "out/icfg-tiny-s0/last.safetensors"), "only resumes its run: give out/icfg-tiny-s0/best.safe"),
     (("--gallery", "."), "--query"),
+    (("--k", "0", "--weight", "8"), "--weight 8: nothing is re-ranked"),
+    (("--query-image", "words.txt", "--weight", "8"), "--weight 8: nothing is re-ranked"),
     (("--query", "a coat", "--gallery", "empty"), "empty"),
     (("--query", "a coat", "--gallery", "missing"), "missing"),
 ])
@@ -576,6 +588,7 @@ def test_evaluation_before_any_training(work, in_town, tmp_path, monkeypatch):
     out = succeed(folder, "evaluate.py", "--query", "a man in a red jacket")
     assert "There is no checkpoint under out/ yet, so this is the shipped retriever." in out
     assert (folder / "out/shipped/query.json").exists() and len(list(shipped.iterdir())) == 1
+    assert "Wrote out/shipped/results-k-0.json" in succeed(folder, "evaluate.py", "--k", "0")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -594,6 +607,37 @@ def test_a_checkpoint_of_real_data_asks_for_its_folder(work):
     succeed(work, "train.py", *QUICK, "--dataset", "icfg", "--data-root", "data/demo-tiny", "--out", "out/new")
     assert "--data-root" in refused(work, "evaluate.py")
     assert "embeddings" in succeed(work, "evaluate.py", "--data-root", "data/demo-tiny")
+
+
+def test_what_may_come_before_a_set_of_ones_own(tmp_path):
+    """At a preset that no drawn people are made for, nothing that the user did not ask for."""
+    own = TrainConfig(dataset=str(tmp_path), preset="base")
+    with pytest.raises(UserError, match="needs --init"):
+        stages.check(own)
+    for given in ({"init": "none"}, {"init": "scratch"}, {"init": str(tmp_path)}, {"check": True}, {"preset": "demo"},
+                  {"dataset": "icfg"}):
+        stages.check(dataclasses.replace(own, **given))
+    (tmp_path / "sda_0.json").write_text("[]")
+    stages.check(own)           # it is itself for pretraining
+    with pytest.raises(UserError, match="--data-root needs --init"):
+        stages.check(dataclasses.replace(own, dataset="icfg", data_root="real", init="scratch"))
+
+
+def test_a_folder_of_a_run_means_its_best_checkpoint(work):
+    out = succeed(work, "evaluate.py", "--checkpoint", "out/icfg-tiny-s0", "--k", "0")
+    assert "out/icfg-tiny-s0: trained on icfg" in out and "Wrote out/icfg-tiny-s0/results-k-0.json" in out
+    out = succeed(work, "train.py", *TINY, "--steps", "1", "--init", "out/sda-tiny-s0")
+    assert "Starting from out/sda-tiny-s0, trained on sda" in out
+    assert "out/icfg-tiny-s0-from-sda-tiny-s0/best.safetensors is ready" in out
+
+
+def test_results_of_another_checkpoint_in_the_folder_stay(work):
+    for name in ("best", "other"):
+        if name == "other":
+            shutil.copy(work / BEST, work / BEST.replace("best", name))
+        succeed(work, "evaluate.py", "--checkpoint", BEST.replace("best", name), "--k", "0")
+    assert {path.name for path in (work / BEST).parent.glob("r*")} == {
+        "results-k-0.json", "ranking-k-0.png", "results-other-k-0.json", "ranking-other-k-0.png"}
 
 
 def test_a_misspelt_set_is_found_before_pretraining(tmp_path):
@@ -635,6 +679,16 @@ def test_a_terminal_need_not_know_every_character(monkeypatch):
     run(lambda: print("Zoë"))
     terminal.flush()
     assert terminal.buffer.getvalue() == b"Zo\\xeb\n"
+
+
+def test_what_ctrl_c_leaves(capsys):
+    """evaluate.py goes on from nothing."""
+    def main() -> None:
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 130
+    assert "The same command of train.py or adapt.py goes on from what was saved last." in capsys.readouterr().err
 
 
 def test_documented_commands_run(work):

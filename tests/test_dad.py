@@ -289,7 +289,7 @@ def made(adapted, tmp_path_factory) -> tuple[Path, str]:
 
 def test_adapt_makes_a_set_that_is_read_as_sda(made):
     folder, said = made
-    assert "Training the tiny base" in said and "Adapting to icfg" in said and "is drawn data" in said
+    assert "Training the tiny base" in said and "Adapting to icfg" in said and "(drawn data, not photographs)" in said
     sets = [load(str(folder / "out/sda/icfg-tiny"), split, folder, say=lambda line: None) for split in ("train", "val")]
     records = [record for some in sets for record in some.records]
     assert len(records) == 70 and all(record.boxes for record in records)

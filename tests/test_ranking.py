@@ -300,6 +300,21 @@ def test_k_larger_than_the_gallery_and_none(model, tokenizer, paths):
     assert nothing.reranked(8.0).tolist() == nothing.candidates.tolist() == everything.candidates.tolist()
 
 
+def test_without_candidates_the_fusion_encoder_does_nothing(model, tokenizer, paths, monkeypatch):
+    expected = search(model, tokenizer, CAPTIONS, paths, Settings(2))
+    monkeypatch.setattr(model.fusion_encoder, "start", lambda *given: pytest.fail("it started"))
+    assert torch.equal(search(model, tokenizer, CAPTIONS, paths, Settings(0)).similarity, expected.similarity)
+    assert ranking.encode_queries(model, tokenizer, CAPTIONS, fuse=False)[0].numel() == 0
+
+
+def test_steps_are_filled_in_the_order_of_length():
+    """Lengths 4 1 3 2 3 of five pairs, in steps of 4 tokens: tokens 0 1-2 | 3-5 6-8 | 9-12, by their last ones."""
+    steps = ranking.steps_of(torch.arange(5), torch.tensor([4, 1, 3, 2, 3]), 4)
+    assert [step.tolist() for step in steps] == [[1, 3], [2], [4], [0]]
+    steps = ranking.steps_of(torch.tensor([4, 0, 2]), torch.tensor([4, 1, 3, 2, 3]), 100)
+    assert [step.tolist() for step in steps] == [[4, 2, 0]]
+
+
 def test_the_candidates_are_the_most_similar(model, tokenizer, paths):
     """Two are re-scored, three found, the last two ranked for the metrics alone."""
     found = search(model, tokenizer, CAPTIONS, paths, Settings(2, listed=3))

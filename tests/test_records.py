@@ -237,7 +237,9 @@ def test_images_and_captions_alone(tmp_path):
     kept = load(str(tmp_path), "test", tmp_path, allow_missing=True, say=quiet).records
     assert [r.captions for r in kept] == [("a hat", "a bag"), ("a man",), ("a coat",)]
     os.remove(tmp_path / "0.jpg")
-    assert "2 of 2 images are missing" in refusal(str(tmp_path), "test", tmp_path, allow_missing=True)
+    message = refusal(str(tmp_path), "test", tmp_path, allow_missing=True)
+    assert f"2 of 2 images are missing in '{tmp_path}' and its folder imgs: " in message
+    assert "--allow-missing" not in message         # which cannot help
 
 
 def test_images_and_captions_alone_where_they_help_nobody(tmp_path):
@@ -289,6 +291,16 @@ def test_boxes_of_an_own_set_in_finetune_format(tmp_path):
     first, second = load(str(tmp_path), "train", tmp_path, say=quiet).records
     assert first.phrases == ("a bag", "a coat") and first.boxes[1][2] == pytest.approx(0.4) and second.boxes == ()
     assert first.captions == ("a woman", "a lady")
+
+
+def test_boxes_are_clipped_to_the_image(tmp_path):
+    """Detectors predict centre and size, which overshoots at the edges; rounding is not counted as that."""
+    given = [(0.5, 0.5, 1.004, 0.9), (0.9, 0.1, 0.4, 0.4), (0.5, 0.5, 0.5, 0.5), (0.2, 0.25, 0.4, 0.5005)]
+    kept = [(0.5, 0.5, 1.0, 0.9), (0.85, 0.15, 0.3, 0.3), (0.5, 0.5, 0.5, 0.5), (0.2, 0.250125, 0.4, 0.50025)]
+    touch(tmp_path, "1.png")
+    write(tmp_path / "train.json", [sda_item("1.png", 1, [box], ["a bag"]) for box in given])
+    row, = read.read_rows(locate(str(tmp_path), "train", tmp_path))[0]
+    assert np.allclose(row.record.boxes, kept) and row.record.boxes[2] == given[2] and row.clipped == 2
 
 
 def test_own_set_in_sda_format(tmp_path):
@@ -347,9 +359,7 @@ BAD = {
     "box inf": GOOD | {"boxes": [[0.5, 0.5, float("inf"), 1]]},
     "box true": GOOD | {"boxes": [[True] * 4]}, "box huge": GOOD | {"boxes": [[10**400, 0.5, 0.5, 0.5]]},
     "box in pixels": GOOD | {"boxes": [[48, 96, 20, 40]]},
-    "box outside": GOOD | {"boxes": [[0.5, 0.5, 1.003, 0.5]]},
-    "box left": GOOD | {"boxes": [[0.2, 0.5, 0.5, 0.5]]}, "box top": GOOD | {"boxes": [[0.5, 0.2, 0.5, 0.7]]},
-    "box right": GOOD | {"boxes": [[0.8, 0.5, 0.5, 0.5]]}, "box low": GOOD | {"boxes": [[0.5, 0.8, 0.5, 1]]},
+    "box beside": GOOD | {"boxes": [[1.5, 0.5, 0.5, 0.5]]}, "box above": GOOD | {"boxes": [[0.5, -1, 0.5, 0.7]]},
     "box empty": GOOD | {"boxes": [[0.5, 0.5, 0, 0.5]]},
     "box negative": GOOD | {"boxes": [[0.5, 0.5, 0.2, -0.1]]},
     "box a sliver outside": GOOD | {"boxes": [[-0.0005, 0.5, 0.0004, 0.5]]},
@@ -434,6 +444,7 @@ def test_missing_images_are_counted_and_five_are_named(tmp_path):
     benchmark(tmp_path, "cuhk", items, images=[f"cam_1/{i}.jpg" for i in range(1, 20, 2)])
     (tmp_path / "CUHK-PEDES/imgs/cam_0/4.jpg").mkdir(parents=True)             # a folder is no image
     message = refusal("cuhk", "train", tmp_path)
+    assert "--allow-missing of train.py and evaluate.py drops some" in message
     assert "10 of 20 images are missing" in message and message.count("record") == 5
     for i in (0, 2, 4, 6, 8):
         assert f"reid_raw.json', record {i} (the first is 0), image 'cam_0/{i}.jpg'" in message

@@ -435,8 +435,8 @@ def test_evaluate_recognises_a_released_file(write, root, monkeypatch):
     path, _ = write("swin")
     run(monkeypatch, evaluate, "--checkpoint", path, "--dataset", "cuhk", "--data-root", root, "--out", root / "out",
         "--device", "cpu")
-    results = json.loads((root / "out" / "results-cuhk.json").read_text())
-    assert results["weight"] == 0.0
+    results = json.loads((root / "out" / "results-ft-cuhk.json").read_text())
+    assert (results["evaluation"]["weight"], results["evaluation"]["k"]) == (0.0, 512)
     assert results["results"]["cuhk"]["queries"] == 12 and "re-ranked" in results["results"]["cuhk"]
 
 

@@ -218,6 +218,22 @@ def test_train_starts_from_bert(root, monkeypatch, bert_folder):
     assert "--bert" in refusal(train.main)
 
 
+def test_a_check_counts_with_the_vocabulary_beside_bert(root, monkeypatch, capsys, bert_folder):
+    """In 18 captions of the set stands 34 times "xq", which is two pieces."""
+    file = root / "CUHK-PEDES/reid_raw.json"
+    file.write_text(file.read_text().replace("a woman in black", "xq " * 34))
+    with_bert = "--bert", bert_folder
+    for flags in ((), with_bert, (*with_bert, "--vocab", VOCAB_FILE)):
+        monkeypatch.setattr("sys.argv", ["train.py", "--check", "--dataset", "cuhk", "--data-root", str(root),
+                                         "--preset", "tiny", "--device", "cpu", *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            train.main()
+        beside = bert_folder / "vocab.txt" if len(flags) == 2 else VOCAB_FILE
+        said = capsys.readouterr().out
+        assert end.value.code == 0
+        assert f"18 x caption of more than 54 pieces of the vocabulary '{beside}', which the model cuts" in said
+
+
 # ---- what is wrong with a file
 
 class Trap:

@@ -29,7 +29,7 @@ class Tokenizer:
         missing = [piece for piece in SPECIAL if piece not in pieces]
         if missing:
             raise UserError(f"{source}: lacks {', '.join(missing)}; give a BERT vocab.txt, one piece a line")
-        self.pieces = pieces
+        self.pieces, self.source = pieces, source
         ids = {piece: i for i, piece in enumerate(pieces)}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[piece] for piece in SPECIAL)
         self.starts_word = [not piece.startswith("##") for piece in pieces]

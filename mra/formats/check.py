@@ -1,7 +1,4 @@
-"""Is a set on disk whole? Every record is read and every image decoded. Faults are listed, oddities are noted.
-
-`python train.py --check --dataset cuhk --data-root DIR` lists all faults; training stops at the first one.
-"""
+"""Is a set on disk whole? All faults are counted, the first LISTED of each kind listed; training stops at the first."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,7 +26,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
 
     The model reads `longest` ids of a caption, [CLS] and [SEP] included. `workers` processes decode the images.
     """
-    sources, rows = [], []
+    sources, rows, vocabulary = [], [], f"the vocabulary {shown(tokenizer.source)}"
     faults, notes = defaultdict(list), defaultdict(list)
     for split in SPLITS:
         try:
@@ -55,13 +52,14 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
             faults["image that has two records"].append(f"{row.place}: also in {before.split}, {before.place}")
         if row.missing:
             faults["missing image"].append(row.place)
+        notes["box that reaches out of its image, and is clipped"] += [row.place] * row.clipped
         for caption in row.record.captions:
             ids = tokenizer.encode(tokenizer.clean(caption, dataset), longest + 1)
             place = f"{row.place}: {shown(caption)}"
             if len(ids) > longest:
-                notes[f"caption of more than {longest - 2} word pieces, which the model cuts"].append(place)
+                notes[f"caption of more than {longest - 2} pieces of {vocabulary}, which the model cuts"].append(place)
             if tokenizer.unk_id in ids:
-                notes["caption with words that the vocabulary lacks"].append(place)
+                notes[f"caption with words that {vocabulary} lacks"].append(place)
     paths = [row.record.path for row in first.values() if row.record.path and not row.missing]
     for number, (trouble, width, height) in enumerate(in_processes(examined, paths, workers, CHUNK), 1):
         if trouble:
@@ -82,20 +80,19 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
 
 def _count(split: str, rows: list[Row], published: dict, faults: dict, say: Callable) -> None:
     """Say what a split holds, beside the published numbers. Other numbers are no fault: a part can be trained on."""
-    images = [row.record for row in rows if row.record.path]
+    images = [row for row in rows if row.record.path]
     counts = len({row.identity for row in rows}), len(images), sum(len(row.record.captions) for row in rows)
     line = "{}: {:,} identities, {:,} images, {:,} captions".format(split, *counts)
     if split in published:
         line += "; published {:,}, {:,} and {:,}".format(*published[split])
         if not rows:
             faults["empty split"].append(line)
-    pictured = {row.identity for row in rows if row.record.path}
+    pictured = {row.identity for row in images}
     if rows and pictured.isdisjoint(row.identity for row in rows if row.record.captions):
         faults["split in which no caption is of a person with an image"].append(line)
     if rows or split in published:
         say(line)
-    distractors = sum(not record.captions for record in images)
-    alone = counts[2] - sum(len(record.captions) for record in images)
-    for number, kind in ((distractors, "images are distractors, without a caption"), (alone, "captions have no image")):
-        if number:
-            say(f"{split}: {number:,} of these {kind}")
+    distractors = sum(not row.record.captions for row in images)
+    alone = sum(len(row.record.captions) for row in rows if not row.record.path)
+    if distractors or alone:
+        say(f"{split}: {distractors:,} of these images are distractors, {alone:,} of these captions have no image")

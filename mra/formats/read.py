@@ -22,7 +22,7 @@ from mra.data.records import Box, Record, RecordSet
 SPLITS = ("train", "val", "test")
 # The names of a field in the different formats.
 IMAGE, CAPTIONS, IDENTITY = ("image", "file_path", "img_path"), ("caption", "captions"), ("image_id", "id")
-BOX_ROUNDING = 1e-3                 # a box may leave the image by this fraction; it is clipped
+BOX_ROUNDING = 1e-3                 # a box that is clipped by less is not counted as clipped
 VAL_SHARE, VAL_IMAGES = 0.1, 1000   # a val split made from train: share of the identities, most images
 
 
@@ -62,14 +62,13 @@ class Row(NamedTuple):
     place: str                      # for messages: annotation file, record number, image
     missing: bool                   # the image is not there; the record's path is then that of the annotation file
     record: Record                  # with identity 0
+    clipped: int                    # boxes that reached out of the image
 
 
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
     """Read a split of one of DATASETS under `data_root`, or of the folder `dataset`. Raises UserError.
 
-    A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same ones;
-    train leaves them out. `allow_missing` drops the records whose image is missing. Val and test may hold records
-    without a caption (distractors) or without an image (queries alone), train may not.
+    `allow_missing` drops the records whose image is missing.
     """
     source = locate(dataset, split, Path(data_root))
     rows, refused = read_rows(source)
@@ -79,21 +78,21 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     images = [row for row in rows if row.record.path]
     missing = [row.place for row in images if row.missing]
     if missing:
-        told = f"{len(missing)} of {len(images)} images are missing in {shown(source.images)}"
-        if len(missing) == len(images) or not allow_missing:
-            raise UserError(f"{told}; complete it (--allow-missing of train.py drops some): {'; '.join(missing[:5])}")
-        say(f"{told} and left out")
+        told = f"{len(missing)} of {len(images)} images are missing in {shown(source.images)} and its folder imgs"
+        advice = "; --allow-missing of train.py and evaluate.py drops some" if len(missing) < len(images) else ""
+        if not advice or not allow_missing:
+            raise UserError(f"{told}{advice}: {'; '.join(missing[:5])}")
+        say(f"{told}, and are left out")
         rows, images = ([row for row in some if not row.missing] for some in (rows, images))
     if {row.identity for row in rows if row.record.captions}.isdisjoint(row.identity for row in images):
         raise UserError(f"{shown(source.files[0])}: in the split {split} no caption is of a person with an image")
     numbers = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
     records = [replace(row.record, identity=numbers[row.identity]) for row in rows]
     captions = sum(len(record.captions) for record in records)
-    if (source.images / "town.json").is_file():
-        say(f"{shown(source.images)} is drawn data, not photographs.")
+    drawn = " (drawn data, not photographs)" if (source.images / "town.json").is_file() else ""
     others = " and others" if len(source.files) > 1 else ""
     say(f"{shown(dataset)} {split}: {len(images)} images, {captions} captions, {len(numbers)} identities, "
-        f"read from {shown(source.files[0])}{others}")
+        f"read from {shown(source.files[0])}{others}{drawn}")
     return RecordSet(dataset, split, records)
 
 
@@ -109,13 +108,11 @@ def locate(dataset: str, split: str, root: Path) -> Source:
         return Source(whole[:1], images, None, not layout.has_val)
     hold_out = not layout.has_val and not _files(base, layout.of_split.format("val"))
     wanted = "train" if hold_out and split == "val" else split
-    files = _files(base, layout.of_split.format(wanted))
-    if files:
-        return Source(files, images, wanted, hold_out, grouped=True)
+    of_split = _files(base, layout.of_split.format(wanted))
     parts = layout.parts if wanted == "train" else ""
-    files = _files(base, parts)
+    files = of_split or _files(base, parts)
     if files:
-        return Source(files, images, wanted, hold_out)
+        return Source(files, images, wanted, hold_out, grouped=files is of_split)
     sought = [path.format(wanted) for path in (layout.whole, layout.of_split, parts) if path]
     hint = ""
     if (images / "caption_all.json").is_file():
@@ -166,10 +163,11 @@ def _row(item, source: Source, place: str, listing) -> Row:
     if split not in SPLITS:
         raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
     captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
-    boxes = phrases = ()
+    given, phrases = [], ()
     if "boxes" in item or "phrases" in item:
-        boxes = tuple(map(_box, _field(item, ("boxes",), list)))
+        given = _field(item, ("boxes",), list)
         phrases = _texts(_field(item, ("phrases",), list), "phrase")
+    boxes = tuple(map(_box, given))
     if len(boxes) != len(phrases):
         raise ValueError(f"it has {len(boxes)} boxes and {len(phrases)} phrases")
     if not (image or captions) or split == "train" and not (image and captions):
@@ -180,7 +178,8 @@ def _row(item, source: Source, place: str, listing) -> Row:
     found = [root + image for root in (f"{source.images}/imgs/", f"{source.images}/") if name in listing(root + below)]
     path = found[0] if found else image
     missing = image != "" and not found
-    return Row(split, identity, place, missing, Record(path, captions, 0, boxes, phrases))
+    clipped = sum(math.dist(box, value) > BOX_ROUNDING for box, value in zip(boxes, given))
+    return Row(split, identity, place, missing, Record(path, captions, 0, boxes, phrases), clipped)
 
 
 def _joined(before: Row, row: Row) -> Row:
@@ -188,8 +187,8 @@ def _joined(before: Row, row: Row) -> Row:
     if before.identity != row.identity:
         raise ValueError(f"identity {shown(row.identity)}, before {shown(before.identity)}")
     one, two = before.record, row.record
-    return before._replace(record=replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
-                                          phrases=one.phrases + two.phrases))
+    return before._replace(clipped=before.clipped + row.clipped, record=replace(
+        one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes, phrases=one.phrases + two.phrases))
 
 
 def _files_in(folder: str) -> set[str]:
@@ -220,18 +219,16 @@ def _texts(values: list, kind: str) -> tuple[str, ...]:
 
 
 def _box(value) -> Box:
-    """Check a box, and clip what rounding put outside the image."""
+    """Check a box, and clip it to the image: the boxes of a detector may reach over its edges."""
     if not (isinstance(value, list) and len(value) == 4
             and all(type(number) in (int, float) and abs(number) <= 2 for number in value)):
         raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
     cx, cy, w, h = value
     edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-    clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
-    left, top, right, bottom = clipped
-    outside = max(abs(edge - inside) for edge, inside in zip(edges, clipped))
-    if outside > BOX_ROUNDING or left >= right or top >= bottom:
-        raise ValueError(f"the box {shown(value)} is empty or leaves the image (cx, cy, w, h)")
-    if not outside:
+    left, top, right, bottom = clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
+    if left >= right or top >= bottom:
+        raise ValueError(f"the box {shown(value)} is empty, or beside the image (cx, cy, w, h)")
+    if clipped == edges:
         return cx, cy, w, h
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 

@@ -111,9 +111,12 @@ def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) ->
     own = weights(model)
     given = {name: tensor for name, tensor in tensors.items()
              if not name.startswith(NOT_WEIGHTS) and not name.endswith(INDICES)}
-    wrong = sorted(own.keys() ^ given.keys()) or [name for name in own if own[name].shape != given[name].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit this model: {len(wrong)} tensors differ, {wrong[0]} first.")
+    wrong = {"it lacks": sorted(own.keys() - given.keys()),
+             "unknown to the model": sorted(given.keys() - own.keys()),
+             "of another shape": [name for name in own if name in given and own[name].shape != given[name].shape]}
+    said = "; ".join(f"{what}: {len(names)}, {names[0]} first" for what, names in wrong.items() if names)
+    if said:
+        raise UserError(f"{path} does not fit this model. Tensors {said}.")
     broken = [name for name, tensor in given.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {len(broken)} of its tensors hold values that are not finite, {broken[0]} first.")

@@ -61,7 +61,7 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
         return
     except KeyboardInterrupt:
-        said, status = "Stopped. The same command goes on from what was saved last.", 130
+        said, status = "Stopped. The same command of train.py or adapt.py goes on from what was saved last.", 130
     except (UserError, OSError) as mistake:     # OSError: a folder that is locked or read-only
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process adds its traceback
         said, status = f"error: {harmless(sentence)}", 2

@@ -18,6 +18,7 @@ from mra.retriever import Retriever
 from mra.run import checkpoint
 from mra.run.machine import Machine
 from mra.weights import retrievers
+from mra.weights.files import folder_of
 
 # Flags that are not in a run's key. The key holds the pairs of a step in place of --batch, and digests of weights,
 # vocabulary and records in place of paths. The loop adds the precision.
@@ -93,15 +94,12 @@ def default_out(config: TrainConfig) -> str:
     name, fine_tunes = config.dataset, not pretrains(config.dataset)
     if name not in DATASETS:
         name = "-".join(Path(name).resolve().parts[-2:])
-    parts = [name, config.preset, f"s{config.seed}"]
-    if not config.regions:
-        parts.append("noregions")
+    regions = "" if config.regions else "noregions"
+    start = config.init if fine_tunes else ""
     if config.init not in NO_CHECKPOINT:
-        parts += ["from", Path(config.init).resolve().parent.name]
-    elif config.init and fine_tunes:
-        parts.append(config.init)
-    if config.init in PRETRAINED and fine_tunes and adapted_set(config):
-        parts.append("adapted")
+        start = f"from-{folder_of(Path(config.init).resolve()).name}"
+    adapted = "adapted" if config.init in PRETRAINED and fine_tunes and adapted_set(config) else ""
+    parts = name, config.preset, f"s{config.seed}", regions, start, adapted
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
 
@@ -159,7 +157,15 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--init {config.init}: no such checkpoint; give a file, or none to start from random weights.")
     if (config.bert or config.vit or config.clip) and not fresh:
         raise UserError("--bert, --vit and --clip start a new model, --init continues one: give one or the other.")
+    if config.clip and (config.bert or config.vit):
+        raise UserError("--clip brings both encoders: leave out --bert and --vit.")
+    if config.vit and PRESETS[config.preset].window:
+        raise UserError(f"--preset {config.preset} has a Swin, and --vit is none: leave one of them out.")
     if fresh and (config.preset == "clip") != bool(config.clip):
         raise UserError("--preset clip starts from --clip or --init, and no other preset takes --clip.")
-    if config.data_root and config.init in PRETRAINED and not (config.check or pretrains(config.dataset)):
+    fine_tunes = not (config.check or pretrains(config.dataset))
+    if fine_tunes and config.data_root and config.init in PRETRAINED:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
+    if fine_tunes and config.dataset not in DATASETS and not config.init and config.preset not in ("tiny", "demo"):
+        raise UserError(f"--dataset {config.dataset} needs --init at --preset {config.preset}: a checkpoint; none to "
+                        "start from random weights or --bert, --vit, --clip; scratch to pretrain on drawn people.")

@@ -4,7 +4,6 @@ The cache is a safetensors file with the features of each photograph. Their name
 photograph's path, size and time of last change. The model and the precision are the cache key.
 """
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -144,7 +143,7 @@ def encode(name: str, every: list[str], model: Retriever, cache: Path, settings:
     for path in every:
         facts = os.stat(path)
         stamp = f"{os.path.abspath(path)} {facts.st_size} {facts.st_mtime_ns}"
-        stamps[path] = hashlib.blake2b(os.fsencode(stamp), digest_size=16).hexdigest()
+        stamps[path] = checkpoint.digest_of([os.fsencode(stamp)])
     known = {stamp: cached[stamp] for stamp in stamps.values() if written_with == key and stamp in cached}
     new = [path for path, stamp in stamps.items() if stamp not in known]
     say(f"{shown(Path(name))}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")

@@ -31,13 +31,11 @@ PART = 5000         # records in one file of the source
 # The splits of each set: name, people, images of a person. ICFG-PEDES has no val split.
 Sizes = list[tuple[str, int, int]]
 DEFAULT = {"source": [("train", 3000, 2), ("test", 200, 3)],
-           "cuhk": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)],
-           "icfg": [("train", 400, 4), ("train", 100, 3), ("test", 240, 3)],
-           "rstp": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)]}
+           **dict.fromkeys(("cuhk", "rstp"), [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)]),
+           "icfg": [("train", 400, 4), ("train", 100, 3), ("test", 240, 3)]}
 TINY = {"source": [("train", 6, 2), ("test", 4, 3)],
-        "cuhk": [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)],
-        "icfg": [("train", 4, 3), ("train", 2, 2), ("test", 6, 3)],
-        "rstp": [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)]}
+        **dict.fromkeys(("cuhk", "rstp"), [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)]),
+        "icfg": [("train", 4, 3), ("train", 2, 2), ("test", 6, 3)]}
 
 
 class Shot(NamedTuple):
@@ -139,11 +137,9 @@ def _draw(folder: Path, set_name: str, shot: Shot) -> tuple[str, dict]:
 
 def source_record(shot: Shot, words: Words) -> dict:
     """A record in SDA's format."""
-    rng = random.Random(shot.seed)
-    logits = [round(rng.uniform(0.35, 0.9), 4) for _ in words.boxes]    # the real ones: a model's confidence
     boxes = [[round(v, 4) for v in box] for box in words.boxes]
-    return {"image": shot.path, "boxes": boxes, "phrases": words.phrases, "logits": logits, "caption": words.caption,
-            "image_id": shot.identity}
+    return {"image": shot.path, "image_id": shot.identity, "caption": words.caption, "phrases": words.phrases,
+            "boxes": boxes, "logits": [0.5] * len(boxes)}       # the real ones: a model's confidence
 
 
 def ready(dataset: str, tiny: bool, say=print) -> Path:

@@ -41,7 +41,7 @@ class ClipTokenizer(Tokenizer):
             self.engine = tokenizers.Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>"))
         except Exception as error:      # the engine raises nothing more special
             raise UserError(f"{source}: no vocabulary of CLIP ({error!r}).") from None
-        self.merges = merges
+        self.merges, self.source = merges, source
         self.cls_id, self.sep_id = ids["<|startoftext|>"], ids["<|endoftext|>"]
         self.pad_id, self.unk_id, self.mask_id = self.sep_id, None, self.cls_id - 1
         self.ordinary_ids = list(range(self.mask_id))

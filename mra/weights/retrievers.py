@@ -46,10 +46,7 @@ def model_facts(model: Retriever, tokenizer: Tokenizer) -> dict:
 
 def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str,
           clip_path: str = "") -> tuple[Retriever, Tokenizer]:
-    """A new retriever that starts from BERT, a vision transformer or both, or from CLIP; what they lack is random.
-
-    The vocabulary is `vocab`, else the one beside BERT or CLIP, else the packaged one.
-    """
+    """A new retriever that starts from BERT, a vision transformer or both, or from CLIP; what they lack is random."""
     if clip_path:
         return read_clip(read(Path(clip_path)), config, Path(clip_path), vocab)
     found, tokenizer = {}, None
@@ -147,6 +144,8 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
     Its content shows which. All but ours have their vocabulary in `vocab`, or beside the file.
     """
     facts = {}
+    if (path / "best.safetensors").is_file():       # a folder of train.py
+        path /= "best.safetensors"
     if path.suffix == ".safetensors" and not path.is_dir():
         tensors, facts = checkpoint.load(path)
     if not facts:
@@ -160,6 +159,8 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         else:
             raise UserError(f"{path} holds no checkpoint of train.py, no released MRA model and no CLIP.")
         return model.to(device).eval(), tokenizer, facts
+    if "evaluated" in facts:
+        raise UserError(f"{path} only resumes its run: give {path.with_name('best.safetensors')}.")
     if vocab:
         raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
     with checkpoint.trusting(path):
