@@ -58,7 +58,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     # ---- what to make, from the captions or images of target or source; each phrase with its box
     plan = make_plan(config, base, source, records.records)
     if not any(draft.boxes for draft in plan.drafts):
-        machine.say("All regions are whole images: no phrase has a box. A --source whose records have boxes gives some.")
+        machine.say("All regions are whole images: no phrase has a box. A --source with boxes gives some.")
     key = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
            "precision": machine.precision, "recipe": asdict(DAD_RECIPES[config.size]), **target.key,
            "plan": checkpoint.digest_of(plan.content())}

@@ -1,9 +1,10 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k images.
 
-The images after the first k keep their order by similarity. The score of a candidate is match logit + weight *
-similarity: the fusion encoder's [matched] - [mismatched], and the cosine of the embeddings. The weight is chosen on
-val, and the checkpoint keeps it. With `Settings.mirror` both stages average two passes: images and captions as they
-are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
+k is the preset's `rerank` unless --k says otherwise; the images after the first k keep their order by similarity. The
+score of a candidate is match logit + weight * similarity: the fusion encoder's [matched] - [mismatched], and the cosine
+of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score depends on its pair alone; the
+paper normalises scores over all pairs. With `Settings.mirror` both stages average two passes: images and captions as
+they are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
 """
 
 from dataclasses import dataclass
@@ -203,8 +204,8 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     """The logit [matched] - [mismatched] (Q, k) of each query with its candidates (Q, k), the mean of the passes.
 
     passes: `encode_queries` of the captions for the images and, perhaps, of those for the mirror images. The keys and
-    values of an image are computed once, and not copied. A step fuses pairs of similar length with IMAGES images:
-    beside their keys and values, what TOKENS tokens take in one block bounds its memory.
+    values of an image are computed once, and not copied. A step fuses about TOKENS tokens of pairs, of similar length,
+    with IMAGES images: beside their keys and values, what TOKENS tokens take in one block bounds its memory.
     """
     device, k = candidates.device, candidates.shape[1]
     wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) indices into it

@@ -135,19 +135,6 @@ def test_all_cores_decode_unless_more_processes_are_asked_for(checked, monkeypat
     assert seen == [6, 8, 6, 7]
 
 
-def test_boxes_that_are_clipped_are_counted(checked, root):
-    (root / "mine").mkdir()
-    items = []
-    for number in range(3):
-        Image.new("RGB", (20, 40)).save(root / f"mine/{number}.png")
-        boxes = [[0.5, 0.5, 1.004, 0.9], [0.5, 0.5, 0.5, 0.5], [0.1, 0.5, 0.5, 0.5]]
-        items.append({"image": f"{number}.png", "caption": "a man", "image_id": number, "boxes": boxes,
-                      "phrases": ["a man", "a bag", "a hat"]})
-    (root / "mine/sda_0.json").write_text(json.dumps(items))
-    status, out = checked("--dataset", "mine")
-    assert status == 0 and "Note: 6 x box that reaches out of its image, and is clipped, such as\n  'mine/sda_0" in out
-
-
 def test_words_that_the_vocabulary_lacks_are_noted(checked, root, note):
     def spoil(items):
         items[2]["captions"] = ["a man 穿 in a [UNK] café", "a man 红 and ☂, 穿"]

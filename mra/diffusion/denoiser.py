@@ -224,7 +224,7 @@ def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]
 
 
 def merge(adapted: Denoiser) -> None:
-    """Add the trained layers of low rank to the weights beside them, in place. `adapted` is then as fast as the base."""
+    """Add the layers of low rank to the weights beside them, in place. `adapted` is then as fast as the base."""
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, LowRank):
             adapted.set_submodule(name, layer.merged())

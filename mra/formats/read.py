@@ -22,7 +22,6 @@ from mra.data.records import Box, Record, RecordSet
 SPLITS = ("train", "val", "test")
 # The names of a field in the different formats.
 IMAGE, CAPTIONS, IDENTITY = ("image", "file_path", "img_path"), ("caption", "captions"), ("image_id", "id")
-BOX_ROUNDING = 1e-3                 # a box that is clipped by less is not counted as clipped
 VAL_SHARE, VAL_IMAGES = 0.1, 1000   # a val split made from train: share of the identities, most images
 
 
@@ -62,13 +61,14 @@ class Row(NamedTuple):
     place: str                      # for messages: annotation file, record number, image
     missing: bool                   # the image is not there; the record's path is then that of the annotation file
     record: Record                  # with identity 0
-    clipped: int                    # boxes that reached out of the image
 
 
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
     """Read a split of one of DATASETS under `data_root`, or of the folder `dataset`. Raises UserError.
 
-    `allow_missing` drops the records whose image is missing.
+    A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same ones;
+    train leaves them out. `allow_missing` drops the records whose image is missing. Val and test may hold records
+    without a caption (distractors) or without an image (queries alone), train may not.
     """
     source = locate(dataset, split, Path(data_root))
     rows, refused = read_rows(source)
@@ -163,11 +163,10 @@ def _row(item, source: Source, place: str, listing) -> Row:
     if split not in SPLITS:
         raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
     captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
-    given, phrases = [], ()
+    boxes = phrases = ()
     if "boxes" in item or "phrases" in item:
-        given = _field(item, ("boxes",), list)
+        boxes = tuple(map(_box, _field(item, ("boxes",), list)))
         phrases = _texts(_field(item, ("phrases",), list), "phrase")
-    boxes = tuple(map(_box, given))
     if len(boxes) != len(phrases):
         raise ValueError(f"it has {len(boxes)} boxes and {len(phrases)} phrases")
     if not (image or captions) or split == "train" and not (image and captions):
@@ -178,8 +177,7 @@ def _row(item, source: Source, place: str, listing) -> Row:
     found = [root + image for root in (f"{source.images}/imgs/", f"{source.images}/") if name in listing(root + below)]
     path = found[0] if found else image
     missing = image != "" and not found
-    clipped = sum(math.dist(box, value) > BOX_ROUNDING for box, value in zip(boxes, given))
-    return Row(split, identity, place, missing, Record(path, captions, 0, boxes, phrases), clipped)
+    return Row(split, identity, place, missing, Record(path, captions, 0, boxes, phrases))
 
 
 def _joined(before: Row, row: Row) -> Row:
@@ -187,8 +185,8 @@ def _joined(before: Row, row: Row) -> Row:
     if before.identity != row.identity:
         raise ValueError(f"identity {shown(row.identity)}, before {shown(before.identity)}")
     one, two = before.record, row.record
-    return before._replace(clipped=before.clipped + row.clipped, record=replace(
-        one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes, phrases=one.phrases + two.phrases))
+    return before._replace(record=replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
+                                          phrases=one.phrases + two.phrases))
 
 
 def _files_in(folder: str) -> set[str]:
@@ -225,7 +223,8 @@ def _box(value) -> Box:
         raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
     cx, cy, w, h = value
     edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-    left, top, right, bottom = clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
+    clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
+    left, top, right, bottom = clipped
     if left >= right or top >= bottom:
         raise ValueError(f"the box {shown(value)} is empty, or beside the image (cx, cy, w, h)")
     if clipped == edges:
