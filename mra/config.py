@@ -241,7 +241,7 @@ class AdaptConfig:
     target: str = flag("icfg", "set whose look the images get", choices=TARGETS)
     mode: str = flag("generate", "generate from captions, or restyle source images", choices=("generate", "restyle"))
     share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
-    images: int = flag(1500, "number of images to make, before the filters", 1, 1e9)
+    images: int = flag(3000, "number of images to make, before the filters", 1, 1e9)
     captions: str = flag("target", "set whose captions images are generated from", choices=("target", "source"))
     size: str = flag("demo", "size of the diffusion model", choices=DIFFUSION_PRESETS.keys())
     base: str = flag("", "file of a trained base; empty: the shipped one for demo, else one is trained first")
