@@ -48,8 +48,7 @@ def main() -> None:
     stages.check(config)
     machine = Machine.of(config.device, config.precision, config.compile)
     if config.check:
-        machine.say(f"Checking {config.dataset} for the model that a training with these flags begins with.")
-        model, tokenizer, _ = stages.load_model(config, machine)        # which captions would it cut?
+        model, tokenizer, _ = stages.load_model(config, machine)      # as in training: which captions would it cut?
         well = check_set(config.dataset, root_of(config), tokenizer, model.config.max_tokens,
                          max(config.workers, machine.cores), machine.say)
         sys.exit(0 if well else 1)

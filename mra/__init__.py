@@ -23,6 +23,5 @@ Shape letters; a docstring explains any other. Masks are `keep` or end in `_keep
     in diffusion/: C channels   h x w pixels of the latents   K noise levels
 
 Public: `mra.losses.contrastive`, `mra.ranking.retrieval_metrics`, `mra.diffusion.ddim`, `mra.diffusion.dpm_solver`.
-
 Paper: "MRA" is arXiv 2507.10195; its sections are cited where a line implements them.
 """

@@ -1,10 +1,9 @@
 """Two-stage search and its metrics: embeddings rank the gallery, the fusion encoder re-scores the first k images.
 
-k is the preset's `rerank` unless --k says otherwise; the images after the first k keep their order by similarity. The
-score of a candidate is match logit + weight * similarity: the fusion encoder's [matched] - [mismatched], and the cosine
-of the embeddings. The weight is chosen on val, and the checkpoint keeps it. A score depends on its pair alone; the
-paper normalises scores over all pairs. With `Settings.mirror` both stages average two passes: images and captions as
-they are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
+The images after the first k keep their order by similarity. The score of a candidate is match logit + weight *
+similarity: the fusion encoder's [matched] - [mismatched], and the cosine of the embeddings. The weight is chosen on
+val, and the checkpoint keeps it. With `Settings.mirror` both stages average two passes: images and captions as they
+are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
 """
 
 from dataclasses import dataclass

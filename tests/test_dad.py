@@ -543,15 +543,6 @@ def test_new_weights_never_lie_beside_an_old_key(made, monkeypatch):
     assert Path("out/line/line.safetensors").exists() and not Path("out/line/line.key.json").exists()
 
 
-def test_a_trained_base_is_named_where_a_shipped_one_would_be_taken(made, monkeypatch, capsys):
-    folder, _ = made
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(networks, "base_file", lambda config: Path("shipped.safetensors"))
-    monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--precision", "float32", "--train-base"])
-    adapt_main()
-    assert "Give adapt.py --base out/base-tiny/base.safetensors" in capsys.readouterr().out
-
-
 def test_a_base_learns_from_worlds_and_keeps_its_words(made):
     folder, _ = made
     flags = "data/demo-tiny", "--base", "out/base-tiny/base.safetensors", "--size", "tiny", "--steps", "3"

@@ -4,6 +4,5 @@ Read noising.py, autoencoder.py, denoiser.py, base.py (the model), pairs.py (wha
 (guidance, samples, calibration), prompts.py, plan.py (what to make, with a box for each phrase) and filters.py.
 """
 
-from mra.diffusion.noising import ddim, dpm_solver
-
-__all__ = ["ddim", "dpm_solver"]
+from mra.diffusion.noising import ddim as ddim
+from mra.diffusion.noising import dpm_solver as dpm_solver

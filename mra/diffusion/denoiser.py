@@ -185,13 +185,12 @@ class LowRank(nn.Module):
     def __init__(self, frozen: nn.Conv2d | nn.Linear, rank: int):
         super().__init__()
         self.frozen = frozen
-        biased = frozen.bias is not None
         if isinstance(frozen, nn.Conv2d):
             first = nn.Conv2d(frozen.in_channels, rank, frozen.kernel_size, frozen.stride, frozen.padding, bias=False)
-            last = nn.Conv2d(rank, frozen.out_channels, 1, bias=biased)
+            last = nn.Conv2d(rank, frozen.out_channels, 1, bias=frozen.bias is not None)
         else:
             first = nn.Linear(frozen.in_features, rank, bias=False)
-            last = nn.Linear(rank, frozen.out_features, bias=biased)
+            last = nn.Linear(rank, frozen.out_features, bias=frozen.bias is not None)
         nn.init.kaiming_normal_(first.weight, nonlinearity="linear")        # its outputs are as large as its inputs
         self.beside = nn.Sequential(first, zero(last))
 

@@ -66,9 +66,8 @@ class Row(NamedTuple):
 def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False, say=print) -> RecordSet:
     """Read a split of one of DATASETS under `data_root`, or of the folder `dataset`. Raises UserError.
 
-    A set without a val split (all but cuhk and rstp) gets one from its training identities, always the same ones;
-    train leaves them out. `allow_missing` drops the records whose image is missing. Val and test may hold records
-    without a caption (distractors) or without an image (queries alone), train may not.
+    A set without a val split gets one from its training identities; train leaves them out. `allow_missing` drops the
+    records whose image is missing. Only val and test may hold records without a caption, or without an image.
     """
     source = locate(dataset, split, Path(data_root))
     rows, refused = read_rows(source)

@@ -45,18 +45,14 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
         if checkpoint.is_kept(path, key, machine.say):
             machine.say(f"{path} is there.")
         else:
+            machine.on_rank_0(lambda: checkpoint.key_file(path).unlink(missing_ok=True))    # it is of older weights
             loss, state = prepare(), path.with_suffix(".part")
             saves = frozenset(range(fit.save_every, fit.steps, fit.save_every))
             task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=saves)
             Loop(task, lambda portion: {"loss": loss(portion.generator, portion.count)}, machine).run()
-
-            def keep() -> None:
-                checkpoint.key_file(path).unlink(missing_ok=True)       # new weights never lie beside an old key
-                checkpoint.save(path, checkpoint.weights(network), {"key": key})
-                checkpoint.remember(path, key)
-                state.unlink(missing_ok=True)
-
-            machine.on_rank_0(keep)
+            machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
+            machine.on_rank_0(lambda: checkpoint.remember(path, key))
+            machine.on_rank_0(lambda: state.unlink(missing_ok=True))
     checkpoint.restore_weights(network, checkpoint.load(path)[0], path)
 
 
@@ -98,10 +94,8 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     learn("denoiser", base.denoiser, lambda: LatentPairs(base, images, captions).loss, recipe.denoiser, folder, key,
           machine)
     facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
-    path = folder / "base.safetensors"
-    machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(base, half=True), facts))
-    hint = "" if base_file(config) == path else f" Give adapt.py --base {path}: without it the shipped base is taken."
-    machine.say(f"{path} is ready.{hint}")
+    machine.on_rank_0(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.weights(base, half=True), facts))
+    machine.say(f"{folder / 'base.safetensors'} is ready: give it to adapt.py as --base.")
 
 
 def autoencoder_loss(base: Diffusion, images: Tensor, generator: torch.Generator, count: int) -> Tensor:

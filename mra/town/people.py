@@ -35,7 +35,6 @@ WOMENS = ("leggings", "skirt", "long skirt")
 TWINS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "lower": ("trousers", "shorts", *WOMENS),
          "upper": ("t-shirt", "shirt", "sweater", "hoodie", "tank top")}
 
-
 # An identity: about 40 bits of attributes, each a word; "" is for a thing that the person does not have.
 Person = namedtuple("Person", (
     "gender", "build", "hair", "hair_colour", "headgear", "headgear_colour",

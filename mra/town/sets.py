@@ -31,13 +31,11 @@ PART = 5000         # records in one file of the source
 # The splits of each set: name, people, images of a person. ICFG-PEDES has no val split.
 Sizes = list[tuple[str, int, int]]
 DEFAULT = {"source": [("train", 3000, 2), ("test", 200, 3)],
-           "cuhk": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)],
-           "icfg": [("train", 400, 4), ("train", 100, 3), ("test", 240, 3)],
-           "rstp": [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)]}
+           **dict.fromkeys(("cuhk", "rstp"), [("train", 400, 4), ("val", 100, 3), ("test", 240, 3)]),
+           "icfg": [("train", 400, 4), ("train", 100, 3), ("test", 240, 3)]}
 TINY = {"source": [("train", 6, 2), ("test", 4, 3)],
-        "cuhk": [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)],
-        "icfg": [("train", 4, 3), ("train", 2, 2), ("test", 6, 3)],
-        "rstp": [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)]}
+        **dict.fromkeys(("cuhk", "rstp"), [("train", 4, 3), ("val", 2, 2), ("test", 6, 3)]),
+        "icfg": [("train", 4, 3), ("train", 2, 2), ("test", 6, 3)]}
 
 
 class Shot(NamedTuple):

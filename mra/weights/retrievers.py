@@ -46,10 +46,7 @@ def model_facts(model: Retriever, tokenizer: Tokenizer) -> dict:
 
 def start(config: ModelConfig, bert_path: str, vit_path: str, vocab: str,
           clip_path: str = "") -> tuple[Retriever, Tokenizer]:
-    """A new retriever that starts from BERT, a vision transformer or both, or from CLIP; what they lack is random.
-
-    The vocabulary is `vocab`, else the one beside BERT or CLIP, else the packaged one.
-    """
+    """A new retriever that starts from BERT, a vision transformer or both, or from CLIP; what they lack is random."""
     if clip_path:
         return read_clip(read(Path(clip_path)), config, Path(clip_path), vocab)
     found, tokenizer = {}, None
