@@ -154,7 +154,7 @@ def test_weights_that_do_not_fit(tmp_path, model, tokenizer, spoil, named):
 def test_what_does_not_fit_is_told_apart(model, tmp_path):
     spoilt = with_another_shape(with_one_more(without_one(checkpoint.weights(model))))
     assert refusal(checkpoint.restore_weights, model, spoilt, tmp_path) == (
-        f"{tmp_path} does not fit this model. Tensors it lacks: 1, temperature first; unknown to the model: 1, "
+        f"{tmp_path} does not fit this model. Tensors missing: 1, temperature first; unknown: 1, "
         "extra.weight first; of another shape: 1, text_projection.bias first.")
 
 

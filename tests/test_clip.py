@@ -309,8 +309,8 @@ def test_files_that_hold_no_clip(tmp_path):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"visual.ln_post.weight": None}, "Tensors it lacks: 1, image_encoder.norm.weight first"),
-    ({"visual.extra": torch.zeros(3)}, "Tensors unknown to the model: 1, image_encoder.extra first"),
+    ({"visual.ln_post.weight": None}, "Tensors missing: 1, image_encoder.norm.weight first"),
+    ({"visual.extra": torch.zeros(3)}, "Tensors unknown: 1, image_encoder.extra first"),
     ({"transformer.resblocks.1.mlp.c_fc.bias": None}, "text_encoder.blocks.1.mlp.0.bias first"),
     ({"text_projection": None}, "text_projection.weight first"),
     ({"text_projection": torch.zeros(64, 31)}, "Tensors of another shape: 1, text_projection.weight first"),
@@ -329,7 +329,7 @@ def test_a_method_that_adds_to_irras_encoders_is_refused(small, tmp_path):
     path = write_irra(tmp_path)
     state = torch.load(path)["model"] | {"visual_emb_layer.linear.weight": torch.zeros(3, 3)}
     torch.save({"model": state}, path)
-    assert "Tensors unknown to the model: 1, visual_emb_layer.linear.weight first" in refusal(load_retriever, path, CPU)
+    assert "Tensors unknown: 1, visual_emb_layer.linear.weight first" in refusal(load_retriever, path, CPU)
 
 
 def test_what_config_json_says_of_a_clip(small, tmp_path):

@@ -1,4 +1,4 @@
-"""Is a set on disk whole? All faults are counted, the first LISTED of each kind listed; training stops at the first."""
+"""Is a set on disk whole? Counts every fault and lists the first LISTED of each kind; training stops at the first."""
 
 from collections import defaultdict
 from collections.abc import Callable

@@ -111,8 +111,8 @@ def restore_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) ->
     own = weights(model)
     given = {name: tensor for name, tensor in tensors.items()
              if not name.startswith(NOT_WEIGHTS) and not name.endswith(INDICES)}
-    wrong = {"it lacks": sorted(own.keys() - given.keys()),
-             "unknown to the model": sorted(given.keys() - own.keys()),
+    wrong = {"missing": sorted(own.keys() - given.keys()),
+             "unknown": sorted(given.keys() - own.keys()),
              "of another shape": [name for name in own if name in given and own[name].shape != given[name].shape]}
     said = "; ".join(f"{what}: {len(names)}, {names[0]} first" for what, names in wrong.items() if names)
     if said:

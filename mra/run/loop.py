@@ -179,7 +179,7 @@ class Loop:
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise UserError(f"{task.name} {name} is {mean} by step {step}; what was saved before it is kept. Try "
-                                "train.py with a smaller --lr, adapt.py with --precision float32.")
+                                "train.py with a smaller --lr, or adapt.py with --precision float32.")
         if task.log:
             rate = fit.lr * schedule(step - 1, fit.steps, fit.warmup)
             speed = fit.batch * fit.accumulate * len(terms) / seconds       # images of all processes

@@ -45,11 +45,11 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
         if checkpoint.is_kept(path, key, machine.say):
             machine.say(f"{path} is there.")
         else:
-            machine.on_rank_0(lambda: checkpoint.key_file(path).unlink(missing_ok=True))    # it is of older weights
             loss, state = prepare(), path.with_suffix(".part")
             saves = frozenset(range(fit.save_every, fit.steps, fit.save_every))
             task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=saves)
             Loop(task, lambda portion: {"loss": loss(portion.generator, portion.count)}, machine).run()
+            machine.on_rank_0(lambda: checkpoint.key_file(path).unlink(missing_ok=True))    # the key of older weights
             machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
             machine.on_rank_0(lambda: checkpoint.remember(path, key))
             machine.on_rank_0(lambda: state.unlink(missing_ok=True))

@@ -160,7 +160,7 @@ def check(config: TrainConfig) -> None:
     if config.clip and (config.bert or config.vit):
         raise UserError("--clip brings both encoders: leave out --bert and --vit.")
     if config.vit and PRESETS[config.preset].window:
-        raise UserError(f"--preset {config.preset} has a Swin, and --vit is none: leave one of them out.")
+        raise UserError(f"--vit: --preset {config.preset} has a Swin, which no ViT fits; leave one of them out.")
     if fresh and (config.preset == "clip") != bool(config.clip):
         raise UserError("--preset clip starts from --clip or --init, and no other preset takes --clip.")
     fine_tunes = not (config.check or pretrains(config.dataset))
