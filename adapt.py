@@ -70,7 +70,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     base = networks.adapt_autoencoder(config, base, target, machine)
     adapted = networks.train_branch(config, base, target, machine)
     judge = networks.train_judge(config, base, target, machine)
-    # ---- samples, calibrated and decoded, and their scores for the filters
+    # ---- samples, decoded, and their scores for the filters
     painter = Painter(config, base, adapted, target.images, plan.source_sample)
     parts.make_parts(painter, judge, plan, out, machine)
     # ---- the set: what passes the filters

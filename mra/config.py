@@ -130,13 +130,12 @@ class DadRecipe:
     denoiser: Fit | None = None
     decoder: Fit | None = None
     epochs: int = 0                     # passes of the branch over the target's pairs, in place of its steps
-    probes: int = 256                   # samples that the calibration is computed from
     flags: dict[str, float] = field(default_factory=dict)       # defaults of adapt.py's flags at this size
 
 
 DAD_RECIPES = {
     "tiny":  DadRecipe(Fit(5, 16, 1e-3), Fit(5, 16, 1e-3), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
-                       probes=16, flags=dict(sampling_steps=4, rank=2)),
+                       flags=dict(sampling_steps=4, rank=2)),
     "demo":  DadRecipe(branch=Fit(1500, 16, 3e-3), autoencoder=Fit(2000, 32, 1e-3),
                        denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3), flags=dict(rank=32)),
     "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), autoencoder=Fit(50_000, 32, 2e-4),

@@ -1,4 +1,4 @@
-"""What DaD does around its networks: prompts, calibration, filters, boxes, what is kept, and adapt.py itself."""
+"""What DaD does around its networks: prompts, filters, boxes, what is kept, and adapt.py itself."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from mra.diffusion.base import Diffusion
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged, margins, scores_of
 from mra.diffusion.plan import SetPlan, average_boxes, drafts_of, record_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
-from mra.diffusion.sampling import Painter, calibration, transfer_moments
+from mra.diffusion.sampling import transfer_moments
 from mra.formats.read import load
 from mra.run import checkpoint, networks, parts
 from mra.run.checkpoint import digest_of
@@ -109,55 +109,6 @@ def test_prompts_visit_every_caption_before_any_twice():
     assert [prompt for _, prompt in made[:7]] == [captions[i] for i, _ in made[:7]]
     assert made == prompts_of(captions, 17, seed=1) != prompts_of(captions, 17, seed=2)
     assert len(prompts_of(captions, 1000, seed=1)) == 7 * (VARIANTS + 1)
-
-
-# ---- calibration
-
-def test_samples_are_moved_to_the_targets_mean_and_variance_at_each_place():
-    draw = torch.Generator().manual_seed(0)
-    target = 0.5 * torch.randn(500, 2, 3, 2, generator=draw) + torch.arange(12.0).view(2, 3, 2)
-    samples = 3 * torch.randn(256, 2, 3, 2, generator=draw) - 1
-    scale, shift = calibration(samples, target)
-    moved = scale * samples + shift
-    torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(moved.std(0), target.std(0), atol=1e-4, rtol=1e-4)
-    scale, shift = calibration(torch.ones(64, 2, 3, 2), target)            # all alike
-    torch.testing.assert_close(scale + shift, target.mean(0), atol=1e-3, rtol=1e-3)
-
-
-def test_calibration_by_hand():
-    """Samples 0 and 2 (mean 1, deviation sqrt 2) for a target of 5 and 9 (mean 7, deviation 2 sqrt 2)."""
-    scale, shift = calibration(torch.tensor([0.0, 2.0]).view(2, 1, 1, 1), torch.tensor([5.0, 9.0]).view(2, 1, 1, 1))
-    assert scale.item() == pytest.approx(2.0) and shift.item() == pytest.approx(5.0)
-
-
-def test_latents_are_calibrated_before_they_are_decoded(adapted, monkeypatch, tmp_path):
-    """Scaled by 0 and shifted by 3, all latents are 3. There are more probes than images: drafts of the target's
-    captions, or images to restyle, each with noise of its own."""
-    real, seen, probed, draws = parts.decode, [], [], []
-    monkeypatch.chdir(shutil.copytree(adapted[0], tmp_path, dirs_exist_ok=True))
-    monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=4 * parts.PART))
-
-    def calibrate(samples, target):
-        probed.append(samples)
-        return 0.0, 3.0
-
-    def sample(painter, records, draw):
-        draws.append((draw.initial_seed(), [record.path for record in records]))
-        return sampling(painter, records, draw)
-
-    sampling = Painter.sample
-    monkeypatch.setattr(parts, "calibration", calibrate)
-    monkeypatch.setattr(Painter, "sample", sample)
-    monkeypatch.setattr(parts, "decode", lambda some, latents, draw: seen.append(latents) or real(some, latents, draw))
-    for flags, folder in ((("--captions", "source"), "ICFG"), (("--mode", "restyle"), "SDA")):
-        monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--images", "8", "--malformed", "0", *flags])
-        draws.clear()
-        adapt_main()
-        probes = [(seed, paths) for seed, paths in draws if len(paths) == parts.PART]
-        assert len(probes) == 4 == len({seed for seed, _ in draws}) - 1 and len(probed[-1]) == 4 * parts.PART
-        assert all(folder in path for _, paths in probes for path in paths)
-    assert len(seen) == 2 and all(torch.equal(latents, torch.full_like(latents, 3.0)) for latents in seen)
 
 
 # ---- filters
@@ -242,7 +193,7 @@ def test_a_phrase_gets_the_average_box_of_its_noun(tokenizer):
     assert boxes.keys() == {"coat", "boots"} and boxes["boots"] == (0.5, 0.9, 0.5, 0.2)
     assert boxes["coat"] == pytest.approx((0.45, 0.3, 0.8, 0.5))
     target = [Record("a.png", ("A lady in a blue coat and green jeans.",), 0), Record("b.png", ("a tall man",), 1)]
-    whole, coat = drafts_of(AdaptConfig(), 2, target, boxes, tokenizer)
+    whole, coat = drafts_of(AdaptConfig(images=2), target, boxes, tokenizer)
     assert coat.phrases == ("a blue coat",) and coat.boxes == (boxes["coat"],)      # the source has no lady, no jeans
     assert record_of(coat) == {"boxes": [[0.45, 0.3, 0.8, 0.5]], "phrases": ("a blue coat",), "image_id": 0,
                                "caption": target[0].captions[0], "origin": "a.png"}
@@ -268,10 +219,10 @@ def test_the_digest_of_a_plan_knows_pixels_of_what_is_restyled(tmp_path):
     draft, digests = Record(str(tmp_path / "a.bmp"), ("a man",), 0), []
     for colour in ("red", "blue"):                      # two files of as many bytes
         Image.new("RGB", (8, 8), colour).save(draft.path)
-        digests += [digest_of(SetPlan([draft], [], sample).content()) for sample in ([draft], [])]
+        digests += [digest_of(SetPlan([draft], sample).content()) for sample in ([draft], [])]
     assert digests[0] != digests[2] and digests[1] == digests[3]
     boxed = replace(draft, boxes=((0.5, 0.5, 1.0, 1.0),), phrases=("a man",))
-    assert digest_of(SetPlan([boxed], [], [draft]).content()) != digests[2]
+    assert digest_of(SetPlan([boxed], [draft]).content()) != digests[2]
 
 
 # ---- adapt.py, at tiny size
@@ -299,7 +250,7 @@ def test_adapt_makes_a_set_that_is_read_as_sda(made):
     assert report["made"] == report["kept"] == 70 and report["dropped"] == {"greyscale": 0, "malformed": 0}
     key, thresholds = report["key"], {"grey_mean": 0.02, "grey_variance": 0.0005, "malformed": 0}
     assert key == json.loads((folder / "out/sda/icfg-tiny/parts.key.json").read_text()) | thresholds
-    assert key["flags"]["images"] == 70 and key["recipe"]["probes"] == 16
+    assert key["flags"]["images"] == 70 and key["recipe"]["epochs"] == 0
     with Image.open(folder / "out/sda/icfg-tiny/adaptation.png") as picture:
         assert picture.width > 500
 
@@ -431,8 +382,6 @@ def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
     monkeypatch.chdir(folder)
     real, compiled = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or real(module, backend="eager"))
-    # as many samples to calibrate as images: another size would be traced again
-    monkeypatch.setitem(DAD_RECIPES, "tiny", replace(DAD_RECIPES["tiny"], probes=8))
     guided = ("--guidance-from", "0", "--guidance-to", "1", "--sampling-steps", "2")
     for flags in (("--compile", *guided), guided):
         monkeypatch.setattr(sys, "argv", ["adapt.py", "--size", "tiny", "--seed", "7", "--steps", "1", "--images", "8",

@@ -291,7 +291,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_trained(measured,
     report = tmp_path / OUT / "report.json"
     content = json.loads(report.read_text())
     for name, value, told in (("contents", "other", "contents was other"), ("base", "other", "base was other"),
-                              ("recipe", {"probes": 7}, "recipe.probes was 7")):
+                              ("recipe", {"epochs": 7}, "recipe.epochs was 7")):
         report.write_text(json.dumps(content | {"key": content["key"] | {name: value}}))
         assert told in refused(OUT)
     report.write_text(json.dumps({"made": 1}))

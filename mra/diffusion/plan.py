@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from mra.config import DAD_RECIPES, AdaptConfig
+from mra.config import AdaptConfig
 from mra.data.batches import WHOLE_IMAGE
 from mra.data.records import Box, Record
 from mra.data.tokenizer import Tokenizer
@@ -27,32 +27,22 @@ SAMPLED = 1000      # source images that `transfer_moments` takes the source's m
 class SetPlan:
     """What one run makes. A draft is a record to make: its caption is the prompt, its path the image it comes from."""
     drafts: list[Record]
-    probes: list[Record]        # drafts to sample for the calibration; empty: no calibration
     source_sample: list[Record]     # see SAMPLED; empty unless images are restyled
 
     def content(self) -> Iterator[bytes]:
         """All that decides the images, for a digest: records and, when images are restyled, their files."""
-        for draft in [*self.drafts, *self.probes, *self.source_sample]:
+        for draft in [*self.drafts, *self.source_sample]:
             yield str(draft).encode()
             if self.source_sample:
                 yield Path(draft.path).read_bytes()
 
 
 def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], target: Sequence[Record]) -> SetPlan:
-    """Plan a set from the records of the source and of the target.
-
-    The calibration compares samples of the probes with the target's latents. So probes are random drafts of the
-    target's captions even with --captions source, or of the source's images when these are restyled.
-    """
-    boxes, probes, restyles = average_boxes(source), [], config.mode == "restyle"
+    """Plan a set from the records of the source and of the target."""
+    restyles = config.mode == "restyle"
     chosen = source if restyles or config.captions == "source" else target
-    drafts = drafts_of(config, config.images, chosen, boxes, base.tokenizer)
-    if not base.config.stable:      # samples of Stable Diffusion are not calibrated, as in the paper
-        count = DAD_RECIPES[config.size].probes
-        pool = drafts_of(config, max(config.images, count), source if restyles else target, boxes, base.tokenizer)
-        # with replacement; in the order of the pool, which sorts new prompts by length
-        probes = [pool[i] for i in sorted(random.Random(config.seed).choices(range(len(pool)), k=count))]
-    return SetPlan(drafts, probes, list(source[:SAMPLED]) if restyles else [])
+    drafts = drafts_of(config, chosen, average_boxes(source), base.tokenizer)
+    return SetPlan(drafts, list(source[:SAMPLED]) if restyles else [])
 
 
 def average_boxes(records: Sequence[Record]) -> dict[str, Box]:
@@ -64,17 +54,17 @@ def average_boxes(records: Sequence[Record]) -> dict[str, Box]:
     return {noun: tuple(fmean(side) for side in zip(*own)) for noun, own in found.items()}
 
 
-def drafts_of(config: AdaptConfig, count: int, records: Sequence[Record], boxes: dict[str, Box],
+def drafts_of(config: AdaptConfig, records: Sequence[Record], boxes: dict[str, Box],
               tokenizer: Tokenizer) -> list[Record]:
-    """`count` drafts, or as many as there are: records to restyle, or new prompts with the phrases that have a box.
+    """Drafts, at most `config.images`: records to restyle, or new prompts with the phrases that have a box.
 
     The identity of a new prompt is the number of its caption, since the prompts of one caption describe one person.
     New prompts are sorted by length, so that few need padding. Records to restyle stay in random order.
     """
     if config.mode == "restyle":
-        return random.Random(config.seed).sample(records, min(count, len(records)))
+        return random.Random(config.seed).sample(records, min(config.images, len(records)))
     pairs, drafts = [(caption, record.path) for record in records for caption in record.captions], []
-    for i, prompt in prompts_of([caption for caption, _ in pairs], count, config.seed):
+    for i, prompt in prompts_of([caption for caption, _ in pairs], config.images, config.seed):
         phrases = tuple(phrase for phrase in dict.fromkeys(noun_phrases(prompt)) if phrase.split()[-1] in boxes)
         own = tuple(boxes[phrase.split()[-1]] for phrase in phrases)
         drafts.append(Record(pairs[i][1], (prompt,), i, own, phrases))

@@ -1,4 +1,4 @@
-"""From captions to latents in the target's look: guidance, samples, calibration. Read next: prompts.py."""
+"""From captions to latents in the target's look: guidance and samples. Read next: prompts.py."""
 
 from collections.abc import Sequence
 
@@ -38,10 +38,9 @@ class Painter:
                  source_sample: Sequence[Record]):
         """`target`: uint8 images (N, 3, H, W). `source_sample`: source records, empty unless images are restyled."""
         self.config, self.base, self.adapted = config, base, adapted
-        self.target_latents = self.source_latents = None        # (N, C, h, w) each, where they are needed
-        if source_sample or not base.config.stable:
-            self.target_latents = encode(base.autoencoder, target)
+        self.target_latents = self.source_latents = None        # (N, C, h, w) each; None unless images are restyled
         if source_sample:
+            self.target_latents = encode(base.autoencoder, target)
             images = read_images([record.path for record in source_sample], base.config, config.workers)
             self.source_latents = encode(base.autoencoder, images)
 
@@ -63,18 +62,6 @@ class Painter:
         span = config.guidance_from * levels, config.guidance_to * levels
         denoise = guide(self.adapted, both, config.guidance, span)
         return dpm_solver(denoise, start, base.schedule, config.sampling_steps, strength)
-
-
-def calibration(samples: Tensor, target_latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (C, h, w): all sampled latents are replaced by scale * latents + shift. Not in the paper.
-
-    This gives `samples` (N, C, h, w) the target's mean and variance at every place, which a branch trained for few
-    steps gets a little wrong. The samples must be many and typical of the whole set: plan.py draws the probes.
-    """
-    std, mean = torch.std_mean(samples, 0)
-    target_std, target_mean = torch.std_mean(target_latents, 0)
-    scale = target_std / std.clamp(min=1e-3)        # 0 is possible: one image, restyled without diffusion
-    return scale, target_mean - scale * mean
 
 
 def transfer_moments(latents: Tensor, source: Tensor, target: Tensor) -> Tensor:

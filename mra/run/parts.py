@@ -20,13 +20,12 @@ from mra.data.records import Record
 from mra.diffusion.base import decode, read_images
 from mra.diffusion.filters import Judge, margins, scores_of
 from mra.diffusion.plan import SetPlan, record_of
-from mra.diffusion.sampling import Painter, calibration
+from mra.diffusion.sampling import Painter
 from mra.run import checkpoint
 from mra.run.machine import Machine
 from mra.show import pictures
 
 PART = 64
-PROBE_SEED = 2**32     # the calibration's samples have the seeds from this number on, the parts those from 0
 FILE = 5000            # records of an annotation file
 PICTURED = 10          # images in a row of a picture
 
@@ -62,28 +61,19 @@ def is_finished(out: Path, key: dict) -> bool:
 
 
 def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine: Machine) -> None:
-    """Make the parts that are not on disk, after the calibration; processes and threads share them out."""
+    """Make the parts that are not on disk, processes and threads share them out."""
     parts = [plan.drafts[start:start + PART] for start in range(0, len(plan.drafts), PART)]
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     own = range(machine.group.rank, len(parts), machine.group.count)
     missing = [number for number in own if not files[number].exists()]
     machine.say(f"Making {len(plan.drafts)} images in {out}.")
 
-    def sample(start: int) -> Tensor:
-        generator = machine.generator(painter.config.seed, PROBE_SEED + start // PART)
-        with machine.autocast():
-            return painter.sample(plan.probes[start:start + PART], generator)            # (B, C, h, w)
-
-    scale, shift = 1.0, 0.0
-    if missing and plan.probes:
-        samples = torch.cat(machine.map(sample, range(0, len(plan.probes), PART)))
-        scale, shift = calibration(samples, painter.target_latents)                      # (C, h, w) each
     started, done = time.perf_counter(), []
 
     def make_part(number: int) -> None:
         generator = machine.generator(painter.config.seed, number)
         with machine.autocast():
-            latents = scale * painter.sample(parts[number], generator) + shift           # (B, C, h, w)
+            latents = painter.sample(parts[number], generator)                           # (B, C, h, w)
             images = decode(painter.base.autoencoder, latents, generator)                # (B, 3, H, W) uint8
         write_part(files[number], parts[number], images, scores_of(images, judge))
         done.append(number)
