@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mra.data.augment import tensor_of
 from mra.data.files import open_image, save_image
-from mra.data.tokenizer import Tokenizer, pad
+from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
-from mra.ranking import FIRST
+from mra.ranking import FIRST, encode_queries
 from mra.retriever import Retriever
 
 CELL = (96, 192)     # width and height of a photograph in the picture, pixels
@@ -51,8 +51,7 @@ def heat_map(model: Retriever, tokenizer: Tokenizer, path: str, phrase: str,
     picture = open_image(path)
     tokens, _ = model.encode_image(tensor_of(picture, (config.height, config.width))[None].to(device))
     patches = model.image_feature(tokens[0, 1:, None].expand(-1, 2, -1))     # (N, E): each patch as token 0
-    ids, keep = pad([tokenizer.encode(phrase, config.max_tokens)], tokenizer.pad_id)
-    _, feature = model.encode_text(ids.to(device), keep.to(device))                       # (1, E)
+    _, _, feature = encode_queries(model, tokenizer, [phrase], fuse=False)                # (1, E)
     heat = (patches @ feature[0]).view(config.grid).float()                               # (rows, columns)
     heat = 0.6 * (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
     mask = Image.fromarray((255 * heat).byte().cpu().numpy()).resize(size)
