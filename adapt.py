@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError
 from mra.data.records import RecordSet, share_of
-from mra.diffusion.plan import make_plan
+from mra.diffusion.plan import SAMPLED, average_boxes, content_of, drafts_of
 from mra.diffusion.sampling import Painter
 from mra.formats.read import load
 from mra.run import checkpoint, networks, parts
@@ -56,12 +56,15 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     target = networks.Target.of(config, records, base)
     source = source_records(config, machine).records if config.source or not config.data_root else []
     # ---- what to make, from the captions or images of target or source; each phrase with its box
-    plan = make_plan(config, base, source, records.records)
-    if not any(draft.boxes for draft in plan.drafts):
+    restyles = config.mode == "restyle"
+    chosen = source if restyles or config.captions == "source" else records.records
+    drafts = drafts_of(config, chosen, average_boxes(source), base.tokenizer)
+    source_sample = source[:SAMPLED] if restyles else []
+    if not any(draft.boxes for draft in drafts):
         machine.say("All regions are whole images: no phrase has a box. A --source with boxes gives some.")
     key = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
            "precision": machine.precision, "recipe": asdict(DAD_RECIPES[config.size]), **target.key,
-           "plan": checkpoint.digest_of(plan.content())}
+           "plan": checkpoint.digest_of(content_of(drafts, source_sample))}
     set_key = key | {name: getattr(config, name) for name in THRESHOLDS}
     machine.on_rank_0(lambda: parts.begin(out, key, config.resume, machine))
     if parts.is_finished(out, set_key):
@@ -71,8 +74,8 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     adapted = networks.train_branch(config, base, target, machine)
     judge = networks.train_judge(config, base, target, machine)
     # ---- samples, decoded, and their scores for the filters
-    painter = Painter(config, base, adapted, target.images, plan.source_sample)
-    parts.make_parts(painter, judge, plan, out, machine)
+    painter = Painter(config, base, adapted, target.images, source_sample)
+    parts.make_parts(painter, judge, drafts, out, machine)
     # ---- the set: what passes the filters
     machine.on_rank_0(lambda: parts.finish(config, out, target.images, set_key, machine))
 

@@ -25,7 +25,7 @@ from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
 from mra.diffusion.base import Diffusion
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged, margins, scores_of
-from mra.diffusion.plan import SetPlan, average_boxes, drafts_of, record_of
+from mra.diffusion.plan import average_boxes, content_of, drafts_of, record_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import transfer_moments
 from mra.formats.read import load
@@ -219,10 +219,10 @@ def test_the_digest_of_a_plan_knows_pixels_of_what_is_restyled(tmp_path):
     draft, digests = Record(str(tmp_path / "a.bmp"), ("a man",), 0), []
     for colour in ("red", "blue"):                      # two files of as many bytes
         Image.new("RGB", (8, 8), colour).save(draft.path)
-        digests += [digest_of(SetPlan([draft], sample).content()) for sample in ([draft], [])]
+        digests += [digest_of(content_of([draft], sample)) for sample in ([draft], [])]
     assert digests[0] != digests[2] and digests[1] == digests[3]
     boxed = replace(draft, boxes=((0.5, 0.5, 1.0, 1.0),), phrases=("a man",))
-    assert digest_of(SetPlan([boxed], [draft]).content()) != digests[2]
+    assert digest_of(content_of([boxed], [draft])) != digests[2]
 
 
 # ---- adapt.py, at tiny size

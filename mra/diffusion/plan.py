@@ -7,7 +7,6 @@ source set; README.md has how true these boxes are. Read next: filters.py; run/p
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -16,33 +15,10 @@ from mra.data.batches import WHOLE_IMAGE
 from mra.data.records import Box, Record
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
-from mra.diffusion.base import Diffusion
 from mra.diffusion.prompts import prompts_of
 
 PLACED = 50_000     # source records whose boxes are averaged
 SAMPLED = 1000      # source images that `transfer_moments` takes the source's mean and variance from
-
-
-@dataclass(frozen=True)
-class SetPlan:
-    """What one run makes. A draft is a record to make: its caption is the prompt, its path the image it comes from."""
-    drafts: list[Record]
-    source_sample: list[Record]     # see SAMPLED; empty unless images are restyled
-
-    def content(self) -> Iterator[bytes]:
-        """All that decides the images, for a digest: records and, when images are restyled, their files."""
-        for draft in [*self.drafts, *self.source_sample]:
-            yield str(draft).encode()
-            if self.source_sample:
-                yield Path(draft.path).read_bytes()
-
-
-def make_plan(config: AdaptConfig, base: Diffusion, source: Sequence[Record], target: Sequence[Record]) -> SetPlan:
-    """Plan a set from the records of the source and of the target."""
-    restyles = config.mode == "restyle"
-    chosen = source if restyles or config.captions == "source" else target
-    drafts = drafts_of(config, chosen, average_boxes(source), base.tokenizer)
-    return SetPlan(drafts, list(source[:SAMPLED]) if restyles else [])
 
 
 def average_boxes(records: Sequence[Record]) -> dict[str, Box]:
@@ -58,6 +34,7 @@ def drafts_of(config: AdaptConfig, records: Sequence[Record], boxes: dict[str, B
               tokenizer: Tokenizer) -> list[Record]:
     """Drafts, at most `config.images`: records to restyle, or new prompts with the phrases that have a box.
 
+    A draft is a record to make: its caption is the prompt, its path the image that it comes from.
     The identity of a new prompt is the number of its caption, since the prompts of one caption describe one person.
     New prompts are sorted by length, so that few need padding. Records to restyle stay in random order.
     """
@@ -80,3 +57,11 @@ def record_of(draft: Record) -> dict:
     return {"boxes": [[round(x, 4) for x in box] for box in draft.boxes or (WHOLE_IMAGE,)],
             "phrases": draft.phrases or (caption,), "caption": caption, "image_id": draft.identity,
             "origin": draft.path}
+
+
+def content_of(drafts: Sequence[Record], source_sample: Sequence[Record]) -> Iterator[bytes]:
+    """All that decides the images of a set, for a digest: records and, when images are restyled, their files."""
+    for draft in [*drafts, *source_sample]:
+        yield str(draft).encode()
+        if source_sample:
+            yield Path(draft.path).read_bytes()

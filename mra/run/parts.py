@@ -19,7 +19,7 @@ from mra.data.files import read_json, save_image, write_json
 from mra.data.records import Record
 from mra.diffusion.base import decode, read_images
 from mra.diffusion.filters import Judge, margins, scores_of
-from mra.diffusion.plan import SetPlan, record_of
+from mra.diffusion.plan import record_of
 from mra.diffusion.sampling import Painter
 from mra.run import checkpoint
 from mra.run.machine import Machine
@@ -60,13 +60,13 @@ def is_finished(out: Path, key: dict) -> bool:
     return report.exists() and not checkpoint.changes(read_json(report).get("key", {}), key)
 
 
-def make_parts(painter: Painter, judge: Judge, plan: SetPlan, out: Path, machine: Machine) -> None:
-    """Make the parts that are not on disk, processes and threads share them out."""
-    parts = [plan.drafts[start:start + PART] for start in range(0, len(plan.drafts), PART)]
+def make_parts(painter: Painter, judge: Judge, drafts: list[Record], out: Path, machine: Machine) -> None:
+    """Make the parts of the drafts that are not on disk; processes and threads share them out."""
+    parts = [drafts[start:start + PART] for start in range(0, len(drafts), PART)]
     files = [out / "parts" / f"{number:06d}.json" for number in range(len(parts))]
     own = range(machine.group.rank, len(parts), machine.group.count)
     missing = [number for number in own if not files[number].exists()]
-    machine.say(f"Making {len(plan.drafts)} images in {out}.")
+    machine.say(f"Making {len(drafts)} images in {out}.")
 
     started, done = time.perf_counter(), []
 
