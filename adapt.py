@@ -64,7 +64,7 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
         machine.say("All regions are whole images: no phrase has a box. A --source with boxes gives some.")
     key = {"flags": {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY},
            "precision": machine.precision, "recipe": asdict(DAD_RECIPES[config.size]), **target.key,
-           "plan": checkpoint.digest_of(content_of(drafts, source_sample))}
+           "content of the plan": checkpoint.digest_of(content_of(drafts, source_sample))}
     set_key = key | {name: getattr(config, name) for name in THRESHOLDS}
     machine.on_rank_0(lambda: parts.begin(out, key, config.resume, machine))
     if parts.is_finished(out, set_key):

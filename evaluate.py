@@ -57,6 +57,8 @@ def main() -> None:
         raise UserError(f"--k {given.k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
     if given.k < 0:
         config = replace(config, k=model.config.rerank if fused else 0)
+    if given.k > 0 and given.query_image:
+        raise UserError(f"--k {given.k}: a search by a picture is not re-ranked; leave the flag out.")
     reranks = config.k > 0 and not config.query_image
     if given.weight >= 0 and not reranks:
         raise UserError(f"--weight {given.weight:g}: nothing is re-ranked here; leave the flag out.")
@@ -74,7 +76,7 @@ def main() -> None:
         ending = f"-{path.stem}" if path.is_file() and path.name != "best.safetensors" and not shipped else ""
         if given.dataset != (trained_on,):
             ending += "".join(f"-{Path(name).resolve().name}" for name in given.dataset)
-        for name in ("split", "k", "mirror", "weight"):
+        for name in ("split", "k", "mirror", "weight", "allow_missing"):
             if getattr(given, name) != getattr(EvalConfig(), name):
                 ending += f"-{name}-{getattr(given, name)}"
         written, picture = folder / f"results{ending}.json", folder / f"ranking{ending}.png"
@@ -112,9 +114,9 @@ def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, mo
             facts: dict) -> tuple[dict, list[pictures.Row]]:
     """Print and return the metrics on every dataset, and rows of a picture: queries with their first images."""
     results, rows = {}, []
-    for dataset in config.dataset:
+    record_sets = [load(config, facts, dataset, machine) for dataset in config.dataset]     # before any is measured
+    for dataset, record_set in zip(config.dataset, record_sets):
         started = time.perf_counter()
-        record_set = load(config, facts, dataset, machine)
         if not results:
             machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
         captions, query_ids, paths, gallery_ids = ranking.queries_of(record_set, tokenizer)

@@ -425,6 +425,8 @@ def test_flags_of_evaluation(work):
         "results.json", "results-k-0.json", "results-k-10000.json", "results-k-18.json",
         "results-mirror-False-weight-1.0.json"}
     assert "'icfg' val: 3 images" in succeed(work, "evaluate.py", "--split", "val")
+    status, said, err = command(work, "evaluate.py", "--dataset", "icfg", "mals")
+    assert status == 2 and "MALS" in err and "embeddings" not in said        # before any is measured
 
 
 def test_bf16_computes_features_and_scores_and_orders_nothing(work, monkeypatch):
@@ -563,6 +565,7 @@ def test_mistakes_in_training(work, flags, named):
     (("--checkpoint", "out/icfg-tiny-s0/last.safetensors"), "only resumes its run: give out/icfg-tiny-s0/best.safe"),
     (("--gallery", "."), "--query"),
     (("--k", "0", "--weight", "8"), "--weight 8: nothing is re-ranked"),
+    (("--query-image", "words.txt", "--k", "3"), "--k 3: a search by a picture is not re-ranked"),
     (("--query-image", "words.txt", "--weight", "8"), "--weight 8: nothing is re-ranked"),
     (("--query", "a coat", "--gallery", "empty"), "empty"),
     (("--query", "a coat", "--gallery", "missing"), "missing"),
@@ -681,14 +684,18 @@ def test_a_terminal_need_not_know_every_character(monkeypatch):
     assert terminal.buffer.getvalue() == b"Zo\\xeb\n"
 
 
-def test_what_ctrl_c_leaves(capsys):
+def test_what_ctrl_c_leaves(capsys, monkeypatch):
     """evaluate.py goes on from nothing."""
     def main() -> None:
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as end:
         run(main)
     assert end.value.code == 130
-    assert "The same command of train.py or adapt.py goes on from what was saved last." in capsys.readouterr().err
+    assert capsys.readouterr().err == "Stopped.\n"
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err == "Stopped. The same command goes on from what was saved last.\n"
 
 
 def test_documented_commands_run(work):

@@ -280,6 +280,7 @@ def test_a_finished_set_outlives_mistakes(made):
     photograph.parent.mkdir(parents=True)
     photograph.write_bytes(b"mine")
     for flags, named in ((("--base", "nowhere.safetensors"), "nowhere.safetensors"),
+                         (("--malformed", "1", "--grey-mean", "1", "--grey-variance", "1"), "dropped every image"),
                          (("--out", "data/demo-tiny/SDA"), "data/demo-tiny/SDA holds files"),
                          (("--out", "photographs", "--no-resume"), "photographs holds files")):
         status, _, err = command(folder, "adapt.py", *same, *flags)
@@ -305,8 +306,9 @@ def test_what_is_made_anew_says_what_has_changed(made):
     assert "out/anew/parts was made otherwise: flags.steps was 0 and is 7; give another --out" in err
     assert {path: path.read_bytes() for path in (folder / "out/anew/imgs").rglob("*.png")} == images
     said = adapt(folder, *flags, "--steps", "7", "--images", "3", "--no-resume")
-    assert "branch.safetensors is made anew: fit.steps was 5 and is 7." in said
-    assert "out/anew/parts is made anew: flags.images was 8 and is 3; flags.steps was 0 and is 7; plan was" in said
+    assert "branch step 7/7" in said
+    assert ("out/anew/parts is made anew: flags.images was 8 and is 3; flags.steps was 0 and is 7; the content of the "
+            "plan has changed") in said
     assert len(list((folder / "out/anew/imgs").rglob("*.png"))) == 3      # what no longer belongs has gone
     flags = (*flags, "--images", "3")
     (folder / "out/anew/sda_5000_10000.json").write_text("[]")
@@ -315,8 +317,11 @@ def test_what_is_made_anew_says_what_has_changed(made):
     assert json.loads((folder / "out/anew/report.json").read_text())["key"]["grey_mean"] == 0
     assert not (folder / "out/anew/sda_5000_10000.json").exists()           # nothing of the set before stays
     said = adapt(folder, *flags, "--rank", "0", "--recompute", "--no-resume")       # the paper's branch
-    assert "branch.safetensors is made anew: fit.steps was 7 and is 5; rank was 2 and is 0." in said
-    assert "Kept 3 of 3" in said
+    assert "branch step 5/5" in said and "Kept 3 of 3" in said
+    branches = sorted(path.parent.name for path in (folder / "out/dad/icfg-tiny-s3").rglob("branch.safetensors"))
+    assert branches == ["rank0-5", "rank2-5", "rank2-7"]                    # none was lost for another
+    said = adapt(folder, *flags, "--no-resume")
+    assert "rank2-5/branch.safetensors is there" in said
 
 
 def test_another_source_makes_another_set(made):
@@ -327,13 +332,25 @@ def test_another_source_makes_another_set(made):
              "--malformed", "0", "--mode", "restyle", "--out", "out/own")
     adapt(folder, *flags)
     assert "out/own is complete" in adapt(folder, *flags, "--recompute")
+    same = [str((folder / value).resolve()) if value == "own" else value for value in flags]
+    assert "out/own is complete" in adapt(folder, *same)                    # the same set under another path
     for file in (folder / "own/SDA").glob("sda_*.json"):
         file.write_text(re.sub(r'"caption": "', '"caption": "Look, ', file.read_text()))
     status, _, err = command(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags)
-    assert status == 2 and "out/own/parts was made otherwise: plan was" in err
+    assert status == 2 and "out/own/parts was made otherwise: the content of the plan has changed" in err
     assert "Making 8 images" in adapt(folder, *flags, "--no-resume")
     rows = json.loads((folder / "out/own/sda_0_5000.json").read_text())
     assert len(rows) == 8 and all(row["caption"].startswith("Look, ") for row in rows)
+
+
+def test_a_base_of_another_source_is_neither_used_nor_replaced(made):
+    folder, _ = made
+    base, here = folder / "out/base-tiny/base.safetensors", ("--source", "data/demo-tiny")
+    before = base.read_bytes()
+    for flags in ((*here, "--data-root", "data/demo-tiny"), ("--train-base", *here)):
+        status, _, err = command(folder, "adapt.py", "--size", "tiny", "--precision", "float32", *flags)
+        assert status == 2 and "out/base-tiny/base.safetensors was" in err and "data/demo-tiny" in err
+    assert base.read_bytes() == before
 
 
 def test_the_prompts_of_a_caption_speak_of_one_person(made):
@@ -371,8 +388,9 @@ def test_another_seed_another_target_a_single_image(made):
     own = ("--source", "data/demo-tiny", "--data-root", "other", "--base", "out/base-tiny/base.safetensors", *few)
     adapt(folder, *own, "out/other")
     Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
-    assert "icfg-tiny-s0-real/branch.safetensors is made anew: contents was" in adapt(folder, *own, "out/changed")
-    assert "icfg-tiny-s0/branch.safetensors is there" in adapt(folder, *few, "out/again")
+    said = adapt(folder, *own, "out/changed")
+    assert "icfg-tiny-s0-real/rank2-5/branch.safetensors is made anew: contents was" in said
+    assert "icfg-tiny-s0/rank2-5/branch.safetensors is there" in adapt(folder, *few, "out/again")
     assert AdaptConfig(data_root="other").usual_out == "out/sda/icfg-real"      # not the set that train.py looks for
 
 

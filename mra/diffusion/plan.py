@@ -4,9 +4,11 @@ The paper runs an open-set detector on its images. Here a phrase gets the averag
 source set; README.md has how true these boxes are. Read next: filters.py; run/parts.py, which makes the images.
 """
 
+import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -61,7 +63,8 @@ def record_of(draft: Record) -> dict:
 
 def content_of(drafts: Sequence[Record], source_sample: Sequence[Record]) -> Iterator[bytes]:
     """All that decides the images of a set, for a digest: records and, when images are restyled, their files."""
+    inside = len(os.path.commonprefix([draft.path for draft in drafts]))        # the set may be moved
     for draft in [*drafts, *source_sample]:
-        yield str(draft).encode()
+        yield str(replace(draft, path=draft.path[inside:])).encode()
         if source_sample:
             yield Path(draft.path).read_bytes()

@@ -53,7 +53,8 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main. A UserError becomes one sentence on standard error, and exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # SIGTERM acts like Ctrl-C
     for stream in (sys.__stdout__, sys.__stderr__):
-        stream.reconfigure(errors="backslashreplace")       # a terminal may not know every character
+        # a terminal may not know every character; a log should have every line at once
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         if "LOCAL_RANK" in os.environ:      # the threads of torchrun's group must end before the interpreter does
@@ -61,7 +62,9 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
         return
     except KeyboardInterrupt:
-        said, status = "Stopped. The same command of train.py or adapt.py goes on from what was saved last.", 130
+        said, status = "Stopped.", 130
+        if sys.argv[0].endswith(("train.py", "adapt.py")):
+            said += " The same command goes on from what was saved last."
     except (UserError, OSError) as mistake:     # OSError: a folder that is locked or read-only
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process adds its traceback
         said, status = f"error: {harmless(sentence)}", 2

@@ -95,7 +95,12 @@ class Loop:
                     one["lr"] = one["peak"] * rate
                 task.network.train()
                 # ----------------------------------------------------------------------------------------------------
-                terms.append(self.backward(step, batches))
+                try:
+                    terms.append(self.backward(step, batches))
+                except (UserError, OSError):        # such as an image that is gone: the steps before it are kept
+                    if machine.group.count == 1:
+                        self.save(step)
+                    raise
                 terms[-1]["gradient"] = nn.utils.clip_grad_norm_(self.parameters.values(), fit.max_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)

@@ -71,16 +71,30 @@ def base_file(config: AdaptConfig) -> Path:
     shipped = Path(__file__).parents[1] / f"diffusion/base-{config.size}.safetensors"
     if config.base or shipped.exists():
         return Path(config.base or shipped)
+    return trained_file(config)
+
+
+def trained_file(config: AdaptConfig) -> Path:
+    """Where `train_base` writes the base."""
     return Path(f"out/base-{config.size}/base.safetensors")
+
+
+def root_of(config: AdaptConfig) -> str:
+    """The folder of the source set; empty for the demo town's."""
+    return str(Path(config.source).resolve()) if config.source else ""
 
 
 def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> None:
     """Autoencoder, then denoiser, on the source's records alone; one file holds both."""
-    folder, recipe, size = Path(f"out/base-{config.size}"), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
+    path, recipe, size = trained_file(config), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
     images, captions, contents = read_pairs(records, size, config.workers)
-    tokenizer, root = Tokenizer.read(), str(Path(config.source).resolve()) if config.source else ""
-    key = {"size": asdict(size), "source": records.name, "root": root, "images": len(images),
+    tokenizer, folder = Tokenizer.read(), path.parent
+    key = {"size": asdict(size), "source": records.name, "root": root_of(config), "images": len(images),
            "captions": len(captions), "contents": contents, "seed": config.seed}
+    if path.exists():       # its other facts, and its size with the vocabulary, are not compared
+        was = checkpoint.load(path)[1]
+        advice = "move it away to train another, or use it by --base"
+        checkpoint.same_key(path, was, was | key | {"size": was.get("size")}, machine.say, advice)
     torch.manual_seed(config.seed)
     base = Diffusion.new(replace(size, vocab=len(tokenizer)), tokenizer).to(machine.device)
     machine.say(f"Training the {config.size} base on {len(images)} images with {len(captions)} captions.")
@@ -94,8 +108,8 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     learn("denoiser", base.denoiser, lambda: LatentPairs(base, images, captions).loss, recipe.denoiser, folder, key,
           machine)
     facts = key | {"size": asdict(base.config), "vocab": tokenizer.pieces, "versions": checkpoint.VERSIONS}
-    machine.on_rank_0(lambda: checkpoint.save(folder / "base.safetensors", checkpoint.weights(base, half=True), facts))
-    machine.say(f"{folder / 'base.safetensors'} is ready: give it to adapt.py as --base.")
+    machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(base, half=True), facts))
+    machine.say(f"{path} is ready: give it to adapt.py as --base.")
 
 
 def autoencoder_loss(base: Diffusion, images: Tensor, generator: torch.Generator, count: int) -> Tensor:
@@ -121,6 +135,10 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         if base.config.shape != size.shape:
             raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
         source = facts.get("root") or facts.get("source")       # the folder of a set that is not drawn
+        trained_here = path == trained_file(config) and not config.base
+        if trained_here and facts.get("root") != root_of(config):
+            raise UserError(f"{path} was trained on {harmless(source)}, not on {config.source or 'the demo town'}: "
+                            "name it by --base to use it, or move it away to train another.")
         told = f"{path}, trained on {harmless(facts.get('images'))} images of {harmless(source)}"
     machine.say(f"Base: {told}.")
     return base.to(machine.device).eval().requires_grad_(False)
@@ -198,8 +216,8 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
         return partial(pairs.loss, adapted=adapted)
 
     steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * len(captions) / recipe.branch.batch)
-    fit = replace(recipe.branch, steps=steps)
-    learn("branch", branch, prepare, fit, target.folder, target.key | {"rank": config.rank}, machine)
+    fit, folder = replace(recipe.branch, steps=steps), target.folder / f"rank{config.rank}-{steps}"
+    learn("branch", branch, prepare, fit, folder, target.key | {"rank": config.rank}, machine)
     branch.eval().requires_grad_(False)
     if config.rank:
         merge(network)

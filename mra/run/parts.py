@@ -104,12 +104,12 @@ def finish(config: AdaptConfig, out: Path, target: Tensor, key: dict, machine: M
     for row in rows:
         row["dropped_by"] = [name for name, margin in margins(config, row).items() if margin < 0]
     kept = [row for row in rows if not row["dropped_by"]]
-    remove_annotation(out)
-    for start in range(0, len(kept), FILE):
-        write_json(out / f"sda_{start}_{start + FILE}.json", kept[start:start + FILE], indent=None)
     machine.say(f"Kept {len(kept)} of {len(rows)} images.")
     if not kept:
         raise UserError("The filters dropped every image: look at them in --out, and loosen the thresholds.")
+    remove_annotation(out)
+    for start in range(0, len(kept), FILE):
+        write_json(out / f"sda_{start}_{start + FILE}.json", kept[start:start + FILE], indent=None)
 
     def images_of(some: list[dict]) -> Tensor:
         return read_images([str(out / "imgs" / row["image"]) for row in some], DIFFUSION_PRESETS[config.size])

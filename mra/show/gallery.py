@@ -99,7 +99,7 @@ def sentences_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest
     asked = [("--query", sentence) for sentence in config.query]        # where a sentence stands, and the sentence
     if config.queries:
         try:
-            lines = Path(config.queries).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(config.queries).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"--queries {config.queries}: no readable UTF-8 text ({error}).") from error
         asked += [(f"{config.queries}, line {number}:", line.strip()) for number, line in enumerate(lines, 1)

@@ -41,9 +41,9 @@ def read(path: Path) -> dict[str, Tensor]:
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
             raise TypeError("not all of it are named tensors")
     except Exception as error:      # broken files raise almost every type
-        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): it is broken, is no table of "
-                        "tensors, or is a TorchScript archive, which holds code; in place of OpenAI's CLIP give "
-                        "Hugging Face's folder, or open_clip's safetensors file.") from error
+        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}): it is broken, holds other "
+                        "objects than tensors, or is a TorchScript archive, which holds code; in place of OpenAI's "
+                        "CLIP give Hugging Face's folder, or open_clip's safetensors file.") from error
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}     # DataParallel adds it
 
 

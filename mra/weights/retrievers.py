@@ -104,7 +104,7 @@ def read_vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelC
             raise UserError(f"{path}: its patches of {patch} pixels do not tile an image of "
                             f"{config.height}x{config.width}; choose another --preset.")
         config = replace(config, patch=patch, image_dim=dim, image_depth=depth_of(tensors, "image_encoder.blocks."),
-                         image_heads=heads_of(path, dim), window=0, class_token=True)
+                         image_heads=heads_of(path, dim), class_token=True)
         fit_positions(tensors, config.grid, "bicubic")
     return tensors, config
 
