@@ -191,6 +191,17 @@ def test_a_bad_request_gets_one_sentence(ask, capfd, address, body, headers, sai
     assert ask("/about").status == 200 and capfd.readouterr() == ("", "")
 
 
+def test_a_photograph_that_is_gone_is_told_without_its_folder(ask, server):
+    path = Path(server.gallery.paths[0])
+    away = path.rename(path.with_suffix(".away"))
+    try:
+        answer = ask("/photo/0")
+    finally:
+        away.rename(path)
+    assert answer.status == 400 and path.name in answer.json["error"] and server.home not in answer.json["error"]
+    assert ask("/photo/0").status == 200
+
+
 def test_what_is_no_request_does_not_end_it(ask, server, capfd):
     for sent in (b"\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\xff\x00\n\n", b"GET /" + b"a" * 70000,
                  b"PUT / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"):

@@ -182,7 +182,7 @@ def _row(item, source: Source, place: str, listing) -> Row:
 def _joined(before: Row, row: Row) -> Row:
     """Two rows of one image, of a file with one record for each caption, as one row."""
     if before.identity != row.identity:
-        raise ValueError(f"identity {shown(row.identity)}, before {shown(before.identity)}")
+        raise ValueError(f"identity {shown(row.identity)}, but {shown(before.identity)} in {before.place}")
     one, two = before.record, row.record
     return before._replace(record=replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
                                           phrases=one.phrases + two.phrases))

@@ -85,7 +85,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise UserError(f"The page is at http://{self.server.hosts[0]}/ and answers to no other site.")
             status, (kind, content) = 200, self.content()
         except UserError as mistake:
-            status, kind, content = 400, "application/json", {"error": str(mistake)}
+            told = str(mistake).replace(os.path.join(self.server.home, ""), "")      # photographs without their folder
+            status, kind, content = 400, "application/json", {"error": told}
         except Exception as error:
             status, kind, content = 500, "application/json", {"error": harmless(f"{type(error).__name__}: {error}")}
             print(f"A search failed: {content['error']}", file=sys.stderr)
