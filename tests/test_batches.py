@@ -1,6 +1,5 @@
 """The order of samples, what a sample's randomness depends on, and that image, words and region agree."""
 
-import dataclasses
 import random
 
 import numpy as np
@@ -111,8 +110,8 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(pairs):
 def test_every_caption_of_every_record_is_a_pair(pairs):
     """Records of 2, 1, 3 captions: six pairs, in their order."""
     dataset = pairs()
-    some = [dataclasses.replace(record, captions=captions) for record, captions in
-            zip(dataset.record_set.records, (("red", "blue"), ("green",), ("black", "white", "grey")))]
+    several = ("red", "blue"), ("green",), ("black", "white", "grey")
+    some = [Record(dataset.pairs[i][1], captions, i) for i, captions in enumerate(several)]
     dataset = PairDataset(RecordSet("sda", "train", some), dataset.tokenizer, dataset.model, dataset.train)
     assert len(dataset) == 6
     words = [spelt(dataset.tokenizer, dataset[0, index].caption) for index in range(6)]
@@ -208,7 +207,7 @@ def test_labels_agree_with_what_was_masked(pairs):
 def test_captions_are_cleaned_as_their_set_asks_and_cut(pairs):
     dataset = pairs(name="icfg")
     assert spelt(dataset.tokenizer, dataset[0, 0].caption) == "a man number 0 with a red coat".split()
-    long = Record(dataset.record_set.records[0].path, ("Grey, " + "red! " * 90,), 0)
+    long = Record(dataset.pairs[0][1], ("Grey, " + "red! " * 90,), 0)
     source = RecordSet("icfg", "train", (long,))
     cut = PairDataset(source, dataset.tokenizer, dataset.model, TrainConfig())[0, 0].caption
     assert len(cut) == 56 and spelt(dataset.tokenizer, cut) == ["grey"] + ["red"] * 53

@@ -59,7 +59,7 @@ class PairDataset(torch.utils.data.Dataset):
     """The image-caption pairs of a RecordSet as Samples, indexed by (epoch, index)."""
 
     def __init__(self, record_set: RecordSet, tokenizer: Tokenizer, model: ModelConfig, train: TrainConfig):
-        self.record_set, self.tokenizer = record_set, tokenizer
+        self.name, self.tokenizer = record_set.name, tokenizer
         self.model, self.train = model, train
         self.pairs = Packed([caption, record.path, record.identity, record.boxes, record.phrases]
                             for record in record_set.records for caption in record.captions)
@@ -75,7 +75,7 @@ class PairDataset(torch.utils.data.Dataset):
         epoch, index = key
         rng = random.Random(f"{self.train.seed}-{epoch}-{index}")
         caption, path, identity, boxes, phrases = self.pairs[index]
-        caption = self.tokenizer.clean(caption, self.record_set.name)
+        caption = self.tokenizer.clean(caption, self.name)
         box, phrase = WHOLE_IMAGE, caption
         if boxes:
             box, phrase = rng.choice(list(zip(boxes, phrases)))
