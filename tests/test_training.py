@@ -555,6 +555,12 @@ def test_torchrun_from_end_to_end(tmp_path):
     assert facts["processes"] == 2 and facts["pretrained_on"] == "sda" and facts["step"] == 3
     assert all(tensor.isfinite().all() for tensor in tensors_of(out).values())
     assert "icfg re-ranked" in succeed(tmp_path, "evaluate.py")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/data").symlink_to(tmp_path / "data")
+    succeed(tmp_path / "alone", "train.py", *flags, "--batch", "8")         # as many pairs, in one process
+    for two, one in zip(log_of(out)[:3], log_of(tmp_path / "alone/out/icfg-tiny-s0")):
+        assert {name: two[name] for name in ("itc", "mlm", "loss")} == pytest.approx(
+            {name: one[name] for name in ("itc", "mlm", "loss")}, abs=2e-3)
 
 
 # ---- plan, rates, choices

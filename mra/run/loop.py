@@ -177,10 +177,11 @@ class Loop:
         return {name: term.detach() for name, term in terms.items()}, used
 
     def tell(self, step: int, terms: list[dict[str, Tensor]], seconds: float) -> None:
-        """Write the means of the terms of the steps up to `step`. Raises UserError if one is not finite."""
-        task, fit = self.task, self.task.fit
-        means = {name: round(torch.stack([found[name] for found in terms if name in found]).mean().item(), 4)
-                 for name in terms[-1]}
+        """Write the means of the terms of the steps up to `step`, of all processes. Raises UserError if not finite."""
+        task, fit, group = self.task, self.task.fit, self.machine.group
+        own = [torch.stack([found[name] for found in terms if name in found]).mean() for name in terms[-1]]
+        joint = group.summed(torch.stack(own)) / group.count
+        means = {name: round(mean, 4) for name, mean in zip(terms[-1], joint.tolist())}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise UserError(f"{task.name} {name} is {mean} by step {step}; what was saved before it is kept. Try "
