@@ -211,7 +211,7 @@ def moments_set(one: Run, place: Place) -> Path:
     with chdir(place.of(one.protocol)):
         if place.quick:     # no base of tiny size is shipped
             study.call("adapt.py", "--train-base", "--size", "tiny", "--source", str(place.source))
-        base = trained_base(AdaptConfig(size=place.size), Machine.of("cpu", ""))
+        base = trained_base(AdaptConfig(size=place.size, source=str(place.source)), Machine.of("cpu", ""))
     key = {"images": place.images, "content of the base": checkpoint.digest(base)}
     if checkpoint.is_kept(folder / "report.json", key, print):
         return folder
