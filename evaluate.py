@@ -114,7 +114,7 @@ def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, mo
             facts: dict) -> tuple[dict, list[pictures.Row]]:
     """Print and return the metrics on every dataset, and rows of a picture: queries with their first images."""
     results, rows = {}, []
-    record_sets = [load(config, facts, dataset, machine) for dataset in config.dataset]     # before any is measured
+    record_sets = [load(config, facts, dataset, machine) for dataset in config.dataset]     # all are read first
     for dataset, record_set in zip(config.dataset, record_sets):
         started = time.perf_counter()
         if not results:

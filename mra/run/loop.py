@@ -177,7 +177,7 @@ class Loop:
         return {name: term.detach() for name, term in terms.items()}, used
 
     def tell(self, step: int, terms: list[dict[str, Tensor]], seconds: float) -> None:
-        """Write the means of the terms of the steps up to `step`, of all processes. Raises UserError if not finite."""
+        """Write the mean of each term over these steps and all processes. Raises UserError if one is not finite."""
         task, fit, group = self.task, self.task.fit, self.machine.group
         own = [torch.stack([found[name] for found in terms if name in found]).mean() for name in terms[-1]]
         joint = group.summed(torch.stack(own)) / group.count

@@ -91,7 +91,7 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     tokenizer, folder = Tokenizer.read(), path.parent
     key = {"size": asdict(size), "source": records.name, "root": root_of(config), "images": len(images),
            "captions": len(captions), "contents": contents, "seed": config.seed}
-    if path.exists():       # its other facts, and its size with the vocabulary, are not compared
+    if path.exists():       # not compared: the size, which holds the vocabulary in the file, and facts beside the key
         was = checkpoint.load(path)[1]
         advice = "move it away to train another, or use it by --base"
         checkpoint.same_key(path, was, was | key | {"size": was.get("size")}, machine.say, advice)
