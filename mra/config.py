@@ -136,8 +136,8 @@ class DadRecipe:
 DAD_RECIPES = {
     "tiny":  DadRecipe(Fit(5, 16, 1e-3), Fit(5, 16, 1e-3), Fit(5, 16, 2e-3), Fit(5, 16, 2e-3), Fit(5, 16, 1e-3),
                        flags=dict(sampling_steps=4, rank=2)),
-    "demo":  DadRecipe(branch=Fit(1500, 16, 3e-3), autoencoder=Fit(2000, 32, 1e-3),
-                       denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3), flags=dict(rank=32)),
+    "demo":  DadRecipe(branch=Fit(3000, 16, 3e-3), autoencoder=Fit(2000, 32, 1e-3),
+                       denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3), flags=dict(rank=64)),
     "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), autoencoder=Fit(50_000, 32, 2e-4),
                        denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4)),
     # three epochs of the target's pairs, as in the paper

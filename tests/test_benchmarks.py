@@ -33,6 +33,7 @@ def in_this_process(monkeypatch):
 @pytest.mark.parametrize("command_line, lines", [
     ("bench_step --preset tiny --batch 4 2 --target 8 --sides eager", ("batch 4, eager", "batch 2, eager", "batch 8")),
     ("bench_step --preset tiny --loop --steps 1", ("loop at tiny, batch 10, before", "loop at tiny, batch 10, now")),
+    ("bench_branch --size tiny --train 2 --sample 2 --repeats 1", ("training: before", "sampling: before")),
     ("bench_similarity --size 64x8 --gallery 64x8 --queries 2 --k 2 --repeats 1 --sides plain ours",
      ("loss 64x8                   ours", "top 2 of 64x8               ours"))])
 def test_benchmarks_run(command_line, lines):

@@ -319,9 +319,9 @@ def test_what_is_made_anew_says_what_has_changed(made):
     said = adapt(folder, *flags, "--rank", "0", "--recompute", "--no-resume")       # the paper's branch
     assert "branch step 5/5" in said and "Kept 3 of 3" in said
     branches = sorted(path.parent.name for path in (folder / "out/dad/icfg-tiny-s3").rglob("branch.safetensors"))
-    assert branches == ["rank0-5", "rank2-5", "rank2-7"]                    # none was lost for another
+    assert branches == ["copy-5", "low-rank-2-5", "low-rank-2-7"]                    # none was lost for another
     said = adapt(folder, *flags, "--no-resume")
-    assert "rank2-5/branch.safetensors is there" in said
+    assert "low-rank-2-5/branch.safetensors is there" in said
 
 
 def test_another_source_makes_another_set(made):
@@ -389,8 +389,8 @@ def test_another_seed_another_target_a_single_image(made):
     adapt(folder, *own, "out/other")
     Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
     said = adapt(folder, *own, "out/changed")
-    assert "icfg-tiny-s0-real/rank2-5/branch.safetensors is made anew: contents was" in said
-    assert "icfg-tiny-s0/rank2-5/branch.safetensors is there" in adapt(folder, *few, "out/again")
+    assert "icfg-tiny-s0-real/low-rank-2-5/branch.safetensors is made anew: contents was" in said
+    assert "icfg-tiny-s0/low-rank-2-5/branch.safetensors is there" in adapt(folder, *few, "out/again")
     assert AdaptConfig(data_root="other").usual_out == "out/sda/icfg-real"      # not the set that train.py looks for
 
 

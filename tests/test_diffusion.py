@@ -198,22 +198,23 @@ def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the white condition has an effect
 
 
-def test_a_new_low_rank_branch_changes_nothing_and_each_of_its_layers_can(base):
+def test_a_new_low_rank_branch_changes_nothing_and_all_of_its_parts_can(base):
     torch.manual_seed(0)
     (adapted, branch), prompt = low_rank_branch(base.denoiser, 3), base.encode_text(CAPTIONS)
     z, t = torch.randn(3, *base.config.shape), torch.tensor([1, 500, 999])
     torch.nn.init.normal_(base.denoiser.last[-1].weight, std=0.1)
-    adapted.last[-1].frozen.weight.data.copy_(base.denoiser.last[-1].weight)
+    adapted.last[-1].parametrizations.weight.original.data.copy_(base.denoiser.last[-1].weight)
     plain = base.denoiser(z, t, prompt)
     assert torch.equal(adapted(z, t, prompt), plain)
-    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert len(trained) == len(list(branch.parameters())) == 3 * len(branch)
-    for number, layer in enumerate(branch):
-        torch.nn.init.normal_(layer[1].bias, std=0.1)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    zeros = [part.last if hasattr(part, "last") else part.by for part in branch]
+    assert len(trained) == len(list(branch.parameters())) == len(zeros) + sum(zero.dim() == 2 for zero in zeros)
+    for number, zero in enumerate(zeros):
+        torch.nn.init.normal_(zero, std=0.1)
         assert not torch.equal(adapted(z, t, prompt), plain), number
-        torch.nn.init.zeros_(layer[1].bias)
-    for layer in branch:
-        torch.nn.init.normal_(layer[1].weight, std=0.1)
+        torch.nn.init.zeros_(zero)
+    for zero in zeros:
+        torch.nn.init.normal_(zero, std=0.1)
     changed = adapted(z, t, prompt)
     assert (changed - plain).abs().amax((1, 2, 3)).min() > 1e-3
     merge(adapted)

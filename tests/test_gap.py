@@ -279,7 +279,7 @@ def test_restyled_images_are_compared_with_exact_ones_of_the_same_pose(measured)
 def test_what_cannot_be_measured_is_refused_before_anything_is_trained(measured, tmp_path):
     folder, _ = measured
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    branch = tmp_path / "out/dad/icfg-tiny-s0/rank2-5/branch.safetensors"
+    branch = tmp_path / "out/dad/icfg-tiny-s0/low-rank-2-5/branch.safetensors"
     before = branch.read_bytes()
 
     def refused(out: str) -> str:

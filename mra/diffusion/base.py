@@ -30,7 +30,7 @@ class Diffusion(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.schedule = config, tokenizer, schedule
         self.autoencoder = autoencoder
-        self.denoiser = denoiser.to(memory_format=torch.channels_last)      # faster convolutions on CPU and GPU
+        self.denoiser = denoiser
 
     @staticmethod
     def new(config: DiffusionConfig, tokenizer: Tokenizer) -> "Diffusion":

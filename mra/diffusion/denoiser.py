@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from mra.config import DiffusionConfig
@@ -180,53 +181,53 @@ class DomainBranch(nn.Module):
 
 
 class LowRank(nn.Module):
-    """A frozen layer and, beside it, one of low rank that starts at zero (LoRA, Hu et al. 2022)."""
+    """What a branch adds to a frozen weight (O, ...): a matrix of low rank, zero at first (LoRA, Hu et al. 2022)."""
 
-    def __init__(self, frozen: nn.Conv2d | nn.Linear, rank: int):
+    def __init__(self, weight: Tensor, rank: int):
         super().__init__()
-        self.frozen = frozen
-        if isinstance(frozen, nn.Conv2d):
-            first = nn.Conv2d(frozen.in_channels, rank, frozen.kernel_size, frozen.stride, frozen.padding, bias=False)
-            last = nn.Conv2d(rank, frozen.out_channels, 1, bias=frozen.bias is not None)
-        else:
-            first = nn.Linear(frozen.in_features, rank, bias=False)
-            last = nn.Linear(rank, frozen.out_features, bias=frozen.bias is not None)
-        nn.init.kaiming_normal_(first.weight, nonlinearity="linear")        # its outputs are as large as its inputs
-        self.beside = nn.Sequential(first, zero(last))
+        self.first = nn.Parameter(torch.empty(rank, weight[0].numel()))
+        self.last = nn.Parameter(torch.zeros(len(weight), rank))
+        nn.init.kaiming_normal_(self.first, nonlinearity="linear")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.frozen(x) + self.beside(x)
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.last @ self.first).view_as(weight)
 
-    @torch.no_grad()
-    def merged(self) -> nn.Conv2d | nn.Linear:
-        """The frozen layer, to whose weights the other one is added in place: it then computes their sum."""
-        first, last = self.beside
-        self.frozen.weight += (last.weight.flatten(1) @ first.weight.flatten(1)).view_as(self.frozen.weight)
-        if last.bias is not None:
-            self.frozen.bias += last.bias
-        return self.frozen
+
+class Shift(nn.Module):
+    """What a branch adds to a frozen bias (O,): a vector, zero at first."""
+
+    def __init__(self, bias: Tensor):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros_like(bias))
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias + self.by
 
 
 def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
-    """A copy of the denoiser with a layer of low rank beside each convolution and linear layer, and a list of these.
+    """A copy of the denoiser, and what is added to the weights and biases of its convolutions and linear layers.
 
-    Only they are trained. Unlike the paper's branch they also reach the U-Net's decoder. The text encoder has none.
+    Only this is trained. Unlike the paper's branch it also reaches the U-Net's decoder. The text encoder has none. A
+    layer is computed once, with the sum: that is faster than one of low rank beside it.
     """
     adapted = copy.deepcopy(base).requires_grad_(False)
-    beside = nn.ModuleList()
+    added = nn.ModuleList()
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.startswith("text_encoder."):
-            both = LowRank(layer, rank)
-            adapted.set_submodule(name, both)
-            beside.append(both.beside)
-    return adapted, beside
+            added.append(LowRank(layer.weight, rank))
+            parametrize.register_parametrization(layer, "weight", added[-1])
+            if layer.bias is not None:
+                added.append(Shift(layer.bias))
+                parametrize.register_parametrization(layer, "bias", added[-1])
+    return adapted, added
 
 
 def merge(adapted: Denoiser) -> None:
-    """Add the layers of low rank to the weights beside them, in place. `adapted` is then as fast as the base."""
-    for name, layer in list(adapted.named_modules()):
-        if isinstance(layer, LowRank):
-            adapted.set_submodule(name, layer.merged())
+    """Replace the frozen weights by the sums, in place. `adapted` is then as fast as the base."""
+    for layer in list(adapted.modules()):
+        for name in ("weight", "bias"):
+            if parametrize.is_parametrized(layer, name):
+                parametrize.remove_parametrizations(layer, name)
 
 
 def recompute_stages(network: nn.Module) -> None:

@@ -199,10 +199,10 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     torch.manual_seed(config.seed)
     if config.rank:
         network, branch = low_rank_branch(base.denoiser, config.rank)
-        adapted = network.to(machine.device)
+        adapted, kind = network.to(machine.device), f"low-rank-{config.rank}"
     else:
         network, branch = base.denoiser, DomainBranch(base.denoiser).to(machine.device)
-        adapted = partial(network, branch=branch)
+        adapted, kind = partial(network, branch=branch), "copy"
     if config.recompute:
         recompute_stages(network)
         recompute_stages(branch)
@@ -216,7 +216,7 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
         return partial(pairs.loss, adapted=adapted)
 
     steps = config.steps or recipe.branch.steps or math.ceil(recipe.epochs * len(captions) / recipe.branch.batch)
-    fit, folder = replace(recipe.branch, steps=steps), target.folder / f"rank{config.rank}-{steps}"
+    fit, folder = replace(recipe.branch, steps=steps), target.folder / f"{kind}-{steps}"
     learn("branch", branch, prepare, fit, folder, target.key | {"rank": config.rank}, machine)
     branch.eval().requires_grad_(False)
     if config.rank:
