@@ -9,8 +9,8 @@
     torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics by embeddings and re-ranked, and writes results.json
-and ranking.png. Flags, and a checkpoint that is not best.safetensors, add to these names: results-ft_cuhk-cuhk.json.
-For queries it writes query.json and query.png and, for the next search, the embeddings of the gallery.
+and ranking.png; a checkpoint or a flag that is not the usual one adds to these names. For queries it writes query.json
+and query.png and, for the next search, the embeddings of the gallery.
 """
 
 import time
@@ -41,50 +41,60 @@ def main() -> None:
         machine = replace(machine, precision="float32")
     path = Path(given.checkpoint) if given.checkpoint else checkpoint.newest(machine.say)
     model, tokenizer, facts = load_retriever(path, machine.device, given.vocab)
-    trained_on, shipped = facts["train"]["dataset"], path.resolve().parent == checkpoint.SHIPPED
-    if not (given.dataset or given.gallery or trained_on):
-        raise UserError(f"{path} does not say what it was trained on; give --dataset.")
+    facts["shipped"] = path.resolve().parent == checkpoint.SHIPPED
+    trained = facts["train"]
+    machine.say(harmless(f"{path}: trained on {trained['dataset'] or 'an unnamed set'}, pretrained on "
+                         f"{facts['pretrained_on']}, seed {trained.get('seed')}; evaluating on {machine.device}."))
     if not facts.get("mirror", True):
         machine.say("A CLIP, or one of IRRA's family: ranked by embeddings, without mirror images.")
-    machine.say(harmless(f"{path}: trained on {trained_on or 'an unnamed set'}, pretrained on "
-                         f"{facts['pretrained_on']}, seed {facts['train'].get('seed')}; evaluating on "
-                         f"{machine.device}."))
-    usual = "icfg" if shipped else trained_on       # the demo's target is drawn sooner than the source
-    config = replace(given, dataset=given.dataset or (usual,), mirror=given.mirror and facts.get("mirror", True),
-                     device=machine.device.type, precision=machine.precision)
-    fused = "weight" in facts["val"]
-    if given.k > 0 and not fused:
-        raise UserError(f"--k {given.k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
-    if given.k < 0:
-        config = replace(config, k=model.config.rerank if fused else 0)
-    if given.k > 0 and given.query_image:
-        raise UserError(f"--k {given.k}: a search by a picture is not re-ranked; leave the flag out.")
-    reranks = config.k > 0 and not config.query_image
-    if given.weight >= 0 and not reranks:
-        raise UserError(f"--weight {given.weight:g}: nothing is re-ranked here; leave the flag out.")
-    if given.weight < 0:
-        config = replace(config, weight=facts["val"]["weight"] if reranks else 0.0)
+    config = settled(given, path, model, facts, machine)
     settings = ranking.Settings(config.k, config.mirror, config.batch, config.workers, machine.group)
     beside = path if path.is_dir() else path.parent
-    folder = Path(config.out or ("out/shipped" if shipped else beside))
+    folder = Path(config.out or ("out/shipped" if facts["shipped"] else beside))
     folder.mkdir(parents=True, exist_ok=True)
     if config.query or config.queries or config.query_image or config.serve >= 0:
         return answer(config, machine, settings, model, tokenizer, facts, folder)
     results, rows = measure(config, machine, settings, model, tokenizer, facts)
     if machine.group.rank == 0:
-        # the names say which checkpoint of its folder it is, and which flags differ from the defaults
-        ending = f"-{path.stem}" if path.is_file() and path.name != "best.safetensors" and not shipped else ""
-        if given.dataset != (trained_on,):
-            ending += "".join(f"-{Path(name).resolve().name}" for name in given.dataset)
-        for name in ("split", "k", "mirror", "weight", "allow_missing"):
-            if getattr(given, name) != getattr(EvalConfig(), name):
-                ending += f"-{name}-{getattr(given, name)}"
-        written, picture = folder / f"results{ending}.json", folder / f"ranking{ending}.png"
-        write_json(written, {
-            "results": results, "evaluation": asdict(config), "checkpoint": str(path),
-            "versions": checkpoint.VERSIONS, "pretrained_on": facts["pretrained_on"], "train": facts["train"]})
+        ending = ending_of(given, path, facts)
+        file, picture = folder / f"results{ending}.json", folder / f"ranking{ending}.png"
+        write_json(file, {"results": results, "evaluation": asdict(config), "checkpoint": str(path),
+                          "versions": checkpoint.VERSIONS, "pretrained_on": facts["pretrained_on"], "train": trained})
         pictures.table(rows, picture)
-        print(f"Wrote {written} and {picture}.")
+        print(f"Wrote {file} and {picture}.")
+
+
+def settled(given: EvalConfig, path: Path, model: Retriever, facts: dict, machine: Machine) -> EvalConfig:
+    """The flags, with values for those that are left to the checkpoint. Raises UserError for flags that do not fit."""
+    trained_on, mirrors, fused = facts["train"]["dataset"], facts.get("mirror", True), "weight" in facts["val"]
+    if not (given.dataset or given.gallery or trained_on):
+        raise UserError(f"{path} does not say what it was trained on; give --dataset.")
+    if given.k > 0 and not fused:
+        raise UserError(f"--k {given.k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
+    if given.k > 0 and given.query_image:
+        raise UserError(f"--k {given.k}: a search by a picture is not re-ranked; leave the flag out.")
+    k, weight = given.k, given.weight
+    if k < 0:
+        k = model.config.rerank if fused else 0
+    reranks = k > 0 and not given.query_image
+    if weight >= 0 and not reranks:
+        raise UserError(f"--weight {weight:g}: nothing is re-ranked here; leave the flag out.")
+    if weight < 0:
+        weight = facts["val"]["weight"] if reranks else 0.0
+    usual = "icfg" if facts["shipped"] else trained_on      # the demo's target is drawn sooner than the source
+    return replace(given, dataset=given.dataset or (usual,), k=k, weight=weight, mirror=given.mirror and mirrors,
+                   device=machine.device.type, precision=machine.precision)
+
+
+def ending_of(given: EvalConfig, path: Path, facts: dict) -> str:
+    """The end of the results' names: which checkpoint of its folder it is, and the flags that differ from defaults."""
+    ending = f"-{path.stem}" if path.is_file() and path.name != "best.safetensors" and not facts["shipped"] else ""
+    if given.dataset != (facts["train"]["dataset"],):
+        ending += "".join(f"-{Path(name).resolve().name}" for name in given.dataset)
+    for name in ("split", "k", "mirror", "weight", "allow_missing"):
+        if getattr(given, name) != getattr(EvalConfig(), name):
+            ending += f"-{name}-{getattr(given, name)}"
+    return ending
 
 
 def check(config: EvalConfig) -> None:
@@ -115,10 +125,9 @@ def measure(config: EvalConfig, machine: Machine, settings: ranking.Settings, mo
     """Print and return the metrics on every dataset, and rows of a picture: queries with their first images."""
     results, rows = {}, []
     record_sets = [load(config, facts, dataset, machine) for dataset in config.dataset]     # all are read first
+    machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
     for dataset, record_set in zip(config.dataset, record_sets):
         started = time.perf_counter()
-        if not results:
-            machine.say(f"{'':24}" + "".join(f"{name:>8}" for name in ranking.METRICS))
         captions, query_ids, paths, gallery_ids = ranking.queries_of(record_set, tokenizer)
         people = set(gallery_ids.tolist())
         lost = sum(identity not in people for identity in query_ids.tolist())
