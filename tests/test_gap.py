@@ -166,20 +166,21 @@ def test_the_reader_is_asked_for_what_the_caption_names():
     assert list(COLOURS)[labels[1, list(gap.KINDS).index("lower_colour")]] == people[1].lower_colour
 
     class Oracle:
-        """Reads every attribute right, except the upper colour of the last."""
+        """Reads every attribute right, except the shoes of the first and the upper colour of the last."""
         def score(self, images):
             wrong = labels.clone()
+            wrong[0, list(gap.KINDS).index("shoes")] += 1
             wrong[2, list(gap.KINDS).index("upper_colour")] += 1
             return torch.cat([torch.nn.functional.one_hot(wrong[:, i] % len(values), len(values))
                               for i, values in enumerate(gap.KINDS.values())]
                              + [torch.zeros(3, len(gap.CAMERAS))], 1).float()
 
-    told = [f"{p.upper_colour} {gap.KINDS['upper'][p.upper][0]}, {p.lower_colour} {gap.KINDS['lower'][p.lower][0]}"
-            for p in people]
-    found = gap.colour_accuracy(Oracle(), torch.zeros(3), people, told)
-    assert found["upper_colour"] == pytest.approx(2 / 3) and found["lower_colour"] == 1.0
-    found = gap.colour_accuracy(Oracle(), torch.zeros(3), people, [*told[:2], "a man"])      # it was not asked
-    assert found["upper_colour"] == 1.0
+    told = [f"{p.upper_colour} {gap.KINDS['upper'][p.upper][0]}, {p.lower_colour} {gap.KINDS['lower'][p.lower][0]}, "
+            f"{gap.KINDS['shoes'][p.shoes][0]}" for p in people]
+    found = gap.garment_accuracy(Oracle(), torch.zeros(3), people, told)
+    assert found == pytest.approx({"upper_colour": 2 / 3, "lower_colour": 1.0, "shoes": 2 / 3})
+    found = gap.garment_accuracy(Oracle(), torch.zeros(3), people, [*told[:2], "a man"])      # it was not asked
+    assert found["upper_colour"] == 1.0 and found["shoes"] == 0.5
 
 
 def test_the_loss_of_reading_is_the_mean_cross_entropy_of_all_answers():
@@ -199,7 +200,7 @@ def test_the_shipped_reader_reads_colours_and_cameras():
     people = gap.strangers(60, seed=9)
     drawn = portraits("cuhk", people, 9, (64, 32), 1)
     images = gap.stacked([one.pixels for one in drawn])
-    found = gap.colour_accuracy(reader, images, people, [one.words.caption for one in drawn])
+    found = gap.garment_accuracy(reader, images, people, [one.words.caption for one in drawn])
     assert found["upper_colour"] > 0.6 and found["lower_colour"] > 0.6            # of 12 colours
     cameras = reader.score(images).split(gap.SIZES, 1)[-1].argmax(1)
     assert sum(gap.CAMERAS[camera] == ("cuhk", one.camera) for camera, one in zip(cameras, drawn)) > 40      # of 60

@@ -54,7 +54,9 @@ KINDS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "upper": UPPERS, "low
          "shoes": SHOES, "shoes_colour": COLOURS}
 CAMERAS = [(domain, camera) for domain in TARGETS for camera in range(DOMAINS[domain].cameras)]
 SIZES = [*map(len, KINDS.values()), len(CAMERAS)]                   # the reader's answers: attributes, then the camera
-GARMENTS = {"upper_colour": "upper", "lower_colour": "lower"}       # the colours that the report counts
+# What the report counts, and the garment that the caption must name. Feet are small: where people dissolve, the kind of
+# their shoes is lost first.
+GARMENTS = {"upper_colour": "upper", "lower_colour": "lower", "shoes": "shoes"}
 DETAIL = 4.0        # amplification of the detail that a classifier sees
 CLASSIFIER = Fit(200, 64, 2e-3, warmup=0.0, weight_decay=0.05, average=0.0)         # how a classifier is trained
 STEPS = {"tiny": 5, "base": 2000}                                                   # of other sizes
@@ -257,8 +259,8 @@ def measure(out: Path, device: str) -> None:
         "judge of malformed people": judge_skill(made.judge, made.target, made.config.malformed),
         "classifier on target blurred by half a pixel": separability(
             half_pixel_blur(held_out), held_out, made.fit, made.config.seed, made.machine),
-        "garment colours": {"made": colour_accuracy(reader, made.images, people, captions),
-                            "exact images of the same people": colour_accuracy(reader, exact, people, captions)}}
+        "garment colours": {"made": garment_accuracy(reader, made.images, people, captions),
+                            "exact images of the same people": garment_accuracy(reader, exact, people, captions)}}
     if made.config.mode == "generate":
         facts["boxes"] = box_quality(made, town, source)
     else:
@@ -294,9 +296,9 @@ def table_of(made: AdaptedSet, town: Town, reader: Reader, source: list[Record],
     for name, images in ways.items():
         table[name] = row_of(images, held_out, reader, made)
         if name == dad:
-            table[name] |= colour_accuracy(reader, images, own, [row["caption"] for row in made.rows])
+            table[name] |= garment_accuracy(reader, images, own, [row["caption"] for row in made.rows])
         elif name != "target":          # whose people no caption describes
-            table[name] |= colour_accuracy(reader, images, theirs, captions)
+            table[name] |= garment_accuracy(reader, images, theirs, captions)
     add_distance_closed(table)
     return table
 
@@ -377,17 +379,17 @@ def reading_loss(reader: Reader, images: Tensor, labels: Tensor) -> Tensor:
     return sum(F.cross_entropy(s.float(), labels[:, i]) for i, s in enumerate(scores)) / len(scores)
 
 
-def colour_accuracy(reader: Reader, images: Tensor, people: list[Person], captions: list[str]) -> dict[str, float]:
-    """Share of the images on which the reader finds a garment's colour, where the caption names garment and colour."""
+def garment_accuracy(reader: Reader, images: Tensor, people: list[Person], captions: list[str]) -> dict[str, float]:
+    """Share of the images on which the reader finds each of GARMENTS, where the caption names it and its garment."""
     def named(caption: str, person: Person, kind: str) -> bool:
         return any(term in caption.lower() for term in KINDS[kind][getattr(person, kind)])
 
     scores, result = dict(zip(KINDS, reader.score(images).split(SIZES, 1))), {}
-    for colour, garment in GARMENTS.items():
-        asked = torch.tensor([named(caption, person, colour) and named(caption, person, garment)
+    for counted, garment in GARMENTS.items():
+        asked = torch.tensor([named(caption, person, counted) and named(caption, person, garment)
                               for person, caption in zip(people, captions)])
-        truth = labels_of(people)[:, list(KINDS).index(colour)]
-        result[colour] = float((scores[colour].argmax(1) == truth)[asked].float().mean())
+        truth = labels_of(people)[:, list(KINDS).index(counted)]
+        result[counted] = float((scores[counted].argmax(1) == truth)[asked].float().mean())
     return result
 
 
