@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mra.config import DIFFUSION_PRESETS, DiffusionConfig
 from mra.diffusion.denoiser import Denoiser, TextStates, low_rank_branch, zero
 
-RANK = 32
+RANK = 64
 
 
 class Beside(nn.Module):
