@@ -251,7 +251,7 @@ class AdaptConfig:
     out: str = flag("", "folder of the set; empty: out/sda/<target>, then size, mode, ... that differ")
     resume: bool = flag(True, "go on with the set in --out; --no-resume removes one that was made otherwise")
     steps: int = flag(0, "training steps of the branch; 0: those of the recipe", 0, 1e9)
-    rank: int = flag(0, "rank of the branch's layers; 0: the paper's branch, as base and sd15 have it", 0, 1024)
+    rank: int = flag(0, "rank of what the branch adds; 0: the paper's branch, as base and sd15 have it", 0, 1024)
     recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
     sampling_steps: int = flag(12, "denoising steps of an image, by DPM-Solver++(2M)", 1, 1000)
     guidance: float = flag(3.5, "scale of the guidance on the text; 1: none", 0, 100)

@@ -98,7 +98,7 @@ class Encoder(nn.Module):
 
     def forward(self, z: Tensor, embedding: Tensor, text: TextStates, hint: Tensor | None = None) -> list[Tensor]:
         """The skips from the first to the lowest, then the middle; `hint` (B, C, h, w) is added to the first."""
-        x = self.first(z.contiguous(memory_format=torch.channels_last))
+        x = self.first(z.contiguous(memory_format=torch.channels_last))       # faster convolutions
         if hint is not None:
             x = x + hint
         outputs = [x]
@@ -207,8 +207,8 @@ class Shift(nn.Module):
 def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
     """A copy of the denoiser, and what is added to the weights and biases of its convolutions and linear layers.
 
-    Only this is trained. Unlike the paper's branch it also reaches the U-Net's decoder. The text encoder has none. A
-    layer is computed once, with the sum: that is faster than one of low rank beside it.
+    Only what is added is trained. Unlike the paper's branch it also reaches the U-Net's decoder; the text encoder has
+    none. Each layer is computed once, with the sum. That is faster than a second layer of low rank beside it.
     """
     adapted = copy.deepcopy(base).requires_grad_(False)
     added = nn.ModuleList()

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.bench_branch                       demo, on the CPU
     python -m tests.benchmarks.bench_branch --size base --device cuda --train 32 --sample 64
 
-"Before" is the code until November 2026. A layer of low rank was computed beside each frozen one, where now one layer
-is computed with the sum of their weights. And the denoiser's weights were stored in channels_last, as its activations
-still are. Data and weights are random, in float32. Before and now take turns, --repeats times each; the best times
+"Before" is the code until November 2026. It computed a layer of low rank beside each frozen one; now one layer is
+computed, with the sum of both weights. It also stored the denoiser's weights in channels_last; now only activations are
+stored so. Data and weights are random, in float32. Before and now take turns, --repeats times each; the best times
 count.
 """
 
@@ -80,7 +80,6 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if given.device == "cuda" else platform.machine() + " CPU"
     print(f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}; "
           f"{given.size}, rank {RANK}, {given.train} samples a training step, {given.sample} a sampling step")
-
 
     def data(count: int) -> tuple[Tensor, Tensor, TextStates]:
         states = torch.randn(count, 40, size.text_dim, device=device)
