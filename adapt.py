@@ -22,13 +22,13 @@ from mra.diffusion.sampling import Painter
 from mra.formats.read import load
 from mra.run import checkpoint, networks, parts
 from mra.run.command import parse, run
-from mra.run.machine import Machine, claimed
+from mra.run.machine import Machine, locked
 from mra.town import sets
 
 THRESHOLDS = "grey_mean", "grey_variance", "malformed"
 # Flags left out of the key. Some change no image. For the precision and for named files the key has other entries.
 NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_base", "workers", "device", "precision",
-              "recompute", *THRESHOLDS}
+              "compile", *THRESHOLDS}
 
 
 def main() -> None:
@@ -41,14 +41,14 @@ def main() -> None:
         networks.train_base(config, source_records(config, machine), machine)
     else:
         out = Path(config.out or config.usual_out)
-        with claimed(out, machine):
+        with locked(out, machine):
             adapt(config, machine, out)
 
 
 def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way: base, plan, autoencoder, branch, samples, filters, set."""
     # ---- the frozen base, and the pairs of target and source
-    if not (config.weights or config.base or networks.base_file(config).exists()):      # training one takes hours
+    if not (config.weights or config.base or networks.base_file(config).exists()):      # one for all seeds; hours
         networks.train_base(replace(config, seed=0), source_records(config, machine), machine)
     base = networks.load_base(config, machine)
     root = Path(config.data_root or sets.ready(config.target, config.size == "tiny"))
@@ -105,8 +105,10 @@ def check(config: AdaptConfig) -> None:
             raise UserError("--train-base writes to out/base-<size>, and takes neither --base, --out nor --data-root.")
         return
     needs_source = config.mode == "restyle" or config.captions == "source" or not stable
-    if (config.source and not config.data_root) or (config.data_root and needs_source and not config.source):
-        raise UserError("Give --source and --data-root together: real and drawn sets do not mix.")
+    if config.source and not config.data_root:
+        raise UserError("--source needs --data-root, too: real and drawn sets do not mix.")
+    if config.data_root and needs_source and not config.source:
+        raise UserError("--data-root needs --source, too: a real source set for the base, its captions or its images.")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mra import ranking
 from mra.config import EvalConfig, UserError
-from mra.data.files import harmless, open_image, write_json
+from mra.data.files import open_image, printable, write_json
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.formats import read
@@ -30,6 +30,7 @@ from mra.run.command import parse, run
 from mra.run.machine import Machine
 from mra.show import gallery, page, pictures
 from mra.town import sets
+from mra.weights.files import folder_of
 from mra.weights.retrievers import load_retriever
 
 
@@ -37,20 +38,19 @@ def main() -> None:
     given = parse(EvalConfig, __doc__)
     check(given)
     machine = Machine.of(given.device, given.precision)
-    if not given.precision and machine.device.type == "cpu":        # the default is bf16 on a GPU alone
-        machine = replace(machine, precision="float32")
+    if not given.precision:
+        machine = machine.for_evaluation()
     path = Path(given.checkpoint) if given.checkpoint else checkpoint.newest(machine.say)
     model, tokenizer, facts = load_retriever(path, machine.device, given.vocab)
     facts["shipped"] = path.resolve().parent == checkpoint.SHIPPED
     trained = facts["train"]
-    machine.say(harmless(f"{path}: trained on {trained['dataset'] or 'an unnamed set'}, pretrained on "
+    machine.say(printable(f"{path}: trained on {trained['dataset'] or 'an unnamed set'}, pretrained on "
                          f"{facts['pretrained_on']}, seed {trained.get('seed')}; evaluating on {machine.device}."))
     if not facts.get("mirror", True):
-        machine.say("A CLIP, or one of IRRA's family: ranked by embeddings, without mirror images.")
+        machine.say("A CLIP or IRRA checkpoint: images are ranked by embeddings alone, without mirror images.")
     config = settled(given, path, model, facts, machine)
     settings = ranking.Settings(config.k, config.mirror, config.batch, config.workers, machine.group)
-    beside = path if path.is_dir() else path.parent
-    folder = Path(config.out or ("out/shipped" if facts["shipped"] else beside))
+    folder = Path(config.out or ("out/shipped" if facts["shipped"] else folder_of(path)))
     folder.mkdir(parents=True, exist_ok=True)
     if config.query or config.queries or config.query_image or config.serve >= 0:
         return answer(config, machine, settings, model, tokenizer, facts, folder)
@@ -66,23 +66,21 @@ def main() -> None:
 
 def settled(given: EvalConfig, path: Path, model: Retriever, facts: dict, machine: Machine) -> EvalConfig:
     """The flags, with values for those that are left to the checkpoint. Raises UserError for flags that do not fit."""
-    trained_on, mirrors, fused = facts["train"]["dataset"], facts.get("mirror", True), "weight" in facts["val"]
+    trained_on, fused = facts["train"]["dataset"], "weight" in facts["val"]
     if not (given.dataset or given.gallery or trained_on):
         raise UserError(f"{path} does not say what it was trained on; give --dataset.")
-    if given.k > 0 and not fused:
-        raise UserError(f"--k {given.k}: this checkpoint's fusion encoder is not trained yet; leave the flag out.")
-    if given.k > 0 and given.query_image:
-        raise UserError(f"--k {given.k}: a search by a picture is not re-ranked; leave the flag out.")
+    reranks = fused and given.k != 0 and not given.query_image
+    if not reranks and (given.k > 0 or given.weight >= 0):
+        raise UserError("--k and --weight are for re-ranking, but nothing is re-ranked with --k 0, for a picture, or "
+                        "by a checkpoint whose fusion encoder is not trained: leave them out.")
     k, weight = given.k, given.weight
     if k < 0:
         k = model.config.rerank if fused else 0
-    reranks = k > 0 and not given.query_image
-    if weight >= 0 and not reranks:
-        raise UserError(f"--weight {weight:g}: nothing is re-ranked here; leave the flag out.")
     if weight < 0:
         weight = facts["val"]["weight"] if reranks else 0.0
     usual = "icfg" if facts["shipped"] else trained_on      # the demo's target is drawn sooner than the source
-    return replace(given, dataset=given.dataset or (usual,), k=k, weight=weight, mirror=given.mirror and mirrors,
+    mirror = given.mirror and facts.get("mirror", True)
+    return replace(given, dataset=given.dataset or (usual,), k=k, weight=weight, mirror=mirror,
                    device=machine.device.type, precision=machine.precision)
 
 
@@ -156,7 +154,8 @@ def answer(config: EvalConfig, machine: Machine, settings: ranking.Settings, mod
     server = page.Server(config.serve) if config.serve >= 0 else None      # it claims its port before the encoding
     image = open_image(config.query_image) if config.query_image else None
     if not dataset and facts.get("mirror", True):       # CLIP cleans in its own way
-        machine.say("No set is named, so sentences are not cleaned: give --dataset icfg or rstp if it learned there.")
+        machine.say("The checkpoint names no training set, so sentences are used as typed; if it was ICFG-PEDES or "
+                    "RSTPReid, give --dataset icfg or rstp.")
     sentences = gallery.sentences_of(config, dataset, tokenizer, model.config.max_tokens)
     with machine.autocast():
         if config.gallery:

@@ -11,14 +11,14 @@
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
 Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best
-checkpoint is `out`/best.safetensors: of --evals rankings of val, evenly spaced, that with the highest (R@1 + mAP) / 2,
-re-ranked once ITM is trained (which then beats any that is not); of equal ones the last. mra/run/loop.py has the loop.
+checkpoint is `out`/best.safetensors. Val is evaluated --evals times, evenly spaced, and the highest (R@1 + mAP) / 2 is
+best, of equal ones the last. Once ITM is trained, val is re-ranked; this beats all results before. mra/run/loop.py has
+the loop.
 """
 
 import json
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from mra.retriever import Objective, Retriever
 from mra.run import checkpoint, contrastive, stages
 from mra.run.command import parse, run
 from mra.run.loop import Loop, Portion, Task, write_line
-from mra.run.machine import Machine, claimed
+from mra.run.machine import Machine, locked
 from mra.town import sets
 from mra.weights.retrievers import load_retriever, model_facts
 
@@ -52,8 +52,8 @@ def main() -> None:
         well = check_set(config.dataset, root_of(config), tokenizer, model.config.max_tokens,
                          max(config.workers, machine.cores), machine.say)
         sys.exit(0 if well else 1)
-    queue, shipped = stages.stages_of(config, machine), checkpoint.shipped(config.preset)
-    made = [shipped] if queue[0].init == str(shipped) else []
+    queue, shipped = stages.stages_of(config), checkpoint.shipped(config.preset)
+    made = [shipped] if queue[0].init == str(shipped) else []     # checkpoints before and after each stage
     Path(queue[-1].out).mkdir(parents=True, exist_ok=True)        # a wrong --out fails before the first stage
     for number, stage in enumerate(queue, 1):
         if len(queue) > 1:
@@ -62,14 +62,14 @@ def main() -> None:
             stage = replace(stage, init=str(made[-1]), bert="", vit="", vocab="")
         made.append(train(stage, machine))
     if len(made) > 1:
-        print_worth(config, made, machine)
+        print_val_of_stages(config, made, machine)
 
 
 def train(config: TrainConfig, machine: Machine) -> Path:
     """Train one stage in a folder of its own; returns the path of the best checkpoint."""
     started, path = time.perf_counter(), Path(config.out or stages.default_out(config)) / "best.safetensors"
     config = replace(config, out=str(path.parent))
-    with claimed(path.parent, machine):
+    with locked(path.parent, machine):
         machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
                     f"Training on {machine.device} in {machine.precision}, {machine.group.count} process(es).")
         best = train_stage(config, path, machine)
@@ -96,7 +96,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     step_model = torch.compile(model) if config.compile else model
 
     def loss_of(portion: Portion) -> dict[str, Tensor]:
-        """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM): a member's share; ITC and RPC are joint."""
+        """L = L_ITC + L_ITM + L_MLM + beta (L_RPC + L_RPM): this member's share of it. All pairs are in ITC and RPC."""
         objective = Objective(portion.step >= fused_from, config.smoothing, config.eda,
                               partial(contrastive.CONTRASTIVE[config.contrastive], group=portion.group), portion.group)
         terms = step_model(portion.batch.to(machine.device), objective)
@@ -114,8 +114,8 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
             best = result
             facts = model_facts(model, tokenizer) | {
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
-                "pairs": len(dataset), "adapted": key["content of the adapted set"], "processes": machine.group.count,
-                "versions": checkpoint.VERSIONS, "step": done, "val": result}
+                "pairs": len(dataset), "processes": machine.group.count, "versions": checkpoint.VERSIONS, "step": done,
+                "val": result}
             weights = checkpoint.weights(model, config.half)
             machine.on_rank_0(lambda: checkpoint.save(path, weights, facts))
         return {"val": result, "best": best}
@@ -128,7 +128,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     loop = Loop(task, loss_of, machine)
     if loop.results and not path.exists():
         raise UserError(f"{task.state} goes on from a {path.name} that is gone: put it back, or give --no-resume.")
-    # each item is a list of one Batch for every thread; the seed and the pairs of a batch decide their order
+    # each item is a list of one Batch for every thread
     keys = order(dataset.lengths, config.batch, config.seed, loop.done * config.accumulate,
                  fit.steps * config.accumulate, machine.group.rank, machine.group.count)
     loop.run(loader(dataset, config.workers, batch_sampler=keys, pin_memory=machine.device.type == "cuda",
@@ -136,10 +136,10 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     return loop.results["best"]
 
 
-def print_worth(config: TrainConfig, made: list[Path], machine: Machine) -> None:
-    """Print what each stage was worth on val of the last stage's set: the checkpoints before and after it."""
+def print_val_of_stages(config: TrainConfig, made: list[Path], machine: Machine) -> None:
+    """Print the metrics on val of the last stage's set before and after each stage."""
     val_set = load(config.dataset, "val", root_of(config), config.allow_missing, lambda line: None)
-    machine.say(f"What each stage was worth on {val_set.name} val:")
+    machine.say(f"On {val_set.name} val, before and after each stage:")
     for path in made:
         model, tokenizer, facts = load_retriever(path, machine.device)
         result = validate(model, tokenizer, val_set, "reranked" in facts["val"], config, machine)
@@ -153,10 +153,9 @@ def root_of(config: TrainConfig) -> Path:
 
 def validate(model: Retriever, tokenizer: Tokenizer, val_set: RecordSet, fused: bool, config: TrainConfig,
              machine: Machine) -> dict:
-    """Metrics on val, in the precision that evaluate.py has by default; `fused`: re-ranked, too."""
+    """Metrics on val, on the CPU in float32; `fused`: re-ranked, too."""
     settings = ranking.Settings(model.config.rerank if fused else 0, workers=config.workers, group=machine.group)
-    autocast = machine.autocast() if machine.device.type == "cuda" else nullcontext()
-    with autocast:
+    with machine.for_evaluation().autocast():
         return ranking.validate(model, tokenizer, val_set, fused, settings)
 
 

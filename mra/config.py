@@ -35,7 +35,7 @@ class ModelConfig:
     positions: int = 512  # position embeddings of the text, as in BERT
     max_tokens: int = 56  # longest caption, [CLS] and [SEP] included
     vocab: int = 0        # word pieces; set from the vocabulary when the model is made
-    window: int = 0       # patches along a window of a Swin, whose last stage has patches of `patch` pixels; 0: a ViT
+    window: int = 0       # side of a Swin's window in patches; `patch` is that of its last stage; 0: a ViT
     class_token: bool = False       # the ViT also has a class token, as pretrained ones have
     clip: bool = False    # CLIP's ViT and causal text encoder
     bins: int = 0         # released models: bins of tokens that the projections read; 0: token 0 alone
@@ -114,9 +114,9 @@ class Fit:
     warmup: float = 0.05          # share of the steps with a rising learning rate
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
-    max_norm: float = 1.0         # largest gradient norm
-    average: float = 0.999        # decay of the moving average of the weights, which becomes the result; 0: none
-    accumulate: int = 1           # batches of a step
+    max_norm: float = 1.0         # largest gradient norm: clipping
+    average: float = 0.999        # decay of the exponential moving average of the weights, the result; 0: none
+    accumulate: int = 1           # batches of a step: gradient accumulation
     save_every: int = 200         # steps
 
 
@@ -129,7 +129,7 @@ class DadRecipe:
     autoencoder: Fit | None = None
     denoiser: Fit | None = None
     decoder: Fit | None = None
-    epochs: int = 0                     # passes of the branch over the target's pairs, in place of its steps
+    epochs: int = 0                     # if not 0: passes over the target's pairs, which decide the branch's steps
     flags: dict[str, float] = field(default_factory=dict)       # defaults of adapt.py's flags at this size
 
 
@@ -145,7 +145,7 @@ DAD_RECIPES = {
                        flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
 }
 
-TARGETS = "cuhk", "icfg", "rstp"        # names of sets; a folder of such a name is given as ./icfg
+TARGETS = "cuhk", "icfg", "rstp"        # names of sets; write a folder of such a name as ./icfg
 # What a stage of train.py sets: the paper's values (section 3) and, for tiny and demo, ours.
 PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
@@ -183,7 +183,7 @@ def recipe(dataset: str, preset: str) -> dict:
 
 def flag(default, text: str, least: float | None = None, most: float | None = None,
          choices: Iterable[str] | None = None, bare: int | None = None):
-    """A field that is a flag: its default, help text, a number's range or a word's choices, its value if given bare."""
+    """A field that is a flag: a number from `least` to `most` or one of `choices`; given without value it is `bare`."""
     words = [*choices, ""] if choices and default == "" else choices       # "" is the same as no flag
     facts = {"text": text, "least": least, "most": most, "choices": words, "bare": bare}
     return field(default=default, metadata=facts)
@@ -197,12 +197,13 @@ class TrainConfig:
     preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
     data_root: str = flag("", "folder of the real sets; empty: the demo town, drawn on first use")
     check: bool = flag(False, "read the set, decode its images, list what is wrong, and stop")
-    init: str = flag("", "a checkpoint; none: random or --bert ...; scratch: pretrain first; empty: shipped or scratch")
+    init: str = flag("", "a checkpoint; none: random weights or --bert, --vit, --clip; "
+                     "scratch: pretrain on the source first; empty: the shipped retriever, else as scratch")
     bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
     vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
     clip: str = flag("", "for --preset clip: a CLIP ViT-B/16, folder or file with its vocabulary beside it")
     vocab: str = flag("", "a vocabulary; empty: the one beside --bert or --clip, or else the packaged one")
-    out: str = flag("", "folder of the checkpoints and the log; empty: out/<dataset>-<preset>-s<seed>")
+    out: str = flag("", "folder of checkpoints and log; empty: out/<dataset>-<preset>-s<seed>, then what differs")
     seed: int = flag(0, "seed of all random numbers", 0, 2**31)
     resume: bool = flag(True, "continue from the last checkpoint in --out; --no-resume starts over")
     share: float = flag(1.0, "share of the training identities to use, always the same ones", 1e-6, 1)
@@ -214,14 +215,14 @@ class TrainConfig:
     head_lr: float = flag(5.0, "learning rate of the model's `new_parts`, the heads, as a multiple of --lr", 0, 1e3)
     warmup: float = flag(0.1, "share of the steps with a rising learning rate; it then falls linearly to 0", 0, 1)
     weight_decay: float = flag(0.01, "weight decay of the matrices", 0, 10)
-    max_norm: float = flag(1.0, "largest gradient norm", 1e-9, 1e9)
+    max_norm: float = flag(1.0, "gradient clipping: largest norm", 1e-9, 1e9)
     beta: float = flag(0.8, "weight of the region losses", 0, 1e3)
     regions: bool = flag(True, "use the region losses for records with boxes")
     contrastive: str = flag("itc", "contrastive term: the paper's itc, or IRRA's sdm", choices=("itc", "sdm"))
     smoothing: float = flag(0.0, "label smoothing of the contrastive targets", 0, 1)
     eda: float = flag(0.0, "weight of ITC and ITM on an augmented copy of the caption; 0: none", 0, 1e3)
     erase: float = flag(0.0, "chance of random erasing in fine-tuning", 0, 1)
-    light: float = flag(0.0, "chance of a random exposure, colour cast, haze and grain in pretraining", 0, 1)
+    light: float = flag(0.0, "chance of random exposure, colours, haze and grain in pretraining", 0, 1)
     fusion_from: float = flag(0.0, "share of the steps before ITM and MLM join the other losses", 0, 1)
     evals: int = flag(10, "evaluations on val, evenly spaced: the best checkpoint is kept, the state saved", 1, 1e6)
     log_every: int = flag(20, "steps between lines of progress", 1, 1e9)
@@ -229,7 +230,7 @@ class TrainConfig:
     allow_missing: bool = flag(False, "drop records whose image is missing")
     half: bool = flag(False, "write the best checkpoint in half precision")
     compile: bool = flag(False, "torch.compile the model")
-    precision: str = flag("", "precision; empty: bf16 where the device computes in it", choices=("float32", "bf16"))
+    precision: str = flag("", "precision; empty: bf16 if the device supports it", choices=("float32", "bf16"))
     device: str = flag("", "device; empty: cuda where there is one", choices=("cuda", "cpu"))
 
 
@@ -241,8 +242,8 @@ class AdaptConfig:
     mode: str = flag("generate", "generate from captions, or restyle source images", choices=("generate", "restyle"))
     share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
     images: int = flag(3000, "number of images to make, before the filters", 1, 1e9)
-    captions: str = flag("target", "set whose captions images are generated from", choices=("target", "source"))
-    size: str = flag("demo", "size of the diffusion model", choices=DIFFUSION_PRESETS.keys())
+    captions: str = flag("target", "whose captions to generate images from", choices=("target", "source"))
+    size: str = flag("demo", "size of the diffusion model", choices=tuple(DIFFUSION_PRESETS))
     base: str = flag("", "file of a trained base; empty: the shipped one for demo, else one is trained first")
     weights: str = flag("", "for sd15: folder of Stable Diffusion 1.5, in the layout of diffusers")
     train_base: bool = flag(False, "train the base and stop")
@@ -252,24 +253,23 @@ class AdaptConfig:
     resume: bool = flag(True, "go on with the set in --out; --no-resume removes one that was made otherwise")
     steps: int = flag(0, "training steps of the branch; 0: those of the recipe", 0, 1e9)
     rank: int = flag(0, "rank of what the branch adds; 0: the paper's branch, as base and sd15 have it", 0, 1024)
-    recompute: bool = flag(False, "train the branch with gradient checkpointing: less memory, more time")
     sampling_steps: int = flag(12, "denoising steps of an image, by DPM-Solver++(2M)", 1, 1000)
     guidance: float = flag(3.5, "scale of the guidance on the text; 1: none", 0, 100)
     guidance_from: float = flag(0.2, "lowest noise level with guidance; 0: clean", 0, 1)
     guidance_to: float = flag(0.8, "highest noise level with guidance; 1: pure noise", 0, 1)
     strength: float = flag(0.8, "noise level that restyling starts from; 0: no diffusion, 1: pure noise", 0, 1)
-    grey_mean: float = flag(0.02, "drop as greyscale: mean channel difference below this, and --grey-variance", 0, 1)
-    grey_variance: float = flag(0.0005, "drop as greyscale: variance of these differences below this, too", 0, 1)
-    malformed: float = flag(0.03, "drop images as malformed: share of the target's whole images that may be lost", 0, 1)
+    grey_mean: float = flag(0.02, "drop as greyscale: mean channel difference below this, and variance below", 0, 1)
+    grey_variance: float = flag(0.0005, "... this: the variance of these differences", 0, 1)
+    malformed: float = flag(0.03, "drop as malformed: share of the target's own images that the filter may drop", 0, 1)
     seed: int = flag(0, "seed of all random numbers", 0, 2**31)
     workers: int = flag(0, "image decoding processes", 0, 256)
     device: str = flag("", "device; empty: cuda where there is one", choices=("cuda", "cpu"))
-    precision: str = flag("", "precision; empty: bf16 where the device computes in it", choices=("float32", "bf16"))
+    precision: str = flag("", "precision; empty: bf16 if the device supports it", choices=("float32", "bf16"))
     compile: bool = flag(False, "torch.compile the networks")
 
     @property
     def usual_out(self) -> str:
-        """out/sda/<target>, then what is not the default; "real" keeps a set of one's own from the demo's train.py."""
+        """out/sda/<target>, then what is not the default, then "real" with --data-root: the demo takes no such set."""
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
                  ("1", f"{self.share:g}"), ("", "real" if self.data_root else ""))
         return "-".join([f"out/sda/{self.target}", *(own for default, own in usual if own != default)])
@@ -293,7 +293,7 @@ class EvalConfig:
     threshold: float = flag(-1.0, "leave out images of a lower similarity to the query; -1: none", -1, 1)
     gallery: str = flag("", "a folder of photographs for these queries; empty: the test images")
     serve: int = flag(-1, "a page to search from, at this port or 8000; 0: a free one; -1: none", -1, 65535, bare=8000)
-    out: str = flag("", "folder of results and pictures; empty: the checkpoint's")
+    out: str = flag("", "folder of results and pictures; empty: the checkpoint's; out/shipped for the shipped one")
     batch: int = flag(64, "images encoded at a time", 1, 1e6)
     workers: int = flag(0, "image decoding processes", 0, 256)
     allow_missing: bool = flag(False, "drop records whose image is missing")

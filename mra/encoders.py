@@ -7,7 +7,7 @@ words alone, the last ones also attend to the image. Read next: losses.py, retri
 import torch
 from torch import Tensor, nn
 
-from mra.config import ModelConfig
+from mra.config import DiffusionConfig, ModelConfig
 from mra.layers import PostNormBlock, PreNormBlock, QuickGELU, pick
 
 
@@ -16,7 +16,7 @@ class ImageEncoder(nn.Module):
 
     The feature of a region is the mean of its patches too, so the region losses also teach the image feature. With
     `class_token` the patches also attend to the class token of a pretrained transformer; token 0 stays the mean. With
-    `clip` token 0 is the class token, as CLIP was trained: a region that covers the image is not the whole image then.
+    `clip` token 0 is the class token, as CLIP was trained: a region of all patches has another feature than the image.
     """
 
     def __init__(self, config: ModelConfig):
@@ -39,15 +39,16 @@ class ImageEncoder(nn.Module):
         x = self.first_norm(x)
         for block in self.blocks:
             x = block(x)
-        patches, class_token = self.norm(x).tensor_split([self.positions.shape[1]], 1)
-        first = class_token if self.clip else patches.mean(1, keepdim=True)
+        x = self.norm(x)
+        patches = x[:, :self.positions.shape[1]]                             # (B, N, D)
+        first = x[:, -1:] if self.clip else patches.mean(1, keepdim=True)    # (B, 1, D)
         return torch.cat([first, patches], 1)                                # (B, 1+N, D)
 
 
 class TextEncoder(nn.Module):
     """Word-piece ids (B, T) and keep (B, T) -> tokens (B, T, D); token 0 is [CLS]."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DiffusionConfig | ModelConfig):
         super().__init__()
         dim = config.text_dim
         self.words, self.positions = nn.Embedding(config.vocab, dim), nn.Embedding(config.positions, dim)
@@ -82,12 +83,10 @@ class FusionEncoder(nn.Module):
     def forward(self, started: Tensor, keep: Tensor, at: Tensor, keys_values: list[Tensor],
                 image_keep: Tensor | None = None) -> Tensor:
         """Text tokens from `start` -> fused tokens (B, M, D): the last block computes the positions `at` alone."""
-        x, last = started, len(self.blocks) - 1
-        for i, (block, context) in enumerate(zip(self.blocks, keys_values)):
-            if i > 0:
-                x = block.attend_self(x, keep, at if i == last else None)
-            elif last == 0:
-                x = pick(x, at)
+        x = pick(started, at) if len(self.blocks) == 1 else started
+        x = self.blocks[0].attend_context(x, keys_values[0], image_keep)
+        for block, context in zip(self.blocks[1:], keys_values[1:]):
+            x = block.attend_self(x, keep, at if block is self.blocks[-1] else None)
             x = block.attend_context(x, context, image_keep)
         return x                                                             # (B, M, D)
 
@@ -102,11 +101,8 @@ class FusionEncoder(nn.Module):
         count = len(keys_values[0])
         texts = images.bincount(minlength=count).tolist()                              # their number for each image
         tokens = images.repeat_interleave(keep.sum(1)).bincount(minlength=count).tolist()
-        x, first = started, started[:, 0]
+        x, first = started, torch.zeros(len(started), 1, dtype=torch.long, device=started.device)
         for block, following, context in zip(self.blocks, self.blocks[1:], keys_values):
             x = block.attend_context(x.flatten(0, 1)[kept][None], context, counts=tokens)[0][padded]
-            if following is self.blocks[-1]:
-                first = following.attention_norm(x[:, 0] + following.attention.attend_from_first(x, keep))
-            else:
-                x = following.attend_self(x, keep)
-        return self.blocks[-1].attend_context(first[None], keys_values[-1], counts=texts)[0]
+            x = following.attend_self(x, keep, first if following is self.blocks[-1] else None)
+        return self.blocks[-1].attend_context(x[:, 0][None], keys_values[-1], counts=texts)[0]

@@ -1,9 +1,9 @@
-"""A group that shares out work: the processes of torchrun (steps and searches), or two threads on the CPU (steps).
+"""A group of workers that share a step or a search: torchrun's processes, or, for a step on the CPU, two threads.
 
-All members have the same weights. In a step each computes the loss and the gradients of its own samples, and the mean
-over members is taken; in a search each computes a part of the images. A `Group` is the group as one member sees it;
-this class is a group of one. run/machine.py has `Processes` and `Threads`, and run/loop.py trains with them. Read next:
-diffusion/, or run/loop.py.
+A *member* is one worker. All members have the same weights. In a step each computes the loss and the gradients of its
+own samples, and the mean over members is taken; in a search each computes a part of the images. A `Group` is the group
+as one member sees it; this class is a group of one. run/machine.py has `Processes` and `Threads`, and run/loop.py
+trains with them. Read next: layers.py, or run/loop.py.
 """
 
 import torch
@@ -44,13 +44,9 @@ class Group:
         return total
 
     def mean_where(self, values: Tensor, exists: Tensor) -> Tensor:
-        """This member's share of the mean of all values that exist, 0 without any: the shares' mean is that mean."""
+        """This member's share of the masked mean over all members, 0 without a value: the shares' mean is that mean."""
         total = self.summed(exists.sum().float())
         return (values * exists).sum() * self.count / total.clamp(min=1)
-
-    def own_rows(self, rows: int) -> slice:
-        """Where this member's `rows` rows stand in what `gathered` returns."""
-        return slice(rows * self.rank, rows * (self.rank + 1))
 
     def own_batches(self, rows: int, batch: int) -> list[int]:
         """Which of `rows` rows this member computes where all share them out by whole batches."""

@@ -40,22 +40,9 @@ class Attention(nn.Module):
             mixed = attend(query, key, value, mask, causal)                            # (B, heads, T, D/heads)
         else:
             parts = zip(query.split(counts, 2), key.split(1), value.split(1))
-            mixed = torch.cat([attend(*part, None) for part in parts if part[0].shape[2]], 2)
+            mixed = torch.cat([attend(own_query, own_key, own_value, None) for own_query, own_key, own_value in parts
+                               if own_query.shape[2]], 2)      # without those that have no tokens
         return self.to_out(mixed.transpose(1, 2).flatten(2))                           # (B, T, D)
-
-    def attend_from_first(self, x: Tensor, keep: Tensor) -> Tensor:
-        """`forward` for token 0 of x (B, T, D) alone, (B, D), without keys and values of the other tokens.
-
-        q (W x + b) = (q W) x + q b, and q b shifts all scores alike: the query is mapped in place of all tokens, and
-        afterwards their mean in place of all tokens.
-        """
-        to_key, to_value = self.to_keys_values.weight.unflatten(0, (2, self.heads, -1))      # (heads, D/heads, D)
-        query = self.to_query(x[:, 0]).unflatten(1, (self.heads, -1)) * self.heads ** 0.5  # attend divides by D ** 0.5
-        query = torch.einsum("bhk,hkd->bhd", query, to_key)[:, None]                         # (B, 1, heads, D)
-        tokens = x[:, None].to(query.dtype)                                                  # (B, 1, T, D)
-        mixed = attend(query, tokens, tokens, keep[:, None, None])[:, 0]                     # (B, heads, D)
-        value = torch.einsum("bhd,hkd->bhk", mixed, to_value).flatten(1)                     # (B, D)
-        return self.to_out(value + self.to_keys_values.bias.chunk(2)[1])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:

@@ -27,8 +27,8 @@ FIRST = 10                          # images shown for each query
 BLOCK = 512                         # queries compared with the gallery at a time
 CHUNK = 65536                       # gallery images compared at a time
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
-IMAGES = 16                         # matched with queries at a time
-TOKENS = {"cuda": 65536, "cpu": 8192}    # of these queries in one pass of the fusion encoder, about
+IMAGES = 16                         # images whose keys and values are held at a time
+TOKENS = {"cuda": 65536, "cpu": 8192}    # of captions in one pass of the fusion encoder, about
 
 
 # ---- metrics
@@ -180,7 +180,8 @@ def encode_gallery(model: Retriever, images: Dataset, settings: Settings) -> Ten
 def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best, at most G, of gallery (G, E) for each query (Q, E): similarities and indices (Q, k), best first.
 
-    Equal similarities stand in the order of their indices. The gallery may lie in a mapped file, and stays there.
+    Among those returned equal similarities stand in the order of their indices. The gallery may lie in a mapped file,
+    and stays there.
     """
     found = []
     for some in queries.split(BLOCK):
@@ -207,32 +208,32 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     with IMAGES images: beside their keys and values, what TOKENS tokens take in one block bounds its memory.
     """
     device, k = candidates.device, candidates.shape[1]
-    wanted, places = candidates.unique(return_inverse=True)                        # (G',), and (Q, k) indices into it
-    places = places.flatten()                                                      # (Q * k,) of every pair
+    needed, place_of = candidates.unique(return_inverse=True)                      # (G',), and (Q, k) indices into it
+    place_of = place_of.flatten()                                                  # (Q * k,) of every pair's image
     tokens_of = [keep.sum(1).repeat_interleave(k) for _, keep, _ in passes]        # (Q * k,) of every pair's text
-    match = torch.zeros(len(places), device=device)
+    match = torch.zeros(len(place_of), device=device)
     batch = min(settings.batch, IMAGES)
-    asked = places.argsort(stable=True).split((places // batch).bincount().tolist())        # pairs of each batch
-    own = settings.group.own_batches(len(wanted), batch)
-    batches = loader(images, settings.workers, batch_size=batch, sampler=wanted[own].tolist())
+    pairs_of = place_of.argsort(stable=True).split((place_of // batch).bincount().tolist())    # of each image batch
+    own = settings.group.own_batches(len(needed), batch)
+    batches = loader(images, settings.workers, batch_size=batch, sampler=needed[own].tolist())
     for start, image in zip(own[::batch], batches):
         image = image.to(device)
         for view, (text, keep, _), tokens in zip((image, image.flip(-1)), passes, tokens_of):   # (Q, T, D), (Q, T)
             keys_values = model.fusion_encoder.keys_values(model.image_encoder(view))
-            for pairs in steps_of(asked[start // batch], tokens, TOKENS[device.type]):
+            for pairs in bucketed(pairs_of[start // batch], tokens, TOKENS[device.type]):
                 longest = int(tokens[pairs].max())
-                pairs = pairs[places[pairs].argsort(stable=True)]                  # those of an image side by side
-                query, column = pairs // k, places[pairs] - start
+                pairs = pairs[place_of[pairs].argsort(stable=True)]                # those of an image side by side
+                query, row = pairs // k, place_of[pairs] - start                   # row of the keys and values
                 logits = model.matching_logits(model.fusion_encoder.fused_cls(
-                    text[query, :longest], keep[query, :longest], keys_values, column))
+                    text[query, :longest], keep[query, :longest], keys_values, row))
                 match[pairs] += (logits[:, 1] - logits[:, 0]) / len(passes)
     return settings.group.summed(match).view(candidates.shape)
 
 
-def steps_of(pairs: Tensor, tokens_of: Tensor, limit: int) -> tuple[Tensor, ...]:
-    """The pairs (P,) by the length of their texts, in steps of about `limit` tokens; tokens_of: of each pair's text."""
+def bucketed(pairs: Tensor, tokens_of: Tensor, limit: int) -> tuple[Tensor, ...]:
+    """The pairs (P,) by the length of their texts, in parts of about `limit` tokens; tokens_of: of each pair's text."""
     pairs = pairs[tokens_of[pairs].argsort(stable=True)]
-    last = tokens_of[pairs].cumsum(0) - 1               # the number of each text's last token, if all are counted
+    last = tokens_of[pairs].cumsum(0) - 1               # tokens before the last one of each text
     _, sizes = (last // limit).unique_consecutive(return_counts=True)
     return pairs.split(sizes.tolist())
 

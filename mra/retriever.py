@@ -24,8 +24,8 @@ from mra.layers import initialise
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss terms a step has, and how they are taken over a batch that a group (group.py) shares."""
-    fuse: bool = True           # adds ITM and MLM; RPM is computed in any case, since its short phrases make it cheap
+    """The loss terms of a step, and the group (group.py) over whose batch they are computed."""
+    fuse: bool = True           # whether ITM and MLM are computed; RPM always is: phrases are short
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
     contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all members' pairs
@@ -130,12 +130,12 @@ class Retriever(nn.Module):
         text, feature = self.encode_text(ids, keep)                                      # (B, T, D), (B, E)
         terms = {"itc": objective.contrastive(seen.feature, feature, self.temperature, classes, objective.smoothing)}
         if seen.keys_values is not None:
-            contrasts = (seen.feature @ feature.T).detach() / self.temperature.detach()     # (B, B)
-            logits, matched, exists = self.match_with_negatives(contrasts, seen, text, keep, classes)
+            similarity = (seen.feature @ feature.T).detach() / self.temperature.detach()    # (B, B)
+            logits, matched, exists = self.match_with_negatives(similarity, seen, text, keep, classes)
             terms["itm"] = objective.group.mean_where(losses.matching(logits, matched), exists)
         return terms
 
-    def match_with_negatives(self, contrasts: Tensor, seen: Seen, text: Tensor, keep: Tensor,
+    def match_with_negatives(self, similarity: Tensor, seen: Seen, text: Tensor, keep: Tensor,
                              classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
@@ -143,10 +143,10 @@ class Retriever(nn.Module):
         phrase. In a group (group.py; on the CPU two threads) each member draws among its own B pairs. Also returns
         which pairs match and which exist (3B,), since the B pairs may all be of one class.
         """
-        wrong_text, text_exists = losses.hard_negatives(contrasts, classes)                 # (B,), (B,)
-        wrong_image, image_exists = losses.hard_negatives(contrasts.T, classes)
-        own, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
-        images, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])         # (3B,)
+        wrong_text, text_exists = losses.hard_negatives(similarity, classes)                # (B,), (B,)
+        wrong_image, image_exists = losses.hard_negatives(similarity.T, classes)
+        rows, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
+        images, texts = torch.cat([rows, rows, wrong_image]), torch.cat([rows, wrong_text, rows])     # (3B,)
         matched, exists = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)
         # what the words do before they meet an image is computed once for each text; index_select adds gradients up in
         # a fixed order, indexing by a tensor does not
@@ -161,8 +161,8 @@ class Retriever(nn.Module):
         started = self.fusion_encoder.start(text, keep)                                              # (B, T, D)
         fused = self.fusion_encoder(started, keep, batch.masked_at, seen.keys_values)                # (B, M, D)
         logits = self.word_head(fused)                                                               # (B, M, V)
-        lost = losses.masked_words(logits, batch.masked_labels)                                      # (B, M)
-        return objective.group.mean_where(lost, batch.masked_labels >= 0)
+        loss = losses.masked_words(logits, batch.masked_labels)                                      # (B, M)
+        return objective.group.mean_where(loss, batch.masked_labels >= 0)
 
     @torch.no_grad()
     def limit_temperature(self) -> None:

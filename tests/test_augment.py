@@ -133,7 +133,7 @@ def test_erasing_sets_one_rectangle_to_zero():
 def test_a_view_depends_on_its_generator_alone():
     image, before = noise(), random.getstate()
     for make in (lambda rng: pretrain_view(image, (0.4, 0.3, 0.2, 0.2), (64, 32), rng),
-                 lambda rng: finetune_view(image, (64, 32), rng)):
+                 lambda rng: finetune_view(image, (64, 32), rng, 0.6)):
         views = [[make(random.Random(seed)) for seed in range(20)] for _ in range(2)]
         for first, again in zip(*views):
             assert torch.equal(first.image, again.image)

@@ -100,11 +100,11 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(pairs):
     assert equal(dataset[2, 3], first) and equal(other[2, 3], first)
     for epoch, index, seed in ((3, 3, 1), (2, 3, 2)):
         changed = pairs(seed=seed)[epoch, index]
-        assert changed.caption in (first.caption, dataset.encode("a woman in blue jeans on the right"))
+        assert changed.caption_ids in (first.caption, dataset.encode("a woman in blue jeans on the right"))
         assert not torch.equal(changed.image, first.image)
     assert len({tuple(dataset[epoch, 0].eda_ids) for epoch in range(20)}) > 5
-    assert len({tuple(dataset[epoch, 0].masked) for epoch in range(20)}) > 5
-    assert len({tuple(dataset[epoch, 0].phrase) for epoch in range(20)}) == 2
+    assert len({tuple(dataset[epoch, 0].masked_ids) for epoch in range(20)}) > 5
+    assert len({tuple(dataset[epoch, 0].phrase_ids) for epoch in range(20)}) == 2
 
 
 def test_every_caption_of_every_record_is_a_pair(pairs):
@@ -112,9 +112,9 @@ def test_every_caption_of_every_record_is_a_pair(pairs):
     dataset = pairs()
     several = ("red", "blue"), ("green",), ("black", "white", "grey")
     some = [Record(dataset.pairs[i][1], captions, i) for i, captions in enumerate(several)]
-    dataset = PairDataset(RecordSet("sda", "train", some), dataset.tokenizer, dataset.model, dataset.train)
+    dataset = PairDataset(RecordSet("sda", "train", some), dataset.tokenizer, dataset.sizes, dataset.config)
     assert len(dataset) == 6
-    words = [spelt(dataset.tokenizer, dataset[0, index].caption) for index in range(6)]
+    words = [spelt(dataset.tokenizer, dataset[0, index].caption_ids) for index in range(6)]
     assert words == [["red"], ["blue"], ["green"], ["black"], ["white"], ["grey"]]
     assert [dataset[0, index].identity for index in range(6)] == [0, 0, 1, 2, 2, 2]
 
@@ -139,7 +139,7 @@ def test_equal_phrases_are_one_class(pairs):
     assert len(set(classes)) == 1 + 4 + 3                 # coat, shoes, captions
     for a, one in zip(samples, classes):
         for b, other in zip(samples, classes):
-            assert (a.phrase == b.phrase) == (one == other)
+            assert (a.phrase_ids == b.phrase_ids) == (one == other)
 
 
 @pytest.mark.parametrize("settings", [dict(regions=False), dict(bare=range(5)),
@@ -172,9 +172,9 @@ def test_the_words_of_a_mirrored_image_change_sides(paint, tokenizer, config, bo
         redness = sample.image[0] - sample.image[2]               # (H, W)
         side = "left" if redness[:, 0].mean() > redness[:, -1].mean() else "right"
         seen.add(side)
-        assert spelt(tokenizer, sample.caption) == spelt(tokenizer, sample.eda_ids) == [side]
+        assert spelt(tokenizer, sample.caption_ids) == spelt(tokenizer, sample.eda_ids) == [side]
         if boxes:
-            assert spelt(tokenizer, sample.phrase) == ["the", side, "half"]
+            assert spelt(tokenizer, sample.phrase_ids) == ["the", side, "half"]
             patches = redness.unfold(0, size, size).unfold(1, size, size).mean((2, 3))
             red = patches > patches.mean()                        # (rows, columns)
             keep = sample.region_keep.view(config.grid)
@@ -191,14 +191,14 @@ def test_labels_agree_with_what_was_masked(pairs):
     batch = dataset.collate(samples)
     assert batch.masked_at.shape == batch.masked_labels.shape == (50, MAX_MASKED)
     for row, sample in enumerate(samples):
-        predicted = [(at, sample.caption[at]) for at in sample.masked_at]
+        predicted = [(at, sample.caption_ids[at]) for at in sample.masked_at]
         fill = [(0, -100)] * (MAX_MASKED - len(predicted))
         found = list(zip(batch.masked_at[row].tolist(), batch.masked_labels[row].tolist()))
         assert predicted and found == predicted + fill
         assert all(batch.caption_ids[row, at] == label for at, label in predicted)
         changed = (batch.masked_ids[row] != batch.caption_ids[row]).nonzero().flatten().tolist()
         assert set(changed) <= {at for at, _ in predicted}
-        assert batch.caption_ids[row][batch.caption_keep[row]].tolist() == sample.caption
+        assert batch.caption_ids[row][batch.caption_keep[row]].tolist() == sample.caption_ids
         assert (batch.caption_ids[row][~batch.caption_keep[row]] == dataset.tokenizer.pad_id).all()
     masked = batch.masked_ids.gather(1, batch.masked_at)[batch.masked_labels >= 0]
     assert 0.65 < (masked == dataset.tokenizer.mask_id).float().mean() < 0.95
@@ -206,10 +206,10 @@ def test_labels_agree_with_what_was_masked(pairs):
 
 def test_captions_are_cleaned_as_their_set_asks_and_cut(pairs):
     dataset = pairs(name="icfg")
-    assert spelt(dataset.tokenizer, dataset[0, 0].caption) == "a man number 0 with a red coat".split()
+    assert spelt(dataset.tokenizer, dataset[0, 0].caption_ids) == "a man number 0 with a red coat".split()
     long = Record(dataset.pairs[0][1], ("Grey, " + "red! " * 90,), 0)
     source = RecordSet("icfg", "train", (long,))
-    cut = PairDataset(source, dataset.tokenizer, dataset.model, TrainConfig())[0, 0].caption
+    cut = PairDataset(source, dataset.tokenizer, dataset.sizes, TrainConfig())[0, 0].caption_ids
     assert len(cut) == 56 and spelt(dataset.tokenizer, cut) == ["grey"] + ["red"] * 53
 
 

@@ -40,7 +40,7 @@ def note(root, tokenizer):
     """Check the fixture's CUHK-PEDES: the one line of output that holds `words`; a note does not make a set unwell."""
     def go(words: str) -> str:
         lines = []
-        assert check.check_set("cuhk", root, tokenizer, 56, 1, lines.append) and lines[-1] == "All is well."
+        assert check.check_set("cuhk", root, tokenizer, 56, 1, lines.append) and lines[-1] == "No faults found."
         line, = (line for line in lines if words in line)
         return line
     return go
@@ -63,7 +63,7 @@ def test_published_counts():
 
 def test_a_whole_set(checked, root):
     status, out = checked()
-    assert status == 0 and out.endswith("All is well.\n") and "Note" not in out
+    assert status == 0 and out.endswith("No faults found.\n") and "Note" not in out
     for split in ("train", "val", "test"):
         assert f"{split}: 3 identities, 6 images, 12 captions; published 3, 6 and 12\n" in out
 
@@ -84,7 +84,7 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
         items[16]["file_path"] = items[17]["file_path"]
     records_of(root, spoil)
     status, out = checked()
-    assert status == 1 and out.endswith("Not all is well: see above.\n")
+    assert status == 1 and out.endswith("Faults found: see above.\n")
     for line in ("3 x unusable,", "7 x missing image,", "2 x image that has two records,"):
         assert f"Fault: {line} such as\n  " in out
     for number, words in ((3, "a caption is empty or not text: ' '"), (13, "the field 'id' has the wrong type"),
@@ -98,7 +98,7 @@ def test_everything_that_is_wrong_is_listed_at_once(checked, root):
 def test_a_part_of_a_benchmark_is_well(checked, root):
     records_of(root, lambda items: items.__delitem__(slice(1, 6)))          # train keeps one image
     status, out = checked()
-    assert status == 0 and out.endswith("All is well.\n")
+    assert status == 0 and out.endswith("No faults found.\n")
     assert "\ntrain: 1 identities, 1 images, 2 captions; published 3, 6 and 12\n" in out
 
 

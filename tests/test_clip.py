@@ -449,8 +449,8 @@ def test_the_commands_take_a_clip(small, root, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         train.main()
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and "All is well." in said and "that the vocabulary lacks" not in said
-    assert "A CLIP, or one of IRRA's family: ranked by embeddings, without mirror images." in said
+    assert ended.value.code == 0 and "No faults found." in said and "that the vocabulary lacks" not in said
+    assert "A CLIP or IRRA checkpoint: images are ranked by embeddings alone, without mirror images." in said
     for file, fused in (("out/results-cuhk.json", False), ("one/results.json", True)):
         written = json.loads((root / file).read_text())
         assert written["evaluation"]["mirror"] == fused and (written["evaluation"]["k"] > 0) == fused

@@ -115,7 +115,7 @@ def test_the_demo_draws_pretrains_and_fine_tunes(first):
     places = [out.find(words) for words in said]
     assert -1 not in places and places[0] == min(places) and places[-1] == max(places)
     best = re.findall(r"^Best on val: (.*)", out, re.M)
-    worth = out[out.index("What each stage was worth on icfg val:"):].splitlines()[1:]
+    worth = out[out.index("On icfg val, before and after each stage:"):].splitlines()[1:]
     assert worth[0].endswith("  out/sda-tiny-s0/best.safetensors")
     assert worth[1:] == [f"{best[-1]}  out/icfg-tiny-s0/best.safetensors"]
     for name, pretrained_on, terms in (("icfg", "sda", {"itc", "itm", "mlm"}),
@@ -564,9 +564,9 @@ def test_mistakes_in_training(work, flags, named):
     (("--checkpoint", "words.txt"), "words.txt"),
     (("--checkpoint", "out/icfg-tiny-s0/last.safetensors"), "only resumes its run: give out/icfg-tiny-s0/best.safe"),
     (("--gallery", "."), "--query"),
-    (("--k", "0", "--weight", "8"), "--weight 8: nothing is re-ranked"),
-    (("--query-image", "words.txt", "--k", "3"), "--k 3: a search by a picture is not re-ranked"),
-    (("--query-image", "words.txt", "--weight", "8"), "--weight 8: nothing is re-ranked"),
+    (("--k", "0", "--weight", "8"), "nothing is re-ranked"),
+    (("--query-image", "words.txt", "--k", "3"), "nothing is re-ranked"),
+    (("--query-image", "words.txt", "--weight", "8"), "nothing is re-ranked"),
     (("--query", "a coat", "--gallery", "empty"), "empty"),
     (("--query", "a coat", "--gallery", "missing"), "missing"),
 ])
@@ -579,7 +579,7 @@ def test_mistakes_in_evaluation(work, flags, named):
 def test_candidates_without_a_trained_fusion_encoder(work):
     succeed(work, "train.py", *QUICK, "--dataset", "icfg", "--fusion-from", "1", "--out", "out/new")
     assert rows_of(succeed(work, "evaluate.py")).keys() == {"icfg embeddings"}
-    assert "fusion encoder is not trained yet" in refused(work, "evaluate.py", "--k", "4")
+    assert "fusion encoder is not trained" in refused(work, "evaluate.py", "--k", "4")
 
 
 def test_evaluation_before_any_training(work, in_town, tmp_path, monkeypatch):

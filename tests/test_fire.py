@@ -21,7 +21,7 @@ from test_commands import ROOT, command, succeed
 from torch.utils.data import DataLoader, Dataset
 
 from mra.config import UserError
-from mra.data.files import harmless, write_json
+from mra.data.files import printable, write_json
 from mra.data.records import Record
 from mra.data.tokenizer import Tokenizer
 from mra.ranking import Settings
@@ -103,8 +103,8 @@ def test_nothing_in_the_package_runs_what_it_reads():
 
 
 def test_what_a_file_says_is_harmless_on_a_terminal(tmp_path, model, tokenizer, paint):
-    assert harmless("a\x1b[31m\n\u202e\ud800grün") == r"a\x1b[31m\n\u202e\ud800grün"
-    assert len(harmless("x" * 10**6)) < 2010
+    assert printable("a\x1b[31m\n\u202e\ud800grün") == r"a\x1b[31m\n\u202e\ud800grün"
+    assert len(printable("x" * 10**6)) < 2010
     save(tmp_path / "x.safetensors", model, tokenizer, HOSTILE)
     paint("photos/\x1b[2J\u202e<b>.png")
     said = succeed(tmp_path, "evaluate.py", "--checkpoint", "x.safetensors", "--query", "a \x1b[2J red <b>coat</b>",
@@ -252,4 +252,4 @@ def test_a_killed_helper_is_told_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as end:
         run(killed)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and re.fullmatch("error: .* a helping process was killed.*--workers.*\n", said)
+    assert end.value.code == 2 and re.fullmatch("error: .* a worker process was killed.*--workers.*\n", said)

@@ -333,7 +333,7 @@ def test_walks_the_shapes_from_disk_to_loss(tmp_path, paint, config, tokenizer, 
     for sample in samples:
         assert sample.image.shape == (3, H, W) and sample.image.dtype == torch.float32
         assert sample.region_keep.shape == (N,) and sample.region_keep.dtype == torch.bool
-        assert len(sample.caption) == len(sample.masked) and sample.masked_at
+        assert len(sample.caption_ids) == len(sample.masked_ids) and sample.masked_at
 
     batch, B, M = dataset.collate(samples), 2, MAX_MASKED
     T, P = (max(len(getattr(sample, name)) for sample in samples) for name in ("caption", "phrase"))

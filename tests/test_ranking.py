@@ -309,9 +309,9 @@ def test_without_candidates_the_fusion_encoder_does_nothing(model, tokenizer, pa
 
 def test_steps_are_filled_in_the_order_of_length():
     """Lengths 4 1 3 2 3 of five pairs, in steps of 4 tokens: tokens 0 1-2 | 3-5 6-8 | 9-12, by their last ones."""
-    steps = ranking.steps_of(torch.arange(5), torch.tensor([4, 1, 3, 2, 3]), 4)
+    steps = ranking.bucketed(torch.arange(5), torch.tensor([4, 1, 3, 2, 3]), 4)
     assert [step.tolist() for step in steps] == [[1, 3], [2], [4], [0]]
-    steps = ranking.steps_of(torch.tensor([4, 0, 2]), torch.tensor([4, 1, 3, 2, 3]), 100)
+    steps = ranking.bucketed(torch.tensor([4, 0, 2]), torch.tensor([4, 1, 3, 2, 3]), 100)
     assert [step.tolist() for step in steps] == [[4, 2, 0]]
 
 

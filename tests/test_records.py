@@ -15,7 +15,7 @@ import train
 from mra.config import TrainConfig, UserError
 from mra.data import files
 from mra.data.batches import PairDataset
-from mra.data.files import open_image, shown
+from mra.data.files import open_image, quoted
 from mra.data.records import Record, RecordSet, share_of
 from mra.formats import read
 from mra.formats.read import SPLITS, load, locate
@@ -106,8 +106,8 @@ def test_chinese_captions_and_code_reach_the_model(tmp_path, tokenizer, config, 
     source = load("rstp", "train", tmp_path, say=quiet)
     assert source.records[1].captions == tuple(captions)
     pairs = PairDataset(source, tokenizer, config, TrainConfig(eda=0.8))
-    assert pairs[0, 0].caption == [2, 3] and pairs[0, 0].masked_at == []
-    assert pairs[0, 1].caption == pairs.encode("a man if x return")
+    assert pairs[0, 0].caption_ids == [2, 3] and pairs[0, 0].masked_at == []
+    assert pairs[0, 1].caption_ids == pairs.encode("a man if x return")
     assert pairs.collate([pairs[0, i] for i in range(4)]).eda_keep[:, 0].all()
 
 
@@ -491,13 +491,13 @@ def test_image_folders_on_another_disk(tmp_path):
 
 
 def test_shown_is_safe_for_a_terminal():
-    assert shown("a\x1b[31m\n\u202e\ud800") == r"'a\x1b[31m\n\u202e\ud800'"
-    assert len(shown("x" * 1000)) < 90 and shown("x" * 1000).endswith("...")
-    assert str(Path("y" * 200)) in shown(Path("y" * 200))
+    assert quoted("a\x1b[31m\n\u202e\ud800") == r"'a\x1b[31m\n\u202e\ud800'"
+    assert len(quoted("x" * 1000)) < 90 and quoted("x" * 1000).endswith("...")
+    assert str(Path("y" * 200)) in quoted(Path("y" * 200))
     nested = []
     for _ in range(100000):
         nested = [nested]
-    assert len(shown(nested)) < 90
+    assert len(quoted(nested)) < 90
 
 
 def test_folders_are_listed_once_and_images_not_asked_for(tmp_path, monkeypatch):
@@ -624,7 +624,7 @@ def test_what_does_not_decode_is_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError) as caught:
             open_image(str(tmp_path / name))
-        assert shown(tmp_path / name) in str(caught.value) and str(caught.value).isprintable()
+        assert quoted(tmp_path / name) in str(caught.value) and str(caught.value).isprintable()
     Image.new("RGB", (9, 9)).save(tmp_path / "sound.pcx")                   # formats nobody needs stay closed
     with pytest.raises(UserError, match="sound.pcx"):
         open_image(tmp_path / "sound.pcx")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, DadRecipe, DiffusionConfig, Fit, UserError
 from mra.diffusion import pairs
 from mra.diffusion.base import Diffusion
-from mra.diffusion.denoiser import Denoiser, DomainBranch, recompute_stages
+from mra.diffusion.denoiser import Denoiser, DomainBranch
 from mra.diffusion.noising import ddim
 from mra.diffusion.sampling import guide
 from mra.formats.read import load
@@ -190,7 +190,7 @@ def gradients(base: Diffusion, branch: DomainBranch, data: pairs.LatentPairs) ->
     return [loss, *torch.autograd.grad(loss, list(branch.parameters()))]
 
 
-def test_cached_states_and_checkpointing_change_nothing(folder, monkeypatch):
+def test_cached_states_change_nothing(folder, monkeypatch):
     monkeypatch.setattr(pairs, "NO_WORDS", 0.5)
     base = read_stable(folder, DIFFUSION_PRESETS["sd15-tiny"]).eval().requires_grad_(False)
     branch = DomainBranch(base.denoiser)
@@ -201,8 +201,6 @@ def test_cached_states_and_checkpointing_change_nothing(folder, monkeypatch):
     assert len(data.ids) == 4 and len(data.caption_of) == 7      # one is mirrored in other words; and without words
     plain = gradients(base, branch, data)
     data.encode_captions(torch.float32)
-    recompute_stages(base.denoiser)
-    recompute_stages(branch)
     for one, other in zip(plain, gradients(base, branch, data), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
@@ -223,14 +221,14 @@ def test_adapt_beside_stable_diffusion(folder, root):
     assert all(record.phrases == record.captions for record in records)
     branch = root / "out/dad/cuhk-sd15-tiny-s0-real/copy-3/branch.safetensors"
     assert checkpoint.load(branch)[0]["outputs.12.weight"].any()
-    said = succeed(root, "adapt.py", *flags[:-1], "out/short", "--recompute", "--steps", "1")
+    said = succeed(root, "adapt.py", *flags[:-1], "out/short", "--steps", "1")
     assert "Kept 3 of 3" in said and "branch step 1/1" in said
 
 
 @pytest.mark.parametrize("flags, said", [
     (("--size", "sd15"), "--weights"), (("--weights", "."), "--size sd15"),
     (("--size", "sd15", "--weights", "."), "--data-root"),
-    (("--size", "sd15", "--weights", ".", "--data-root", ".", "--mode", "restyle"), "Give --source"),
+    (("--size", "sd15", "--weights", ".", "--data-root", ".", "--mode", "restyle"), "needs --source"),
     (("--size", "sd15", "--weights", "nowhere", "--data-root", "."), "nowhere/tokenizer"),
 ])
 def test_mistakes_are_told_in_a_sentence(tmp_path, flags, said):

@@ -342,7 +342,7 @@ def test_the_same_run_is_not_made_by_two_processes_at_once(monkeypatch, tmp_path
     monkeypatch.setattr(study, "perform", lambda one, out: made.append(one.arm) or {})
     monkeypatch.setattr(study, "report", lambda out, kind: None)
     monkeypatch.setattr(sys, "argv", ["study", "--quick", "--out", str(tmp_path)])
-    with machine.claimed(tmp_path / "regions-source-icfg-tiny-60-s0", machine.Machine.of("cpu", "float32")):
+    with machine.locked(tmp_path / "regions-source-icfg-tiny-60-s0", machine.Machine.of("cpu", "float32")):
         study.main()
     assert made == ["dad"] and "regions-source-icfg-tiny-60-s0 is being made by another" in capsys.readouterr().out
     study.main()

@@ -37,7 +37,7 @@ from mra.run.machine import (
     Processes,
     choose_device,
     choose_precision,
-    claimed,
+    locked,
 )
 
 SIX = (*TINY, "--init", "none", "--steps", "6", "--evals", "2", "--batch", "4", "--log-every", "1", "--lr", "1e-2")
@@ -190,7 +190,7 @@ def test_a_signal_stops_the_run_after_its_step(town, whole, tmp_path, monkeypatc
 
 
 def test_a_second_run_in_the_same_folder_is_refused(town, tmp_path):
-    with claimed(tmp_path, Machine.of("cpu", "float32")):
+    with locked(tmp_path, Machine.of("cpu", "float32")):
         assert f"{tmp_path}: another run" in refused(town, "train.py", *SIX, "--dataset", "sda",
                                                      "--out", str(tmp_path))
     succeed(town, "train.py", *SIX, "--dataset", "sda", "--out", str(tmp_path))
@@ -255,13 +255,6 @@ def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
     assert broken in refused(town, "train.py", *SIX, "--dataset", "cuhk", "--data-root", str(tmp_path / "sets"),
                              "--out", str(tmp_path / "run"))
     assert not (tmp_path / "run/log.jsonl").exists()
-
-
-def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for world in (1, 2, 4):
-        source, _ = stages.stages_of(TrainConfig(init="scratch"), machine_of(0, world))
-        assert source.batch * world == 32
 
 
 def machine_of(rank: int, world: int) -> Machine:

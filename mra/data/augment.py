@@ -1,9 +1,8 @@
 """Views of one image: image and box move together, and a flag says whether the image was mirrored.
 
-MRA section 3, training settings and region encoding. Pretraining, on an adapted set too, sees `pretrain_view` and,
-with --light (0 in all recipes) `relit`; fine-tuning sees `finetune_view`, with the chance --erase (config.py) a
-rectangle erased. If a view is mirrored, the caller exchanges "left" and "right" in the caption; the released
-code leaves them. Read next: words.py.
+MRA section 3, training settings and region encoding. Pretraining uses `pretrain_view`, and `relit` with --light
+(0 in all recipes). Fine-tuning uses `finetune_view`, with random erasing at probability --erase. If a view is mirrored,
+the caller exchanges "left" and "right" in the caption; the released code leaves them. Read next: words.py.
 """
 
 import math
@@ -34,7 +33,7 @@ class View(NamedTuple):
 
 def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rng: random.Random) -> View:
     """A random crop that contains `box`, resized to `size` = (H, W) and mirrored half of the time."""
-    cx, cy, w, h = box or (0.5, 0.5, 0.0, 0.0)
+    cx, cy, w, h = box or (0.5, 0.5, 0.0, 0.0)       # without a box, a point that every crop may well contain
     area, stretch = rng.uniform(*CROP_AREA), math.exp(rng.uniform(*map(math.log, CROP_STRETCH)))
     left, width = _interval(math.sqrt(area * stretch), cx, w, rng)
     top, height = _interval(math.sqrt(area / stretch), cy, h, rng)
@@ -46,21 +45,26 @@ def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rn
     return View(tensor_of(image, size, (left, top, left + width, top + height), mirrored), box, mirrored)
 
 
-def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random, erase: float = 0.6) -> View:
+def finetune_view(image: Image.Image, size: tuple[int, int], rng: random.Random, erase: float) -> View:
     """The whole image, mirrored half of the time. With probability `erase`, a rectangle gets the mean colour."""
     mirrored, erased = rng.random() < 0.5, rng.random() < erase
     pixels = tensor_of(image, size, mirrored=mirrored)              # (3, H, W)
-    rows, columns = size
-    tries = 10 if erased else 0         # the first rectangle that fits becomes 0, the mean colour
-    for _ in range(tries):
+    if erased:
+        erase_rectangle(pixels, rng)
+    return View(pixels, None, mirrored)
+
+
+def erase_rectangle(pixels: Tensor, rng: random.Random) -> None:
+    """Set the first of ten random rectangles that fits into pixels (3, H, W) to 0, the mean colour."""
+    rows, columns = pixels.shape[1:]
+    for _ in range(10):
         area = rng.uniform(*ERASE_AREA) * rows * columns
         aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < height < rows and 0 < width < columns:
             top, left = rng.randrange(rows - height + 1), rng.randrange(columns - width + 1)
             pixels[:, top:top + height, left:left + width] = 0
-            break
-    return View(pixels, None, mirrored)
+            return
 
 
 def box_to_patches(box: Box, grid: tuple[int, int]) -> Tensor:
@@ -95,7 +99,7 @@ def tensor_of(image: Image.Image, size: tuple[int, int], crop=(0, 0, 1, 1), mirr
 
 
 def random_light(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W) in -1..1; a `share` of them gets a random exposure, colour cast, haze and grain.
+    """Images (B, 3, H, W) in -1..1; a `share` of them gets a random look: exposure, colours, haze and grain.
 
     Not in the paper. It prepares DaD's autoencoder for the looks of unseen targets, and the retriever with --light.
     """
@@ -104,8 +108,10 @@ def random_light(image: Tensor, share: float, generator: torch.Generator) -> Ten
 
     x = (image + 1) / 2
     grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * 2 ** uniform(-1.5, 0.3)
-    x = (x * 2 ** (uniform(-2.2, 0.8) + uniform(-0.6, 0.6, 3))).clamp(0, 1) ** 2 ** uniform(-0.5, 0.5)
+    x = grey + (x - grey) * 2 ** uniform(-1.5, 0.3)                 # saturation
+    gain = 2 ** (uniform(-2.2, 0.8) + uniform(-0.6, 0.6, 3))        # exposure, and a colour cast
+    gamma = 2 ** uniform(-0.5, 0.5)
+    x = (x * gain).clamp(0, 1) ** gamma
     haze = uniform(-0.1, 0.2).clamp(min=0)
     grain = torch.randn(x.shape, generator=generator, device=x.device) * uniform(-0.02, 0.05).clamp(min=0)
     lit = ((haze + (1 - haze) * x + grain) * 2 - 1).clamp(-1, 1)

@@ -20,7 +20,7 @@ PIXEL_LIMIT = 50_000_000            # a larger image is no pedestrian crop and m
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 
 
-def shown(value) -> str:
+def quoted(value) -> str:
     """A value in a sentence for a terminal: quoted, control characters escaped, cut at 80 characters unless a Path."""
     if isinstance(value, Path):
         return repr(str(value))
@@ -28,7 +28,7 @@ def shown(value) -> str:
     return text if len(text) <= 80 else text[:80] + "..."
 
 
-def harmless(text) -> str:
+def printable(text) -> str:
     """A sentence for a terminal: characters that do not print are escaped, and it is cut at 2,000."""
     text = str(text)
     safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:2000])
@@ -94,7 +94,7 @@ def open_image(path) -> Image.Image:
     except Exception as error:      # decoders raise almost every type on broken data
         if hasattr(path, "read"):   # an open file, without a name
             raise UserError("The picture cannot be read: it is damaged, of an unknown format or too large.") from error
-        raise UserError(f"the image {shown(Path(path))} cannot be read: {shown(str(error))}") from error
+        raise UserError(f"the image {quoted(Path(path))} cannot be read: {quoted(str(error))}") from error
 
 
 def examined(path: str) -> tuple[str, int, int]:

@@ -70,13 +70,13 @@ class Tokenizer:
         return [word for word in words if not self.is_special[ids[word[0]]]]
 
     def encode(self, text: str, max_tokens: int = 56) -> list[int]:
-        """[CLS] pieces [SEP], at most `max_tokens` >= 2 ids (a preset's). In a text "[SEP]" is no special id."""
+        """[CLS] pieces [SEP], at most `max_tokens` >= 2 ids (a preset's). A text's "[SEP]" is ordinary pieces."""
         text = text.encode("utf-8", "ignore").decode()                   # lone surrogates go, as in BERT
         return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
 
 
 def pad(sequences: list[list[int]], pad_id: int, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """B id lists -> ids (B, T) int64 and keep (B, T) bool, True = a real token; T = the longest list, or `width`."""
+    """B id lists -> ids (B, T) int64 and keep (B, T) bool, True = a real token; T: the longest list, or `width`."""
     lengths = torch.tensor([len(ids) for ids in sequences])
     width = max(width, int(lengths.max()))
     padded = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in sequences])
@@ -84,11 +84,11 @@ def pad(sequences: list[list[int]], pad_id: int, width: int = 0) -> tuple[torch.
 
 
 def mask_words(ids: list[int], tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Masked ids (T,) and the positions to predict, 10 at most (MRA section 3). Special ids are never picked.
+    """Masked ids (T,) and the positions to predict (MRA section 3). Special ids are never picked.
 
-    Whole words are picked, and a fifth of them grow to 2 or 3 words, up to 25 % of the pieces. At least one word is
-    picked, unless all have more than 10 pieces. As in BERT's whole-word masking each piece draws for itself: 80 %
-    become [MASK], 10 % a random piece, 10 % stay.
+    Whole words are picked, and a fifth of them grow to 2 or 3 words, up to 25 % of the pieces and 10 pieces at most, as
+    in the released code. At least one word is picked, unless all have more than 10 pieces. As in BERT's whole-word
+    masking each piece draws for itself: 80 % become [MASK], 10 % a random piece, 10 % stay.
     """
     words, picked = tokenizer.words_of(ids), set()
     budget = min(MAX_MASKED, max(1, round(MASK_RATE * sum(map(len, words)))))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from mra.config import DiffusionConfig
+from mra.data.batches import loader
 from mra.data.files import open_image
 from mra.data.tokenizer import Tokenizer, pad
 from mra.diffusion.autoencoder import Autoencoder
@@ -49,7 +49,7 @@ def read_images(paths: Sequence[str], config: DiffusionConfig, workers: int = 0)
     """Read image files at the size of `config`: (N, 3, H, W) uint8."""
     read = partial(_read, size=(config.width, config.height))
     images = torch.empty(len(paths), 3, config.height, config.width, dtype=torch.uint8)
-    for place, some in zip(images.split(64), DataLoader(paths, 64, num_workers=workers, collate_fn=read)):
+    for place, some in zip(images.split(64), loader(paths, workers, 64, collate_fn=read)):
         place.copy_(some)           # frees the shared memory of the loading process
     return images
 

@@ -8,12 +8,10 @@ other and to the caption. The middle is block, transformer, block. Read next: ba
 import copy
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 from mra.config import DiffusionConfig
 from mra.diffusion.autoencoder import ResBlock, group_norm, upsample, zero
@@ -159,24 +157,22 @@ class Denoiser(nn.Module):
 class DomainBranch(nn.Module):
     """The paper's branch: a trainable copy of a denoiser's encoder and middle (ControlNet, Zhang et al. 2023).
 
-    It has a domain embedding. Its outputs leave through convolutions that start at zero, so an untrained branch changes
-    nothing. As in the paper the condition is a white image, so the branch learns the target's look alone. Folded to the
-    resolution of the latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
+    Its outputs leave through convolutions that start at zero, so an untrained branch changes nothing. As in the paper
+    the condition is a white image, so the branch learns the target's look alone. Folded to the resolution of the
+    latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
     """
 
     def __init__(self, base: Denoiser):
         super().__init__()
         self.encoder = copy.deepcopy(base.encoder).requires_grad_(True)
         dims = [*base.encoder.skip_dims, base.config.widths[-1]]
-        self.domain = nn.Parameter(torch.zeros(4 * base.config.widths[0]))
         self.condition = zero(nn.Conv2d(base.config.factor**2, dims[0], 1))
         self.outputs = nn.ModuleList(zero(nn.Conv2d(dim, dim, 1)) for dim in dims)
 
     def forward(self, z: Tensor, t: Tensor, text: TextStates) -> list[Tensor]:
         """What a denoiser adds to its skips and middle."""
         white = z.new_ones(len(z), self.condition.in_channels, *z.shape[2:])
-        embedding = self.encoder.embed(t) + self.domain
-        outputs = self.encoder(z, embedding, text, self.condition(white))
+        outputs = self.encoder(z, self.encoder.embed(t), text, self.condition(white))
         return [convolution(x) for convolution, x in zip(self.outputs, outputs)]
 
 
@@ -228,10 +224,3 @@ def merge(adapted: Denoiser) -> None:
         for name in ("weight", "bias"):
             if parametrize.is_parametrized(layer, name):
                 parametrize.remove_parametrizations(layer, name)
-
-
-def recompute_stages(network: nn.Module) -> None:
-    """Compute the activations of each stage again in the backward pass: gradient checkpointing (Chen et al. 2016)."""
-    for stage in network.modules():
-        if isinstance(stage, Stage):
-            stage.forward = partial(checkpoint, stage.forward, use_reentrant=False, preserve_rng_state=False)

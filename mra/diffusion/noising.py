@@ -1,7 +1,7 @@
 """The noise schedule, the diffusion loss and two samplers side by side.
 
 Latents z_0 are noised to z_t = alpha_t z_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1. The denoiser learns
-v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). Our schedule ends in pure noise: alpha is exactly 0 (Lin et al. 2024).
+v = alpha_t e - sigma_t z_0 (Salimans & Ho 2022). Our schedule has zero terminal SNR (Lin et al. 2024): alpha ends at 0.
 If some signal were left, no image could be very dark or very bright. Read next: autoencoder.py, denoiser.py.
 """
 
@@ -46,14 +46,14 @@ class Schedule:
         alpha, sigma = self.at(t, latents)
         return noise if self.predicts_noise else alpha * noise - sigma * latents
 
-    def random_levels(self, count: int, generator: torch.Generator, middle: bool = False) -> Tensor:
-        """Random levels t (count,), evenly spread so that the loss varies less (Kingma et al. 2021, appendix I.1).
+    def random_levels(self, count: int, generator: torch.Generator, logit_normal: bool = False) -> Tensor:
+        """Random levels t (count,), a low-discrepancy sample: the loss varies less (Kingma et al. 2021, appendix I.1).
 
-        With `middle` they are logit-normal: more of them in the middle, where shapes are decided (Esser et al. 2024).
+        They are uniform or `logit_normal`: then more are in the middle, where shapes are decided (Esser et al. 2024).
         """
         device = generator.device
         spread = (torch.rand(1, generator=generator, device=device) + torch.arange(count, device=device) / count) % 1
-        if middle:
+        if logit_normal:
             spread = torch.special.ndtri(spread).sigmoid()
         return (spread * len(self.alpha)).long().clamp(max=len(self.alpha) - 1)
 
@@ -79,13 +79,9 @@ def diffusion_loss(denoise: Denoise, latents: Tensor, noise: Tensor, t: Tensor, 
     return error.square().mean()
 
 
-def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
-    """DDIM (Song et al. 2021), deterministic: from noise to clean latents (B, C, h, w).
-
-    With strength < 1, `noise` is latents at level schedule.trailing(steps, strength)[0]; at 0 it is returned unchanged.
-    """
-    z = noise
-    visited = schedule.trailing(steps, strength)
+def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
+    """DDIM (Song et al. 2021), deterministic: from noise to clean latents (B, C, h, w)."""
+    z, visited = noise, schedule.trailing(steps)
     for level, following in zip(visited, [*visited[1:], None]):
         clean, noise = predict(denoise, z, level, schedule)
         z = clean if following is None else schedule.alpha[following] * clean + schedule.sigma[following] * noise
@@ -95,24 +91,27 @@ def ddim(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, streng
 def dpm_solver(denoise: Denoise, noise: Tensor, schedule: Schedule, steps: int, strength: float = 1.0) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): as `ddim`, but clean latents are extrapolated from two steps.
 
+    With strength < 1, `noise` is latents at level schedule.trailing(steps, strength)[0]; at 0 it is returned unchanged.
+
     z_s = sigma_s/sigma_t z + (alpha_s - alpha_t sigma_s/sigma_t) D,  D = D_t + (D_t - D_before) h / (2 h_before);
     h is the step in log(alpha/sigma). From pure noise h is infinite, so that the second step is first-order too.
     """
     z, before = noise, None
     visited = schedule.trailing(steps, strength)
-    log_snr = (schedule.alpha.double() / schedule.sigma.double()).log()                     # (K,), -inf at its end
+    half_log_snr = (schedule.alpha.double() / schedule.sigma.double()).log()                     # (K,), -inf at its end
     for i, level in enumerate(visited):
         clean, _ = predict(denoise, z, level, schedule)
         if i + 1 == len(visited):
             return clean
         following, estimate = visited[i + 1], clean
         if i > 0:
-            step, last_step = log_snr[following] - log_snr[level], log_snr[level] - log_snr[visited[i - 1]]
+            step = half_log_snr[following] - half_log_snr[level]
+            last_step = half_log_snr[level] - half_log_snr[visited[i - 1]]
             estimate = clean + (clean - before) * float(step / last_step / 2)               # / inf: first-order
         ratio = schedule.sigma[following] / schedule.sigma[level]
         z = ratio * z + (schedule.alpha[following] - schedule.alpha[level] * ratio) * estimate
         before = clean
-    return z
+    return z        # strength 0: no level is visited
 
 
 def predict(denoise: Denoise, z: Tensor, level: int, schedule: Schedule) -> tuple[Tensor, Tensor]:

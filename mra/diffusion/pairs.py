@@ -38,7 +38,7 @@ class LatentPairs:
         for ids, keep in zip(self.ids.split(256), self.keep.split(256)):
             text = self.base.denoiser.encode_text(ids, keep)
             self.states.extend(text.states.to(dtype).cpu())
-            kept.append(text.keep)
+            kept.append(text.keep)          # Stable Diffusion also attends to the padding
         self.keep = torch.cat(kept)
 
     def text_states(self, caption: Tensor) -> TextStates:
@@ -51,12 +51,14 @@ class LatentPairs:
         return TextStates(states.to(keep.device), keep)
 
     def loss(self, generator: torch.Generator, count: int, adapted: Denoiser | None = None) -> Tensor:
-        """The diffusion loss of `count` random pairs, a scalar. Our branch learns mostly at levels in the middle."""
+        """The diffusion loss of `count` random pairs, a scalar; logit-normal levels for the branch of our base."""
         device, denoiser, schedule = self.latents.device, adapted or self.base.denoiser, self.base.schedule
         pair = torch.randint(len(self.image_of), (count,), generator=generator, device=device)
         latents = self.latents[self.image_of[pair]]                                             # (B, C, h, w)
-        pair[torch.rand(count, generator=generator, device=device) < NO_WORDS] = len(self.caption_of) - 1
-        text = self.text_states(self.caption_of[pair])
-        t = schedule.random_levels(count, generator, middle=adapted is not None and not self.base.config.stable)  # (B,)
+        caption = self.caption_of[pair]                                                         # (B,)
+        caption[torch.rand(count, generator=generator, device=device) < NO_WORDS] = self.caption_of[-1]     # ""
+        text = self.text_states(caption)
+        logit_normal = adapted is not None and not self.base.config.stable
+        t = schedule.random_levels(count, generator, logit_normal)                              # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)
         return diffusion_loss(lambda z, t: denoiser(z, t, text), latents, noise, t, schedule)

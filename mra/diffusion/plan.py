@@ -24,12 +24,17 @@ SAMPLED = 1000      # source images that `transfer_moments` takes the source's m
 
 
 def average_boxes(records: Sequence[Record]) -> dict[str, Box]:
-    """For the last word of each phrase, the mean of its boxes in the first PLACED records."""
+    """For the noun of each phrase, the mean of its boxes in the first PLACED records."""
     found = defaultdict(list)
     for record in records[:PLACED]:
         for phrase, box in zip(record.phrases, record.boxes):
-            found[phrase.split()[-1]].append(box)
+            found[noun_of(phrase)].append(box)
     return {noun: tuple(fmean(side) for side in zip(*own)) for noun, own in found.items()}
+
+
+def noun_of(phrase: str) -> str:
+    """The last word of a phrase, in lower case and without quotes or brackets around it."""
+    return phrase.split()[-1].strip("\"'()").lower()
 
 
 def drafts_of(config: AdaptConfig, records: Sequence[Record], boxes: dict[str, Box],
@@ -44,8 +49,8 @@ def drafts_of(config: AdaptConfig, records: Sequence[Record], boxes: dict[str, B
         return random.Random(config.seed).sample(records, min(config.images, len(records)))
     pairs, drafts = [(caption, record.path) for record in records for caption in record.captions], []
     for i, prompt in prompts_of([caption for caption, _ in pairs], config.images, config.seed):
-        phrases = tuple(phrase for phrase in dict.fromkeys(noun_phrases(prompt)) if phrase.split()[-1] in boxes)
-        own = tuple(boxes[phrase.split()[-1]] for phrase in phrases)
+        phrases = tuple(phrase for phrase in dict.fromkeys(noun_phrases(prompt)) if noun_of(phrase) in boxes)
+        own = tuple(boxes[noun_of(phrase)] for phrase in phrases)
         drafts.append(Record(pairs[i][1], (prompt,), i, own, phrases))
     return sorted(drafts, key=lambda draft: len(tokenizer.encode(draft.captions[0])))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mra.config import UserError
-from mra.data.files import examined, in_processes, shown
+from mra.data.files import examined, in_processes, quoted
 from mra.data.tokenizer import Tokenizer
 from mra.formats.read import SPLITS, Row, locate, read_rows
 
@@ -26,7 +26,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
 
     The model reads `longest` ids of a caption, [CLS] and [SEP] included. `workers` processes decode the images.
     """
-    sources, rows, vocabulary = [], [], f"the vocabulary {shown(tokenizer.source)}"
+    sources, rows, vocabulary = [], [], f"the vocabulary {quoted(tokenizer.source)}"
     faults, notes = defaultdict(list), defaultdict(list)
     for split in SPLITS:
         try:
@@ -42,7 +42,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
     if not rows:
         raise UserError([*faults["unusable"], *notes["split without a file"]][0])
     drawn = " (drawn data, not photographs)" if (sources[0].images / "town.json").is_file() else ""
-    say(f"{shown(dataset)} in {shown(sources[0].images)}{drawn}")
+    say(f"{quoted(dataset)} in {quoted(sources[0].images)}{drawn}")
     for split in SPLITS:
         _count(split, [row for row in rows if row.split == split], PUBLISHED.get(dataset, {}), faults, say)
     first = {}      # the first row of each image
@@ -54,7 +54,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
             faults["missing image"].append(row.place)
         for caption in row.record.captions:
             ids = tokenizer.encode(tokenizer.clean(caption, dataset), longest + 1)
-            place = f"{row.place}: {shown(caption)}"
+            place = f"{row.place}: {quoted(caption)}"
             if len(ids) > longest:
                 notes[f"caption of more than {longest - 2} pieces of {vocabulary}, which the model cuts"].append(place)
             if tokenizer.unk_id in ids:
@@ -65,7 +65,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
             faults["image that does not decode"].append(trouble)
         elif min(width, height) < SMALL or max(width, height) > LONG * min(width, height):
             odd = f"image under {SMALL} pixels a side or of an aspect beyond 1:{LONG}"
-            notes[odd].append(f"{shown(Path(paths[number - 1]))}, {width} x {height}")
+            notes[odd].append(f"{quoted(Path(paths[number - 1]))}, {width} x {height}")
         if number % 2000 == 0 or number == len(paths):
             say(f"  {number:,} of {len(paths):,} images decoded")
     for title, kinds, listed in (("Note", notes, 1), ("Fault", faults, LISTED)):
@@ -73,7 +73,7 @@ def check_set(dataset: str, data_root: Path, tokenizer: Tokenizer, longest: int,
             if sentences:
                 say("\n  ".join([f"{title}: {len(sentences):,} x {kind}, such as", *sentences[:listed]]))
     whole = not any(faults.values())
-    say("All is well." if whole else "Not all is well: see above.")
+    say("No faults found." if whole else "Faults found: see above.")
     return whole
 
 

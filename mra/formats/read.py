@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mra.config import UserError
-from mra.data.files import shown
+from mra.data.files import quoted
 from mra.data.records import Box, Record, RecordSet
 
 SPLITS = ("train", "val", "test")
@@ -77,21 +77,21 @@ def load(dataset: str, split: str, data_root: Path, allow_missing: bool = False,
     images = [row for row in rows if row.record.path]
     missing = [row.place for row in images if row.missing]
     if missing:
-        told = f"{len(missing)} of {len(images)} images are missing in {shown(source.images)} and its folder imgs"
+        told = f"{len(missing)} of {len(images)} images are missing in {quoted(source.images)} and its folder imgs"
         advice = "; --allow-missing of train.py and evaluate.py drops some" if len(missing) < len(images) else ""
         if not advice or not allow_missing:
             raise UserError(f"{told}{advice}: {'; '.join(missing[:5])}")
         say(f"{told}, and are left out")
         rows, images = ([row for row in some if not row.missing] for some in (rows, images))
     if {row.identity for row in rows if row.record.captions}.isdisjoint(row.identity for row in images):
-        raise UserError(f"{shown(source.files[0])}: in the split {split} no caption is of a person with an image")
+        raise UserError(f"{quoted(source.files[0])}: in the split {split} no caption is of a person with an image")
     numbers = {identity: i for i, identity in enumerate(dict.fromkeys(row.identity for row in rows))}
     records = [replace(row.record, identity=numbers[row.identity]) for row in rows]
     captions = sum(len(record.captions) for record in records)
     drawn = " (drawn data, not photographs)" if (source.images / "town.json").is_file() else ""
     others = " and others" if len(source.files) > 1 else ""
-    say(f"{shown(dataset)} {split}: {len(images)} images, {captions} captions, {len(numbers)} identities, "
-        f"read from {shown(source.files[0])}{others}{drawn}")
+    say(f"{quoted(dataset)} {split}: {len(images)} images, {captions} captions, {len(numbers)} identities, "
+        f"read from {quoted(source.files[0])}{others}{drawn}")
     return RecordSet(dataset, split, records)
 
 
@@ -101,7 +101,7 @@ def locate(dataset: str, split: str, root: Path) -> Source:
     base = Path(dataset) if layout is OWN else root
     images = base / layout.images
     if not images.is_dir():
-        raise UserError(f"no folder {shown(images)}: a data set is one of {', '.join(DATASETS)} or a folder")
+        raise UserError(f"no folder {quoted(images)}: a data set is one of {', '.join(DATASETS)} or a folder")
     whole = _files(base, layout.whole)
     if whole:
         return Source(whole[:1], images, None, not layout.has_val)
@@ -116,7 +116,7 @@ def locate(dataset: str, split: str, root: Path) -> Source:
     hint = ""
     if (images / "caption_all.json").is_file():
         hint = "; caption_all.json is there but names no splits: ask the owners of the set for reid_raw.json"
-    raise UserError(f"{shown(dataset)} has no {split} split: in {shown(base)} is no "
+    raise UserError(f"{quoted(dataset)} has no {split} split: in {quoted(base)} is no "
                     f"{' or '.join(sought) or 'file of it'}{hint}")
 
 
@@ -129,19 +129,19 @@ def read_rows(source: Source) -> tuple[list[Row], list[str]]:
     """All records of all files, of every split they hold; a sentence for each that cannot be used."""
     rows, refused, listing = {}, [], cache(_files_in)       # rows by image where they are joined, else by number
     for file in source.files:
-        name = shown(file)
+        name = quoted(file)
         try:
             items = json.loads(file.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             refused.append(f"{name} cannot be read as one JSON list; is it cut short, or not UTF-8? ({error})")
             continue
         if not isinstance(items, list) or not items:
-            refused.append(f"{name} must hold a list of records and holds {shown(items)}")
+            refused.append(f"{name} must hold a list of records and holds {quoted(items)}")
             continue
         for number, item in enumerate(items):
             named = item if isinstance(item, dict) else {}
             image = next((named[key] for key in IMAGE if key in named), None)
-            place = f"{name}, record {number} (the first is 0), image {shown(image)}"
+            place = f"{name}, record {number} (the first is 0), image {quoted(image)}"
             try:
                 row = _row(item, source, place, listing)
                 key = row.record.path if source.grouped and row.record.path else len(rows)
@@ -154,13 +154,13 @@ def read_rows(source: Source) -> tuple[list[Row], list[str]]:
 def _row(item, source: Source, place: str, listing) -> Row:
     """Check one record and look for its image. Raises ValueError saying what is wrong with the record."""
     if not isinstance(item, dict):
-        raise ValueError(f"a record must be an object with named fields, not {shown(item)}")
+        raise ValueError(f"a record must be an object with named fields, not {quoted(item)}")
     image = _field(item, IMAGE, str, type(None)) or ""
     captions = _field(item, CAPTIONS, str, list)
     identity = str(_field(item, IDENTITY, int, str))
     split = source.split or _field(item, ("split",), str)
     if split not in SPLITS:
-        raise ValueError(f"unknown split {shown(split)}: it must be one of {', '.join(SPLITS)}")
+        raise ValueError(f"unknown split {quoted(split)}: it must be one of {', '.join(SPLITS)}")
     captions = _texts([captions] if isinstance(captions, str) else captions, "caption")
     boxes = phrases = ()
     if "boxes" in item or "phrases" in item:
@@ -182,7 +182,7 @@ def _row(item, source: Source, place: str, listing) -> Row:
 def _joined(before: Row, row: Row) -> Row:
     """Two rows of one image, of a file with one record for each caption, as one row."""
     if before.identity != row.identity:
-        raise ValueError(f"identity {shown(row.identity)}, but {shown(before.identity)} in {before.place}")
+        raise ValueError(f"identity {quoted(row.identity)}, but {quoted(before.identity)} in {before.place}")
     one, two = before.record, row.record
     return before._replace(record=replace(one, captions=one.captions + two.captions, boxes=one.boxes + two.boxes,
                                           phrases=one.phrases + two.phrases))
@@ -202,7 +202,7 @@ def _field(item: dict, names: tuple[str, ...], *kinds: type):
     for name in names:
         if name in item:
             if type(item[name]) not in kinds:
-                raise ValueError(f"the field {name!r} has the wrong type: {shown(item[name])}")
+                raise ValueError(f"the field {name!r} has the wrong type: {quoted(item[name])}")
             return item[name]
     raise ValueError(f"the field {' or '.join(map(repr, names))} is missing")
 
@@ -211,7 +211,7 @@ def _texts(values: list, kind: str) -> tuple[str, ...]:
     """The texts stripped; half of a surrogate pair, which no file can hold, becomes a question mark."""
     for value in values:
         if not isinstance(value, str) or not any(map(str.isalnum, value)):
-            raise ValueError(f"a {kind} is empty or not text: {shown(value)}")
+            raise ValueError(f"a {kind} is empty or not text: {quoted(value)}")
     return tuple([value.strip().encode(errors="replace").decode() for value in values])
 
 
@@ -219,13 +219,13 @@ def _box(value) -> Box:
     """Check a box, and clip it to the image: the boxes of a detector may reach over its edges."""
     if not (isinstance(value, list) and len(value) == 4
             and all(type(number) in (int, float) and abs(number) <= 2 for number in value)):
-        raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {shown(value)}")
+        raise ValueError(f"a box must be four fractions cx, cy, w, h of the image, not {quoted(value)}")
     cx, cy, w, h = value
     edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
     clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
     left, top, right, bottom = clipped
     if left >= right or top >= bottom:
-        raise ValueError(f"the box {shown(value)} is empty, or beside the image (cx, cy, w, h)")
+        raise ValueError(f"the box {quoted(value)} is empty, or beside the image (cx, cy, w, h)")
     if clipped == edges:
         return cx, cy, w, h
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
@@ -245,5 +245,5 @@ def _of_split(rows: list[Row], split: str, source: Source, say) -> list[Row]:
     else:
         chosen = [row for row in rows if row.split == split]
     if not chosen:
-        raise UserError(f"{shown(source.files[0])} has no record for the split {split}")
+        raise UserError(f"{quoted(source.files[0])} has no record for the split {split}")
     return chosen

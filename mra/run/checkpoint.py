@@ -2,7 +2,7 @@
 
 `best.safetensors` holds the weights that are best on val. Its facts are the configuration, the vocabulary, the metrics
 and the versions, so evaluate.py and `--init` need no other file. A run resumes from `last.safetensors`, which also
-holds the optimiser's state. Beside branch.safetensors of DaD lies its key, branch.key.json. Read next: machine.py.
+holds the optimiser's state. A network of DaD has its key among its facts. Read next: networks.py, parts.py.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mra.config import UserError
-from mra.data.files import harmless, read_json, replacing, write_json
+from mra.data.files import printable, read_json, replacing, write_json
 
 VERSIONS = {"torch": torch.__version__, "torchvision": version("torchvision")}
 SHIPPED = Path(__file__).parents[1] / "weights/shipped"
@@ -173,7 +173,7 @@ def key_file(path: Path) -> Path:
 
 
 def changes(before: dict, now: dict, within: str = "") -> list[str]:
-    """A sentence for every value that differs between two keys. Of one named "content of" it shows no value."""
+    """A sentence for every value that differs between two keys. A "content of ..." is a digest and is not shown."""
     now, found = json.loads(json.dumps(now)), []        # `before` was read from a file: its tuples are lists
     for name in before | now:
         was, is_now = before.get(name, "nothing"), now.get(name, "nothing")
@@ -182,5 +182,5 @@ def changes(before: dict, now: dict, within: str = "") -> list[str]:
         elif was != is_now and name.startswith("content of"):
             found.append(f"the {name} has changed")
         elif was != is_now:
-            found.append(f"{within}{name} was {harmless(was)} and is {harmless(is_now)}")
+            found.append(f"{within}{name} was {printable(was)} and is {printable(is_now)}")
     return found

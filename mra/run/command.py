@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from mra.config import UserError
-from mra.data.files import harmless
+from mra.data.files import printable
 
 # in the text of an error if memory ran out, or if the system killed a process to free memory
 MEMORY = "MemoryError", "allocate memory", "out of memory", "DataLoader worker (pid", "BrokenProcessPool"
@@ -45,7 +45,7 @@ def parse(kind: type, doc: str, argv: list[str] | None = None, recipe_of: Callab
         value, least, most = getattr(config, field.name), field.metadata["least"], field.metadata["most"]
         if least is not None and not least <= value <= most:
             name = field.name.replace("_", "-")
-            raise UserError(f"--{name} {value}: give a value from {least} to {most:g}.")
+            raise UserError(f"--{name} {value}: give a value from {least} to {most:.10g}.")
     return config
 
 
@@ -67,14 +67,14 @@ def run(main: Callable[[], None]) -> None:
             said += " The same command goes on from what was saved last."
     except (UserError, OSError) as mistake:     # OSError: a folder that is locked or read-only
         sentence = str(mistake).split("UserError: ")[-1].strip()     # a loading process adds its traceback
-        said, status = f"error: {harmless(sentence)}", 2
+        said, status = f"error: {printable(sentence)}", 2
     except (RuntimeError, MemoryError) as error:
         text = f"{type(error).__name__}: {error}".strip()
         if not any(sign in text for sign in MEMORY):
             raise
-        reason = harmless(text.splitlines()[-1])        # the last line of a loading process's traceback
-        said = (f"error: out of memory, or a helping process was killed ({reason}); free some, or give a smaller "
-                "--batch, fewer --workers, or --recompute of adapt.py.")
+        reason = printable(text.splitlines()[-1])        # the last line of a loading process's traceback
+        said = (f"error: out of memory, or a worker process was killed ({reason}); free some, or give a smaller "
+                "--batch or fewer --workers.")
         status = 2
     print(said, file=sys.stderr)
     sys.exit(status)

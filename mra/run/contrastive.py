@@ -57,7 +57,8 @@ class Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, classes: Tensor, smoothing: float,
                 group: Group) -> Tensor:
-        texts, classes, own = group.gathered(text), group.gathered(classes), group.own_rows(len(text))
+        texts, classes = group.gathered(text), group.gathered(classes)
+        own = slice(len(text) * group.rank, len(text) * (group.rank + 1))      # this member's rows of both
         ordered = classes.sort().values
         labels = torch.searchsorted(ordered, classes, out_int32=True)     # int32: compared in half the time   (N,)
         count = torch.searchsorted(ordered, classes, right=True) - labels                              # (N,)
@@ -71,7 +72,7 @@ class Contrastive(torch.autograd.Function):
             torch.logaddexp(lse_column[c], of_columns, out=lse_column[c])
             aligned[r] += of_targets
         lse_column = group.gathered(lse_column[None]).logsumexp(0)
-        ctx.group = group
+        ctx.group, ctx.own = group, own
         ctx.save_for_backward(lse_row, lse_column, *matrix)
         return group.summed(((lse_row + lse_column[own]) / 2 - aligned).sum()) / len(texts)
 
@@ -86,7 +87,7 @@ class Contrastive(torch.autograd.Function):
                 slope = compiled(slopes)(tile, lse_row[r], lse_column[c])                                 # (R, C)
                 to_image[r] += product(slope, texts[c], scale.dtype)
                 to_text[c] += product(slope.T, image[r], scale.dtype)
-        to_text = ctx.group.summed(to_text)[ctx.group.own_rows(len(image))]                        # (B, E)
+        to_text = ctx.group.summed(to_text)[ctx.own]                        # (B, E)
         upstream = upstream * ctx.group.count / len(texts)
         to_scale = upstream * (image * to_image).sum()
         return to_image.mul_(upstream * scale), to_text.mul_(upstream * scale), to_scale, None, None, None

@@ -75,9 +75,9 @@ class Loop:
         self.key = task.key | {"precision": machine.precision}
         self.done, self.evaluated, self.results = 0, False, {}     # steps done; what `evaluate` returned last
         if task.resume and task.state and task.state.exists():
-            self.go_back()
+            self.restore()
         if not self.done:
-            for file in filter(None, (task.log, task.state)):      # at the log's barrier all have looked for the state
+            for file in filter(None, (task.log, task.state)):
                 machine.on_rank_0(lambda: file.unlink(missing_ok=True))
 
     def run(self, batches: Iterable[list] | None = None) -> None:
@@ -215,8 +215,8 @@ class Loop:
             checkpoint.save(self.task.state, checkpoint.state(self.task.network, self.optimizer) | averages,
                             {"key": self.key, "step": step, "evaluated": evaluated, "results": self.results})
 
-    def go_back(self) -> None:
-        """Go back to the saved state if it has this key. For another, raises UserError if the task has advice."""
+    def restore(self) -> None:
+        """Restore the saved state if it has this key. For another, raises UserError if the task has advice."""
         task = self.task
         tensors, saved = checkpoint.load(task.state)
         with checkpoint.trusting(task.state):

@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a group exists: its defaults, made later, would keep the group and its threads
+import torch.distributed.nn  # before a group exists: its functions' default arguments would keep the group alive
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -27,7 +27,7 @@ from mra.config import UserError
 from mra.group import Group
 
 THREADS = 2     # of a step on the CPU; a fixed number, so that results do not depend on the number of cores
-# for the whole run: new threads in each step would allocate memory anew, a seventh of its time
+# for the whole run: new threads in each step would allocate memory anew, which takes a seventh of the step's time
 POOL = ThreadPoolExecutor(THREADS)
 
 
@@ -118,6 +118,10 @@ class Machine:
         if self.group.rank == 0:
             print(*words)
 
+    def for_evaluation(self) -> "Machine":
+        """This machine, in float32 if it is a CPU: there bf16 is for training."""
+        return replace(self, precision="float32") if self.device.type == "cpu" else self
+
     def autocast(self) -> torch.autocast:
         """Autocast. On the CPU without its cache: two threads would share it, and add gradients in any order."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16",
@@ -135,10 +139,15 @@ class Machine:
         return nullcontext()
 
     def on_rank_0(self, make: Callable[[], object]) -> None:
-        """Let rank 0 make something on disk while the other processes wait."""
+        """Let rank 0 make something on disk, after all processes have come here and before any goes on."""
+        self.barrier()
         if self.group.rank == 0:
             make()
-        self.any(False)         # a barrier
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
+        self.any(False)
 
     def any(self, asked: bool) -> bool:
         """Whether `asked` is true in any process."""
@@ -193,7 +202,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 # ---- folders and signals
 
 @contextmanager
-def claimed(folder: Path, machine: Machine) -> Iterator[None]:
+def locked(folder: Path, machine: Machine) -> Iterator[None]:
     """Make the folder and lock it against other runs. Raises BlockingIOError if another run has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:       # the system releases the lock, however this process ends

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, DiffusionConfig, Fit, UserError
 from mra.data.augment import random_light
-from mra.data.files import harmless
+from mra.data.files import printable
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
-from mra.diffusion.denoiser import Denoiser, DomainBranch, low_rank_branch, merge, recompute_stages
+from mra.diffusion.denoiser import Denoiser, DomainBranch, low_rank_branch, merge
 from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged
 from mra.diffusion.pairs import LatentPairs
 from mra.run import checkpoint
 from mra.run.loop import Loop, Task
-from mra.run.machine import Machine, claimed
+from mra.run.machine import Machine, locked
 from mra.weights.stable import read_stable
 
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
@@ -41,17 +41,15 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
     that is random. An unfinished training lies beside the result as .part.
     """
     key, path = {"network": name, "fit": asdict(fit), **key}, folder / f"{name}.safetensors"
-    with claimed(folder, machine):
-        if checkpoint.is_kept(path, key, machine.say):
-            machine.say(f"{path} is there.")
+    with locked(folder, machine):
+        if path.exists() and checkpoint.same_key(path, checkpoint.load(path)[1].get("key", {}), key, machine.say):
+            machine.say(f"{path} is complete and is used.")
         else:
             loss, state = prepare(), path.with_suffix(".part")
             saves = frozenset(range(fit.save_every, fit.steps, fit.save_every))
             task = Task(name, network, fit, key["seed"], state, path.with_suffix(".jsonl"), key, save_after=saves)
             Loop(task, lambda portion: {"loss": loss(portion.generator, portion.count)}, machine).run()
-            machine.on_rank_0(lambda: checkpoint.key_file(path).unlink(missing_ok=True))    # the key of older weights
             machine.on_rank_0(lambda: checkpoint.save(path, checkpoint.weights(network), {"key": key}))
-            machine.on_rank_0(lambda: checkpoint.remember(path, key))
             machine.on_rank_0(lambda: state.unlink(missing_ok=True))
     checkpoint.restore_weights(network, checkpoint.load(path)[0], path)
 
@@ -79,7 +77,7 @@ def trained_file(config: AdaptConfig) -> Path:
     return Path(f"out/base-{config.size}/base.safetensors")
 
 
-def root_of(config: AdaptConfig) -> str:
+def source_folder(config: AdaptConfig) -> str:
     """The folder of the source set; empty for the demo town's."""
     return str(Path(config.source).resolve()) if config.source else ""
 
@@ -89,7 +87,7 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     path, recipe, size = trained_file(config), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
     images, captions, contents = read_pairs(records, size, config.workers)
     tokenizer, folder = Tokenizer.read(), path.parent
-    key = {"size": asdict(size), "source": records.name, "root": root_of(config), "images": len(images),
+    key = {"size": asdict(size), "source": records.name, "root": source_folder(config), "images": len(images),
            "captions": len(captions), "contents": contents, "seed": config.seed}
     if path.exists():       # not compared: the size, which holds the vocabulary in the file, and facts beside the key
         was = checkpoint.load(path)[1]
@@ -136,10 +134,10 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
             raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
         source = facts.get("root") or facts.get("source")       # the folder of a set that is not drawn
         trained_here = path == trained_file(config) and not config.base
-        if trained_here and facts.get("root") != root_of(config):
-            raise UserError(f"{path} was trained on {harmless(source)}, not on {config.source or 'the demo town'}: "
+        if trained_here and facts.get("root") != source_folder(config):
+            raise UserError(f"{path} was trained on {printable(source)}, not on {config.source or 'the demo town'}: "
                             "name it by --base to use it, or move it away to train another.")
-        told = f"{path}, trained on {harmless(facts.get('images'))} images of {harmless(source)}"
+        told = f"{path}, trained on {printable(facts.get('images'))} images of {printable(source)}"
     machine.say(f"Base: {told}.")
     return base.to(machine.device).eval().requires_grad_(False)
 
@@ -203,9 +201,6 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     else:
         network, branch = base.denoiser, DomainBranch(base.denoiser).to(machine.device)
         adapted, kind = partial(network, branch=branch), "copy"
-    if config.recompute:
-        recompute_stages(network)
-        recompute_stages(branch)
     if config.compile:      # at its first call; merged, it is compiled anew
         network.compile()
 

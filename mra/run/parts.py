@@ -78,11 +78,11 @@ def make_parts(painter: Painter, judge: Judge, drafts: list[Record], out: Path, 
         write_part(files[number], parts[number], images, scores_of(images, judge))
         done.append(number)
         seconds = (time.perf_counter() - started) / len(done)
-        machine.say(f"{len(done)} of {len(missing)} parts made  {PART / seconds:.1f} images/s  "
+        machine.say(f"{len(done)} of {len(missing)} parts made in this process  {PART / seconds:.1f} images/s  "
                     f"{seconds * (len(missing) - len(done)) / 60:.1f} min left")
 
     machine.map(make_part, missing)
-    machine.any(False)          # returns when all processes have made theirs
+    machine.barrier()
 
 
 def write_part(file: Path, drafts: list[Record], images: Tensor, scores: dict[str, Tensor]) -> None:

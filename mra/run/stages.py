@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mra.config import PRESETS, AdaptConfig, Fit, TrainConfig, UserError, pretrains, recipe
-from mra.data.files import harmless
+from mra.data.files import printable
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.formats.read import DATASETS
@@ -25,14 +25,14 @@ from mra.weights.files import folder_of
 NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
-OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # the shipped one has the defaults
+OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # shipped: the defaults
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 NO_CHECKPOINT = "", "none", "scratch"        # values of --init that name no checkpoint
 ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
-def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
+def stages_of(config: TrainConfig) -> list[TrainConfig]:
     """The stages of a call: each starts from the best weights of the one before, with a new optimiser and schedule.
 
     Before a fine-tuning without --data-root stand the source and, if there is one, the adapted set. The shipped
@@ -42,8 +42,7 @@ def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
         return [config]
     config = replace(config, out=config.out or default_out(config))
     flags = recipe("sda", config.preset) | {name: getattr(config, name) for name in SHARED}
-    batch = max(2, flags["batch"] // machine.group.count)     # as many pairs a step in any number of processes
-    source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
+    source = TrainConfig(**flags | {"dataset": "sda"})
     queue, adapted = [source, config], adapted_set(config)
     if adapted:
         queue.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
@@ -85,7 +84,7 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokeni
     elif was != config.preset:
         raise UserError(f"{config.init} was trained with --preset {was}; give the same here.")
     trained_on = facts["train"]["dataset"] or "an unnamed set"
-    machine.say(f"Starting from {config.init}, trained on {harmless(trained_on)}.")
+    machine.say(f"Starting from {config.init}, trained on {printable(trained_on)}.")
     return model, tokenizer, trained_on
 
 
@@ -109,16 +108,18 @@ def timetable_of(config: TrainConfig, pairs: int, processes: int) -> tuple[Fit, 
     fit = Fit(steps, config.batch * processes, config.lr, config.warmup, betas=(0.9, 0.98),
               weight_decay=config.weight_decay, max_norm=config.max_norm, average=0.0, accumulate=config.accumulate)
     evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
-    return fit, round(config.fusion_from * steps), frozenset({*evals, steps})
+    return fit, round(config.fusion_from * steps), frozenset(evals)
 
 
 def param_groups(model: Retriever, config: TrainConfig) -> list[dict]:
     """Parameter groups: the model's `new_parts` and the others; in each, matrices alone have weight decay."""
-    chosen = {(head, decay): [] for head in (False, True) for decay in (False, True)}
-    for name, parameter in model.named_parameters():
-        chosen[name.startswith(model.new_parts), parameter.ndim >= 2].append(parameter)
-    return [{"params": parameters, "peak": config.lr * (config.head_lr if head else 1),
-             "weight_decay": config.weight_decay if decay else 0.0} for (head, decay), parameters in chosen.items()]
+    groups = []
+    for new, rate in ((False, config.lr), (True, config.lr * config.head_lr)):
+        for matrices, decay in ((False, 0.0), (True, config.weight_decay)):
+            chosen = [parameter for name, parameter in model.named_parameters()
+                      if name.startswith(model.new_parts) == new and (parameter.ndim >= 2) == matrices]
+            groups.append({"params": chosen, "peak": rate, "weight_decay": decay})
+    return groups
 
 
 def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: Tokenizer,

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from mra import ranking
 from mra.config import EvalConfig, UserError
 from mra.data.augment import tensor_of
-from mra.data.files import IMAGE_FORMATS, examined, shown
+from mra.data.files import IMAGE_FORMATS, examined, quoted
 from mra.data.tokenizer import Tokenizer
 from mra.retriever import Retriever
 from mra.run import checkpoint
@@ -65,11 +65,12 @@ class Gallery:
             example = ranking.encode_gallery(self.model, [tensor_of(image, size)], settings)[0]     # (passes, E)
         cleaned = [self.tokenizer.clean(sentence, self.dataset) for sentence in sentences]
         found = ranking.search(self.model, self.tokenizer, cleaned, self.paths, settings, self.features, example)
-        rows = found.candidates, found.similarity, found.match_logit.sigmoid(), found.reranked(self.weight)
         results = []
-        for candidates, similarity, match, order in zip(*[row.tolist() for row in rows]):
-            hit_of = {g: Hit(self.paths[g], *pair) for g, *pair in zip_longest(candidates, similarity, match)}
-            hits = [hit_of[g] for g in order]           # beyond the first k a match is None
+        for q, order in enumerate(found.reranked(self.weight).tolist()):
+            candidates = found.candidates[q].tolist()
+            similarity = dict(zip(candidates, found.similarity[q].tolist()))
+            match = dict(zip(candidates, found.match_logit[q].sigmoid().tolist()))          # of the first k alone
+            hits = [Hit(self.paths[g], similarity[g], match.get(g)) for g in order]
             results.append([hit for hit in hits if hit.similarity >= threshold][:listed])
         return results
 
@@ -107,7 +108,7 @@ def sentences_of(config: EvalConfig, dataset: str, tokenizer: Tokenizer, longest
         if not asked:
             raise UserError(f"--queries {config.queries}: there is no word in it.")
     for place, sentence in asked:
-        for line in unread(sentence, tokenizer, dataset, longest, f"{place} {shown(sentence)}"):
+        for line in unread(sentence, tokenizer, dataset, longest, f"{place} {quoted(sentence)}"):
             print(line)
     return [sentence for _, sentence in asked] or [""]
 
@@ -124,7 +125,7 @@ def photographs(folder: Path, say: Callable = print) -> list[str]:
         if path.suffix.lower() in suffixes:
             found.append(str(path))
         else:
-            others[shown(path.suffix.lower())] += 1
+            others[quoted(path.suffix.lower())] += 1
     if others:
         say("Not read as images: " + ", ".join(f"{n} {kind}" for kind, n in sorted(others.items())))
     return found
@@ -146,7 +147,7 @@ def encode(name: str, every: list[str], model: Retriever, cache: Path, settings:
         stamps[path] = checkpoint.digest_of([os.fsencode(stamp)])
     known = {stamp: cached[stamp] for stamp in stamps.values() if written_with == key and stamp in cached}
     new = [path for path, stamp in stamps.items() if stamp not in known]
-    say(f"{shown(Path(name))}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
+    say(f"{quoted(Path(name))}: {len(stamps)} files, {len(new)} of them to encode, the others known from {cache}.")
     for start in range(0, len(new), PART):
         part = new[start:start + PART]
         features = ranking.encode_gallery(model, Photographs(part, model.config), settings).cpu()
@@ -156,12 +157,12 @@ def encode(name: str, every: list[str], model: Retriever, cache: Path, settings:
             checkpoint.save(cache, known, key)
         say(f"  {start + len(part):,} of {len(new):,} encoded")
     paths = [path for path in stamps if stamps[path] in known]
-    broken = [examined(path)[0] or f"the image {shown(Path(path))}: its features are not finite"
+    broken = [examined(path)[0] or f"the image {quoted(Path(path))}: its features are not finite"
               for path in new if stamps[path] not in known]
     for trouble in broken:
         say(f"Left out: {trouble}")
     if not paths:
-        raise UserError(f"{shown(Path(name))}: no such folder, or no readable image in it.")
+        raise UserError(f"{quoted(Path(name))}: no such folder, or no readable image in it.")
     return paths, torch.stack([known[stamps[path]] for path in paths]), broken
 
 
@@ -180,10 +181,10 @@ def answer(config: EvalConfig, searched: Gallery, sentences: list[str], image: I
     """Search for every sentence and the picture `image`; print the first images, draw them, and return them."""
     answers, rows = [], []
     for sentence, hits in zip(sentences, searched.search(sentences, image, threshold=config.threshold)):
-        print(f"{shown(sentence or Path(config.query_image))}:")
+        print(f"{quoted(sentence or Path(config.query_image))}:")
         for rank, hit in enumerate(hits, 1):
             match = "" if hit.match is None else f"  match {hit.match:.3f}"
-            print(f"{rank:3}  similarity {hit.similarity:.3f}{match}  {shown(Path(hit.path))}")
+            print(f"{rank:3}  similarity {hit.similarity:.3f}{match}  {quoted(Path(hit.path))}")
         answers.append({"query": sentence, "first": [
             {name: value for name, value in hit._asdict().items() if value is not None} for hit in hits]})
         if not hits:

@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from mra.config import UserError
-from mra.data.files import harmless, open_image, shown
+from mra.data.files import open_image, printable, quoted
 from mra.data.words import noun_phrases
 from mra.show.gallery import MEANING, Gallery, unread
 from mra.show.pictures import heat_map
@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
         """Answer until Ctrl-C. `name` is the gallery's, for people; the model computes within `autocast()`."""
         # a process forked beside threads may hang
         self.gallery, self.autocast = replace(gallery, settings=replace(gallery.settings, workers=0)), autocast
-        self.about = {"name": harmless(name), "photographs": len(gallery.paths), "body": BODY, "threshold": threshold}
+        self.about = {"name": printable(name), "photographs": len(gallery.paths), "body": BODY, "threshold": threshold}
         self.numbers = {path: number for number, path in enumerate(gallery.paths)}
         self.home = os.path.commonpath([os.path.dirname(path) for path in gallery.paths])
         print(f"Search {len(gallery.paths):,} photographs at http://{self.hosts[0]}/ (Ctrl-C ends it).", flush=True)
@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             told = str(mistake).replace(os.path.join(self.server.home, ""), "")      # photographs without their folder
             status, kind, content = 400, "application/json", {"error": told}
         except Exception as error:
-            status, kind, content = 500, "application/json", {"error": harmless(f"{type(error).__name__}: {error}")}
+            status, kind, content = 500, "application/json", {"error": printable(f"{type(error).__name__}: {error}")}
             print(f"A search failed: {content['error']}", file=sys.stderr)
         if isinstance(content, dict):
             content = json.dumps(content).encode()
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             raise UserError(f"A picture of more than {BODY // 2**20} MiB is not read; make it smaller.")
         picture, notes, phrases = self.rfile.read(int(length)), [], []
         if text:
-            notes = unread(text, gallery.tokenizer, gallery.dataset, gallery.model.config.max_tokens, shown(text))
+            notes = unread(text, gallery.tokenizer, gallery.dataset, gallery.model.config.max_tokens, quoted(text))
             phrases = list(dict.fromkeys(noun_phrases(text))) or [text]
         elif not picture:
             raise UserError("Type a sentence, or add a picture.")
@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
             started = time.perf_counter()
             hits, = gallery.search([text], image, LISTED)
         rows = [{"photo": self.server.numbers[hit.path], "similarity": hit.similarity, "match": hit.match,
-                 "name": harmless(os.path.relpath(hit.path, self.server.home))} for hit in hits]
+                 "name": printable(os.path.relpath(hit.path, self.server.home))} for hit in hits]
         return {"hits": rows, "phrases": phrases, "notes": notes, "seconds": time.perf_counter() - started}
 
     def log_message(self, *_) -> None:

@@ -143,26 +143,23 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
 
     Its content shows which. All but ours have their vocabulary in `vocab`, or beside the file.
     """
-    facts = {}
     if (path / "best.safetensors").is_file():       # a folder of train.py
         path /= "best.safetensors"
-    if path.suffix == ".safetensors" and not path.is_dir():
-        tensors, facts = checkpoint.load(path)
+    is_file = path.suffix == ".safetensors" and not path.is_dir()
+    tensors, facts = checkpoint.load(path) if is_file else ({}, {})
     if not facts:
-        tensors = read(path)
-        if any(name.endswith("class_embedding") for name in tensors):
-            model, tokenizer = read_clip(tensors, PRESETS["clip"], path, vocab)
-            facts = {"train": UNTOLD | {"preset": "clip"}, "val": {}, "pretrained_on": "unknown pairs", "mirror": False}
-        elif any(name.startswith("vision_encoder.") for name in tensors):
-            model, facts = read_released(tensors, path)
-            tokenizer = read_vocabulary(Tokenizer, vocab, path, model.config.vocab)
-        else:
-            raise UserError(f"{path} holds no checkpoint of train.py, no released MRA model and no CLIP.")
-        return model.to(device).eval(), tokenizer, facts
-    if "evaluated" in facts:
+        model, tokenizer, facts = read_foreign(path, vocab)
+    elif "evaluated" in facts:
         raise UserError(f"{path} only resumes its run: give {path.with_name('best.safetensors')}.")
-    if vocab:
+    elif vocab:
         raise UserError(f"--vocab: {path} has a vocabulary of its own; leave the flag out.")
+    else:
+        model, tokenizer = read_own(tensors, facts, path)
+    return model.to(device).eval(), tokenizer, facts
+
+
+def read_own(tensors: dict[str, Tensor], facts: dict, path: Path) -> tuple[Retriever, Tokenizer]:
+    """The retriever of a checkpoint of train.py."""
     with checkpoint.trusting(path):
         if facts["model"].get("clip"):
             tokenizer = ClipTokenizer(facts["merges"], path)
@@ -171,7 +168,21 @@ def load_retriever(path: Path, device: torch.device, vocab: str = "") -> tuple[R
         facts["model"].pop("released_regions", None)        # a field of older files, which only training read
         model = make_retriever(checkpoint.config_of(ModelConfig, facts["model"], tokenizer))
         checkpoint.restore_weights(model, tensors, path)
-    return model.to(device).eval(), tokenizer, facts
+    return model, tokenizer
+
+
+def read_foreign(path: Path, vocab: str) -> tuple[Retriever, Tokenizer, dict]:
+    """The retriever of a file or folder from elsewhere, and the facts that a checkpoint of train.py would have."""
+    tensors = read(path)
+    if any(name.endswith("class_embedding") for name in tensors):
+        model, tokenizer = read_clip(tensors, PRESETS["clip"], path, vocab)
+        facts = {"train": UNTOLD | {"preset": "clip"}, "val": {}, "pretrained_on": "unknown pairs", "mirror": False}
+    elif any(name.startswith("vision_encoder.") for name in tensors):
+        model, facts = read_released(tensors, path)
+        tokenizer = read_vocabulary(Tokenizer, vocab, path, model.config.vocab)
+    else:
+        raise UserError(f"{path} holds no checkpoint of train.py, no released MRA model and no CLIP.")
+    return model, tokenizer, facts
 
 
 def read_released(tensors: dict[str, Tensor], path: Path) -> tuple[Retriever, dict]:

@@ -69,7 +69,7 @@ class Place:
     @property
     def images(self) -> int:
         """Images that adapt.py makes, before its filters; `moments` has as many."""
-        return 40 if self.quick else 1500
+        return 40 if self.quick else 3000
 
     def of(self, protocol: str) -> Path:
         """The protocol's folder. The networks of DaD lie there too, not among those of the demo."""

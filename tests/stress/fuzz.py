@@ -56,7 +56,7 @@ from mra.config import (  # noqa: E402
 )
 from mra.data import augment, words  # noqa: E402
 from mra.data.batches import PairDataset  # noqa: E402
-from mra.data.files import examined, open_image, shown  # noqa: E402
+from mra.data.files import examined, open_image, quoted  # noqa: E402
 from mra.data.tokenizer import SPECIAL, VOCAB_FILE, Tokenizer, mask_words  # noqa: E402
 from mra.diffusion.base import Diffusion, read_images  # noqa: E402
 from mra.formats.check import check_set  # noqa: E402
@@ -127,7 +127,7 @@ def spoil(value, rng: random.Random) -> tuple[object, str]:
         around[odd if isinstance(odd, str) else "other"] = around.pop(key)
     else:
         deed, around[key] = "replace", odd
-    return whole[0], f"{deed} {'.'.join(map(str, place[1:]))} {shown(odd) if deed == 'replace' else ''}"
+    return whole[0], f"{deed} {'.'.join(map(str, place[1:]))} {quoted(odd) if deed == 'replace' else ''}"
 
 
 def spoil_bytes(content: bytes, rng: random.Random, within: int = 0) -> tuple[bytes, str]:
@@ -332,7 +332,7 @@ def images(folder: Path) -> Maker:
             image = open_image(str(path))
             augment.tensor_of(image, (32, 16))
             augment.pretrain_view(image, (0.5, 0.5, 0.3, 0.3), (32, 16), rng)
-            augment.finetune_view(image, (32, 16), rng)
+            augment.finetune_view(image, (32, 16), rng, 0.6)
             read_images([str(path)], DiffusionConfig(32, 16, 4, (16,), 4, (16,), 2, 32, 1, 2))
             image.resize(pictures.CELL)
 

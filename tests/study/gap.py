@@ -31,12 +31,12 @@ from mra.data.records import Box, Record, share_of
 from mra.diffusion.autoencoder import group_norm
 from mra.diffusion.base import Diffusion, read_images, to_float
 from mra.diffusion.filters import Judge, distort, judged
-from mra.diffusion.plan import average_boxes
+from mra.diffusion.plan import average_boxes, noun_of
 from mra.formats.read import load
 from mra.run import checkpoint, networks
 from mra.run.command import run
 from mra.run.loop import Loop, Portion, Task
-from mra.run.machine import Machine, claimed
+from mra.run.machine import Machine, locked
 from mra.show import pictures
 from mra.town import sets
 from mra.town.drawing import DOMAINS, Pose
@@ -130,7 +130,7 @@ def main() -> None:
     for out in map(Path, given.sets):
         if not (out / "report.json").is_file():
             raise UserError(f"{out} has no report.json: give the folder of a set that adapt.py has finished.")
-        with claimed(out, machine):
+        with locked(out, machine):
             measure(out, given.device)
 
 
@@ -554,7 +554,7 @@ def box_quality(made: AdaptedSet, town: Town, source: list[Record]) -> dict[str,
     boxes, overlaps = average_boxes(made.source), []
     for portrait in town.portraits([shot.person for shot in town.shots([one.path for one in source[:BOXED]])], 1):
         for phrase, truth in zip(portrait.words.phrases, portrait.words.boxes):
-            noun = phrase.split()[-1]
+            noun = noun_of(phrase)
             if noun in boxes:
                 overlaps.append(overlap(boxes[noun], truth))
     return {"made": round(float(np.mean(overlaps)), 4), "phrases": len(overlaps)}

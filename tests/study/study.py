@@ -45,7 +45,7 @@ from mra.formats.read import load
 from mra.run import checkpoint
 from mra.run.checkpoint import is_kept, remember
 from mra.run.command import parse
-from mra.run.machine import Machine, choose_device, claimed
+from mra.run.machine import Machine, choose_device, locked
 from mra.town import sets
 from mra.weights.retrievers import load_retriever
 from tests.study import charts, comparisons
@@ -218,7 +218,7 @@ def plan(config: StudyConfig) -> Iterator[Run]:
 def make(one: Run, out: Path, told: str, machine: Machine) -> None:
     """Make a run unless it is finished. Its checkpoints go once run.json holds the results. Raises BlockingIOError."""
     folder = out / one.name
-    with claimed(folder, machine):
+    with locked(folder, machine):
         if not is_kept(folder / "run.json", one.key, machine.say):
             print(told, flush=True)
             write_json(folder / "run.json", perform(one, out))
