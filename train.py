@@ -52,7 +52,7 @@ def main() -> None:
         well = check_set(config.dataset, root_of(config), tokenizer, model.config.max_tokens,
                          max(config.workers, machine.cores), machine.say)
         sys.exit(0 if well else 1)
-    queue, shipped = stages.stages_of(config), checkpoint.shipped(config.preset)
+    queue, shipped = stages.stages_of(config, machine), checkpoint.shipped(config.preset)
     made = [shipped] if queue[0].init == str(shipped) else []     # checkpoints before and after each stage
     Path(queue[-1].out).mkdir(parents=True, exist_ok=True)        # a wrong --out fails before the first stage
     for number, stage in enumerate(queue, 1):

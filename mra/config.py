@@ -243,7 +243,7 @@ class AdaptConfig:
     share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
     images: int = flag(3000, "number of images to make, before the filters", 1, 1e9)
     captions: str = flag("target", "whose captions to generate images from", choices=("target", "source"))
-    size: str = flag("demo", "size of the diffusion model", choices=tuple(DIFFUSION_PRESETS))
+    size: str = flag("demo", "size of the diffusion model", choices=DIFFUSION_PRESETS.keys())
     base: str = flag("", "file of a trained base; empty: the shipped one for demo, else one is trained first")
     weights: str = flag("", "for sd15: folder of Stable Diffusion 1.5, in the layout of diffusers")
     train_base: bool = flag(False, "train the base and stop")

@@ -336,7 +336,7 @@ def test_walks_the_shapes_from_disk_to_loss(tmp_path, paint, config, tokenizer, 
         assert len(sample.caption_ids) == len(sample.masked_ids) and sample.masked_at
 
     batch, B, M = dataset.collate(samples), 2, MAX_MASKED
-    T, P = (max(len(getattr(sample, name)) for sample in samples) for name in ("caption", "phrase"))
+    T, P = (max(len(getattr(sample, name)) for sample in samples) for name in ("caption_ids", "phrase_ids"))
     assert batch.image.shape == (B, 3, H, W) and batch.identity.tolist() == [0, 1]
     assert batch.caption_ids.shape == batch.caption_keep.shape == batch.masked_ids.shape == (B, T)
     assert batch.masked_at.shape == batch.masked_labels.shape == (B, M)

@@ -257,6 +257,13 @@ def test_a_broken_image_of_val_is_told_before_an_epoch_is_lost(town, tmp_path):
     assert not (tmp_path / "run/log.jsonl").exists()
 
 
+def test_a_pretraining_has_as_many_pairs_a_step_in_any_number_of_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for world in (1, 2, 4):
+        source, _ = stages.stages_of(TrainConfig(init="scratch"), machine_of(0, world))
+        assert source.batch * world == 32
+
+
 def machine_of(rank: int, world: int) -> Machine:
     """The machine of a process among others, which it never talks to."""
     group = Group()

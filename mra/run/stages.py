@@ -32,7 +32,7 @@ NO_CHECKPOINT = "", "none", "scratch"        # values of --init that name no che
 ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
-def stages_of(config: TrainConfig) -> list[TrainConfig]:
+def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     """The stages of a call: each starts from the best weights of the one before, with a new optimiser and schedule.
 
     Before a fine-tuning without --data-root stand the source and, if there is one, the adapted set. The shipped
@@ -42,7 +42,8 @@ def stages_of(config: TrainConfig) -> list[TrainConfig]:
         return [config]
     config = replace(config, out=config.out or default_out(config))
     flags = recipe("sda", config.preset) | {name: getattr(config, name) for name in SHARED}
-    source = TrainConfig(**flags | {"dataset": "sda"})
+    batch = max(2, flags["batch"] // machine.group.count)       # as many pairs a step in any number of processes
+    source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
     queue, adapted = [source, config], adapted_set(config)
     if adapted:
         queue.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
