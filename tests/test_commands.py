@@ -291,7 +291,8 @@ def test_a_fine_tuning_starts_from_the_shipped_retriever(work, tmp_path, monkeyp
     out = succeed(work, "train.py", *one)
     assert "Stage 1 of 2: training on out/sda/icfg-tiny." in out and "shipped/tiny.safetensors, trained on sda" in out
     assert "out/icfg-tiny-s0-adapted/best.safetensors is ready" in out
-    assert re.search(r"icfg val, .*:\n.*/shipped/tiny.safetensors\n.*\n.* out/icfg-tiny-s0-adapted/best.safetensors$", out)
+    assert re.search(r"icfg val, .*:\n.*/shipped/tiny.safetensors\n.*\n.* out/icfg-tiny-s0-adapted/best.safetensors$",
+                     out)
 
 
 def test_a_run_goes_on_with_the_same_content_alone(work):
