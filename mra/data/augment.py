@@ -33,7 +33,7 @@ class View(NamedTuple):
 
 def pretrain_view(image: Image.Image, box: Box | None, size: tuple[int, int], rng: random.Random) -> View:
     """A random crop that contains `box`, resized to `size` = (H, W) and mirrored half of the time."""
-    cx, cy, w, h = box or (0.5, 0.5, 0.0, 0.0)       # without a box, a point that every crop may well contain
+    cx, cy, w, h = box or (0.5, 0.5, 0.0, 0.0)       # no box: the crop contains the centre of the image
     area, stretch = rng.uniform(*CROP_AREA), math.exp(rng.uniform(*map(math.log, CROP_STRETCH)))
     left, width = _interval(math.sqrt(area * stretch), cx, w, rng)
     top, height = _interval(math.sqrt(area / stretch), cy, h, rng)
