@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -387,3 +388,12 @@ def test_mistakes(ours, folder, tmp_path, monkeypatch, capsys, content, named):
         run(evaluate.main)
     err = capsys.readouterr().err
     assert end.value.code == 2 and named in err and re.fullmatch(r"error: \S.*\S\n", err)
+
+
+def test_the_documented_python_ranks_a_folder(paint, tmp_path, monkeypatch, capsys):
+    for number in range(3):
+        Image.open(paint(f"{number}.png", seed=number)).convert("RGB").save(tmp_path / f"{number}.jpg")
+    text = (Path(gallery.__file__).with_name("README.md")).read_text(encoding="utf-8").split("## From Python")[1]
+    monkeypatch.chdir(Path(evaluate.__file__).parent)
+    exec(textwrap.dedent(text).replace("DIR", str(tmp_path)), {})
+    assert sorted(capsys.readouterr().out.splitlines()) == [str(tmp_path / f"{number}.jpg") for number in range(3)]
