@@ -4,13 +4,13 @@ The method, in reading order; each file's docstring says what to read next:
 
     config.py             presets of the models, recipes of training, the flags of the scripts
     data/                 images, one record type, views, words, tokens, batches
+    group.py              how a step or a search is shared out
     layers.py             the one attention, the MLPs, one block for each norm order
     encoders.py           image, text and fusion encoder
     losses.py             contrastive, matching and masked-word losses as pure functions
     retriever.py          MRA: the encoders, the heads and the loss terms of one batch
     ranking.py            two-stage search and its metrics
     diffusion/            DaD: images that look as if the target's cameras had taken them
-    group.py              how a step or a search is shared out
 
 Beside the method stand formats/, town/, weights/, run/ and show/, which it never imports.
 

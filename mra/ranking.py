@@ -3,7 +3,7 @@
 The images after the first k keep their order by similarity. The score of a candidate is match logit + weight *
 similarity: the fusion encoder's [matched] - [mismatched], and the cosine of the embeddings. The weight is chosen on
 val, and the checkpoint keeps it. With `Settings.mirror` both stages average two passes: images and captions as they
-are, then mirrored images and captions with left and right exchanged. Read next: group.py, evaluate.py.
+are, then mirrored images and captions with left and right exchanged. Read next: diffusion/, evaluate.py.
 """
 
 from dataclasses import dataclass

@@ -46,7 +46,7 @@ class Painter:
 
     @torch.no_grad()
     def sample(self, drafts: Sequence[Record], generator: torch.Generator) -> Tensor:
-        """Latents (B, C, h, w) for the first captions of drafts, from pure noise or from the drafts' noised images."""
+        """Latents (B, C, h, w) for drafts: from pure noise, or from their noised images (SDEdit, Meng et al. 2022)."""
         config, base = self.config, self.base
         noise = torch.randn(len(drafts), *base.config.shape, generator=generator, device=generator.device)
         start, strength = noise, 1.0
@@ -65,7 +65,7 @@ class Painter:
 
 
 def transfer_moments(latents: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Move latents (B, C, h, w) by the map that gives the source the mean and variance of the target.
+    """Map latents (B, C, h, w) so that the source gets the target's mean and variance (Reinhard et al. 2001).
 
     Each channel has a map for the person, who is taken to be in the middle of the image, and one for the background.
     `source` and `target` (N, C, h, w) are latents of the two sets; `latents` belong to the source.
