@@ -22,7 +22,7 @@ from mra.diffusion.sampling import guide
 from mra.group import Group
 from mra.run import checkpoint
 from mra.run.machine import Machine
-from mra.run.networks import Target, adapt_autoencoder, learn
+from mra.run.networks import Target, adapt_autoencoder, learn, train_branch
 
 CAPTIONS = ["a woman in a red coat with a black bag", "a man", "a lady in blue jeans and a white top"]
 SCHEDULE = Schedule.cosine()
@@ -247,6 +247,15 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path, rank)
     assert all(parameter.requires_grad for parameter in branch.parameters())
     still = [name for name, value in branch.state_dict().items() if torch.equal(first[name], value)]
     assert not still
+
+
+@pytest.mark.parametrize("rank, words, warns", [
+    (2, ["a person"], True), (2, CAPTIONS, False), (0, ["a person"], False)])
+def test_one_caption_for_all_and_a_low_rank_branch_are_warned_of(base, images, tmp_path, capsys, rank, words, warns):
+    pairs = [(number, words[number % len(words)]) for number in range(5)]
+    target = Target(images, pairs, tmp_path, {"target": "a test", "seed": 0})
+    train_branch(AdaptConfig(size="tiny", rank=rank, steps=1), base.requires_grad_(False), target, MACHINE)
+    assert ("learns to ignore prompts" in capsys.readouterr().out) is warns
 
 
 def test_the_autoencoder_gets_the_targets_scale_and_decoder(base, images, tmp_path):

@@ -194,6 +194,8 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
     """Train the branch on the target's pairs; returns the adapted denoiser, which is called as the base is."""
     recipe, captions = DAD_RECIPES[config.size], target.captions
     machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {len(captions)} captions.")
+    if config.rank and len({caption for _, caption in captions}) == 1:
+        machine.say("All captions are the same, so a low-rank branch learns to ignore prompts: give --rank 0.")
     torch.manual_seed(config.seed)
     if config.rank:
         network, branch = low_rank_branch(base.denoiser, config.rank)

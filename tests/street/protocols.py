@@ -46,6 +46,7 @@ ARMS = ("source", "augmented", "moments", "dad", "dad on plain")
 PLAIN = ("source", "dad on plain")          # arms that start from --plain, the others from the shipped retriever
 LOSSES = {"with": (), "without": ("--no-regions",)}     # region losses of the second stage
 SENTENCES = 2           # chosen for a crop without labels: as many as a labelled crop has
+BRANCH = {False: ("--rank", "0", "--steps", "2400"), True: ("--rank", "0")}        # the paper's: README.md says why
 ANYBODY = "a person"    # the sentence of every crop in the protocol no-words
 PICTURED = 8            # images in a row of a picture
 METRICS = [ranking.METRICS[number] for number in spread.SHOWN]
@@ -201,7 +202,7 @@ def adapted_set(one: Run, place: Place) -> Path:
     with chdir(place.of(one.protocol)):
         study.call("adapt.py", "--target", "cuhk", "--data-root", str(place.root(one.protocol)),
                    "--source", str(place.source), "--captions", "source", "--images", str(place.images),
-                   "--size", place.size, "--seed", str(one.seed), "--out", str(folder))
+                   "--size", place.size, "--seed", str(one.seed), "--out", str(folder), *BRANCH[place.quick])
     return folder
 
 
