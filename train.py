@@ -12,8 +12,7 @@
 
 Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best
 checkpoint is `out`/best.safetensors. Val is evaluated --evals times, evenly spaced, and the highest (R@1 + mAP) / 2 is
-best, of equal ones the last. Once ITM is trained, val is re-ranked; this beats all results before. mra/run/loop.py has
-the loop.
+best, of equal ones the last. Once ITM is trained, val is re-ranked; this beats all results before.
 """
 
 import json

@@ -197,8 +197,7 @@ class TrainConfig:
     preset: str = flag("demo", "size of the model", choices=tuple(PRESETS))
     data_root: str = flag("", "folder of the real sets; empty: the demo town, drawn on first use")
     check: bool = flag(False, "read the set, decode its images, list what is wrong, and stop")
-    init: str = flag("", "a checkpoint; none: random weights or --bert, --vit, --clip; "
-                     "scratch: pretrain on the source first; empty: the shipped retriever, else as scratch")
+    init: str = flag("", "a checkpoint; none: random or --bert ...; scratch: pretrain first; empty: shipped or scratch")
     bert: str = flag("", "a Hugging Face BERT, file or folder with its vocab.txt, for text and fusion encoder")
     vit: str = flag("", "a ViT of torchvision or Hugging Face, file or folder, for the image encoder")
     clip: str = flag("", "for --preset clip: a CLIP ViT-B/16, folder or file with its vocabulary beside it")

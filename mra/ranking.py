@@ -180,8 +180,7 @@ def encode_gallery(model: Retriever, images: Dataset, settings: Settings) -> Ten
 def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best, at most G, of gallery (G, E) for each query (Q, E): similarities and indices (Q, k), best first.
 
-    Among those returned equal similarities stand in the order of their indices. The gallery may lie in a mapped file,
-    and stays there.
+    Equal ones are returned in the order of their indices. The gallery may lie in a mapped file, and stays there.
     """
     found = []
     for some in queries.split(BLOCK):
