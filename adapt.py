@@ -48,7 +48,7 @@ def main() -> None:
 def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     """The whole way: base, plan, autoencoder, branch, samples, filters, set."""
     # ---- the frozen base, and the pairs of target and source
-    if not (config.weights or config.base or networks.base_file(config).exists()):      # one for all seeds; hours
+    if not (config.weights or config.base or networks.base_file(config).exists()):      # takes hours; serves all seeds
         networks.train_base(replace(config, seed=0), source_records(config, machine), machine)
     base = networks.load_base(config, machine)
     root = Path(config.data_root or sets.ready(config.target, config.size == "tiny"))
