@@ -1,11 +1,10 @@
 """Domain-aware diffusion: make pretraining images that look like the target (MRA section 2).
 
     python adapt.py                                  the demo: images in the look of drawn ICFG, from the shipped base
+    python adapt.py --target PHOTOS                  the look of a folder of photographs, the words of the source
     python adapt.py --target cuhk --mode restyle     the source's own images in the target's look
     python adapt.py --train-base                     train a base on the source; --source DIR: on another set
-    python adapt.py --size base --source DIR --target cuhk --data-root DIR
     python adapt.py --size sd15 --weights DIR --target cuhk --data-root DIR     beside Stable Diffusion 1.5
-    torchrun --nproc_per_node=2 adapt.py ...         data-parallel training, sampling shared out
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The set
 is in SDA format. In the demo `train.py --dataset cuhk` finds the one that was made with the default flags.
@@ -15,14 +14,15 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, UserError
-from mra.data.records import RecordSet, share_of
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, TARGETS, AdaptConfig, UserError
+from mra.data.records import Record, RecordSet, share_of
 from mra.diffusion.plan import SAMPLED, average_boxes, content_of, drafts_of
 from mra.diffusion.sampling import Painter
 from mra.formats.read import load
 from mra.run import checkpoint, networks, parts
 from mra.run.command import parse, run
 from mra.run.machine import Machine, locked
+from mra.show.gallery import photographs
 from mra.town import sets
 
 THRESHOLDS = "grey_mean", "grey_variance", "malformed"
@@ -51,13 +51,14 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     if not (config.weights or config.base or networks.base_file(config).exists()):      # takes hours; serves all seeds
         networks.train_base(replace(config, seed=0), source_records(config, machine), machine)
     base = networks.load_base(config, machine)
-    root = Path(config.data_root or sets.ready(config.target, config.size == "tiny"))
-    records = share_of(load(config.target, "train", root, say=machine.say), config.share)
+    records = share_of(target_records(config, machine), config.share)
     target = networks.Target.of(config, records, base)
     source = source_records(config, machine).records if config.source or not config.data_root else []
     # ---- what to make, from the captions or images of target or source; each phrase with its box
     restyles = config.mode == "restyle"
-    chosen = source if restyles or config.captions == "source" else records.records
+    chosen = records.records if target.labelled and config.captions == "target" and not restyles else source
+    if not chosen:
+        raise UserError(f"{records.name} has no captions: give --source, whose captions describe the images to make.")
     drafts = drafts_of(config, chosen, average_boxes(source), base.tokenizer)
     source_sample = source[:SAMPLED] if restyles else []
     if not any(draft.boxes for draft in drafts):
@@ -74,10 +75,19 @@ def adapt(config: AdaptConfig, machine: Machine, out: Path) -> None:
     adapted = networks.train_branch(config, base, target, machine)
     judge = networks.train_judge(config, base, target, machine)
     # ---- samples, decoded, and their scores for the filters
-    painter = Painter(config, base, adapted, target.images, source_sample)
+    painter = Painter(config, base, adapted, target.labelled, target.images, source_sample)
     parts.make_parts(painter, judge, drafts, out, machine)
     # ---- the set: what passes the filters
     machine.on_rank_0(lambda: parts.finish(config, out, target.images, set_key, machine))
+
+
+def target_records(config: AdaptConfig, machine: Machine) -> RecordSet:
+    """The target's training pairs, or the photographs of a folder, each of a person of its own and without words."""
+    if config.target in TARGETS:
+        root = Path(config.data_root or sets.ready(config.target, config.size == "tiny"))
+        return load(config.target, "train", root, say=machine.say)
+    paths = photographs(Path(config.target), machine.say)
+    return RecordSet(config.target, "train", [Record(path, ("",), i) for i, path in enumerate(paths)])
 
 
 def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
@@ -90,22 +100,23 @@ def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
 def check(config: AdaptConfig) -> None:
     """Raise UserError for values that no run can use."""
     stable = DIFFUSION_PRESETS[config.size].stable
-    if config.mode == "restyle" and config.captions == "source":
-        raise UserError("--captions is for --mode generate: restyled images keep their own captions.")
-    if config.mode == "generate" and config.strength != AdaptConfig.strength:
-        raise UserError("--strength is for --mode restyle: generated images start from pure noise.")
+    if config.target not in TARGETS and (config.data_root or not Path(config.target).is_dir()):
+        raise UserError(f"--target {config.target}: give one of {', '.join(TARGETS)}, or a folder without --data-root.")
+    unused, mode = ("captions", "restyle") if config.mode == "restyle" else ("strength", "generate")
+    if getattr(config, unused) != getattr(AdaptConfig, unused):
+        raise UserError(f"--{unused} does nothing with --mode {mode}: leave it out.")
     if config.guidance_from > config.guidance_to:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
     if config.weights and not stable:
         raise UserError("--weights is for --size sd15.")
-    if stable and (config.base or config.train_base or not (config.weights and config.data_root)):
-        raise UserError("--size sd15 needs --weights and --data-root, and takes neither --base nor --train-base.")
+    if stable and (config.base or config.train_base or not (config.weights and config.real)):
+        raise UserError("--size sd15 needs --weights and a real target, and takes neither --base nor --train-base.")
     if config.train_base:
         if config.base or config.out or config.data_root:
             raise UserError("--train-base writes to out/base-<size>, and takes neither --base, --out nor --data-root.")
         return
     needs_source = config.mode == "restyle" or config.captions == "source" or not stable
-    if config.source and not config.data_root:
+    if config.source and not config.real:
         raise UserError("--source needs --data-root, too: real and drawn sets do not mix.")
     if config.data_root and needs_source and not config.source:
         raise UserError("--data-root needs --source, too: a real source set for the base, its captions or its images.")

@@ -3,10 +3,8 @@
     python evaluate.py                                        the newest checkpoint, on its own dataset's test split
     python evaluate.py --dataset icfg cuhk rstp               on other datasets, too
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
-    python evaluate.py --query-image FILE --gallery DIR       for a picture, with or without sentences
     python evaluate.py --gallery DIR --serve                  a page to search it from, at http://127.0.0.1:8000/
     python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
-    torchrun --nproc_per_node=2 evaluate.py ...               the images shared out
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics by embeddings and re-ranked, and writes results.json
 and ranking.png; a checkpoint or a flag that is not the usual one adds to these names. For queries it writes query.json

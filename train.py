@@ -5,9 +5,7 @@
     python train.py --dataset sda                      pretraining alone, with the region losses
     python train.py --dataset cuhk --preset base --data-root DIR --init out/sda-base-s0/best.safetensors
     python train.py --dataset sda --preset base --data-root DIR --bert bert-base-uncased --vit vit_b_16.pth
-    python train.py --dataset cuhk --preset swin --data-root DIR --init pretrain.pth        from the released model
-    python train.py --dataset cuhk --preset clip --data-root DIR --clip FOLDER --init none  from CLIP
-    torchrun --nproc_per_node=2 train.py ...           data-parallel
+    torchrun --nproc_per_node=2 train.py ...           data-parallel, as adapt.py and evaluate.py can be
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
 Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best

@@ -237,7 +237,7 @@ class TrainConfig:
 class AdaptConfig:
     """What adapt.py makes, from what, and how."""
 
-    target: str = flag("icfg", "set whose look the images get", choices=TARGETS)
+    target: str = flag("icfg", "whose look the images get: cuhk, icfg, rstp, or a folder of photographs")
     mode: str = flag("generate", "generate from captions, or restyle source images", choices=("generate", "restyle"))
     share: float = flag(1.0, "share of the target's training identities to use, as in train.py", 1e-6, 1)
     images: int = flag(3000, "number of images to make, before the filters", 1, 1e9)
@@ -267,11 +267,17 @@ class AdaptConfig:
     compile: bool = flag(False, "torch.compile the networks")
 
     @property
+    def real(self) -> bool:
+        """Whether the target comes from the user, not from the demo town."""
+        return bool(self.data_root) or self.target not in TARGETS
+
+    @property
     def usual_out(self) -> str:
-        """out/sda/<target>, then what is not the default, then "real" with --data-root: the demo takes no such set."""
+        """out/sda/<target>, then what is not the default, then "real", of which train.py takes none by itself."""
+        name = Path(self.target).resolve().name
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
-                 ("1", f"{self.share:g}"), ("", "real" if self.data_root else ""))
-        return "-".join([f"out/sda/{self.target}", *(own for default, own in usual if own != default)])
+                 ("1", f"{self.share:g}"), ("", "real" if self.real else ""))
+        return "-".join([f"out/sda/{name}", *(own for default, own in usual if own != default)])
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from mra.run import networks, parts
 from mra.run.checkpoint import digest_of
 from mra.run.loop import Loop, Task
 from mra.run.machine import Machine
+from mra.show.gallery import photographs
 from mra.town import sets
 
 ROOT = Path(__file__).parents[1]
@@ -394,6 +395,37 @@ def test_another_seed_another_target_a_single_image(made):
     assert AdaptConfig(data_root="other").usual_out == "out/sda/icfg-real"      # not the set that train.py looks for
 
 
+def test_photographs_without_captions_get_the_sources_words(made):
+    """A set whose images all have the same caption counts as one without captions, and gives the same images."""
+    folder, _ = made
+    photos = folder / "photos/a camera"
+    shutil.copytree(folder / "data/demo-tiny/ICFG-PEDES/imgs/test", photos)
+    (photos / "notes.txt").write_text("of a walk")
+    own = "--images", "70", "--malformed", "0", "--grey-mean", "0"
+    said = adapt(folder, "--target", "photos/a camera", *own)
+    assert "without captions" in said and "Making 70 images in out/sda/a camera-tiny-real." in said
+    made_of = folder / "out/sda/a camera-tiny-real"
+    rows = json.loads((made_of / "sda_0_5000.json").read_text())
+    source = {row["image"] for row in json.loads((folder / "data/demo-tiny/SDA/sda_0_5000.json").read_text())}
+    assert len(rows) == 70 and all(row["origin"].split("/imgs/")[1] in source for row in rows)
+    paths = [Path(path).relative_to(folder / "photos") for path in photographs(photos, lambda line: None)]
+    records = [{"split": "train", "captions": ["a person"], "file_path": str(path), "id": i}
+               for i, path in enumerate(paths)]
+    shutil.copytree(folder / "photos", folder / "same/CUHK-PEDES")
+    (folder / "same/CUHK-PEDES/reid_raw.json").write_text(json.dumps(records))
+    said = adapt(folder, "--target", "cuhk", "--data-root", "same", "--source", "data/demo-tiny", "--base",
+                 "out/base-tiny/base.safetensors", *own, "--out", "out/same")
+    assert "without captions" in said
+    for row in rows:
+        image = f"imgs/{row['image']}"
+        assert (folder / "out/same" / image).read_bytes() == (made_of / image).read_bytes()
+    (folder / "empty").mkdir()
+    for flags, told in ((("empty",), "empty has fewer than two training images"),
+                        (("photos", "--data-root", "same"), "without --data-root")):
+        status, _, err = command(folder, "adapt.py", "--size", "tiny", "--target", *flags)
+        assert status == 2 and told in err
+
+
 def test_compiled_networks_do_what_plain_ones_do(made, monkeypatch):
     """With a compiler that compiles nothing: a compiled module must be able to stand in the module's place."""
     folder, _ = made
@@ -464,7 +496,7 @@ def test_a_base_of_another_size_and_a_single_image_are_refused(made):
     (root / "reid_raw.json").write_text(json.dumps([row for row in rows if row["split"] == "train"][:1]))
     status, _, err = command(folder, *small, "--target", "cuhk", "--data-root", "single", "--source", "data/demo-tiny",
                              "--base", "out/base-tiny/base.safetensors")
-    assert status == 2 and "single training image" in err
+    assert status == 2 and "fewer than two training images" in err
 
 
 def test_train_pretrains_on_the_adapted_set(made):
@@ -481,11 +513,11 @@ def test_train_pretrains_on_the_adapted_set(made):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (("--target", "market"), "--target: invalid choice"), (("--images", "0"), "--images 0"),
+    (("--target", "market"), "--target market: give one of"), (("--images", "0"), "--images 0"),
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
     (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
-    (("--mode", "restyle", "--captions", "source"), "--captions is for --mode generate"),
-    (("--strength", "0.5"), "--strength is for --mode restyle"),
+    (("--mode", "restyle", "--captions", "source"), "--captions does nothing with --mode restyle"),
+    (("--strength", "0.5"), "--strength does nothing with --mode generate"),
     (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),
     (("--mode", "edges"), "--mode: invalid choice"), (("--colour", "red"), "--colour")])
 def test_a_mistake_is_one_sentence(tmp_path, flags, named):

@@ -12,8 +12,10 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
+from mra.data.records import Record, RecordSet
 from mra.diffusion.base import Diffusion, decode, encode, to_float
 from mra.diffusion.denoiser import DomainBranch, low_rank_branch, merge
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
@@ -22,7 +24,7 @@ from mra.diffusion.sampling import guide
 from mra.group import Group
 from mra.run import checkpoint
 from mra.run.machine import Machine
-from mra.run.networks import Target, adapt_autoencoder, learn, train_branch
+from mra.run.networks import Target, adapt_autoencoder, learn
 
 CAPTIONS = ["a woman in a red coat with a black bag", "a man", "a lady in blue jeans and a white top"]
 SCHEDULE = Schedule.cosine()
@@ -189,13 +191,9 @@ def test_a_new_branch_changes_nothing_and_a_trained_one_does(base):
     plain = base.denoiser(z, t, prompt)
     assert torch.equal(base.denoiser(z, t, prompt, branch), plain)
     assert len(branch.outputs) == 3 * len(base.config.widths) + 1
-    for parameter in [branch.condition.weight, *branch.outputs.parameters()]:
+    for parameter in branch.outputs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    changed = base.denoiser(z, t, prompt, branch)
-    assert (changed - plain).abs().amax((1, 2, 3)).min() > 1e-3
-    torch.nn.init.zeros_(branch.condition.weight)
-    other = base.denoiser(z, t, prompt, branch)
-    assert (changed - other).abs().amax((1, 2, 3)).min() > 1e-4    # the white condition has an effect
+    assert (base.denoiser(z, t, prompt, branch) - plain).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 def test_a_new_low_rank_branch_changes_nothing_and_all_of_its_parts_can(base):
@@ -249,13 +247,34 @@ def test_training_the_branch_leaves_the_base_alone(base, images, tmp_path, rank)
     assert not still
 
 
-@pytest.mark.parametrize("rank, words, warns", [
-    (2, ["a person"], True), (2, CAPTIONS, False), (0, ["a person"], False)])
-def test_one_caption_for_all_and_a_low_rank_branch_are_warned_of(base, images, tmp_path, capsys, rank, words, warns):
-    pairs = [(number, words[number % len(words)]) for number in range(5)]
-    target = Target(images, pairs, tmp_path, {"target": "a test", "seed": 0})
-    train_branch(AdaptConfig(size="tiny", rank=rank, steps=1), base.requires_grad_(False), target, MACHINE)
-    assert ("learns to ignore prompts" in capsys.readouterr().out) is warns
+def test_a_target_without_captions_teaches_no_words(base, images, tmp_path):
+    records = []
+    for number, image in enumerate(images):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        records.append(Record(str(path), ("a person",), number))
+    config = AdaptConfig(target="cuhk", size="tiny")
+    target = Target.of(config, RecordSet("a test", "train", records), base)
+    assert not target.labelled and target.captions == [(number, "") for number in range(len(images))]
+    records[0] = dataclasses.replace(records[0], captions=("a person", "a man"))
+    target = Target.of(config, RecordSet("a test", "train", records), base)
+    assert target.labelled and target.captions[:3] == [(0, "a person"), (0, "a man"), (1, "a person")]
+
+
+def test_of_a_target_without_captions_the_base_knows_the_words(base):
+    torch.manual_seed(0)
+    branch, both = DomainBranch(base.denoiser), base.encode_text([*CAPTIONS, "", "", ""])
+    adapted = partial(base.denoiser, branch=branch)
+    z, t = torch.randn(3, *base.config.shape), torch.full((3,), 700)
+    usual = guide(adapted, both, 3)(z, t)
+    assert torch.allclose(guide(adapted, both, 3, base=base.denoiser)(z, t), usual, atol=1e-5)      # it is untrained
+    for parameter in branch.outputs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    look = base.denoiser(z, t, both[3:], branch)
+    words, empty = base.denoiser(z, t, both[:3]), base.denoiser(z, t, both[3:])
+    assert torch.allclose(guide(adapted, both, 3, base=base.denoiser)(z, t), look + 3 * (words - empty), atol=1e-5)
+    outside = guide(adapted, both, 3, (0, 699), base.denoiser)(z, t)
+    assert torch.allclose(outside, look + words - empty, atol=1e-5) and not torch.allclose(outside, look, atol=1e-3)
 
 
 def test_the_autoencoder_gets_the_targets_scale_and_decoder(base, images, tmp_path):
@@ -265,7 +284,7 @@ def test_the_autoencoder_gets_the_targets_scale_and_decoder(base, images, tmp_pa
     before = {name: value.clone() for name, value in base.state_dict().items()}
     scaled = copy.deepcopy(base.autoencoder)
     scaled.learn_scale(encode(scaled, dark))
-    adapted = adapt_autoencoder(AdaptConfig(size="tiny"), base, Target(dark, [], tmp_path, {"seed": 0}), MACHINE)
+    adapted = adapt_autoencoder(AdaptConfig(size="tiny"), base, Target(dark, [], True, tmp_path, {"seed": 0}), MACHINE)
     learned, latents = adapted.autoencoder, encode(adapted.autoencoder, dark)
 
     def loss(autoencoder) -> float:

@@ -94,11 +94,9 @@ class Encoder(nn.Module):
         angle = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
         return self.level(torch.cat([angle.cos(), angle.sin()], 1))
 
-    def forward(self, z: Tensor, embedding: Tensor, text: TextStates, hint: Tensor | None = None) -> list[Tensor]:
-        """The skips from the first to the lowest, then the middle; `hint` (B, C, h, w) is added to the first."""
+    def forward(self, z: Tensor, embedding: Tensor, text: TextStates) -> list[Tensor]:
+        """The skips from the first to the lowest, then the middle."""
         x = self.first(z.contiguous(memory_format=torch.channels_last))       # faster convolutions
-        if hint is not None:
-            x = x + hint
         outputs = [x]
         for stage in self.stages:
             x = stage(x, embedding, text) if isinstance(stage, Stage) else stage(x)
@@ -157,22 +155,19 @@ class Denoiser(nn.Module):
 class DomainBranch(nn.Module):
     """The paper's branch: a trainable copy of a denoiser's encoder and middle (ControlNet, Zhang et al. 2023).
 
-    Its outputs leave through convolutions that start at zero, so an untrained branch changes nothing. As in the paper
-    the condition is a white image, so the branch learns the target's look alone. Folded to the resolution of the
-    latents it is all ones, (B, factor^2, h, w). It enters through a zero convolution.
+    Its outputs leave through convolutions that start at zero, so an untrained branch changes nothing. The paper's
+    condition, a white image, would only add a constant to the first convolution, whose bias is trained already.
     """
 
     def __init__(self, base: Denoiser):
         super().__init__()
         self.encoder = copy.deepcopy(base.encoder).requires_grad_(True)
         dims = [*base.encoder.skip_dims, base.config.widths[-1]]
-        self.condition = zero(nn.Conv2d(base.config.factor**2, dims[0], 1))
         self.outputs = nn.ModuleList(zero(nn.Conv2d(dim, dim, 1)) for dim in dims)
 
     def forward(self, z: Tensor, t: Tensor, text: TextStates) -> list[Tensor]:
         """What a denoiser adds to its skips and middle."""
-        white = z.new_ones(len(z), self.condition.in_channels, *z.shape[2:])
-        outputs = self.encoder(z, self.encoder.embed(t), text, self.condition(white))
+        outputs = self.encoder(z, self.encoder.embed(t), text)
         return [convolution(x) for convolution, x in zip(self.outputs, outputs)]
 
 

@@ -12,21 +12,25 @@ from mra.diffusion.denoiser import Denoiser, TextStates
 from mra.diffusion.noising import Denoise, dpm_solver, q_sample
 
 
-def guide(denoiser: Denoiser, both: TextStates, guidance: float, span: tuple[float, float] = (0, 1000)) -> Denoise:
+def guide(denoiser: Denoiser, both: TextStates, guidance: float, span: tuple[float, float] = (0, 1000),
+          base: Denoiser | None = None) -> Denoise:
     """A `denoise` for the samplers with classifier-free guidance on the text (Ho & Salimans 2022).
 
     v = v(empty) + guidance (v(words) - v(empty));    `both` holds B captions and then the empty caption B times.
 
-    Levels t outside `span` = (lowest, highest) are not guided: guidance reduces the variety at high noise and changes
-    nothing at low noise (Kynkaanniemi et al. 2024).
+    Levels t outside `span` = (lowest, highest) have guidance 1: more reduces the variety at high noise and changes
+    nothing at low noise (Kynkaanniemi et al. 2024). A `denoiser` that has learned without captions does not know the
+    words. Then `base` gives the difference that they make: a product of two models (Liu et al. 2022).
     """
     count = len(both.keep) // 2
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
-        if guidance == 1 or not span[0] <= t[0] <= span[1]:
+        scale = guidance if span[0] <= t[0] <= span[1] else 1.0
+        if base is None and scale == 1:
             return denoiser(z, t, both[:count]).float()
-        words, empty = denoiser(z.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-        return empty + guidance * (words - empty)
+        words, empty = (base or denoiser)(z.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+        start = empty if base is None else denoiser(z, t, both[count:]).float()
+        return start + scale * (words - empty)
 
     return denoise
 
@@ -34,10 +38,13 @@ def guide(denoiser: Denoiser, both: TextStates, guidance: float, span: tuple[flo
 class Painter:
     """Samples latents in the target's look."""
 
-    def __init__(self, config: AdaptConfig, base: Diffusion, adapted: Denoiser, target: Tensor,
+    def __init__(self, config: AdaptConfig, base: Diffusion, adapted: Denoiser, labelled: bool, target: Tensor,
                  source_sample: Sequence[Record]):
-        """`target`: uint8 images (N, 3, H, W). `source_sample`: source records, empty unless images are restyled."""
+        """`labelled`: `adapted` has learned words. `source_sample`: none unless images are restyled, to look like
+        `target`, uint8 images (N, 3, H, W).
+        """
         self.config, self.base, self.adapted = config, base, adapted
+        self.teacher = None if labelled else base.denoiser
         self.target_latents = self.source_latents = None        # (N, C, h, w) each; None unless images are restyled
         if source_sample:
             self.target_latents = encode(base.autoencoder, target)
@@ -60,7 +67,7 @@ class Painter:
         both = base.encode_text([draft.captions[0] for draft in drafts] + [""] * len(drafts))
         levels = len(base.schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
-        denoise = guide(self.adapted, both, config.guidance, span)
+        denoise = guide(self.adapted, both, config.guidance, span, self.teacher)
         return dpm_solver(denoise, start, base.schedule, config.sampling_steps, strength)
 
 

@@ -27,6 +27,7 @@ from mra.run.loop import Loop, Task
 from mra.run.machine import Machine, locked
 from mra.weights.stable import read_stable
 
+TRAINED = "out/base-{}/base.safetensors"        # where `train_base` writes the base of a size
 SCALE_IMAGES = 2000     # images of the source that set the scale of the base's latents
 LIT = 0.75              # share of the autoencoder's images under random light
 
@@ -69,12 +70,7 @@ def base_file(config: AdaptConfig) -> Path:
     shipped = Path(__file__).parents[1] / f"diffusion/base-{config.size}.safetensors"
     if config.base or shipped.exists():
         return Path(config.base or shipped)
-    return trained_file(config)
-
-
-def trained_file(config: AdaptConfig) -> Path:
-    """Where `train_base` writes the base."""
-    return Path(f"out/base-{config.size}/base.safetensors")
+    return Path(TRAINED.format(config.size))
 
 
 def source_folder(config: AdaptConfig) -> str:
@@ -84,7 +80,8 @@ def source_folder(config: AdaptConfig) -> str:
 
 def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> None:
     """Autoencoder, then denoiser, on the source's records alone; one file holds both."""
-    path, recipe, size = trained_file(config), DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
+    recipe, size = DAD_RECIPES[config.size], DIFFUSION_PRESETS[config.size]
+    path = Path(TRAINED.format(config.size))
     images, captions, contents = read_pairs(records, size, config.workers)
     tokenizer, folder = Tokenizer.read(), path.parent
     key = {"size": asdict(size), "source": records.name, "root": source_folder(config), "images": len(images),
@@ -133,7 +130,7 @@ def load_base(config: AdaptConfig, machine: Machine) -> Diffusion:
         if base.config.shape != size.shape:
             raise UserError(f"{path} was trained with another --size than {config.size}; say so here too.")
         source = facts.get("root") or facts.get("source")       # the folder of a set that is not drawn
-        trained_here = path == trained_file(config) and not config.base
+        trained_here = not config.base and path == Path(TRAINED.format(config.size))
         if trained_here and facts.get("root") != source_folder(config):
             raise UserError(f"{path} was trained on {printable(source)}, not on {config.source or 'the demo town'}: "
                             "name it by --base to use it, or move it away to train another.")
@@ -149,21 +146,25 @@ class Target:
     """The target's training pairs, and the folder and the key of all networks that learn from them."""
 
     images: Tensor                      # (N, 3, H, W) uint8
-    captions: list[tuple[int, str]]     # (number of the image, caption)
+    captions: list[tuple[int, str]]     # (number of the image, caption); all captions are empty without labels
+    labelled: bool
     folder: Path
     key: dict
 
     @staticmethod
     def of(config: AdaptConfig, records: RecordSet, base: Diffusion) -> "Target":
-        """Read the images. Raises UserError for a single one."""
+        """Read the images. One caption for all is no label. Raises UserError for fewer than two images."""
+        if len(records.records) < 2:
+            raise UserError(f"{records.name} has fewer than two training images, so no look can be learned.")
         images, captions, contents = read_pairs(records, base.config, config.workers)
-        if len(images) < 2:
-            raise UserError(f"{records.name} has a single training image, from which no look can be learned.")
-        name = f"{config.target}-{config.size}-s{config.seed}" + ("-real" if config.data_root else "")
+        labelled = len({caption for _, caption in captions}) > 1
+        if not labelled:        # a branch would learn to ignore the words
+            captions = [(i, "") for i in range(len(images))]
+        name = f"{Path(config.target).resolve().name}-{config.size}-s{config.seed}" + ("-real" if config.real else "")
         if config.share < 1:
             name += f"-{config.share:g}"
         key = {"target": records.name, "contents": contents, "base": checkpoint.digest(base), "seed": config.seed}
-        return Target(images, captions, Path("out/dad") / name, key)
+        return Target(images, captions, labelled, Path("out/dad") / name, key)
 
 
 def adapt_autoencoder(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Diffusion:
@@ -193,9 +194,8 @@ def decoder_loss(network: nn.Module, images: Tensor, latents: Tensor, generator:
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Denoiser:
     """Train the branch on the target's pairs; returns the adapted denoiser, which is called as the base is."""
     recipe, captions = DAD_RECIPES[config.size], target.captions
-    machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {len(captions)} captions.")
-    if config.rank and len({caption for _, caption in captions}) == 1:
-        machine.say("All captions are the same, so a low-rank branch learns to ignore prompts: give --rank 0.")
+    told = f"{len(captions)} captions" if target.labelled else "without captions"
+    machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {told}.")
     torch.manual_seed(config.seed)
     if config.rank:
         network, branch = low_rank_branch(base.denoiser, config.rank)

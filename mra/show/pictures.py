@@ -1,5 +1,6 @@
 """Pictures for people: ranked photographs with right and wrong ones marked, and heat maps of phrases in them."""
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -85,11 +86,7 @@ def table(rows: list[Row], path: Path) -> None:
 
 
 def fitted(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """At most two lines of `width` pixels. Unprintable characters become blank."""
+    """At most two lines of about `width` pixels. Unprintable characters become blank."""
     printable = "".join(character if character.isprintable() else " " for character in text[:1000])
-    lines = [""]
-    for word in printable.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines[:2])
+    letters = int(width / font.getlength("n"))
+    return "\n".join(textwrap.wrap(printable, letters, break_long_words=False, break_on_hyphens=False)[:2])

@@ -2,16 +2,7 @@
 
 `describe` is an annotator. It writes a caption of 15 to 40 words about the parts that an image shows, and lists some
 phrases with their boxes, as in the SDA set of the MRA paper. Every word is true and about something visible. "left" and
-"right" are those of the image. An example, seen from the front by the annotator random.Random(136874):
-
-    boxes    cx cy w h: person .50 .52 .40 .90, hair .50 .14 .18 .20, upper .50 .32 .34 .32,
-             inner .50 .31 .08 .26, lower .50 .67 .28 .40, shoes .50 .93 .30 .08, bag .64 .55 .12 .12
-    phrases  "a slim woman" (person), "long blond hair" (hair), "an open red jacket over a white top" (upper),
-             "black jeans" (lower), "white sneakers" (shoes), "a green handbag in the right hand" (bag)
-    caption  "a slim woman with long blond hair wears an open red jacket over a white top, black jeans and
-             white sneakers. she is carrying a green handbag in the right hand."
-
-The words are in town.ini. Read next: figure.py, which gives the person a body.
+"right" are those of the image. The words are in town.ini. Read next: figure.py, which gives the person a body.
 """
 
 import configparser

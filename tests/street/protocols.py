@@ -46,8 +46,9 @@ ARMS = ("source", "augmented", "moments", "dad", "dad on plain")
 PLAIN = ("source", "dad on plain")          # arms that start from --plain, the others from the shipped retriever
 LOSSES = {"with": (), "without": ("--no-regions",)}     # region losses of the second stage
 SENTENCES = 2           # chosen for a crop without labels: as many as a labelled crop has
-BRANCH = {False: ("--rank", "0", "--steps", "2400"), True: ("--rank", "0")}        # the paper's: README.md says why
-ANYBODY = "a person"    # the sentence of every crop in the protocol no-words
+# the paper's branch where sentences teach it: README.md says why
+BRANCH = {False: ("--rank", "0", "--steps", "2400"), True: ("--rank", "0")}
+ANYBODY = "a person"    # the sentence of every crop in the protocol no-words, for adapt.py the same as none
 PICTURED = 8            # images in a row of a picture
 METRICS = [ranking.METRICS[number] for number in spread.SHOWN]
 STAGES = ("embeddings", "re-ranked")
@@ -199,10 +200,11 @@ def second_stage(one: Run, place: Place, start: Path) -> Path:
 def adapted_set(one: Run, place: Place) -> Path:
     """The set that adapt.py makes of the source's captions; all arms and losses share it."""
     folder = place.of(one.protocol) / f"sets/dad-s{one.seed}"
+    branch = () if one.protocol == "no-words" else BRANCH[place.quick]
     with chdir(place.of(one.protocol)):
         study.call("adapt.py", "--target", "cuhk", "--data-root", str(place.root(one.protocol)),
                    "--source", str(place.source), "--captions", "source", "--images", str(place.images),
-                   "--size", place.size, "--seed", str(one.seed), "--out", str(folder), *BRANCH[place.quick])
+                   "--size", place.size, "--seed", str(one.seed), "--out", str(folder), *branch)
     return folder
 
 

@@ -164,8 +164,8 @@ class AdaptedSet:
             key = report["key"]
             config = AdaptConfig(**key["flags"], **{name: key[name] for name in THRESHOLDS})
             machine = Machine.of(device, key["precision"])
-            if DIFFUSION_PRESETS[config.size].stable:
-                raise UserError(f"{out} is not made from the demo town, for which there is no --size {config.size}.")
+            if DIFFUSION_PRESETS[config.size].stable or config.real:
+                raise UserError(f"{out} is not made from the demo town, so there are no exact drawings beside it.")
         base = trained_base(config, machine)
         root = sets.ready(config.target, config.size == "tiny")
         records = share_of(load(config.target, "train", root, say=machine.say), config.share)
