@@ -3,7 +3,6 @@
     python adapt.py                                  the demo: images in the look of drawn ICFG, from the shipped base
     python adapt.py --target PHOTOS                  the look of a folder of photographs, the words of the source
     python adapt.py --target cuhk --mode restyle     the source's own images in the target's look
-    python adapt.py --train-base                     train a base on the source; --source DIR: on another set
     python adapt.py --size sd15 --weights DIR --target cuhk --data-root DIR     beside Stable Diffusion 1.5
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The set
@@ -110,14 +109,12 @@ def check(config: AdaptConfig) -> None:
     if config.weights and not stable:
         raise UserError("--weights is for --size sd15.")
     if stable and (config.base or config.train_base or not (config.weights and config.real)):
-        raise UserError("--size sd15 needs --weights and a real target, and takes neither --base nor --train-base.")
+        raise UserError("--size sd15 needs --weights and --data-root, and takes neither --base nor --train-base.")
     if config.train_base:
         if config.base or config.out or config.data_root:
             raise UserError("--train-base writes to out/base-<size>, and takes neither --base, --out nor --data-root.")
         return
     needs_source = config.mode == "restyle" or config.captions == "source" or not stable
-    if config.source and not config.real:
-        raise UserError("--source needs --data-root, too: real and drawn sets do not mix.")
     if config.data_root and needs_source and not config.source:
         raise UserError("--data-root needs --source, too: a real source set for the base, its captions or its images.")
 

@@ -4,7 +4,6 @@
     python evaluate.py --dataset icfg cuhk rstp               on other datasets, too
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
     python evaluate.py --gallery DIR --serve                  a page to search it from, at http://127.0.0.1:8000/
-    python evaluate.py --checkpoint ft_cuhk.pth --dataset cuhk --data-root DIR     a released checkpoint
 
 Every field of mra.config.EvalConfig is a flag. Prints the metrics by embeddings and re-ranked, and writes results.json
 and ranking.png; a checkpoint or a flag that is not the usual one adds to these names. For queries it writes query.json

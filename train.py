@@ -2,9 +2,7 @@
 
     python train.py --dataset icfg                     the demo: fine-tune the shipped retriever on drawn ICFG
     python train.py --dataset icfg --init scratch      pretrain on the drawn source first
-    python train.py --dataset sda                      pretraining alone, with the region losses
-    python train.py --dataset cuhk --preset base --data-root DIR --init out/sda-base-s0/best.safetensors
-    python train.py --dataset sda --preset base --data-root DIR --bert bert-base-uncased --vit vit_b_16.pth
+    python train.py --dataset out/sda/PHOTOS-real      the shipped retriever on a set of adapt.py
     torchrun --nproc_per_node=2 train.py ...           data-parallel, as adapt.py and evaluate.py can be
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 

@@ -162,6 +162,8 @@ CLIP = {
 DEMO = {
     "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100,
                      workers=1),
+    # on a set of adapt.py, from a model that has learned the source
+    "adapted": dict(epochs=14, batch=32, lr=4e-4, head_lr=1.0, warmup=0.1, evals=3, log_every=100, workers=1),
     "finetune": dict(epochs=10, batch=32, lr=2e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100, workers=1),
 }
 
@@ -175,7 +177,8 @@ def recipe(dataset: str, preset: str) -> dict:
     """The fields of TrainConfig that `dataset` sets at `preset`; a flag overrides them."""
     table = {"tiny": DEMO, "demo": DEMO, "clip": CLIP}.get(preset, PAPER)
     if pretrains(dataset):
-        return table["pretrain"]
+        made = (Path(dataset) / "report.json").exists()         # by adapt.py
+        return table.get("adapted" if made else "pretrain", table["pretrain"])
     return table.get(f"finetune {dataset}", table["finetune"])
 
 

@@ -288,6 +288,9 @@ def test_a_fine_tuning_starts_from_the_shipped_retriever(work, tmp_path, monkeyp
         out = succeed(work, "train.py", *one, *flags, "--out", f"out/anew{flags[0]}")
         assert "Stage 1 of 2: training on sda." in out
     adapted_pairs(work)
+    out = succeed(work, "train.py", *one[:-1], "out/sda/icfg-tiny", "--seed", "3")      # without a fine-tuning
+    assert "Stage" not in out and '"lr": 0.0004' in out and "shipped/tiny.safetensors, trained on sda" in out
+    assert "out/sda-icfg-tiny-tiny-s3-from-shipped/best.safetensors is ready" in out
     out = succeed(work, "train.py", *one)
     assert "Stage 1 of 2: training on out/sda/icfg-tiny." in out and "shipped/tiny.safetensors, trained on sda" in out
     assert "out/icfg-tiny-s0-adapted/best.safetensors is ready" in out

@@ -515,7 +515,7 @@ def test_train_pretrains_on_the_adapted_set(made):
 @pytest.mark.parametrize("flags, named", [
     (("--target", "market"), "--target market: give one of"), (("--images", "0"), "--images 0"),
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
-    (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
+    (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--data-root", "."), "needs --source"),
     (("--mode", "restyle", "--captions", "source"), "--captions does nothing with --mode restyle"),
     (("--strength", "0.5"), "--strength does nothing with --mode generate"),
     (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),

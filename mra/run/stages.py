@@ -29,26 +29,29 @@ OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
 PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
 NO_CHECKPOINT = "", "none", "scratch"        # values of --init that name no checkpoint
-ADAPTED_LR = 4 / 7      # learning rate on the adapted set, as a share of that on the source
 
 
 def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     """The stages of a call: each starts from the best weights of the one before, with a new optimiser and schedule.
 
     Before a fine-tuning without --data-root stand the source and, if there is one, the adapted set. The shipped
-    retriever replaces the source unless a flag asks for another pretraining.
+    retriever replaces the source unless a flag asks for another pretraining. An adapted set also starts from it.
     """
-    if config.init not in PRETRAINED or pretrains(config.dataset):
-        return [config]
-    config = replace(config, out=config.out or default_out(config))
-    flags = recipe("sda", config.preset) | {name: getattr(config, name) for name in SHARED}
-    batch = max(2, flags["batch"] // machine.group.count)       # as many pairs a step in any number of processes
-    source = TrainConfig(**flags | {"dataset": "sda", "batch": batch})
-    queue, adapted = [source, config], adapted_set(config)
-    if adapted:
-        queue.insert(1, replace(source, dataset=str(adapted), lr=ADAPTED_LR * source.lr, fusion_from=0.0, light=0.0))
     shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
+    if config.init not in PRETRAINED or pretrains(config.dataset):
+        made = usual and shipped.exists() and (Path(config.dataset) / "report.json").exists()       # by adapt.py
+        return [replace(config, init=str(shipped)) if made else config]
+    config = replace(config, out=config.out or default_out(config))
+
+    def before(dataset: str) -> TrainConfig:
+        flags = recipe(dataset, config.preset) | {name: getattr(config, name) for name in SHARED}
+        batch = max(2, flags["batch"] // machine.group.count)       # as many pairs a step in any number of processes
+        return TrainConfig(**flags | {"dataset": dataset, "batch": batch})
+
+    queue, adapted = [before("sda"), config], adapted_set(config)
+    if adapted:
+        queue.insert(1, before(str(adapted)))
     if usual and shipped.exists():
         queue = [replace(queue[1], init=str(shipped)), *queue[2:]]     # the file replaces the source
     return queue

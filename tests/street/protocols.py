@@ -24,14 +24,13 @@ import torch
 from PIL import Image
 
 from mra import ranking
-from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError, recipe
+from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError
 from mra.data.files import read_json, save_image, write_json, write_text
 from mra.diffusion.base import read_images
 from mra.formats.read import load
 from mra.run import checkpoint, networks
 from mra.run.command import run
 from mra.run.machine import Machine
-from mra.run.stages import ADAPTED_LR
 from mra.show import pictures
 from mra.town import sets
 from mra.weights.retrievers import load_retriever
@@ -187,8 +186,8 @@ def second_stage(one: Run, place: Place, start: Path) -> Path:
     """The checkpoint after the stage that train.py has for an adapted set, on the images of the run's arm."""
     write_target(one.protocol, place)
     images = moments_set(one, place) if one.arm == "moments" else adapted_set(one, place)
-    folder, rate = place.of(one.protocol) / one.name, ADAPTED_LR * recipe("sda", place.size)["lr"]
-    flags = ["--preset", place.size, "--seed", str(one.seed), "--lr", f"{rate:g}", "--fusion-from", "0", "--light", "0"]
+    folder = place.of(one.protocol) / one.name
+    flags = ["--preset", place.size, "--seed", str(one.seed)]
     if place.quick:
         flags += ["--steps", "2"]
     study.call("train.py", "--dataset", str(images), "--init", str(start), "--out", str(folder), *flags,

@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from mra import ranking
-from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError, flag
+from mra.config import DIFFUSION_PRESETS, AdaptConfig, UserError, flag, recipe
 from mra.data.files import read_json, replacing, save_image, write_json
 from mra.data.records import Record, RecordSet, share_of
 from mra.diffusion.base import read_images
@@ -267,18 +267,18 @@ def labelled(one: Run) -> dict[str, int]:
 def pretrained(one: Run, out: Path, share: float) -> str:
     """The checkpoint after first stage and mix; "none" for the arm without. `share`: of the labels that DaD sees."""
     steps, folder = STEPS[one.size], out / one.name / f"mix-{share:g}"
+    usual = "--evals", "1", "--lr", str(recipe("sda", one.size)["lr"])
     if one.arm == "none":
         return "none"
     if one.arm == "shuffled":           # nothing but wrong captions, for as many steps in all
-        return train(folder, one, str(image_set(one, out, share)), steps["mix"] + steps["source"], "none",
-                     "--evals", "1")
+        return train(folder, one, str(image_set(one, out, share)), steps["mix"] + steps["source"], "none", *usual)
     kind, light = one.losses, ()
     if one.arm in AUGMENTED:
         kind, light = f"{one.losses}-augmented", ("--light", LIGHT)
     first = train(out / "first" / f"{kind}-{one.size}-s{one.seed}", one, "sda", steps["source"], "none", *light)
     if one.arm != "augmented":          # random light on the target's look lowered R@1 in a trial: 52.2 for 61.3
         light = ()
-    return train(folder, one, str(image_set(one, out, share)), steps["mix"], first, "--evals", "1", *light)
+    return train(folder, one, str(image_set(one, out, share)), steps["mix"], first, *usual, *light)
 
 
 def fine_tune(one: Run, folder: Path, stage: str, share: float, start: str) -> str:
