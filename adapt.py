@@ -33,6 +33,8 @@ NOT_IN_KEY = {"out", "resume", "base", "weights", "source", "data_root", "train_
 def main() -> None:
     config = parse(AdaptConfig, __doc__, recipe_of=lambda given: DAD_RECIPES[given.size].flags)
     check(config)
+    if config.target not in TARGETS:
+        config = replace(config, target=str(Path(config.target).resolve()))
     machine = Machine.of(config.device, config.precision, config.compile)
     machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
                 f"Running on {machine.device} in {machine.precision}, {machine.group.count} process(es).")
@@ -98,23 +100,23 @@ def source_records(config: AdaptConfig, machine: Machine) -> RecordSet:
 
 def check(config: AdaptConfig) -> None:
     """Raise UserError for values that no run can use."""
-    stable = DIFFUSION_PRESETS[config.size].stable
-    if config.target not in TARGETS and (config.data_root or not Path(config.target).is_dir()):
-        raise UserError(f"--target {config.target}: give one of {', '.join(TARGETS)}, or a folder without --data-root.")
+    stable, real = DIFFUSION_PRESETS[config.size].stable, config.data_root or config.target not in TARGETS
+    if config.target not in TARGETS and (config.data_root or not config.target or not Path(config.target).is_dir()):
+        raise UserError(f"--target {config.target}: give {', '.join(TARGETS)}, or a folder, without --data-root.")
     unused, mode = ("captions", "restyle") if config.mode == "restyle" else ("strength", "generate")
     if getattr(config, unused) != getattr(AdaptConfig, unused):
         raise UserError(f"--{unused} does nothing with --mode {mode}: leave it out.")
     if config.guidance_from > config.guidance_to:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
-    if config.weights and not stable:
-        raise UserError("--weights is for --size sd15.")
-    if stable and (config.base or config.train_base or not (config.weights and config.real)):
-        raise UserError("--size sd15 needs --weights and --data-root, and takes neither --base nor --train-base.")
+    if stable != bool(config.weights) or stable and (config.base or config.train_base or not real):
+        raise UserError("--size sd15 and --weights go together, with a real target, without --base and --train-base.")
     if config.train_base:
         if config.base or config.out or config.data_root:
             raise UserError("--train-base writes to out/base-<size>, and takes neither --base, --out nor --data-root.")
         return
     needs_source = config.mode == "restyle" or config.captions == "source" or not stable
+    if config.source and not real:
+        raise UserError("--source needs a real target, by --data-root or a folder: real and drawn sets do not mix.")
     if config.data_root and needs_source and not config.source:
         raise UserError("--data-root needs --source, too: a real source set for the base, its captions or its images.")
 

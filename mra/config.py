@@ -162,7 +162,7 @@ CLIP = {
 DEMO = {
     "pretrain": dict(epochs=14, batch=32, lr=7e-4, head_lr=1.0, warmup=0.1, fusion_from=0.15, evals=3, log_every=100,
                      workers=1),
-    # on a set of adapt.py, from a model that has learned the source
+    # on a set of adapt.py; chosen for a start from the shipped retriever
     "adapted": dict(epochs=14, batch=32, lr=4e-4, head_lr=1.0, warmup=0.1, evals=3, log_every=100, workers=1),
     "finetune": dict(epochs=10, batch=32, lr=2e-4, head_lr=1.0, warmup=0.1, evals=4, log_every=100, workers=1),
 }
@@ -270,16 +270,11 @@ class AdaptConfig:
     compile: bool = flag(False, "torch.compile the networks")
 
     @property
-    def real(self) -> bool:
-        """Whether the target comes from the user, not from the demo town."""
-        return bool(self.data_root) or self.target not in TARGETS
-
-    @property
     def usual_out(self) -> str:
         """out/sda/<target>, then what is not the default, then "real", of which train.py takes none by itself."""
         name = Path(self.target).resolve().name
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
-                 ("1", f"{self.share:g}"), ("", "real" if self.real else ""))
+                 ("1", f"{self.share:g}"), ("", "real" if self.data_root or self.target not in TARGETS else ""))
         return "-".join([f"out/sda/{name}", *(own for default, own in usual if own != default)])
 
 

@@ -320,7 +320,7 @@ def test_what_is_made_anew_says_what_has_changed(made):
     said = adapt(folder, *flags, "--rank", "0", "--no-resume")       # the paper's branch
     assert "branch step 5/5" in said and "Kept 3 of 3" in said
     branches = sorted(path.parent.name for path in (folder / "out/dad/icfg-tiny-s3").rglob("branch.safetensors"))
-    assert branches == ["copy-5", "low-rank-2-5", "low-rank-2-7"]                    # none was lost for another
+    assert branches == ["low-rank-2-5", "low-rank-2-7", "trainable-copy-5"]      # none was lost for another
     said = adapt(folder, *flags, "--no-resume")
     assert "low-rank-2-5/branch.safetensors is complete" in said
 
@@ -403,7 +403,7 @@ def test_photographs_without_captions_get_the_sources_words(made):
     (photos / "notes.txt").write_text("of a walk")
     own = "--images", "70", "--malformed", "0", "--grey-mean", "0"
     said = adapt(folder, "--target", "photos/a camera", *own)
-    assert "without captions" in said and "Making 70 images in out/sda/a camera-tiny-real." in said
+    assert "no captions, so the source's" in said and "Making 70 images in out/sda/a camera-tiny-real." in said
     made_of = folder / "out/sda/a camera-tiny-real"
     rows = json.loads((made_of / "sda_0_5000.json").read_text())
     source = {row["image"] for row in json.loads((folder / "data/demo-tiny/SDA/sda_0_5000.json").read_text())}
@@ -415,10 +415,11 @@ def test_photographs_without_captions_get_the_sources_words(made):
     (folder / "same/CUHK-PEDES/reid_raw.json").write_text(json.dumps(records))
     said = adapt(folder, "--target", "cuhk", "--data-root", "same", "--source", "data/demo-tiny", "--base",
                  "out/base-tiny/base.safetensors", *own, "--out", "out/same")
-    assert "without captions" in said
+    assert "no captions, so the source's" in said
     for row in rows:
         image = f"imgs/{row['image']}"
         assert (folder / "out/same" / image).read_bytes() == (made_of / image).read_bytes()
+    assert "out/sda/a camera-tiny-real is complete" in adapt(folder, "--target", "photos/a camera/", *own)
     (folder / "empty").mkdir()
     for flags, told in ((("empty",), "empty has fewer than two training images"),
                         (("photos", "--data-root", "same"), "without --data-root")):
@@ -513,9 +514,11 @@ def test_train_pretrains_on_the_adapted_set(made):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (("--target", "market"), "--target market: give one of"), (("--images", "0"), "--images 0"),
+    (("--target", "market"), "--target market: give cuhk, icfg, rstp, or"), (("--target", ""), "or a folder"),
+    (("--images", "0"), "--images 0"),
     (("--guidance", "nan"), "--guidance nan"), (("--guidance-from", "0.9"), "--guidance-from 0.9"),
-    (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--data-root", "."), "needs --source"),
+    (("--base", "nowhere.safetensors"), "nowhere.safetensors"), (("--source", "."), "--data-root"),
+    (("--data-root", "."), "needs --source"),
     (("--mode", "restyle", "--captions", "source"), "--captions does nothing with --mode restyle"),
     (("--strength", "0.5"), "--strength does nothing with --mode generate"),
     (("--size", "tiny", "--base", "out/base-tiny/base.safetensors"), "out/base-tiny/base.safetensors"),

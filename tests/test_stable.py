@@ -219,7 +219,7 @@ def test_adapt_beside_stable_diffusion(folder, root):
                load(str(root / "out/made"), split, root, say=lambda line: None).records]
     assert len(records) == 3 and all(record.boxes == ((0.5, 0.5, 1, 1),) for record in records)
     assert all(record.phrases == record.captions for record in records)
-    branch = root / "out/dad/cuhk-sd15-tiny-s0-real/copy-3/branch.safetensors"
+    branch = root / "out/dad/cuhk-sd15-tiny-s0-real/trainable-copy-3/branch.safetensors"
     assert checkpoint.load(branch)[0]["outputs.12.weight"].any()
     said = succeed(root, "adapt.py", *flags[:-1], "out/short", "--steps", "1")
     assert "Kept 3 of 3" in said and "branch step 1/1" in said
@@ -227,7 +227,7 @@ def test_adapt_beside_stable_diffusion(folder, root):
 
 @pytest.mark.parametrize("flags, said", [
     (("--size", "sd15"), "--weights"), (("--weights", "."), "--size sd15"),
-    (("--size", "sd15", "--weights", "."), "--data-root"),
+    (("--size", "sd15", "--weights", "."), "a real target"),
     (("--size", "sd15", "--weights", ".", "--data-root", ".", "--mode", "restyle"), "needs --source"),
     (("--size", "sd15", "--weights", "nowhere", "--data-root", "."), "nowhere/tokenizer"),
 ])

@@ -19,8 +19,8 @@ def guide(denoiser: Denoiser, both: TextStates, guidance: float, span: tuple[flo
     v = v(empty) + guidance (v(words) - v(empty));    `both` holds B captions and then the empty caption B times.
 
     Levels t outside `span` = (lowest, highest) have guidance 1: more reduces the variety at high noise and changes
-    nothing at low noise (Kynkaanniemi et al. 2024). A `denoiser` that has learned without captions does not know the
-    words. Then `base` gives the difference that they make: a product of two models (Liu et al. 2022).
+    nothing at low noise (Kynkaanniemi et al. 2024). If the `denoiser` has learned no words, the difference is that of
+    the `base`, as in a product of two models (Liu et al. 2022).
     """
     count = len(both.keep) // 2
 

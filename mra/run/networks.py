@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, DiffusionConfig, Fit, UserError
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, TARGETS, AdaptConfig, DiffusionConfig, Fit, UserError
 from mra.data.augment import random_light
 from mra.data.files import printable
 from mra.data.records import RecordSet
@@ -156,11 +156,12 @@ class Target:
         """Read the images. One caption for all is no label. Raises UserError for fewer than two images."""
         if len(records.records) < 2:
             raise UserError(f"{records.name} has fewer than two training images, so no look can be learned.")
-        images, captions, contents = read_pairs(records, base.config, config.workers)
-        labelled = len({caption for _, caption in captions}) > 1
+        labelled = len({caption for record in records.records for caption in record.captions}) > 1
         if not labelled:        # a branch would learn to ignore the words
-            captions = [(i, "") for i in range(len(images))]
-        name = f"{Path(config.target).resolve().name}-{config.size}-s{config.seed}" + ("-real" if config.real else "")
+            records = replace(records, records=[replace(record, captions=("",)) for record in records.records])
+        images, captions, contents = read_pairs(records, base.config, config.workers)
+        name = config.target if config.target in TARGETS else f"{Path(config.target).name}-{contents[:6]}"
+        name += f"-{config.size}-s{config.seed}" + ("-real" if config.data_root else "")
         if config.share < 1:
             name += f"-{config.share:g}"
         key = {"target": records.name, "contents": contents, "base": checkpoint.digest(base), "seed": config.seed}
@@ -194,7 +195,7 @@ def decoder_loss(network: nn.Module, images: Tensor, latents: Tensor, generator:
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Denoiser:
     """Train the branch on the target's pairs; returns the adapted denoiser, which is called as the base is."""
     recipe, captions = DAD_RECIPES[config.size], target.captions
-    told = f"{len(captions)} captions" if target.labelled else "without captions"
+    told = f"{len(captions)} captions" if target.labelled else "no captions, so the source's describe what is made"
     machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {told}.")
     torch.manual_seed(config.seed)
     if config.rank:
@@ -202,7 +203,7 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
         adapted, kind = network.to(machine.device), f"low-rank-{config.rank}"
     else:
         network, branch = base.denoiser, DomainBranch(base.denoiser).to(machine.device)
-        adapted, kind = partial(network, branch=branch), "copy"
+        adapted, kind = partial(network, branch=branch), "trainable-copy"
     if config.compile:      # at its first call; merged, it is compiled anew
         network.compile()
 

@@ -40,8 +40,9 @@ def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
     if config.init not in PRETRAINED or pretrains(config.dataset):
-        made = usual and shipped.exists() and (Path(config.dataset) / "report.json").exists()       # by adapt.py
-        return [replace(config, init=str(shipped)) if made else config]
+        starts = not any((config.init, config.bert, config.vit, config.clip, config.vocab)) and shipped.exists()
+        made = (Path(config.dataset) / "report.json").exists()      # by adapt.py
+        return [replace(config, init=str(shipped)) if starts and made else config]
     config = replace(config, out=config.out or default_out(config))
 
     def before(dataset: str) -> TrainConfig:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapt import THRESHOLDS, source_records
-from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
+from mra.config import DAD_RECIPES, DIFFUSION_PRESETS, TARGETS, AdaptConfig, Fit, UserError
 from mra.data.files import read_json, write_json
 from mra.data.records import Box, Record, share_of
 from mra.diffusion.autoencoder import group_norm
@@ -49,7 +49,6 @@ ROWS = 1000         # images of each row of the table
 BOXED = 200         # images whose boxes are checked
 PICTURED = 10       # images in a row of the picture
 
-TARGETS = ("cuhk", "icfg", "rstp")
 KINDS = {"upper_colour": COLOURS, "lower_colour": COLOURS, "upper": UPPERS, "lower": LOWERS, "pattern": PATTERNS,
          "shoes": SHOES, "shoes_colour": COLOURS}
 CAMERAS = [(domain, camera) for domain in TARGETS for camera in range(DOMAINS[domain].cameras)]
@@ -164,7 +163,7 @@ class AdaptedSet:
             key = report["key"]
             config = AdaptConfig(**key["flags"], **{name: key[name] for name in THRESHOLDS})
             machine = Machine.of(device, key["precision"])
-            if DIFFUSION_PRESETS[config.size].stable or config.real:
+            if DIFFUSION_PRESETS[config.size].stable or config.target not in TARGETS:
                 raise UserError(f"{out} is not made from the demo town, so there are no exact drawings beside it.")
         base = trained_base(config, machine)
         root = sets.ready(config.target, config.size == "tiny")
