@@ -118,15 +118,16 @@ def test_left_and_right_are_those_of_the_picture():
     assert front[0] > 0.5 > back[0]     # her left is the picture's right when she faces the camera
 
 
-def test_the_worked_example_of_the_docstring():
-    text = " ".join(people.__doc__.split())
-    listed = re.search("cx cy w h: (.*?) phrases", text)[1]
-    boxes = {part: tuple(map(float, numbers.split()))
-             for part, numbers in re.findall(r"(\w+) ((?:\.\d+ ?){4})", listed)}
-    caption, phrases = re.search('caption "(.*?)"', text)[1], re.findall(r'"([^"]*)" \((\w+)\)', text)
-    words = describe(EXAMPLE, "front", boxes, random.Random(int(re.search(r"Random\((\d+)\)", text)[1])))
-    assert words.caption == caption
-    assert dict(zip(words.phrases, words.boxes)) == {phrase: boxes[part] for phrase, part in phrases}
+def test_a_worked_example():
+    boxes = {"person": (.50, .52, .40, .90), "hair": (.50, .14, .18, .20), "upper": (.50, .32, .34, .32),
+             "inner": (.50, .31, .08, .26), "lower": (.50, .67, .28, .40), "shoes": (.50, .93, .30, .08),
+             "bag": (.64, .55, .12, .12)}
+    words = describe(EXAMPLE, "front", boxes, random.Random(136874))
+    assert words.caption == ("a slim woman with long blond hair wears an open red jacket over a white top, black jeans "
+                             "and white sneakers. she is carrying a green handbag in the right hand.")
+    phrases = {"a slim woman": "person", "long blond hair": "hair", "an open red jacket over a white top": "upper",
+               "black jeans": "lower", "white sneakers": "shoes", "a green handbag in the right hand": "bag"}
+    assert dict(zip(words.phrases, words.boxes)) == {phrase: boxes[part] for phrase, part in phrases.items()}
 
 
 def test_boxes_are_true():

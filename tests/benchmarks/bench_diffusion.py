@@ -239,7 +239,7 @@ def round_weights(network: nn.Module) -> None:
 
 def lower(base: Diffusion, branch: DomainBranch) -> None:
     """Compute in bf16 all through, without autocast, as diffusers does: norms too."""
-    entries = [branch.condition, base.autoencoder.decoder]
+    entries = [base.autoencoder.decoder]
     for network in (base.denoiser, branch):
         entries += [network.encoder.first, network.encoder.level]
     for entry in entries:
