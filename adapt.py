@@ -10,6 +10,7 @@ is in SDA format. In the demo `train.py --dataset cuhk` finds the one that was m
 """
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> None:
     config = parse(AdaptConfig, __doc__, recipe_of=lambda given: DAD_RECIPES[given.size].flags)
     check(config)
     if config.target not in TARGETS:
-        config = replace(config, target=str(Path(config.target).resolve()))
+        config = replace(config, target=os.path.abspath(config.target))
     machine = Machine.of(config.device, config.precision, config.compile)
     machine.say(f"{json.dumps(asdict(config), indent=2)}\n"
                 f"Running on {machine.device} in {machine.precision}, {machine.group.count} process(es).")

@@ -420,6 +420,8 @@ def test_photographs_without_captions_get_the_sources_words(made):
         image = f"imgs/{row['image']}"
         assert (folder / "out/same" / image).read_bytes() == (made_of / image).read_bytes()
     assert "out/sda/a camera-tiny-real is complete" in adapt(folder, "--target", "photos/a camera/", *own)
+    (folder / "linked camera").symlink_to(photos)       # the name that the user gives
+    assert "in out/sda/linked camera-tiny-real." in adapt(folder, "--target", "photos/../linked camera", *own)
     (folder / "empty").mkdir()
     for flags, told in ((("empty",), "empty has fewer than two training images"),
                         (("photos", "--data-root", "same"), "without --data-root")):
