@@ -109,7 +109,7 @@ def check(config: AdaptConfig) -> None:
         raise UserError(f"--{unused} does nothing with --mode {mode}: leave it out.")
     if config.guidance_from > config.guidance_to:
         raise UserError(f"--guidance-from {config.guidance_from} is above --guidance-to {config.guidance_to}.")
-    if stable != bool(config.weights) or stable and (config.base or config.train_base or not real):
+    if stable != bool(config.weights) or (stable and (config.base or config.train_base or not real)):
         raise UserError("--size sd15 and --weights go together, with a real target, without --base and --train-base.")
     if config.train_base:
         if config.base or config.out or config.data_root:

@@ -271,7 +271,7 @@ class AdaptConfig:
 
     @property
     def usual_out(self) -> str:
-        """out/sda/<target>, then what is not the default, then "real", of which train.py takes none by itself."""
+        """out/sda/<target>, then what is not the default, then "real": train.py finds no such set by itself."""
         name = Path(self.target).absolute().name
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
                  ("1", f"{self.share:g}"), ("", "real" if self.data_root or self.target not in TARGETS else ""))

@@ -403,7 +403,8 @@ def test_photographs_without_captions_get_the_sources_words(made):
     (photos / "notes.txt").write_text("of a walk")
     own = "--images", "70", "--malformed", "0", "--grey-mean", "0"
     said = adapt(folder, "--target", "photos/a camera", *own)
-    assert "no captions, so the source's" in said and "Making 70 images in out/sda/a camera-tiny-real." in said
+    assert "no captions: the source's will be used" in said
+    assert "Making 70 images in out/sda/a camera-tiny-real." in said
     made_of = folder / "out/sda/a camera-tiny-real"
     rows = json.loads((made_of / "sda_0_5000.json").read_text())
     source = {row["image"] for row in json.loads((folder / "data/demo-tiny/SDA/sda_0_5000.json").read_text())}
@@ -415,7 +416,7 @@ def test_photographs_without_captions_get_the_sources_words(made):
     (folder / "same/CUHK-PEDES/reid_raw.json").write_text(json.dumps(records))
     said = adapt(folder, "--target", "cuhk", "--data-root", "same", "--source", "data/demo-tiny", "--base",
                  "out/base-tiny/base.safetensors", *own, "--out", "out/same")
-    assert "no captions, so the source's" in said
+    assert "no captions: the source's will be used" in said
     for row in rows:
         image = f"imgs/{row['image']}"
         assert (folder / "out/same" / image).read_bytes() == (made_of / image).read_bytes()

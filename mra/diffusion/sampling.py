@@ -19,8 +19,8 @@ def guide(denoiser: Denoiser, both: TextStates, guidance: float, span: tuple[flo
     v = v(empty) + guidance (v(words) - v(empty));    `both` holds B captions and then the empty caption B times.
 
     Levels t outside `span` = (lowest, highest) have guidance 1: more reduces the variety at high noise and changes
-    nothing at low noise (Kynkaanniemi et al. 2024). If the `denoiser` has learned no words, the difference is that of
-    the `base`, as in a product of two models (Liu et al. 2022).
+    nothing at low noise (Kynkaanniemi et al. 2024). A `denoiser` that has learned no words takes v(words) - v(empty)
+    from the `base`: a product of two models (Liu et al. 2022).
     """
     count = len(both.keep) // 2
 
@@ -40,11 +40,11 @@ class Painter:
 
     def __init__(self, config: AdaptConfig, base: Diffusion, adapted: Denoiser, labelled: bool, target: Tensor,
                  source_sample: Sequence[Record]):
-        """`labelled`: `adapted` has learned words. `source_sample`: none unless images are restyled, to look like
-        `target`, uint8 images (N, 3, H, W).
+        """`labelled`: whether `adapted` has learned words. `target`: its uint8 images (N, 3, H, W). `source_sample`:
+        source records, none unless images are restyled.
         """
         self.config, self.base, self.adapted = config, base, adapted
-        self.teacher = None if labelled else base.denoiser
+        self.knows_words = None if labelled else base.denoiser
         self.target_latents = self.source_latents = None        # (N, C, h, w) each; None unless images are restyled
         if source_sample:
             self.target_latents = encode(base.autoencoder, target)
@@ -67,7 +67,7 @@ class Painter:
         both = base.encode_text([draft.captions[0] for draft in drafts] + [""] * len(drafts))
         levels = len(base.schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
-        denoise = guide(self.adapted, both, config.guidance, span, self.teacher)
+        denoise = guide(self.adapted, both, config.guidance, span, self.knows_words)
         return dpm_solver(denoise, start, base.schedule, config.sampling_steps, strength)
 
 

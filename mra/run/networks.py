@@ -146,14 +146,14 @@ class Target:
     """The target's training pairs, and the folder and the key of all networks that learn from them."""
 
     images: Tensor                      # (N, 3, H, W) uint8
-    captions: list[tuple[int, str]]     # (number of the image, caption); all captions are empty without labels
-    labelled: bool
+    captions: list[tuple[int, str]]     # (number of the image, caption)
+    labelled: bool                      # False: every caption is empty
     folder: Path
     key: dict
 
     @staticmethod
     def of(config: AdaptConfig, records: RecordSet, base: Diffusion) -> "Target":
-        """Read the images. One caption for all is no label. Raises UserError for fewer than two images."""
+        """Read the images. A caption that all share is dropped. Raises UserError for fewer than two images."""
         if len(records.records) < 2:
             raise UserError(f"{records.name} has fewer than two training images, so no look can be learned.")
         labelled = len({caption for record in records.records for caption in record.captions}) > 1
@@ -195,7 +195,7 @@ def decoder_loss(network: nn.Module, images: Tensor, latents: Tensor, generator:
 def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Denoiser:
     """Train the branch on the target's pairs; returns the adapted denoiser, which is called as the base is."""
     recipe, captions = DAD_RECIPES[config.size], target.captions
-    told = f"{len(captions)} captions" if target.labelled else "no captions, so the source's describe what is made"
+    told = f"{len(captions)} captions" if target.labelled else "no captions: the source's will be used"
     machine.say(f"Adapting to {target.key['target']}: {len(target.images)} images, {told}.")
     torch.manual_seed(config.seed)
     if config.rank:
