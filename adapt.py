@@ -6,7 +6,7 @@
     python adapt.py --size sd15 --weights DIR --target cuhk --data-root DIR     beside Stable Diffusion 1.5
 
 Every field of mra.config.AdaptConfig is a flag. What is finished for the same configuration is not made again. The set
-is in SDA format. In the demo `train.py --dataset cuhk` finds the one that was made with the default flags.
+is in SDA format. In the demo `train.py --dataset cuhk` finds the one in the usual folder, out/sda/cuhk.
 """
 
 import json

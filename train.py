@@ -2,15 +2,16 @@
 
     python train.py --dataset icfg                     the demo: fine-tune the shipped retriever on drawn ICFG
     python train.py --dataset icfg --init scratch      pretrain on the drawn source first
-    python train.py --dataset out/sda/PHOTOS-real      the shipped retriever on a set of adapt.py
+    python train.py --dataset out/sda/PHOTOS-real --blend 0.5      the shipped retriever on a set of adapt.py
     torchrun --nproc_per_node=2 train.py ...           data-parallel, as adapt.py and evaluate.py can be
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
-Every field of mra.config.TrainConfig is a flag. The recipe of the dataset and the preset there sets some. The best
-checkpoint is `out`/best.safetensors. Val is evaluated --evals times, evenly spaced, and the highest (R@1 + mAP) / 2 is
-best, of equal ones the last. Once ITM is trained, val is re-ranked; this beats all results before.
+Every field of mra.config.TrainConfig is a flag; config.recipe sets some by dataset and preset. The best checkpoint is
+`out`/best.safetensors. Val is evaluated --evals times, evenly spaced. The highest (R@1 + mAP) / 2 is best, the later of
+equal ones. Once ITM is trained, val is re-ranked, and a re-ranked result beats any that is not.
 """
 
+import copy
 import json
 import sys
 import time
@@ -87,7 +88,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     # ---- steps and loss
     fit, fused_from, evaluated = stages.timetable_of(config, len(dataset), machine.group.count)
     key = stages.key_of(config, machine, model, tokenizer, [train_set, val_set])
-    log = path.with_name("log.jsonl")
+    log, first = path.with_name("log.jsonl"), copy.deepcopy(model) if config.blend else None
     step_model = torch.compile(model) if config.compile else model
 
     def loss_of(portion: Portion) -> dict[str, Tensor]:
@@ -101,7 +102,8 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
     def keep_best(done: int, before: dict) -> dict:
         """Evaluate after `done` steps, and save the weights if they are the best; returns this result and the best."""
         fused = done > fused_from
-        result = validate(model, tokenizer, val_set, fused, config, machine)
+        judged = stages.blended(first, model, config.blend) if first else model
+        result = validate(judged, tokenizer, val_set, fused, config, machine)
         write_line(log, {"step": done, "val": result}, machine)
         machine.say(f"val at step {done}: {stages.describe(result)}")
         best = before.get("best", result)
@@ -111,7 +113,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,
                 "pairs": len(dataset), "processes": machine.group.count, "versions": checkpoint.VERSIONS, "step": done,
                 "val": result}
-            weights = checkpoint.weights(model, config.half)
+            weights = checkpoint.weights(judged, config.half)
             machine.on_rank_0(lambda: checkpoint.save(path, weights, facts))
         return {"val": result, "best": best}
 

@@ -115,7 +115,7 @@ class Fit:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     max_norm: float = 1.0         # largest gradient norm: clipping
-    average: float = 0.999        # decay of the exponential moving average of the weights, the result; 0: none
+    average: float = 0.999        # decay of the weights' moving average, which is the result; 0: no average
     accumulate: int = 1           # batches of a step: gradient accumulation
     save_every: int = 200         # steps
 
@@ -146,7 +146,7 @@ DAD_RECIPES = {
 }
 
 TARGETS = "cuhk", "icfg", "rstp"        # names of sets; write a folder of such a name as ./icfg
-# What a stage of train.py sets: the paper's values (section 3) and, for tiny and demo, ours.
+# What a stage of train.py sets beside TrainConfig's defaults: the paper's values (section 3); for tiny and demo, ours.
 PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "pretrain": dict(epochs=32, batch=40, lr=5e-5, head_lr=1.0, warmup=0.0107, evals=16, workers=8),
     "finetune": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
@@ -173,12 +173,16 @@ def pretrains(dataset: str) -> bool:
     return dataset in ("sda", "mals") or (dataset not in TARGETS and any(Path(dataset).glob("sda_*.json")))
 
 
+def made_by_adapt(folder: str | Path) -> bool:
+    """Whether a folder holds a set that adapt.py has finished."""
+    return (Path(folder) / "report.json").exists()
+
+
 def recipe(dataset: str, preset: str) -> dict:
     """The fields of TrainConfig that `dataset` sets at `preset`; a flag overrides them."""
     table = {"tiny": DEMO, "demo": DEMO, "clip": CLIP}.get(preset, PAPER)
     if pretrains(dataset):
-        made = (Path(dataset) / "report.json").exists()         # by adapt.py
-        return table.get("adapted" if made else "pretrain", table["pretrain"])
+        return table.get("adapted" if made_by_adapt(dataset) else "pretrain", table["pretrain"])
     return table.get(f"finetune {dataset}", table["finetune"])
 
 
@@ -220,7 +224,7 @@ class TrainConfig:
     max_norm: float = flag(1.0, "gradient clipping: largest norm", 1e-9, 1e9)
     beta: float = flag(0.8, "weight of the region losses", 0, 1e3)
     regions: bool = flag(True, "use the region losses for records with boxes")
-    contrastive: str = flag("itc", "contrastive term: the paper's itc, or IRRA's sdm", choices=("itc", "sdm"))
+    contrastive: str = flag("itc", "of captions and of phrases: the paper's itc, or IRRA's sdm", choices=("itc", "sdm"))
     smoothing: float = flag(0.0, "label smoothing of the contrastive targets", 0, 1)
     eda: float = flag(0.0, "weight of ITC and ITM on an augmented copy of the caption; 0: none", 0, 1e3)
     erase: float = flag(0.0, "chance of random erasing in fine-tuning", 0, 1)
@@ -230,6 +234,7 @@ class TrainConfig:
     log_every: int = flag(20, "steps between lines of progress", 1, 1e9)
     workers: int = flag(0, "data loading processes", 0, 256)
     allow_missing: bool = flag(False, "drop records whose image is missing")
+    blend: float = flag(0.0, "share of the first weights in those of the best checkpoint; val judges the mean", 0, 1)
     half: bool = flag(False, "write the best checkpoint in half precision")
     compile: bool = flag(False, "torch.compile the model")
     precision: str = flag("", "precision; empty: bf16 if the device supports it", choices=("float32", "bf16"))
@@ -271,7 +276,7 @@ class AdaptConfig:
 
     @property
     def usual_out(self) -> str:
-        """out/sda/<target>, then what is not the default, then "real": train.py finds no such set by itself."""
+        """out/sda/<target>, then what is not the default, then "real"; train.py finds a drawn one of its --share."""
         name = Path(self.target).absolute().name
         usual = (("demo", self.size), ("generate", self.mode), ("target", self.captions), ("s0", f"s{self.seed}"),
                  ("1", f"{self.share:g}"), ("", "real" if self.data_root or self.target not in TARGETS else ""))

@@ -96,13 +96,13 @@ class FusionEncoder(nn.Module):
         Only self-attention tells texts apart. Elsewhere their L tokens, without padding, are one sequence, in which the
         texts of an image attend to its keys and values together: there is no copy for each text.
         """
-        kept = keep.flatten().nonzero().squeeze(1)                                     # (L,) of B * T
-        padded = (keep.flatten().cumsum(0) - 1).view(keep.shape)                       # (B, T) of L, any at padding
+        kept = keep.flatten().nonzero().squeeze(1)                                     # (L,) of the B * T tokens
+        place = (keep.flatten().cumsum(0) - 1).view(keep.shape)                        # (B, T) among the L; or any
         count = len(keys_values[0])
-        texts = images.bincount(minlength=count).tolist()                              # their number for each image
-        tokens = images.repeat_interleave(keep.sum(1)).bincount(minlength=count).tolist()
+        texts_of = images.bincount(minlength=count).tolist()                           # the number for each image
+        tokens_of = images.repeat_interleave(keep.sum(1)).bincount(minlength=count).tolist()
         x, first = started, torch.zeros(len(started), 1, dtype=torch.long, device=started.device)
         for block, following, context in zip(self.blocks, self.blocks[1:], keys_values):
-            x = block.attend_context(x.flatten(0, 1)[kept][None], context, counts=tokens)[0][padded]
+            x = block.attend_context(x.flatten(0, 1)[kept][None], context, counts=tokens_of)[0][place]
             x = following.attend_self(x, keep, first if following is self.blocks[-1] else None)
-        return self.blocks[-1].attend_context(x[:, 0][None], keys_values[-1], counts=texts)[0]
+        return self.blocks[-1].attend_context(x[:, 0][None], keys_values[-1], counts=texts_of)[0]

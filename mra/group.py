@@ -44,10 +44,10 @@ class Group:
         return total
 
     def mean_where(self, values: Tensor, exists: Tensor) -> Tensor:
-        """This member's share of the masked mean over all members, 0 without a value: the shares' mean is that mean."""
+        """This member's part of the masked mean over all members: the mean of their parts. 0 where nothing exists."""
         total = self.summed(exists.sum().float())
         return (values * exists).sum() * self.count / total.clamp(min=1)
 
-    def own_batches(self, rows: int, batch: int) -> list[int]:
-        """Which of `rows` rows this member computes where all share them out by whole batches."""
+    def own_rows(self, rows: int, batch: int) -> list[int]:
+        """The rows, of `rows`, that this member computes, if whole batches are dealt out in turn."""
         return [i for i in range(rows) if i // batch % self.count == self.rank]

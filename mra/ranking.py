@@ -24,7 +24,7 @@ from mra.retriever import Retriever
 
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 FIRST = 10                          # images shown for each query
-BLOCK = 512                         # queries compared with the gallery at a time
+BLOCK = 512                         # queries encoded, or compared with the gallery, at a time
 CHUNK = 65536                       # gallery images compared at a time
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)    # of the similarity, to choose from
 IMAGES = 16                         # images whose keys and values are held at a time
@@ -100,7 +100,7 @@ class Found:
         for some in torch.arange(len(query_ids)).split(BLOCK):
             with torch.autocast(self.queries.device.type, enabled=False):
                 scores = self.queries[some] @ self.gallery.to(self.queries).T                    # (q, G)
-            scores.scatter_(1, self.candidates[some].to(scores.device), torch.inf)               # candidates lead
+            scores.scatter_(1, self.candidates[some].to(scores.device), torch.inf)               # candidates are first
             order = scores.argsort(dim=1, descending=True, stable=True).cpu()
             order[:, :leading.shape[1]] = leading[some]
             rows.append(metric_rows(order, query_ids[some], gallery_ids))
@@ -110,7 +110,7 @@ class Found:
 @torch.inference_mode()
 def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: list[str], settings: Settings,
            features: Tensor | None = None, example: Tensor | None = None) -> Found:
-    """Rank the images `paths` for every caption. `features` (G, 2, E) are those of `encode_gallery`, if known.
+    """Rank the images `paths` for every caption. `features` (G, passes, E) are those of `encode_gallery`, if known.
 
     `example` (passes, E) are the features of a picture. The similarity is then the mean of the picture's and the
     caption's; with an empty caption it is the picture's alone.
@@ -148,14 +148,14 @@ class Images(Dataset):
 
 
 @torch.inference_mode()
-def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str], batch: int = 256,
+def encode_queries(model: Retriever, tokenizer: Tokenizer, captions: list[str],
                    fuse: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Captions -> tokens (Q, T, D) from `fusion_encoder.start`, none unless `fuse`; keep (Q, T); features (Q, E)."""
     device = next(model.parameters()).device
     pieces = [tokenizer.encode(caption, model.config.max_tokens) for caption in captions]
     ids, keep = (x.to(device) for x in pad(pieces, tokenizer.pad_id))              # (Q, T), (Q, T)
     started, features = [], []
-    for own_ids, own_keep in zip(ids.split(batch), keep.split(batch)):
+    for own_ids, own_keep in zip(ids.split(BLOCK), keep.split(BLOCK)):
         tokens, feature = model.encode_text(own_ids, own_keep)
         started.append(model.fusion_encoder.start(tokens, own_keep) if fuse else tokens[:, :0])
         features.append(feature.float())
@@ -167,7 +167,7 @@ def encode_gallery(model: Retriever, images: Dataset, settings: Settings) -> Ten
     """Unit features (G, 2, E) of the images and of their mirror images; (G, 1, E) without `settings.mirror`."""
     device = next(model.parameters()).device
     features = torch.zeros(len(images), 2 if settings.mirror else 1, model.config.embed, device=device)
-    own = settings.group.own_batches(len(images), settings.batch)
+    own = settings.group.own_rows(len(images), settings.batch)
     batches = loader(images, settings.workers, batch_size=settings.batch, sampler=own)
     for start, image in zip(own[::settings.batch], batches):
         image = image.to(device)
@@ -204,7 +204,7 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
 
     passes: `encode_queries` of the captions for the images and, perhaps, of those for the mirror images. The keys and
     values of an image are computed once, and not copied. A step fuses about TOKENS tokens of pairs, of similar length,
-    with IMAGES images: beside their keys and values, what TOKENS tokens take in one block bounds its memory.
+    with IMAGES images. It holds their keys and values, and what one block computes for TOKENS tokens.
     """
     device, k = candidates.device, candidates.shape[1]
     needed, place_of = candidates.unique(return_inverse=True)                      # (G',), and (Q, k) indices into it
@@ -213,7 +213,7 @@ def match_candidates(model: Retriever, images: Dataset, passes: list[tuple[Tenso
     match = torch.zeros(len(place_of), device=device)
     batch = min(settings.batch, IMAGES)
     pairs_of = place_of.argsort(stable=True).split((place_of // batch).bincount().tolist())    # of each image batch
-    own = settings.group.own_batches(len(needed), batch)
+    own = settings.group.own_rows(len(needed), batch)
     batches = loader(images, settings.workers, batch_size=batch, sampler=needed[own].tolist())
     for start, image in zip(own[::batch], batches):
         image = image.to(device)

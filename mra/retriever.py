@@ -28,7 +28,7 @@ class Objective:
     fuse: bool = True           # whether ITM and MLM are computed; RPM always is: phrases are short
     smoothing: float = 0.0      # of the contrastive targets
     eda: float = 0.0            # weight of the augmented caption's ITC and ITM
-    contrastive: Callable[..., Tensor] = losses.contrastive            # joint loss of all members' pairs
+    contrastive: Callable[..., Tensor] = losses.contrastive            # run/contrastive.py: of all members' pairs
     group: Group = Group()      # who shares the batch
 
 
@@ -130,21 +130,21 @@ class Retriever(nn.Module):
         text, feature = self.encode_text(ids, keep)                                      # (B, T, D), (B, E)
         terms = {"itc": objective.contrastive(seen.feature, feature, self.temperature, classes, objective.smoothing)}
         if seen.keys_values is not None:
-            similarity = (seen.feature @ feature.T).detach() / self.temperature.detach()    # (B, B)
-            logits, matched, exists = self.match_with_negatives(similarity, seen, text, keep, classes)
-            terms["itm"] = objective.group.mean_where(losses.matching(logits, matched), exists)
+            logits = (seen.feature @ feature.T).detach() / self.temperature.detach()        # (B, B)
+            scores, matched, exists = self.match_with_negatives(logits, seen, text, keep, classes)
+            terms["itm"] = objective.group.mean_where(losses.matching(scores, matched), exists)
         return terms
 
-    def match_with_negatives(self, similarity: Tensor, seen: Seen, text: Tensor, keep: Tensor,
+    def match_with_negatives(self, logits: Tensor, seen: Seen, text: Tensor, keep: Tensor,
                              classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
+        """Scores (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
-        Each negative is drawn by similarity from another class: for captions another person, for phrases another
-        phrase. In a group (group.py; on the CPU two threads) each member draws among its own B pairs. Also returns
-        which pairs match and which exist (3B,), since the B pairs may all be of one class.
+        The contrastive logits (B, B) draw each negative from another class: for captions another person, for phrases
+        another phrase. In a group (group.py; on the CPU two threads) each member draws among its own B pairs. Also
+        returns which pairs match and which exist (3B,), since the B pairs may all be of one class.
         """
-        wrong_text, text_exists = losses.hard_negatives(similarity, classes)                # (B,), (B,)
-        wrong_image, image_exists = losses.hard_negatives(similarity.T, classes)
+        wrong_text, text_exists = losses.hard_negatives(logits, classes)                    # (B,), (B,)
+        wrong_image, image_exists = losses.hard_negatives(logits.T, classes)
         rows, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
         images, texts = torch.cat([rows, rows, wrong_image]), torch.cat([rows, wrong_text, rows])     # (3B,)
         matched, exists = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)
@@ -173,7 +173,7 @@ class Retriever(nn.Module):
 def pool_region(tokens: Tensor, region_keep: Tensor) -> tuple[Tensor, Tensor]:
     """Image tokens (B, 1+N, D) and the patches of a box (B, N) -> region tokens (B, 1+N, D) and their keep (B, 1+N).
 
-    Token 0 becomes the mean of the region's patches, 0 if there are none, as for no box (MRA section 3).
+    Token 0 becomes the mean of the region's patches (MRA section 3); 0 if there are none.
     """
     patches, weights = tokens[:, 1:], region_keep[:, None].to(tokens.dtype)              # (B, N, D), (B, 1, N)
     mean = (weights / weights.sum(2, keepdim=True).clamp(min=1)) @ patches               # (B, 1, D)

@@ -328,6 +328,24 @@ def test_a_run_goes_on_with_the_same_content_alone(work):
     assert "content of the train records has changed" in message
 
 
+def test_a_share_of_the_first_weights_stays_in_the_best_ones(work):
+    """--blend changes what is judged and kept, not the training, which the state of both runs shows."""
+    flags = ("--dataset", "icfg", *TINY, "--init", BEST, "--steps", "4", "--batch", "4", "--evals", "2")
+    kept = {}
+    for share in ("0", "0.25"):
+        succeed(work, "train.py", *flags, "--blend", share, "--out", f"out/blend-{share}")
+        for name in ("best", "last"):
+            kept[name, share], facts = checkpoint.load(work / f"out/blend-{share}/{name}.safetensors")
+            assert facts["step"] == 4
+    before, _ = checkpoint.load(work / BEST)
+    for name, start in before.items():
+        trained = kept["best", "0"][name]
+        assert torch.equal(kept["last", "0.25"][name], kept["last", "0"][name])
+        assert torch.allclose(kept["best", "0.25"][name], start + 0.75 * (trained - start), atol=1e-6)
+    assert not torch.equal(kept["best", "0.25"]["word_head.transform.0.weight"], before["word_head.transform.0.weight"])
+    assert "--blend is a share of first weights" in refused(work, "train.py", *QUICK, "--blend", "0.5")
+
+
 def test_adapted_pairs_without_a_report_are_not_complete(work):
     adapted_pairs(work)
     (work / "out/sda/icfg-tiny/report.json").unlink()

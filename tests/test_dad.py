@@ -24,7 +24,7 @@ from mra.data.records import Record
 from mra.data.tokenizer import Tokenizer
 from mra.data.words import noun_phrases
 from mra.diffusion.base import Diffusion
-from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged, margins, scores_of
+from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, margins, scores_of, split_for_judge
 from mra.diffusion.plan import average_boxes, content_of, drafts_of, record_of
 from mra.diffusion.prompts import VARIANTS, prompts_of, stays_whole, variant
 from mra.diffusion.sampling import transfer_moments
@@ -163,9 +163,9 @@ def test_damage_is_damage_and_the_judge_learns_it():
         assert damaged.shape == images[:20].shape and damaged.dtype == torch.uint8
         assert (damaged != images[:20]).float().mean((1, 2, 3)).min() > 0.05
         assert torch.equal(damaged, distort(images[:20], [kind], 0))
-    learned, others, rest = judged(images)
+    learned, others, rest = split_for_judge(images)
     assert [len(some) for some in (learned, others, rest)] == [100, 50, 50]
-    assert [len(some) for some in judged(images[:2])] == [1, 1, 0]
+    assert [len(some) for some in split_for_judge(images[:2])] == [1, 1, 0]
     tokenizer = Tokenizer.read()
     base = Diffusion.new(replace(DIFFUSION_PRESETS["tiny"], vocab=len(tokenizer)), tokenizer).eval()
     judge = Judge(base)

@@ -149,7 +149,7 @@ def test_grain_is_learned_as_the_size_of_what_is_missed(base, images):
     for _ in range(120):
         noisy = flat + size * torch.randn(flat.shape, generator=draw)
         optimizer.zero_grad()
-        autoencoder.loss(noisy, torch.zeros(64, *base.config.shape), 0.0).backward()
+        autoencoder.loss(noisy, torch.zeros(64, *base.config.shape)).backward()
         grain.grad.unflatten(0, (6, -1))[:3] = 0                    # ... and only learns how far off that is
         optimizer.step()
     with torch.no_grad():

@@ -245,7 +245,8 @@ def test_candidates_are_scored_in_small_steps_as_one_by_one(model, tokenizer, pa
     monkeypatch.setattr(encoder, "fused_cls", lambda *step: seen.append(step) or real(*step))
     monkeypatch.setattr(encoder, "keys_values", lambda x: computed.append(real_keys_values(x)) or computed[-1])
     candidates = torch.tensor([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2], [2, 4, 3]])
-    queries = ranking.encode_queries(model, tokenizer, CAPTIONS, batch=2)
+    monkeypatch.setattr(ranking, "BLOCK", 2)
+    queries = ranking.encode_queries(model, tokenizer, CAPTIONS)
     images = ranking.Images(paths, model.config)
     longest = int(queries[1].sum(1).max())
     for mirrored, tokens, count in ((False, 20, 1), (True, 40, 2), (False, 8192, 16)):

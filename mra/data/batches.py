@@ -1,8 +1,7 @@
 """From records to a Batch, the model's input.
 
 All randomness of a sample comes from (seed, epoch, index). The order of the samples depends on the seed, the captions'
-lengths and the number of pairs in a step's batch. Neither loading processes nor restarts change it. Read next:
-group.py, layers.py.
+lengths and the number of pairs in a step's batch, not on loading processes or restarts. Read next: group.py, layers.py.
 """
 
 import random
@@ -78,7 +77,7 @@ class PairDataset(Dataset):
         rng = random.Random(f"{self.config.seed}-{epoch}-{index}")
         caption, path, identity, boxes, phrases = self.pairs[index]
         caption = self.tokenizer.clean(caption, self.name)
-        box, phrase = WHOLE_IMAGE, caption
+        box, phrase = WHOLE_IMAGE, caption      # of a record without boxes in a set with some (MRA section 2)
         if boxes:
             box, phrase = rng.choice(list(zip(boxes, phrases)))
         image, size = open_image(path), (self.sizes.height, self.sizes.width)
@@ -158,7 +157,7 @@ def _window(lengths: list[int], pairs: int, seed: int, number: int) -> list[list
     return batches
 
 
-@lru_cache(1)
+@lru_cache(1)       # positions ascend: one epoch at a time
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**62)
     return torch.randperm(count, generator=generator).tolist()

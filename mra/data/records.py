@@ -33,8 +33,7 @@ class RecordSet:
 class Packed:
     """Lists of plain values in one buffer, which forked loading processes share.
 
-    SDA has 1.2 million pairs, MALS 1.5 million. Reading a Python object writes its reference count, so each process
-    would copy them all.
+    MALS has 1.5 million pairs. Reading a Python object writes its reference count, so each process would copy it.
     """
 
     def __init__(self, items: Iterable[list]):

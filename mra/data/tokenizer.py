@@ -70,7 +70,7 @@ class Tokenizer:
         return [word for word in words if not self.is_special[ids[word[0]]]]
 
     def encode(self, text: str, max_tokens: int = 56) -> list[int]:
-        """[CLS] pieces [SEP], at most `max_tokens` >= 2 ids (a preset's). A text's "[SEP]" is ordinary pieces."""
+        """[CLS] pieces [SEP], at most `max_tokens` >= 2 ids (a preset's). A typed "[SEP]" is ordinary pieces."""
         text = text.encode("utf-8", "ignore").decode()                   # lone surrogates go, as in BERT
         return [self.cls_id, *self.engine.encode(text).ids[:max_tokens - 2], self.sep_id]
 

@@ -58,7 +58,7 @@ def eda(text: str, rng: random.Random, alpha: float = 0.1) -> str:
 
 
 def replace_synonyms(text: str, rng: random.Random, alpha: float) -> str:
-    """Replace up to alpha x words terms of the lexicon by synonyms in lower case; "a" or "an" before one agrees."""
+    """Replace terms of the lexicon, alpha x words at most, by synonyms in lower case; an article before one agrees."""
     found = list(TERM.finditer(text))
     chosen = rng.sample(found, min(_changes(text, alpha), len(found)))
     for term in sorted(chosen, key=re.Match.start, reverse=True):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mra.config import DiffusionConfig
 
+KL_WEIGHT, GRAIN_WEIGHT = 1e-4, 0.02        # w and u of the losses below
 # RGB -> orthonormal axes: lightness, yellow-blue, red-green (Ruderman et al. 1998)
 OPPONENT = torch.tensor([[3**-0.5] * 3, [6**-0.5, 6**-0.5, -2 * 6**-0.5], [2**-0.5, -(2**-0.5), 0.0]])
 
@@ -102,8 +103,8 @@ class Autoencoder(nn.Module):
     def picture(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents -> the image (B, 3, H, W), and the log of its grain on each OPPONENT axis."""
         z = latents * self.std[:, None, None] + self.mean[:, None, None]
-        missed, grain = self.decoder(z).chunk(2, 1)
-        return self.linear_out(z) + missed, (grain - 4).clamp(-5.5, 0)     # small at first; at least half an 8-bit step
+        missed, log_grain = self.decoder(z).chunk(2, 1)
+        return self.linear_out(z) + missed, (log_grain - 4).clamp(-5.5, 0)      # at first e^-4; e^-5.5: half a level
 
     def encode(self, image: Tensor) -> Tensor:
         """The mean latents of an image."""
@@ -116,26 +117,26 @@ class Autoencoder(nn.Module):
         The grain's standard deviation is the mean error b. A normal distribution with mean size b would have 1.25 b,
         but part of the error lies along edges, where that would show as speckles.
         """
-        image, grain = self.picture(latents)
+        image, log_grain = self.picture(latents)
         if noise is None:
             return image
-        return image + torch.einsum("ij,bihw->bjhw", OPPONENT.to(image), noise * grain.exp())
+        return image + torch.einsum("ij,bihw->bjhw", OPPONENT.to(image), noise * log_grain.exp())
 
-    def loss(self, image: Tensor, noise: Tensor, kl_weight: float = 1e-4) -> Tensor:
+    def loss(self, image: Tensor, noise: Tensor) -> Tensor:
         """L = L_decoder(x, z) + w KL(q(z | x) || N(0, 1)), z = mean + std * noise (B, C, h, w); a scalar."""
         mean, log_variance = (x.float() for x in self.posterior(image))     # the scale is learned after training
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2
-        return self.decoder_loss(image, mean + (log_variance / 2).exp() * noise) + kl_weight * divergence
+        return self.decoder_loss(image, mean + (log_variance / 2).exp() * noise) + KL_WEIGHT * divergence
 
-    def decoder_loss(self, image: Tensor, latents: Tensor, grain_weight: float = 0.02) -> Tensor:
+    def decoder_loss(self, image: Tensor, latents: Tensor) -> Tensor:
         """L_decoder = |r| + u (|r'| / b + log b) of images and their latents; a scalar.
 
         r = x - picture(z), and r' is r on the OPPONENT axes, without gradient. Only the grain b learns from r': the
         likelihood of a Laplace distribution is largest where b is the mean of |r'|.
         """
-        rebuilt, grain = (x.float() for x in self.picture(latents))
+        rebuilt, log_grain = (x.float() for x in self.picture(latents))
         off = torch.einsum("ij,bjhw->bihw", OPPONENT.to(image), (image - rebuilt).detach()).abs()
-        return (rebuilt - image).abs().mean() + grain_weight * (off * (-grain).exp() + grain).mean()
+        return (rebuilt - image).abs().mean() + GRAIN_WEIGHT * (off * (-log_grain).exp() + log_grain).mean()
 
     @torch.no_grad()
     def learn_scale(self, latents: Tensor) -> None:

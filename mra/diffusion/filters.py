@@ -31,7 +31,7 @@ def margins(config: AdaptConfig, scores: dict) -> dict[str, float]:
     return {"greyscale": grey, "malformed": 1 - config.malformed - scores["malformed"]}
 
 
-def judged(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_for_judge(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The half of the target's images that a judge learns, and two quarters: one sets its threshold, one tests it."""
     return torch.tensor_split(images, (len(images) // 2, len(images) - len(images) // 4))
 
@@ -88,7 +88,7 @@ def distort(images: Tensor, kinds: list[Callable], seed: int) -> Tensor:
     return made
 
 
-def mix_bands(image: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
+def mix_bands(image: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
     """Four bands of the body in a random order, some of them twice or not at all."""
     order = torch.randint(4, (4,), generator=generator)
     return torch.cat([image.chunk(4, 1)[i] for i in order], 1)

@@ -61,4 +61,4 @@ class LatentPairs:
         logit_normal = adapted is not None and not self.base.config.stable
         t = schedule.random_levels(count, generator, logit_normal)                              # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-        return diffusion_loss(lambda z, t: denoiser(z, t, text), latents, noise, t, schedule)
+        return diffusion_loss(lambda z, level: denoiser(z, level, text), latents, noise, t, schedule)

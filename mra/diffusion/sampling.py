@@ -44,7 +44,7 @@ class Painter:
         source records, none unless images are restyled.
         """
         self.config, self.base, self.adapted = config, base, adapted
-        self.knows_words = None if labelled else base.denoiser
+        self.words_from = None if labelled else base.denoiser       # None: from `adapted`
         self.target_latents = self.source_latents = None        # (N, C, h, w) each; None unless images are restyled
         if source_sample:
             self.target_latents = encode(base.autoencoder, target)
@@ -67,7 +67,7 @@ class Painter:
         both = base.encode_text([draft.captions[0] for draft in drafts] + [""] * len(drafts))
         levels = len(base.schedule.alpha)
         span = config.guidance_from * levels, config.guidance_to * levels
-        denoise = guide(self.adapted, both, config.guidance, span, self.knows_words)
+        denoise = guide(self.adapted, both, config.guidance, span, self.words_from)
         return dpm_solver(denoise, start, base.schedule, config.sampling_steps, strength)
 
 

@@ -2,7 +2,7 @@
 
 `best.safetensors` holds the weights that are best on val. Its facts are the configuration, the vocabulary, the metrics
 and the versions, so evaluate.py and `--init` need no other file. A run resumes from `last.safetensors`, which also
-holds the optimiser's state. A network of DaD has its key among its facts. Read next: networks.py, parts.py.
+holds the optimiser's state. A network of DaD has its key among its facts.
 """
 
 import hashlib
@@ -173,7 +173,7 @@ def key_file(path: Path) -> Path:
 
 
 def changes(before: dict, now: dict, within: str = "") -> list[str]:
-    """A sentence for every value that differs between two keys. A "content of ..." is a digest and is not shown."""
+    """A sentence for every value that differs between two keys. Digests named "content of ..." are not shown."""
     now, found = json.loads(json.dumps(now)), []        # `before` was read from a file: its tuples are lists
     for name in before | now:
         was, is_now = before.get(name, "nothing"), now.get(name, "nothing")

@@ -1,9 +1,9 @@
 """The one training loop: of the retriever, and of every network of DaD.
 
 It resumes, accumulates, averages, logs and stops. Dropout, negatives and noise depend on (seed, step, batch, member),
-views and masked words on (seed, epoch, index): a run that was stopped goes on bit for bit on the CPU, with the next
-batch, and two threads compute what two processes do. It appends to its log, where the steps after the last save then
-stand twice. Read group.py before it, train.py after it.
+views and masked words on (seed, epoch, index). So a run that was stopped goes on with the next batch, bit for bit on
+the CPU, and two threads compute what two processes do. Steps after the last save are repeated, and so are their lines
+in the log. Read group.py before it, train.py after it.
 """
 
 import json
@@ -94,7 +94,6 @@ class Loop:
                 for one in self.optimizer.param_groups:
                     one["lr"] = one["peak"] * rate
                 task.network.train()
-                # ----------------------------------------------------------------------------------------------------
                 try:
                     terms.append(self.backward(step, batches))
                 except (UserError, OSError):        # such as an image that is gone: the steps before it are kept
@@ -104,7 +103,6 @@ class Loop:
                 terms[-1]["gradient"] = nn.utils.clip_grad_norm_(self.parameters.values(), fit.max_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-                # ----------------------------------------------------------------------------------------------------
                 task.after_step()
                 if self.average:        # its decay grows to `fit.average`
                     decay = min(fit.average, (1 + step) / (10 + step))
@@ -129,7 +127,7 @@ class Loop:
 
     def backward(self, step: int, batches: Iterator[list]) -> dict[str, Tensor]:
         """Set the gradients of a step, the mean over members and batches; returns the mean of the terms here."""
-        task, fit, seen, total = self.task, self.task.fit, {}, {}
+        task, fit, told, sums = self.task, self.task.fit, {}, {}     # sums of terms, and of gradients
         size = fit.batch // (self.machine.group.count * len(self.members))
         for number in range(fit.accumulate):
             portions = []
@@ -137,19 +135,19 @@ class Loop:
                 generator = self.machine.generator(task.seed, step, number, member.rank)
                 portions.append(Portion(step, samples, size, generator, member))
             for terms, gradients in self.side_by_side(portions):
-                if total:
-                    torch._foreach_add_(list(total.values()), list(gradients.values()))
+                if sums:
+                    torch._foreach_add_(list(sums.values()), list(gradients.values()))
                 else:
-                    total = gradients
-                seen = {name: seen.get(name, 0) + term for name, term in terms.items()}
+                    sums = gradients
+                told = {name: told.get(name, 0) + term for name, term in terms.items()}
         count = fit.accumulate * len(self.members)
-        torch._foreach_div_(list(total.values()), count * self.machine.group.count)
-        for name, gradient in total.items():
+        torch._foreach_div_(list(sums.values()), count * self.machine.group.count)
+        for name, gradient in sums.items():
             parameter, gradient = self.parameters[name], self.machine.group.summed(gradient)
             if gradient.stride() != parameter.stride():     # the fused AdamW of a CPU would mix up their elements
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
-        return {name: term / count for name, term in seen.items()}
+        return {name: term / count for name, term in told.items()}
 
     def side_by_side(self, portions: list[Portion]) -> list[tuple[dict, dict]]:
         """`gradients_of` each portion, in threads if there are several."""

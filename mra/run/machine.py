@@ -1,7 +1,7 @@
 """Where a run computes: its device and precision, the processes of torchrun, and the threads of one process.
 
 One process on the CPU computes the two halves of a step in two threads, which is faster than sharing out every single
-operation. Threads exchange tensors as processes do, so only rounding differs between the two. Read next: loop.py.
+operation. Threads exchange tensors as processes do, so only rounding differs between the two.
 """
 
 import fcntl

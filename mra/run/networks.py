@@ -20,7 +20,7 @@ from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
 from mra.diffusion.base import Diffusion, encode, read_images, to_float
 from mra.diffusion.denoiser import Denoiser, DomainBranch, low_rank_branch, merge
-from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, judged
+from mra.diffusion.filters import DAMAGE, Judge, distort, judge_loss, split_for_judge
 from mra.diffusion.pairs import LatentPairs
 from mra.run import checkpoint
 from mra.run.loop import Loop, Task
@@ -38,8 +38,8 @@ def learn(name: str, network: nn.Module, prepare: Callable[[], Loss], fit: Fit, 
           machine: Machine) -> None:
     """Train the parameters of `network` that require gradients, unless `folder` holds them for the same key.
 
-    `prepare` is called if training is needed; it returns the loss. The key also holds `fit`; its "seed" decides all
-    that is random. An unfinished training lies beside the result as .part.
+    `prepare` is called if training is needed; it returns the loss. `fit` is added to the key, whose "seed" decides all
+    that is random. A finished network serves any precision; an unfinished one, beside it as .part, goes on in its own.
     """
     key, path = {"network": name, "fit": asdict(fit), **key}, folder / f"{name}.safetensors"
     with locked(folder, machine):
@@ -86,7 +86,7 @@ def train_base(config: AdaptConfig, records: RecordSet, machine: Machine) -> Non
     tokenizer, folder = Tokenizer.read(), path.parent
     key = {"size": asdict(size), "source": records.name, "root": source_folder(config), "images": len(images),
            "captions": len(captions), "contents": contents, "seed": config.seed}
-    if path.exists():       # not compared: the size, which holds the vocabulary in the file, and facts beside the key
+    if path.exists():       # entries of `key` alone are compared, without the size: the file's counts its vocabulary
         was = checkpoint.load(path)[1]
         advice = "move it away to train another, or use it by --base"
         checkpoint.same_key(path, was, was | key | {"size": was.get("size")}, machine.say, advice)
@@ -225,7 +225,7 @@ def train_branch(config: AdaptConfig, base: Diffusion, target: Target, machine: 
 def train_judge(config: AdaptConfig, base: Diffusion, target: Target, machine: Machine) -> Judge:
     """A judge of malformed people: half of the target's images teach it, a quarter sets its threshold."""
     torch.manual_seed(config.seed)
-    learned, others, _ = judged(target.images)
+    learned, others, _ = split_for_judge(target.images)
     judge = Judge(base)
 
     def prepare() -> Loss:

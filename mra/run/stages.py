@@ -1,5 +1,6 @@
 """The stages of train.py: which model each starts from, how long it is, and what must stay the same to resume it."""
 
+import copy
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mra.config import PRESETS, AdaptConfig, Fit, TrainConfig, UserError, pretrains, recipe
+from mra.config import PRESETS, AdaptConfig, Fit, TrainConfig, UserError, made_by_adapt, pretrains, recipe
 from mra.data.files import printable
 from mra.data.records import RecordSet
 from mra.data.tokenizer import Tokenizer
@@ -22,13 +23,13 @@ from mra.weights.files import folder_of
 
 # Flags that are not in a run's key. The key holds the pairs of a step in place of --batch, and digests of weights,
 # vocabulary and records in place of paths. The loop adds the precision.
-NOT_AS_GIVEN = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
+NOT_IN_KEY = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
 OF_PRETRAINING = "bert", "vit", "clip", "vocab", "regions", "beta", "contrastive"    # shipped: the defaults
 SHARED = "preset", "seed", "device", "resume", "compile", "precision", "workers", *OF_PRETRAINING    # by all stages
-PRETRAINED = "", "scratch"                  # values of --init with stages before the fine-tuning
-NO_CHECKPOINT = "", "none", "scratch"        # values of --init that name no checkpoint
+PRETRAINS_FIRST = "", "scratch"             # values of --init with stages before the fine-tuning
+NO_CHECKPOINT = "", "none", "scratch"       # values of --init that name no checkpoint
 
 
 def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
@@ -39,20 +40,19 @@ def stages_of(config: TrainConfig, machine: Machine) -> list[TrainConfig]:
     """
     shipped = checkpoint.shipped(config.preset)
     usual = all(getattr(config, name) == getattr(TrainConfig(), name) for name in ("init", *OF_PRETRAINING))
-    if config.init not in PRETRAINED or pretrains(config.dataset):
+    if config.init not in PRETRAINS_FIRST or pretrains(config.dataset):
         starts = not any((config.init, config.bert, config.vit, config.clip, config.vocab)) and shipped.exists()
-        made = (Path(config.dataset) / "report.json").exists()      # by adapt.py
-        return [replace(config, init=str(shipped)) if starts and made else config]
+        return [replace(config, init=str(shipped)) if starts and made_by_adapt(config.dataset) else config]
     config = replace(config, out=config.out or default_out(config))
 
-    def before(dataset: str) -> TrainConfig:
+    def earlier(dataset: str) -> TrainConfig:
         flags = recipe(dataset, config.preset) | {name: getattr(config, name) for name in SHARED}
         batch = max(2, flags["batch"] // machine.group.count)       # as many pairs a step in any number of processes
         return TrainConfig(**flags | {"dataset": dataset, "batch": batch})
 
-    queue, adapted = [before("sda"), config], adapted_set(config)
+    queue, adapted = [earlier("sda"), config], adapted_set(config)
     if adapted:
-        queue.insert(1, before(str(adapted)))
+        queue.insert(1, earlier(str(adapted)))
     if usual and shipped.exists():
         queue = [replace(queue[1], init=str(shipped)), *queue[2:]]     # the file replaces the source
     return queue
@@ -65,12 +65,12 @@ def adapted_set(config: TrainConfig) -> Path | None:
     # the same share of the target: a set made from all labels would leak those beyond the share
     made = Path(AdaptConfig(target=config.dataset, size=config.preset, share=config.share).usual_out)
     check_whole(made)
-    return made if (made / "report.json").exists() else None
+    return made if made_by_adapt(made) else None
 
 
 def check_whole(folder: Path) -> None:
     """Raise UserError for a set that adapt.py has not finished."""
-    if any((folder / "parts").glob("*.json")) and not (folder / "report.json").exists():
+    if any((folder / "parts").glob("*.json")) and not made_by_adapt(folder):
         raise UserError(f"{folder} is an adapted set that is not finished: run adapt.py again, or remove it.")
 
 
@@ -78,6 +78,8 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[Retriever, Tokeni
     """The model to start from, its tokenizer, and the set that it was pretrained on."""
     torch.manual_seed(config.seed)
     if config.init in NO_CHECKPOINT:
+        if config.blend:
+            raise UserError("--blend is a share of first weights that are trained: give --init, or leave it out.")
         given = " and ".join(filter(None, (config.bert, config.vit, config.clip)))
         machine.say(f"Starting from {given or 'random weights'}.")
         model, tokenizer = retrievers.start(PRESETS[config.preset], config.bert, config.vit, config.vocab, config.clip)
@@ -102,7 +104,7 @@ def default_out(config: TrainConfig) -> str:
     start = config.init if fine_tunes else ""
     if config.init not in NO_CHECKPOINT:
         start = f"from-{folder_of(Path(config.init).resolve()).name}"
-    adapted = "adapted" if config.init in PRETRAINED and fine_tunes and adapted_set(config) else ""
+    adapted = "adapted" if config.init in PRETRAINS_FIRST and fine_tunes and adapted_set(config) else ""
     parts = name, config.preset, f"s{config.seed}", regions, start, adapted
     return "out/" + re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 
@@ -110,7 +112,7 @@ def default_out(config: TrainConfig) -> str:
 def timetable_of(config: TrainConfig, pairs: int, processes: int) -> tuple[Fit, int, frozenset[int]]:
     """How the loop trains, the first step with ITM and MLM, and the steps after which val is evaluated."""
     steps = config.steps or math.ceil(config.epochs * pairs / (config.batch * config.accumulate * processes))
-    fit = Fit(steps, config.batch * processes, config.lr, config.warmup, betas=(0.9, 0.98),
+    fit = Fit(steps, config.batch * processes, config.lr, config.warmup, betas=(0.9, 0.98),      # the paper's
               weight_decay=config.weight_decay, max_norm=config.max_norm, average=0.0, accumulate=config.accumulate)
     evals = {round(steps * (i + 1) / config.evals) for i in range(config.evals)} - {0}
     return fit, round(config.fusion_from * steps), frozenset(evals)
@@ -130,7 +132,7 @@ def param_groups(model: Retriever, config: TrainConfig) -> list[dict]:
 def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: Tokenizer,
            sets_used: list[RecordSet]) -> dict:
     """All that must stay the same to resume a run, by the names that the user reads."""
-    key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in NOT_AS_GIVEN}
+    key = {"--" + name.replace("_", "-"): value for name, value in asdict(config).items() if name not in NOT_IN_KEY}
     key["--dataset"] = config.dataset if config.dataset in DATASETS else "a folder"
     key["--batch x processes"] = config.batch * machine.group.count
     key["content of the first weights (--init, --bert, --vit, --clip)"] = checkpoint.digest(model)
@@ -143,6 +145,15 @@ def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: T
             repr((record.path[inside:], record.captions, record.identity, record.boxes, record.phrases)).encode()
             for record in one.records)
     return key
+
+
+def blended(first: Retriever, last: Retriever, share: float) -> Retriever:
+    """A model of the weights share x first + (1 - share) x last (WiSE-FT, Wortsman et al. 2022)."""
+    mean = copy.deepcopy(last)
+    with torch.no_grad():
+        for parameter, start in zip(mean.parameters(), first.parameters()):
+            parameter.lerp_(start, share)
+    return mean
 
 
 def describe(result: dict) -> str:
@@ -170,7 +181,7 @@ def check(config: TrainConfig) -> None:
     if fresh and (config.preset == "clip") != bool(config.clip):
         raise UserError("--preset clip starts from --clip or --init, and no other preset takes --clip.")
     fine_tunes = not (config.check or pretrains(config.dataset))
-    if fine_tunes and config.data_root and config.init in PRETRAINED:
+    if fine_tunes and config.data_root and config.init in PRETRAINS_FIRST:
         raise UserError("--data-root needs --init: a checkpoint to fine-tune, or none to start from random weights.")
     if fine_tunes and config.dataset not in DATASETS and not config.init and config.preset not in ("tiny", "demo"):
         raise UserError(f"--dataset {config.dataset} needs --init at --preset {config.preset}: a checkpoint; none to "

@@ -1,7 +1,6 @@
 """Stable Diffusion 1.5 as the base of DaD: its weights in the folder layout of diffusers, and its autoencoder.
 
-The denoiser is ours, built with `stable` in its configuration. CLIP's text side (clip.py) reads the prompts. Read next:
-run/networks.py.
+The denoiser is ours, built with `stable` in its configuration. CLIP's text side (clip.py) reads the prompts.
 """
 
 from collections import OrderedDict

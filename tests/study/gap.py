@@ -30,7 +30,7 @@ from mra.data.files import read_json, write_json
 from mra.data.records import Box, Record, share_of
 from mra.diffusion.autoencoder import group_norm
 from mra.diffusion.base import Diffusion, read_images, to_float
-from mra.diffusion.filters import Judge, distort, judged
+from mra.diffusion.filters import Judge, distort, split_for_judge
 from mra.diffusion.plan import average_boxes, noun_of
 from mra.formats.read import load
 from mra.run import checkpoint, networks
@@ -484,7 +484,7 @@ def judge_skill(judge: Judge, images: Tensor, allowed: float) -> dict[str, float
 
     `allowed`: the share of whole images that may be lost, as --malformed says.
     """
-    unseen = judged(images)[2]
+    unseen = split_for_judge(images)[2]
     good, bad = judge.score(unseen), judge.score(distort(unseen, UNSEEN, 1))
     return {"good images kept": round(float((good <= 1 - allowed).float().mean()), 4),
             "damaged images dropped": round(float((bad > 1 - allowed).float().mean()), 4)}
