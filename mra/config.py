@@ -140,8 +140,7 @@ DAD_RECIPES = {
                        denoiser=Fit(12_000, 64, 1e-3), decoder=Fit(600, 32, 2e-3), flags=dict(rank=64)),
     "base":  DadRecipe(branch=Fit(10_000, 32, 1e-4), autoencoder=Fit(50_000, 32, 2e-4),
                        denoiser=Fit(200_000, 256, 2e-4), decoder=Fit(3000, 16, 2e-4)),
-    # three epochs of the target's pairs, as in the paper
-    "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3,
+    "sd15":  DadRecipe(branch=Fit(0, 8, 1e-5, save_every=1000), epochs=3,      # as in the paper
                        flags=dict(sampling_steps=20, guidance=7.5, guidance_from=0.0, guidance_to=1.0)),
 }
 
@@ -152,8 +151,7 @@ PAPER = {       # warmup of pretraining: 2,600 steps on four GPUs
     "finetune": dict(epochs=30, batch=40, lr=1e-4, smoothing=0.2, eda=0.8, erase=0.6, evals=30, workers=8),
     "finetune rstp": dict(epochs=10, batch=40, lr=6e-5, smoothing=0.2, eda=0.8, erase=0.6, evals=10, workers=8),
 }
-# IRRA's (arXiv 2303.12501) epochs, batch, learning rates, warmup and weight decay; theirs falls as a cosine, ours
-# linearly. Pretraining with them is ours.
+# IRRA's values (arXiv 2303.12501). Its rate falls as a cosine, ours linearly; it does not pretrain.
 CLIP = {
     "pretrain": dict(epochs=32, batch=64, lr=1e-5, head_lr=5.0, warmup=0.0107, weight_decay=4e-5, evals=16, workers=8),
     "finetune": dict(epochs=60, batch=64, lr=1e-5, head_lr=5.0, warmup=5 / 60, weight_decay=4e-5, erase=0.5, evals=60,

@@ -2,8 +2,7 @@
 
 A *member* is one worker. All members have the same weights. In a step each computes the loss and the gradients of its
 own samples, and the mean over members is taken; in a search each computes a part of the images. A `Group` is the group
-as one member sees it; this class is a group of one. run/machine.py has `Processes` and `Threads`, and run/loop.py
-trains with them. Read next: layers.py, or run/loop.py.
+as one member sees it; this class is a group of one, and run/machine.py has the others. Read next: layers.py.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """The losses of MRA (section 3) as pure functions of tensors: contrastive, matching, masked words.
 
 Image-text losses (ITC, ITM) and region-phrase losses (RPC, RPM) are the same two functions, called on images and
-captions or on regions and phrases. run/contrastive.py computes `contrastive` in tiles where the batch is large.
-Read next: retriever.py, which calls them.
+captions or on regions and phrases. run/contrastive.py computes `contrastive` in tiles. Read next: retriever.py.
 """
 
 import torch

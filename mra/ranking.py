@@ -112,8 +112,7 @@ def search(model: Retriever, tokenizer: Tokenizer, captions: list[str], paths: l
            features: Tensor | None = None, example: Tensor | None = None) -> Found:
     """Rank the images `paths` for every caption. `features` (G, passes, E) are those of `encode_gallery`, if known.
 
-    `example` (passes, E) are the features of a picture. The similarity is then the mean of the picture's and the
-    caption's; with an empty caption it is the picture's alone.
+    `example` (passes, E): a picture's features. Similarity is the mean of its own and the caption's, if not empty.
     """
     images, spoken = Images(paths, model.config), [captions]
     if settings.mirror:

@@ -148,8 +148,7 @@ class Retriever(nn.Module):
         rows, yes = torch.arange(len(text), device=text.device), torch.ones_like(text_exists)
         images, texts = torch.cat([rows, rows, wrong_image]), torch.cat([rows, wrong_text, rows])     # (3B,)
         matched, exists = torch.cat([yes, ~yes, ~yes]), torch.cat([yes, text_exists, image_exists])   # (3B,)
-        # what the words do before they meet an image is computed once for each text; index_select adds gradients up in
-        # a fixed order, indexing by a tensor does not
+        # `start` is computed once for each text; index_select, unlike indexing, adds gradients in a fixed order
         started = self.fusion_encoder.start(text, keep).index_select(0, texts)                        # (3B, T, D)
         keys_values = [one.index_select(0, images) for one in seen.keys_values]
         image_keep = None if seen.keep is None else seen.keep[images]

@@ -21,8 +21,7 @@ ANY_OF = {kind: "|".join(words.split()) for kind, words in FILE["words"].items()
 COLOUR = ANY_OF["colour"]
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
 
-# The longest term wins, so "dark gray" is never read as "gray". A genitive is neither a term nor a person: neither
-# "man's" nor the "man s" that `Tokenizer.clean` makes of it.
+# The longest term wins: "dark gray" is no "gray". A genitive, "man's" or the cleaned "man s", is no term and no person.
 TERM = re.compile(r"(?<![\w-])(?ai:%s)(?![\w'\u2019-]| s\b)" % "|".join(
     re.escape(term).replace(r"\ ", r"\s+") for term in sorted(SYNONYMS, key=len, reverse=True)))
 MANY = rf"{ANY_OF['many']}|(?:{ANY_OF['person']})s"

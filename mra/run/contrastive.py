@@ -1,8 +1,7 @@
 """The contrastive loss of losses.py for batches of any size, and for batches that a group shares.
 
 The N x N logits exist only in tiles. The forward pass keeps their log-sum-exp in both directions, and the backward pass
-computes each tile again; what follows its product is one kernel that torch.compile fuses. Each member computes the rows
-of its own images: features are exchanged, logits never.
+computes each tile again; torch.compile fuses all but its product. Each member computes the rows of its own images.
 """
 
 from collections.abc import Callable, Iterator

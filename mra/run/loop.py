@@ -2,8 +2,7 @@
 
 It resumes, accumulates, averages, logs and stops. Dropout, negatives and noise depend on (seed, step, batch, member),
 views and masked words on (seed, epoch, index). So a run that was stopped goes on with the next batch, bit for bit on
-the CPU, and two threads compute what two processes do. Steps after the last save are repeated, and so are their lines
-in the log. Read group.py before it, train.py after it.
+the CPU, and two threads compute what two processes do. Steps after the last save are done and logged again.
 """
 
 import json

@@ -56,8 +56,7 @@ class Gallery:
                threshold: float = -1.0) -> list[list[Hit]]:
         """The first `listed` hits of each sentence, best first, without those of a similarity below the threshold.
 
-        With a picture `image`, `example` of ranking.search, similarity alone ranks, for the fusion encoder matches no
-        image with an image. Call it under the model's autocast.
+        With a picture `image` similarity alone ranks: nothing matches two images. Call it under the model's autocast.
         """
         settings, example = replace(self.settings, listed=listed), None
         if image:

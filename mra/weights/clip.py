@@ -26,8 +26,7 @@ WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 class ClipTokenizer(Tokenizer):
     """CLIP's byte-level BPE. An encoded text is <|startoftext|> pieces <|endoftext|>.
 
-    Bytes spell every text, so nothing is unknown. CLIP marks the last piece of a word. As in IRRA (arXiv 2303.12501),
-    the mask is the last word's id.
+    Bytes spell every text, so nothing is unknown. A word's last piece is marked. The mask is the last word's id (IRRA).
     """
 
     def __init__(self, merges: list[list[str]], source: Path):
