@@ -5,9 +5,8 @@
     python evaluate.py --query "a woman in a red coat" --gallery DIR     rank any folder of photographs
     python evaluate.py --gallery DIR --serve                  a page to search it from, at http://127.0.0.1:8000/
 
-Every field of mra.config.EvalConfig is a flag. Prints the metrics by embeddings and re-ranked, and writes results.json
-and ranking.png; a checkpoint or a flag that is not the usual one adds to these names. For queries it writes query.json
-and query.png and, for the next search, the embeddings of the gallery.
+Every field of mra.config.EvalConfig is a flag. Metrics go to results.json, pictures to ranking.png; an unusual flag or
+checkpoint adds to these names. Queries give query.json, query.png and the embeddings of the gallery, to search again.
 """
 
 import time

@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=2 train.py ...           data-parallel, as adapt.py and evaluate.py can be
     python train.py --check --dataset cuhk --data-root DIR     is the set whole? reads and decodes all of it
 
-Every field of mra.config.TrainConfig is a flag; config.recipe sets some by dataset and preset. The best checkpoint is
-`out`/best.safetensors. Val is evaluated --evals times, evenly spaced. The highest (R@1 + mAP) / 2 is best, the later of
-equal ones. Once ITM is trained, val is re-ranked, and a re-ranked result beats any that is not.
+Every field of mra.config.TrainConfig is a flag; config.recipe sets some by dataset and preset. `out`/best.safetensors
+has the highest (R@1 + mAP) / 2 on val, the later of equal ones, in --evals evaluations, evenly spaced. Once ITM is
+trained, val is re-ranked, and a re-ranked result beats any that is not.
 """
 
 import copy
@@ -107,7 +107,7 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
         write_line(log, {"step": done, "val": result}, machine)
         machine.say(f"val at step {done}: {stages.describe(result)}")
         best = before.get("best", result)
-        if result["selected_by"] >= best["selected_by"]:
+        if machine.any(machine.group.rank == 0 and result["selected_by"] >= best["selected_by"]):      # rank 0 decides
             best = result
             facts = model_facts(model, tokenizer) | {
                 "train": asdict(config), "precision": machine.precision, "pretrained_on": pretrained_on,

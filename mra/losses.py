@@ -18,6 +18,12 @@ def soft_targets(classes: Tensor, smoothing: float = 0.0) -> Tensor:
     return (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(classes)
 
 
+def similarity_logits(image_features: Tensor, text_features: Tensor, temperature: Tensor | float) -> Tensor:
+    """Cosine similarities / temperature (B, B), in float32: of bf16 ones exp(logit) errs in its second digit."""
+    with torch.autocast(image_features.device.type, enabled=False):
+        return image_features.float() @ text_features.float().T / temperature
+
+
 def contrastive(image_features: Tensor, text_features: Tensor, temperature: Tensor | float, classes: Tensor,
                 smoothing: float = 0.0) -> Tensor:
     """Image-text (or region-phrase) contrastive loss with multi-positive soft targets; a scalar.
@@ -26,7 +32,7 @@ def contrastive(image_features: Tensor, text_features: Tensor, temperature: Tens
 
     Features (B, E) of unit length; classes (B,): pairs of one class, an identity or a phrase, are positives.
     """
-    logits = (image_features @ text_features.T).float() / temperature        # (B, B)
+    logits = similarity_logits(image_features, text_features, temperature)   # (B, B)
     targets = soft_targets(classes, smoothing)
     image_to_text = (targets * logits.log_softmax(1)).sum(1).mean()
     text_to_image = (targets * logits.T.log_softmax(1)).sum(1).mean()
@@ -39,7 +45,7 @@ def distribution_matching(image_features: Tensor, text_features: Tensor, tempera
 
     L = E[KL(S_I2T || target)] + E[KL(S_T2I || target)],    with arguments and targets as of `contrastive`
     """
-    logits = (image_features @ text_features.T).float() / temperature        # (B, B)
+    logits = similarity_logits(image_features, text_features, temperature)   # (B, B)
     log_targets = (soft_targets(classes, smoothing) + 1e-8).log()
     return sum(F.kl_div(log_targets, rows.log_softmax(1), reduction="batchmean", log_target=True)
                for rows in (logits, logits.T))

@@ -187,7 +187,10 @@ def top_k(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
         indices = torch.empty(len(some), 0, dtype=torch.long, device=some.device)
         for start in range(0, len(gallery), CHUNK):
             scores = some @ gallery[start:start + CHUNK].to(some).T                # (q, c)
-            columns = scores.topk(min(k, scores.shape[1])).indices.sort().values   # ascending, for the stable sort
+            least, columns = scores.topk(min(k, scores.shape[1]))
+            tied = (scores >= least[:, -1:]).sum(1) > columns.shape[1]             # of equal last ones topk takes any
+            columns[tied] = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :columns.shape[1]]
+            columns = columns.sort().values                                        # ascending, for the stable sort
             values = torch.cat([values, scores.gather(1, columns)], 1)
             indices = torch.cat([indices, start + columns], 1)
             order = values.argsort(dim=1, descending=True, stable=True)[:, :k]

@@ -2,8 +2,7 @@
 
 `Retriever.forward` goes through the parts of the paper's figure. Images with captions, and regions with phrases, go
 through the same `align`. A region keeps the tokens of its image, but token 0 becomes the mean of the patches that its
-box touches, and the other patches are masked. The region-phrase contrastive loss compares that mean with the phrase.
-The fusion encoder attends to the mean and to these patches. Read next: ranking.py.
+box touches, and the other patches are masked. RPC compares that mean with the phrase. Read next: ranking.py.
 """
 
 from collections.abc import Callable
@@ -130,7 +129,7 @@ class Retriever(nn.Module):
         text, feature = self.encode_text(ids, keep)                                      # (B, T, D), (B, E)
         terms = {"itc": objective.contrastive(seen.feature, feature, self.temperature, classes, objective.smoothing)}
         if seen.keys_values is not None:
-            logits = (seen.feature @ feature.T).detach() / self.temperature.detach()        # (B, B)
+            logits = losses.similarity_logits(seen.feature, feature, self.temperature).detach()     # (B, B)
             scores, matched, exists = self.match_with_negatives(logits, seen, text, keep, classes)
             terms["itm"] = objective.group.mean_where(losses.matching(scores, matched), exists)
         return terms
@@ -139,9 +138,8 @@ class Retriever(nn.Module):
                              classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (3B, 2) of ITM or RPM: B matched pairs, B images with a wrong text, B texts with a wrong image.
 
-        The contrastive logits (B, B) draw each negative from another class: for captions another person, for phrases
-        another phrase. In a group (group.py; on the CPU two threads) each member draws among its own B pairs. Also
-        returns which pairs match and which exist (3B,), since the B pairs may all be of one class.
+        The contrastive logits (B, B) draw each negative from another class, another person or phrase, among this
+        member's own B pairs. Also returns which pairs match and which exist (3B,): all B may be of one class.
         """
         wrong_text, text_exists = losses.hard_negatives(logits, classes)                    # (B,), (B,)
         wrong_image, image_exists = losses.hard_negatives(logits.T, classes)

@@ -17,7 +17,7 @@ from PIL import Image
 from mra.config import DIFFUSION_PRESETS, AdaptConfig, Fit, UserError
 from mra.data.records import Record, RecordSet
 from mra.diffusion.base import Diffusion, decode, encode, to_float
-from mra.diffusion.denoiser import DomainBranch, low_rank_branch, merge
+from mra.diffusion.denoiser import DomainBranch, TextStates, low_rank_branch, merge
 from mra.diffusion.noising import Schedule, ddim, diffusion_loss, dpm_solver, q_sample
 from mra.diffusion.pairs import LatentPairs
 from mra.diffusion.sampling import guide
@@ -156,6 +156,19 @@ def test_grain_is_learned_as_the_size_of_what_is_missed(base, images):
         made = autoencoder.decode(torch.zeros(64, *base.config.shape), torch.randn(flat.shape, generator=draw))
         assert made.std() == pytest.approx(size * (2 / math.pi) ** 0.5, rel=0.05)
         assert not autoencoder.decode(torch.zeros(1, *base.config.shape)).any()       # none where none is asked for
+
+
+def test_a_branch_is_made_on_the_device_of_its_base(base, size):
+    """The device "meta" stands for a GPU: its tensors do not mix with the CPU's. networks.py moves the copy there."""
+    denoiser = base.denoiser.to("meta").requires_grad_(False)
+    latents, t = torch.zeros(4, *size.shape, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    keep = torch.ones(4, 7, dtype=torch.bool, device="meta")
+    text = TextStates(torch.zeros(4, 7, size.text_dim, device="meta"), keep)
+    adapted, added = low_rank_branch(denoiser, 2)
+    copied = DomainBranch(denoiser).to("meta")
+    for network, branch in ((adapted, added), (partial(denoiser, branch=copied), copied)):
+        diffusion_loss(lambda z, t: network(z, t, text), latents, latents, t, base.schedule).backward()
+        assert all(parameter.grad.is_meta for parameter in branch.parameters())
 
 
 @pytest.mark.parametrize("preset", ["tiny", "demo"])

@@ -400,6 +400,14 @@ def test_files_that_are_no_released_checkpoint(write, tmp_path):
     assert "vocab.txt" in refusal(retrievers.load_retriever, path, torch.device("cpu"))
 
 
+def test_half_precision_leaves_a_norm_its_count_of_batches(tmp_path):
+    norm, again, path = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2), tmp_path / "half.safetensors"
+    norm.num_batches_tracked.fill_(100_000)
+    checkpoint.save(path, checkpoint.weights(norm, half=True), {})
+    checkpoint.restore_weights(again, checkpoint.load(path)[0], path)
+    assert again.num_batches_tracked == 100_000 and checkpoint.load(path)[0]["weight"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("one, other", [("swin-224", "swin"), ("swin", "swin-224")])
 def test_another_image_size(small, one, other):
     """What does not depend on the size stays; the tables are interpolated, and both reach from corner to corner."""

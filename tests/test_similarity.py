@@ -138,6 +138,16 @@ def test_under_autocast_features_are_rounded_and_gradients_arrive_in_float32(til
         assert 0 < error(ours, reference) < 2e-2
 
 
+def test_logits_of_a_small_batch_are_float32_under_autocast():
+    """Rounded to bf16 a cosine of 0.9 over a temperature of 0.01 would be off by up to 0.2."""
+    torch.manual_seed(0)
+    image, text = unit(20, 64).bfloat16(), unit(20, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = losses.similarity_logits(image, text, torch.tensor(0.01))
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits.double(), image.double() @ text.double().T / 0.01, atol=1e-4)
+
+
 # ---- contrastive: how it is computed
 
 def test_no_whole_matrix_forward_or_backward(tiled):
@@ -312,19 +322,14 @@ def test_top_k_by_hand(monkeypatch):
 @pytest.mark.parametrize("chunk, block", [(1, 5), (7, 3), (64, 8), (500, 512)])
 @pytest.mark.parametrize("levels", [2, 1000])
 def test_top_k_is_a_sort_with_ties(k, chunk, block, levels, monkeypatch):
-    """Whole numbers, so that sums are exact: with two levels nearly all are equal. Which equals come last is open."""
+    """Whole numbers, so that sums are exact: with two levels nearly all are equal."""
     torch.manual_seed(k)
     queries, gallery = torch.randint(0, levels, (8, 3)).float(), torch.randint(0, levels, (200, 3)).float()
     monkeypatch.setattr(ranking, "CHUNK", chunk)
     monkeypatch.setattr(ranking, "BLOCK", block)
     values, indices = top_k(queries, gallery, k)
-    assert torch.equal(values, (queries @ gallery.T).gather(1, indices))
     for found, own, expected in zip(values.tolist(), indices.tolist(), ranked(queries, gallery, k)):
-        pairs = [(-value, index) for value, index in zip(found, own)]
-        assert pairs == sorted(set(pairs))
-        assert [-value for value, _ in pairs] == [value for value, _ in expected]
-        certain = [index for value, index in expected if value > found[-1]]
-        assert own[:len(certain)] == certain
+        assert list(zip(found, own)) == expected
 
 
 def test_similarities_that_are_not_finite_are_ranked_all_the_same():

@@ -176,8 +176,8 @@ class LowRank(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
-        self.first = nn.Parameter(torch.empty(rank, weight[0].numel()))
-        self.last = nn.Parameter(torch.zeros(len(weight), rank))
+        self.first = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
+        self.last = nn.Parameter(weight.new_zeros(len(weight), rank))
         nn.init.kaiming_normal_(self.first, nonlinearity="linear")
 
     def forward(self, weight: Tensor) -> Tensor:

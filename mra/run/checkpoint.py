@@ -1,8 +1,7 @@
 """Checkpoints: safetensors files with facts as JSON in their metadata; and results kept until their key changes.
 
-`best.safetensors` holds the weights that are best on val. Its facts are the configuration, the vocabulary, the metrics
-and the versions, so evaluate.py and `--init` need no other file. A run resumes from `last.safetensors`, which also
-holds the optimiser's state. A network of DaD has its key among its facts.
+`best.safetensors` holds the weights that are best on val. Its facts are configuration, vocabulary, metrics, versions:
+evaluate.py and `--init` need no other file. `last.safetensors`, to resume from, also holds the optimiser's state.
 """
 
 import hashlib
@@ -89,7 +88,7 @@ def config_of(kind: type, values: dict, tokenizer):
 
 def weights(model: nn.Module, half: bool = False) -> dict[str, Tensor]:
     """The model's tensors by name, on request in half precision. The tied table of word embeddings is there once."""
-    return {name: tensor.half() if half else tensor
+    return {name: tensor.half() if half and tensor.is_floating_point() else tensor
             for name, tensor in (*model.named_parameters(), *model.named_buffers()) if not name.endswith(INDICES)}
 
 

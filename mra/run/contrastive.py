@@ -22,8 +22,8 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
     """`losses.contrastive` of all members' pairs, from this member's own, in memory of O(N E) and one tile; a scalar.
 
     image, text (B, E) of unit length, classes (B,), B the same for every member: N = members x B pairs. Each member
-    returns the joint loss, and the mean of the members' gradients is the joint gradient. Under autocast features are
-    rounded to its precision; tiles keep their products in float32, the whole matrix does not.
+    returns the joint loss, and the mean of the members' gradients is the joint gradient. Tiles round features
+    to the precision of autocast, and keep products in float32.
     """
     device = image.device.type
     if len(image) * group.count <= PLAIN:

@@ -149,9 +149,7 @@ def key_of(config: TrainConfig, machine: Machine, model: Retriever, tokenizer: T
 def blended(first: Retriever, last: Retriever, share: float) -> Retriever:
     """A model of the weights share x first + (1 - share) x last (WiSE-FT, Wortsman et al. 2022)."""
     mean = copy.deepcopy(last)
-    with torch.no_grad():
-        for parameter, start in zip(mean.parameters(), first.parameters()):
-            parameter.lerp_(start, share)
+    torch._foreach_lerp_([own.data for own in mean.parameters()], [own.data for own in first.parameters()], share)
     return mean
 
 

@@ -67,8 +67,7 @@ def shots(set_name: str, sizes: Sizes, seed: int) -> Iterator[Shot]:
         first += people
 
 
-def shots_of(set_name: str, split: str, number: int, person: Person, count: int,
-             rng: random.Random) -> Iterator[Shot]:
+def shots_of(set_name: str, split: str, number: int, person: Person, count: int, rng: random.Random) -> Iterator[Shot]:
     """`count` shots of one person; people are numbered from 0 in each set."""
     domain, identity = DOMAINS[set_name], number + FIRST_ID[set_name]
     cameras = rng.sample(range(domain.cameras), domain.cameras)

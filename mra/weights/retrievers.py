@@ -109,8 +109,7 @@ def read_vit(path: Path, config: ModelConfig) -> tuple[dict[str, Tensor], ModelC
     return tensors, config
 
 
-def read_clip(tensors: dict[str, Tensor], like: ModelConfig, path: Path,
-              vocab: str) -> tuple[Retriever, ClipTokenizer]:
+def read_clip(tensors: dict[str, Tensor], like: ModelConfig, path: Path, vocab: str) -> tuple[Retriever, ClipTokenizer]:
     """A retriever of the tensors of a CLIP file, for images of the size of `like`, and its vocabulary.
 
     Its fusion encoder is random. Raises UserError for tensors or a vocabulary that do not fit.

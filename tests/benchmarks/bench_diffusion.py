@@ -97,7 +97,7 @@ def ours(size: DiffusionConfig, options: argparse.Namespace, device: torch.devic
     """A step of the branch's training; the sampling of a batch with the branch, and without."""
     batch = options.batch
     base = random_base(size, device)
-    branch = DomainBranch(base.denoiser)
+    branch = DomainBranch(base.denoiser).to(device)
     side = copy.deepcopy(branch).requires_grad_(False)
     optimizer = torch.optim.AdamW(branch.parameters(), 1e-4, fused=True)
     if size.stable:
@@ -265,7 +265,7 @@ def launched(step: Callable, device: torch.device) -> tuple[float, float]:
 def where(size: DiffusionConfig, options: argparse.Namespace, device: torch.device) -> None:
     """Print where the time goes, with the branch and without."""
     base, meter = random_base(size, device), Meter(device)
-    branch = DomainBranch(base.denoiser).requires_grad_(False)
+    branch = DomainBranch(base.denoiser).to(device).requires_grad_(False)
     meter.watch("denoiser", base.denoiser)
     meter.watch("encoder and middle", base.denoiser.encoder)
     meter.watch("branch", branch)

@@ -23,6 +23,7 @@ from torch import Tensor
 from mra import ranking
 from mra.config import PRESETS
 from mra.retriever import Retriever
+from mra.weights.retrievers import make_retriever
 
 CUDA = torch.cuda.is_available()
 
@@ -83,7 +84,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda" if CUDA else "cpu")
     torch.manual_seed(0)
-    model = Retriever(dataclasses.replace(PRESETS[given.preset], vocab=1000)).to(device).eval()
+    model = make_retriever(dataclasses.replace(PRESETS[given.preset], vocab=1000)).to(device).eval()
     images = [torch.randn(3, model.config.height, model.config.width) for _ in range(given.gallery)]
     lengths = (8 + 22 * torch.rand(given.queries) + 22 * torch.rand(given.queries)).long().clamp(max=56)
     keep = (torch.arange(56) < lengths[:, None]).to(device)
