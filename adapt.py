@@ -104,6 +104,9 @@ def check(config: AdaptConfig) -> None:
     stable, real = DIFFUSION_PRESETS[config.size].stable, config.data_root or config.target not in TARGETS
     if config.target not in TARGETS and (config.data_root or not config.target or not Path(config.target).is_dir()):
         raise UserError(f"--target {config.target}: give {', '.join(TARGETS)}, or a folder, without --data-root.")
+    annotated = [path.name for path in Path(config.target).glob("*.json") if path.name != "query.json"]
+    if config.target not in TARGETS and annotated:      # among its images may be those of val and test
+        raise UserError(f"--target {config.target} holds {annotated[0]}: give photographs alone, or --data-root.")
     unused, mode = ("captions", "restyle") if config.mode == "restyle" else ("strength", "generate")
     if getattr(config, unused) != getattr(AdaptConfig, unused):
         raise UserError(f"--{unused} does nothing with --mode {mode}: leave it out.")

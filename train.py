@@ -122,6 +122,8 @@ def train_stage(config: TrainConfig, path: Path, machine: Machine) -> dict:
                 log=log, key=key, param_groups=stages.param_groups(model, config), log_every=config.log_every,
                 save_after=evaluated, evaluate=keep_best, after_step=model.limit_temperature, advice=stages.ADVICE,
                 resume=config.resume)
+    if path.exists() and not task.state.exists() and config.resume:
+        raise UserError(f"{path} is of a run that cannot go on: give another --out, or --no-resume to overwrite it.")
     loop = Loop(task, loss_of, machine)
     if loop.results and not path.exists():
         raise UserError(f"{task.state} goes on from a {path.name} that is gone: put it back, or give --no-resume.")

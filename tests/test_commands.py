@@ -352,6 +352,23 @@ def test_adapted_pairs_without_a_report_are_not_complete(work):
     assert "Stage 1 of 2: training on sda." in succeed(work, "train.py", "--dataset", "icfg", *TINY)
 
 
+def test_a_set_that_is_just_begun_is_not_passed_over(work):
+    adapted_pairs(work)
+    (work / "out/sda/icfg-tiny/report.json").unlink()
+    (work / "out/sda/icfg-tiny/parts.key.json").write_text("{}")        # adapt.py writes it before it learns anything
+    assert "is an adapted set that is not finished" in refused(work, "train.py", "--dataset", "icfg", *TINY)
+
+
+def test_best_weights_without_their_run_are_not_overwritten(work):
+    best, flags = work / BEST, ("--dataset", "icfg", *QUICK, "--out", str((work / BEST).parent))
+    before = best.read_bytes()
+    best.with_name("last.safetensors").unlink()
+    assert "is of a run that cannot go on" in refused(work, "train.py", *flags)
+    assert best.read_bytes() == before
+    succeed(work, "train.py", *flags, "--no-resume")
+    assert best.read_bytes() != before
+
+
 def test_adapted_pairs_are_those_of_the_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("icfg", "icfg-small"):

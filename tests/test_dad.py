@@ -424,7 +424,10 @@ def test_photographs_without_captions_get_the_sources_words(made):
     (folder / "linked camera").symlink_to(photos)       # the name that the user gives
     assert "in out/sda/linked camera-tiny-real." in adapt(folder, "--target", "photos/../linked camera", *own)
     (folder / "empty").mkdir()
+    (folder / "annotated").mkdir()
+    (folder / "annotated/train.json").write_text("[]")
     for flags, told in ((("empty",), "empty has fewer than two training images"),
+                        (("annotated",), "annotated holds train.json: give photographs alone"),
                         (("photos", "--data-root", "same"), "without --data-root")):
         status, _, err = command(folder, "adapt.py", "--size", "tiny", "--target", *flags)
         assert status == 2 and told in err

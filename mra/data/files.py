@@ -52,7 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield scratch
         os.replace(scratch, path)
     except (OSError, SafetensorError) as error:     # a full disk
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):         # of a read-only folder
+            scratch.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error}); what was saved before it is kept.") from error
 
 

@@ -155,8 +155,7 @@ class Denoiser(nn.Module):
 class DomainBranch(nn.Module):
     """The paper's branch: a trainable copy of a denoiser's encoder and middle (ControlNet, Zhang et al. 2023).
 
-    Its outputs leave through convolutions that start at zero, so an untrained branch changes nothing. The paper's
-    condition, a white image, would only add a constant to the first convolution, whose bias is trained already.
+    Its outputs leave through convolutions that start at zero. The paper's white condition would only add a constant.
     """
 
     def __init__(self, base: Denoiser):
@@ -198,8 +197,7 @@ class Shift(nn.Module):
 def low_rank_branch(base: Denoiser, rank: int) -> tuple[Denoiser, nn.ModuleList]:
     """A copy of the denoiser, and what is added to the weights and biases of its convolutions and linear layers.
 
-    Only what is added is trained. Unlike the paper's branch it also reaches the U-Net's decoder; the text encoder has
-    none. Each layer is computed once, with the sum. That is faster than a second layer of low rank beside it.
+    Only that is trained. Unlike the paper's branch it reaches the U-Net's decoder, too; the text encoder has none.
     """
     adapted = copy.deepcopy(base).requires_grad_(False)
     added = nn.ModuleList()

@@ -15,8 +15,7 @@ NO_WORDS = 0.1      # chance of an empty caption, which guidance needs
 class LatentPairs:
     """Pairs of a caption and an image's latents, each also mirrored: left and right are exchanged in the caption.
 
-    Made from uint8 images (N, 3, H, W) and captions, L tuples (index of the image, words). Equal captions are stored
-    once. `encode_captions` also caches the captions' states, in host memory.
+    Made from uint8 images (N, 3, H, W) and L captions (index of the image, words). Equal captions are stored once.
     """
 
     def __init__(self, base: Diffusion, images: Tensor, captions: list[tuple[int, str]]):

@@ -22,8 +22,7 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor | float, classe
     """`losses.contrastive` of all members' pairs, from this member's own, in memory of O(N E) and one tile; a scalar.
 
     image, text (B, E) of unit length, classes (B,), B the same for every member: N = members x B pairs. Each member
-    returns the joint loss, and the mean of the members' gradients is the joint gradient. Tiles round features
-    to the precision of autocast, and keep products in float32.
+    returns the joint loss, and the mean of the members' gradients is the joint gradient.
     """
     device = image.device.type
     if len(image) * group.count <= PLAIN:

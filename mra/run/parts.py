@@ -31,10 +31,7 @@ PICTURED = 10          # images in a row of a picture
 
 
 def begin(out: Path, key: dict, resume: bool, machine: Machine) -> None:
-    """Make `out` a folder for parts of this key. Without `resume`, parts of another key are removed with their images.
-
-    Raises UserError for parts of another key where `resume` is true, and for files that adapt.py did not make.
-    """
+    """Make `out` a folder for parts of this key. Other parts are removed, or raise UserError if `resume` is true."""
     parts, advice = out / "parts", "give another --out, or --no-resume to make it anew"
     foreign = any(out.glob("*.json")) or (out / "imgs").exists() or parts.exists()
     if foreign and not checkpoint.key_file(parts).exists():

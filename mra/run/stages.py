@@ -69,7 +69,7 @@ def adapted_set(config: TrainConfig) -> Path | None:
 
 def check_whole(folder: Path) -> None:
     """Raise UserError for a set that adapt.py has not finished."""
-    if any((folder / "parts").glob("*.json")) and not made_by_adapt(folder):
+    if checkpoint.key_file(folder / "parts").exists() and not made_by_adapt(folder):
         raise UserError(f"{folder} is an adapted set that is not finished: run adapt.py again, or remove it.")
 
 
