@@ -226,7 +226,9 @@ def test_a_full_disk_leaves_the_best_checkpoint(town, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert "last.safetensors cannot be written" in sentence and (tmp_path / "best.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp")) and "going on" not in succeed(town, "train.py", *flags, "--steps", "3")
+    assert not list(tmp_path.glob("*.tmp"))
+    assert "best.safetensors is of a run that cannot go on" in refused(town, "train.py", *flags, "--steps", "3")
+    assert "going on" not in succeed(town, "train.py", *flags, "--steps", "3", "--no-resume")
 
 
 @pytest.mark.parametrize("what", ["validate", "best"])
