@@ -55,8 +55,8 @@ PRESETS = {
     # the released models: a Swin-B, at the sizes of fine-tuning and of pretraining
     "swin":     ModelConfig(384, 256, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=8, bins=3),
     "swin-224": ModelConfig(224, 224, 32, 1024, 24, 32, 768, 6, 6, 12, 2048, 512, window=7, bins=3),
-    "clip":     ModelConfig(384, 128, 16, 768, 12, 12, 512, 12, 4, 8, 512, 512, dropout=0.0,    # CLIP ViT-B/16; images
-                            positions=77, max_tokens=77, clip=True),    # and depth of the new fusion encoder as IRRA's
+    "clip":     ModelConfig(384, 128, 16, 768, 12, 12, 512, 12, 4, 8, 512, 512, dropout=0.0,
+                            positions=77, max_tokens=77, clip=True),    # CLIP ViT-B/16; image size and fusion as IRRA's
 }
 
 

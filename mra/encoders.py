@@ -97,7 +97,7 @@ class FusionEncoder(nn.Module):
         texts of an image attend to its keys and values together: there is no copy for each text.
         """
         kept = keep.flatten().nonzero().squeeze(1)                                     # (L,) of the B * T tokens
-        place = (keep.flatten().cumsum(0) - 1).view(keep.shape)                        # (B, T) among the L; or any
+        place = (keep.flatten().cumsum(0) - 1).view(keep.shape)                        # (B, T) in 0..L-1; padding: any
         count = len(keys_values[0])
         texts_of = images.bincount(minlength=count).tolist()                           # the number for each image
         tokens_of = images.repeat_interleave(keep.sum(1)).bincount(minlength=count).tolist()

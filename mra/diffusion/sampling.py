@@ -40,7 +40,7 @@ class Painter:
 
     def __init__(self, config: AdaptConfig, base: Diffusion, adapted: Denoiser, labelled: bool, target: Tensor,
                  source_sample: Sequence[Record]):
-        """`labelled`: `adapted` knows words. `target`: uint8 images (N, 3, H, W). `source_sample`: to restyle alone."""
+        """`labelled`: `adapted` knows words. `target`: uint8 images (N, 3, H, W). `source_sample`: only to restyle."""
         self.config, self.base, self.adapted = config, base, adapted
         self.words_from = None if labelled else base.denoiser       # None: from `adapted`
         self.target_latents = self.source_latents = None        # (N, C, h, w) each; None unless images are restyled

@@ -31,7 +31,7 @@ PICTURED = 10          # images in a row of a picture
 
 
 def begin(out: Path, key: dict, resume: bool, machine: Machine) -> None:
-    """Make `out` a folder for parts of this key. Other parts are removed, or raise UserError if `resume` is true."""
+    """Make `out` a folder for parts of this key. Others are removed; with `resume` they raise UserError."""
     parts, advice = out / "parts", "give another --out, or --no-resume to make it anew"
     foreign = any(out.glob("*.json")) or (out / "imgs").exists() or parts.exists()
     if foreign and not checkpoint.key_file(parts).exists():

@@ -21,7 +21,7 @@ from mra.run.machine import Machine
 from mra.weights import retrievers
 from mra.weights.files import folder_of
 
-# Flags that are not in a run's key. It has pairs a step in place of --batch, digests of files in place of their paths.
+# Flags that are not in a run's key. The key has pairs a step in place of --batch, and digests in place of paths.
 NOT_IN_KEY = {"resume", "out", "device", "workers", "log_every", "compile", "batch", "precision", "allow_missing",
               "dataset", "data_root", "init", "bert", "vit", "clip", "vocab"}
 ADVICE = "give another --out (a pretraining: --dataset sda --out, then --init), or --no-resume to overwrite it"
